@@ -1,0 +1,34 @@
+# Everything runs in .venv; nothing but Python (3.11 to 3.13), make and a package index is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint types contracts check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch .venv/installed
+
+quickstart: install
+	$(BIN)/posttrain recipe=quickstart
+
+test: lint types contracts check
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+contracts: install
+	$(BIN)/lint-imports
+
+check: install
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
