@@ -1,0 +1,40 @@
+"""posttrain: an evaluation-gated post-training pipeline for language models.
+
+This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else.
+"""
+
+from posttrain.data.records import Conversation, Preference
+from posttrain.errors import (
+    ArtifactDamaged,
+    BadInput,
+    GateRefused,
+    GateUndecided,
+    Interrupted,
+    PluginFailed,
+    PosttrainError,
+    Problem,
+)
+from posttrain.hookspecs import hookimpl
+from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
+from posttrain.version import __version__
+
+__all__ = [
+    "MISSING",
+    "ArtifactDamaged",
+    "BadInput",
+    "Conversation",
+    "GateRefused",
+    "GateUndecided",
+    "Interrupted",
+    "PluginFailed",
+    "PosttrainError",
+    "Preference",
+    "Problem",
+    "Progress",
+    "Stage",
+    "StageConfig",
+    "StageContext",
+    "__version__",
+    "from_recipe",
+    "hookimpl",
+]

@@ -1,0 +1,73 @@
+"""Composes a recipe with Hydra and goes on past what is wrong, so that every problem is reported at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain.config import explain, sources
+from posttrain.config.paths import shipped
+from posttrain.errors import BadInput, Problem
+from posttrain.plugins import Host
+
+MOST_PROBLEMS = 20
+"""Composing again after each problem has to stop somewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A recipe with its overrides applied, and what is wrong with it."""
+
+    recipe: str
+    config: DictConfig
+    removed: frozenset[str]
+    """Stage nodes taken out with ``~stage@name``."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def compose(host: Host, overrides: Sequence[str]) -> Composition:
+    """The recipe that ``overrides`` name. Raises BadInput when nothing could be composed at all."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of ending the process
+    sources.register(host)
+    sources.RecipeSource.dropped = set()
+    problems: list[Problem] = []
+    remaining = list(overrides)
+    with hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain"):
+        while True:
+            try:
+                config = hydra.compose("config", remaining, return_hydra_config=True)
+                break
+            except (HydraException, OSError) as error:
+                fault = explain.fault(error, remaining, host)
+                if fault.instead is not None:
+                    remaining[remaining.index(str(fault.override))] = fault.instead
+                    continue
+                problems.append(fault.problem)
+                if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
+                    raise BadInput(problems) from None
+    recipe = str(config.hydra.runtime.choices.get("recipe"))
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return Composition(recipe=recipe, config=plain, removed=removed_stages(remaining), problems=problems)
+
+
+def removed_stages(overrides: Sequence[str]) -> frozenset[str]:
+    """The stage nodes that ``~stage@name`` takes out; Hydra leaves behind what the recipe sets in them."""
+    return frozenset(o.removeprefix("~stage@").split("=")[0] for o in overrides if o.startswith("~stage@"))
+
+
+def _leave_out(fault: explain.Fault, overrides: list[str]) -> bool:
+    """Take the faulty override or recipe key away; False when composing cannot go on without it."""
+    if fault.override is not None:
+        if fault.fatal:
+            return False
+        overrides.remove(fault.override)
+        return True
+    if fault.recipe_key and fault.recipe_key not in sources.RecipeSource.dropped:
+        sources.RecipeSource.dropped.add(fault.recipe_key)
+        return True
+    return False

@@ -1,0 +1,188 @@
+"""The settings of a recipe: schema, default and help in one.
+
+Only the standard library is imported, so that listing and help stay instant. A stage brings its own settings in a
+dataclass that inherits from StageConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+MISSING: Any = "???"
+"""Default of a setting that the recipe must give."""
+
+
+def from_recipe(key: str) -> Any:
+    """Default of a setting that takes its value from another key of the recipe, such as ``variant.sft.lr``."""
+    return "${" + key + "}"
+
+
+class Method(Enum):
+    """What is trained."""
+
+    full = "full"
+    lora = "lora"
+
+
+class Dtype(Enum):
+    """Number format of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Format(Enum):
+    """Shape of the records in a source; ``auto`` recognises it from the first record's keys."""
+
+    auto = "auto"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    preference = "preference"
+
+
+class Role(Enum):
+    """What a gate asks of a task."""
+
+    lift = "lift"
+    guard = "guard"
+
+
+class OnFail(Enum):
+    """What follows a verdict that is not a pass."""
+
+    stop = "stop"
+    rollback = "rollback"
+    warn = "warn"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = MISSING
+    """Directory or hub name of the base model."""
+    revision: str | None = None
+    """Commit of the hub repository; a branch name is resolved to its commit."""
+    chat_template: str | None = None
+    """Jinja file to use instead of the tokenizer's own chat template; needed when it has none."""
+    dtype: Dtype = Dtype.bfloat16
+    """Number format of weights and activations, in training and in evaluation."""
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv:2106.09685) with rank-stabilised scaling (arXiv:2312.03732)."""
+
+    r: int = 32
+    """Rank."""
+    alpha: int = 64
+    """Scale; the update is multiplied by alpha / sqrt(r) with rslora, alpha / r without."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    rslora: bool = True
+    """Scale by 1 / sqrt(r), so that the learning rate does not depend on the rank."""
+    target_modules: Any = "all-linear"
+    """``all-linear`` (every linear layer but the output projection) or a list of module names."""
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One source of records."""
+
+    path: str = MISSING
+    """JSON, JSONL or Parquet file, a directory of them, or a hub name."""
+    format: Format = Format.auto
+    """Shape of the records."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Renames keys before the shape is read: {prompt: question, completion: answer}."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    limit: int | None = None
+    """Use only the first so many records."""
+    weight: float = 1.0
+    """How often each record is seen per epoch: 0.5 takes a seeded half, 2 takes each twice."""
+
+
+@dataclass(kw_only=True)
+class GateTask:
+    """What a gate asks of one lm-eval task."""
+
+    role: Role = MISSING
+    """lift: must improve. guard: must not get worse."""
+    metric: str = MISSING
+    """The task's metric that is compared."""
+    filter: str | None = None
+    """The task's filter; needed when it has several."""
+    task: str | None = None
+    """Registered lm-eval name or path of a YAML file, when it differs from the key of this entry."""
+    data: str | None = None
+    """JSON, JSONL or Parquet file with the documents, instead of the task's own data set."""
+    min_lift: float = 0.0
+    """A lift passes when the lower bound of the paired difference exceeds this."""
+    max_drop: float = 0.02
+    """A guard passes when the lower bound of the paired difference exceeds minus this."""
+    limit: int | None = None
+    """Score a seeded sample of so many documents."""
+    num_fewshot: int | None = None
+    """Examples in the prompt; the task's own number when absent."""
+    chat: bool | None = None
+    """Wrap prompts in the chat template; by default for tasks that generate, not for log-likelihoods."""
+
+
+@dataclass(kw_only=True)
+class GateConfig:
+    """The gate of one stage."""
+
+    enabled: bool = True
+    """False promotes without asking; the verdict and the report say so."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """Tasks by name; see GateTask."""
+    against: list[str] = field(default_factory=lambda: ["base", "parent"])
+    """What the candidate is compared with."""
+    confidence: float = 0.95
+    """One-sided confidence of the bounds."""
+    on_fail: OnFail = OnFail.stop
+    """stop, rollback (go on from the parent) or warn (go on from the candidate)."""
+    on_undecided: OnFail = OnFail.stop
+    """The same, for a verdict that is undecided."""
+    batch_size: int = 16
+    """Requests scored at once."""
+    seed: int = 0
+    """Seeds samples of documents and few-shot examples."""
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """Settings that every stage has."""
+
+    kind: str = MISSING
+    """Which registered stage runs here."""
+    data: Any = MISSING
+    """Training records: a path or hub name, one source, or a list of sources."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """The gate that decides about this stage's artifact: choose one with gate@<stage>.gate=NAME."""
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        return ()
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: str = "none"
+    """none or wandb."""
+    project: str = "posttrain"
+    """Project at the tracking service."""
+    entity: str | None = None
+    """Team or user at the tracking service."""

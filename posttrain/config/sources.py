@@ -1,0 +1,156 @@
+"""Teaches Hydra where recipes, groups and stage schemas are.
+
+Registered in this process only: a ``hydra_plugins`` package would reach into every Hydra application of the
+environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from posttrain.config.paths import conf_folders, recipe_folders, shipped
+from posttrain.config.schema import ModelConfig, Source, TrackerConfig
+from posttrain.errors import BadInput, Problem
+from posttrain.plugins import Host
+
+SCHEMA = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
+"""Typed nodes of every recipe besides its stages."""
+ALLOWED_RESOLVERS = ("shipped",)
+GROUP = "recipe/"
+
+
+def register(host: Host) -> None:
+    """Make every stage, recipe and group of the host known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=OmegaConf.create({key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}))
+    for stage in host.stages.values():
+        store.store(group="stage", name=stage.name, node=stage.config(kind=stage.name))
+    OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
+    plugin_folders = [folder for folders in host.folders.values() for folder in folders]
+    RecipeSearchPath.recipes = recipe_folders(plugin_folders)
+    RecipeSearchPath.conf = conf_folders(plugin_folders)[1:]
+    plugins = Plugins.instance()
+    for plugin in (RecipeSource, RecipeSearchPath):
+        plugins.register(plugin)
+
+
+class RecipeSearchPath(SearchPathPlugin):
+    """Adds the folders of recipes and of plugins to Hydra's search path."""
+
+    recipes: ClassVar[list[Path]] = []
+    conf: ClassVar[list[Path]] = []
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra."""
+        for folder in self.recipes:
+            search_path.append("recipes", f"recipes://{folder}")
+        for folder in self.conf:
+            search_path.append("plugin", f"file://{folder}")
+
+
+class RecipeSource(ConfigSource):
+    """Serves ``<folder>/<name>.yaml`` as the option ``recipe=<name>``."""
+
+    dropped: ClassVar[set[str]] = set()
+    """Dotted keys to leave out: those already reported as wrong while composing goes on to find the next."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Called by Hydra."""
+        return "recipes"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The recipe as data: no ``hydra`` keys, no ``_target_``, no resolver that reads the environment."""
+        path = self._file(config_path)
+        if path is None or not path.is_file():
+            raise ConfigLoadError(f"Config not found: {config_path}")
+        text = path.read_text(encoding="utf-8")
+        try:
+            config = OmegaConf.create(text)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise BadInput(
+                Problem(where=str(path), what=f"is not sound YAML: {' '.join(str(error).split())}")
+            ) from None
+        if not isinstance(config, DictConfig):
+            raise BadInput(
+                Problem(where=str(path), what="a recipe must be a mapping", fix="See recipes/quickstart.yaml")
+            )
+        refuse_code(config, path)
+        for key in self.dropped:
+            _drop(config, key)
+        header = {**self._get_header_dict(text), "package": "_global_"}
+        return ConfigResult(config=config, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header)
+
+    def available(self) -> bool:
+        """Called by Hydra."""
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        """Called by Hydra."""
+        return config_path in ("", "recipe") and self.available()
+
+    def is_config(self, config_path: str) -> bool:
+        """Called by Hydra."""
+        path = self._file(config_path)
+        return path is not None and path.is_file()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Names of the recipes, or of the one group."""
+        if config_path == "":
+            return ["recipe"] if results_filter in (None, ObjectType.GROUP) else []
+        if config_path.strip("/") != "recipe" or results_filter is ObjectType.GROUP:
+            return []
+        return sorted(path.stem for path in Path(self.path).glob("*.yaml"))
+
+    def _file(self, config_path: str) -> Path | None:
+        if not config_path.startswith(GROUP):
+            return None
+        return Path(self.path) / self._normalize_file_name(config_path.removeprefix(GROUP))
+
+
+def refuse_code(config: DictConfig, path: Path) -> None:
+    """Raise BadInput where a recipe asks for anything but data: it may come from a stranger."""
+    for key, value in _walk(config):
+        if key.split(".")[0] == "hydra" or key.split(".")[-1].startswith("_target_"):
+            raise BadInput(
+                Problem(where=f"{path}: {key}", what="a recipe is data and cannot set this", fix="Remove the key")
+            )
+        for resolver in re.findall(r"\$\{\s*([\w.]+)\s*:", str(value)):
+            if resolver not in ALLOWED_RESOLVERS:
+                raise BadInput(
+                    Problem(
+                        where=f"{path}: {key}",
+                        what=f"a recipe cannot use the resolver {resolver!r}",
+                        fix=f"Write the value itself; allowed resolvers: {', '.join(ALLOWED_RESOLVERS)}",
+                    )
+                )
+
+
+def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    raw: Any = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else node
+    items = raw.items() if isinstance(raw, dict) else enumerate(raw)
+    for key, value in items:
+        dotted = f"{prefix}{key}"
+        yield dotted, value if not isinstance(value, (dict, list)) else ""
+        if isinstance(value, (dict, list)):
+            yield from _walk(value, f"{dotted}.")
+
+
+def _drop(config: DictConfig, key: str) -> None:
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, DictConfig) and leaf in node:
+        del node[leaf]

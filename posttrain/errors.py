@@ -1,0 +1,107 @@
+"""The exceptions of the pipeline, their exit codes, and the nearest valid name for a wrong one.
+
+PosttrainError          1  a bug, or anything without a better class
+├── BadInput            2  recipe, data, model or command line; carries every problem found
+│   └── RunLocked       2  another process writes this run directory
+├── GateRefused         3  a gate refused an artifact
+├── GateUndecided       4  a gate could not decide
+├── ArtifactDamaged     5  what is on disk, or about to be published, is not a sound artifact
+├── PluginFailed        6  a plugin raised, or answered with the wrong type
+└── Interrupted        75  stopped from outside; the same command goes on
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with what the user gave, and how to mend it."""
+
+    where: str
+    """Where it stands: a key of the recipe, ``file:line``, a path."""
+    what: str
+    """What is wrong, in one sentence."""
+    fix: str = ""
+    """What to do about it: the nearest valid name, the options, a command."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
+
+
+class PosttrainError(Exception):
+    """Base of every error that the pipeline raises on purpose."""
+
+    exit_code = 1
+
+
+class BadInput(PosttrainError):
+    """What the user gave cannot be used; nothing was trained or written."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RunLocked(BadInput):
+    """Another process writes the same run directory."""
+
+
+class GateRefused(PosttrainError):
+    """A gate judged an artifact worse than its rules allow."""
+
+    exit_code = 3
+
+
+class GateUndecided(PosttrainError):
+    """A gate saw too little evidence to pass or to refuse."""
+
+    exit_code = 4
+
+
+class ArtifactDamaged(PosttrainError):
+    """An artifact does not match its manifest, or must not become one."""
+
+    exit_code = 5
+
+
+class PluginFailed(PosttrainError):
+    """A plugin raised or answered with something that its hook does not allow."""
+
+    exit_code = 6
+
+
+class Interrupted(PosttrainError):
+    """The run was stopped from outside and can be continued by the same command."""
+
+    exit_code = 75
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option most like ``name``, or None when none is close."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def suggest(name: str, options: Iterable[str]) -> str:
+    """A fix for a wrong ``name``: the nearest option if there is one, then all of them."""
+    known = sorted(set(options))
+    close = nearest(name, known)
+    listed = ", ".join(known) if known else "nothing"
+    return (f"Did you mean {close}? " if close else "") + f"Available: {listed}"
+
+
+def explain(error: PosttrainError) -> int:
+    """Print an error for a person, on standard error, and return its exit code."""
+    problems = error.problems if isinstance(error, BadInput) else [error]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if isinstance(error, Interrupted):
+        print("Run the same command again to go on.", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,284 @@
+"""From a composed recipe to a plan: which stages run in which order with which settings, or everything that is wrong.
+
+Pure: nothing is loaded but the recipe, nothing is written, torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+from posttrain.config.compose import Composition
+from posttrain.config.explain import ROOT
+from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Source, StageConfig, TrackerConfig
+from posttrain.errors import BadInput, Problem, suggest
+from posttrain.plugins import Host
+from posttrain.stage import Stage
+
+CORE = "sft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of the pipeline."""
+
+    name: str
+    """Name of its node in the recipe."""
+    stage: Stage
+    config: StageConfig
+    sources: tuple[Source, ...]
+    tasks: Mapping[str, GateTask]
+    """The gate's tasks, typed."""
+    seed: int
+    origin: str
+    """The plugin that brings the stage, with its version: part of what the stage's result depends on."""
+
+    @property
+    def gate(self) -> GateConfig:
+        """The gate that decides about the stage's artifact."""
+        return self.config.gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe will do."""
+
+    recipe: str
+    model: ModelConfig
+    steps: tuple[Step, ...]
+    tracker: TrackerConfig
+    seed: int
+    output_root: Path
+    start_from: Path | None
+    resolved: Mapping[str, Any]
+    """The recipe with everything resolved, as plain data."""
+
+
+def make_plan(composition: Composition, host: Host) -> Plan:
+    """The plan of a composed recipe. Raises BadInput with every problem found, those of composing included."""
+    config, problems = composition.config, list(composition.problems)
+    problems += _unknown_nodes(composition, host)
+    names, order_problems = _order(config, host)
+    problems += order_problems
+    used = ["seed", "output_root", "stages", "start_from", "model", "tracker", *names]
+    broken = [problem for key in used for problem in _unresolved(config, key)]
+    if broken or problems:
+        raise BadInput(problems + broken)
+    model = _typed(config.model)
+    steps = [_step(name, config, host, problems) for name in names]
+    problems += _number_problems(config)
+    plan = Plan(
+        recipe=composition.recipe,
+        model=model,
+        steps=tuple(step for step in steps if step is not None),
+        tracker=_typed(config.tracker),
+        seed=config.seed,
+        output_root=Path(str(config.output_root)),
+        start_from=Path(str(config.start_from)) if config.start_from else None,
+        resolved={key: _plain(config[key]) for key in used},
+    )
+    for answer in host.hook.check_plan(plan=plan):
+        problems += answer
+    if problems:
+        raise BadInput(problems)
+    return plan
+
+
+def stage_nodes(config: DictConfig) -> list[str]:
+    """Top-level nodes that are typed by a stage's config, in the order of the recipe."""
+    types = {str(key): OmegaConf.get_type(config, str(key)) for key in config}
+    return [key for key, kind in types.items() if isinstance(kind, type) and issubclass(kind, StageConfig)]
+
+
+def _unknown_nodes(composition: Composition, host: Host) -> list[Problem]:
+    known = {*ROOT, *stage_nodes(composition.config), *composition.removed}
+    return [
+        Problem(
+            where=f"recipe: {key}",
+            what=f"{key!r} is neither a setting nor a stage of this recipe",
+            fix=f"For a stage, add - /stage@{key}: KIND to the defaults. {suggest(key, [*ROOT, *host.stages])}",
+        )
+        for key in map(str, composition.config)
+        if key not in known
+    ]
+
+
+def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
+    """Names of the stages in running order, and what is wrong with it."""
+    nodes = stage_nodes(config)
+    chosen = config.stages
+    if chosen is not None and not isinstance(chosen, ListConfig):
+        return [], [Problem(where="stages", what=f"must be a list, not {chosen!r}", fix="'stages=[sft,dpo]'")]
+    names = nodes if chosen is None else [str(name) for name in chosen]
+    problems = [
+        Problem(where="stages", what=f"the recipe has no stage {name!r}", fix=suggest(name, nodes))
+        for name in names
+        if name not in nodes
+    ]
+    problems += [
+        Problem(where="stages", what=f"{name!r} occurs twice", fix=f"Give the second a name: +stage@{name}2={name}")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if problems:
+        return [], problems
+    kinds = [str(OmegaConf.select(config, f"{name}.kind")) for name in names]
+    return names, _core_problems(names, kinds, config.start_from, host)
+
+
+def _core_problems(names: list[str], kinds: list[str], start_from: str | None, host: Host) -> list[Problem]:
+    """SFT comes first and once, unless the pipeline starts from an artifact that has been through it."""
+    if start_from and CORE in kinds:
+        return [Problem(where="start_from", what="the pipeline runs SFT itself", fix="Leave out start_from, or sft")]
+    if not start_from and (not kinds or kinds[0] != CORE):
+        what = f"the pipeline starts with {names[0]!r}" if names else "the recipe has no stages"
+        fix = (
+            "SFT is mandatory and first: put sft first, or give start_from=DIR of an artifact that has been through it"
+        )
+        return [Problem(where="stages", what=what, fix=fix)]
+    late = [name for name, kind in list(zip(names, kinds, strict=True))[1:] if kind == CORE]
+    return [
+        Problem(where="stages", what=f"{name!r} runs SFT a second time", fix="SFT is first and only once")
+        for name in late
+    ]
+
+
+def _unresolved(config: DictConfig, key: str) -> list[Problem]:
+    """Missing values, dangling interpolations and wrong types below a key."""
+    problems = []
+    for path in _leaves(config, key):
+        try:
+            OmegaConf.select(config, path, throw_on_missing=True, throw_on_resolution_failure=True)
+        except OmegaConfBaseException as error:
+            problems.append(_unresolved_problem(config, path, error))
+    return problems
+
+
+def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseException) -> Problem:
+    """A value that is missing, here or where it is taken from, or of the wrong type."""
+    parent, _, leaf = path.rpartition(".")
+    raw = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False) if parent else None
+    value = raw.get(leaf) if isinstance(raw, dict) else None
+    source = value[2:-1] if isinstance(value, str) and value.startswith("${") else None
+    where = f"{path} (from {source})" if source else path
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        return Problem(where=where, what="has no value", fix=f"Give {source or path}=VALUE")
+    return Problem(where=where, what=str(error).splitlines()[0])
+
+
+def _leaves(config: DictConfig, path: str) -> Iterator[str]:
+    """Dotted paths of the values below ``path``; an interpolated node counts as one value and is followed."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    node: Any = raw
+    for part in path.split("."):
+        node = node[part]
+    yield from _descend(node, path, config)
+
+
+def _descend(node: Any, path: str, config: DictConfig) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _descend(value, f"{path}.{key}", config)
+    else:
+        yield path
+        if isinstance(node, str) and node.startswith("${") and path.endswith(".data"):
+            target = node[2:-1]
+            if isinstance(OmegaConf.select(config, target, throw_on_missing=False), DictConfig):
+                yield from _leaves(config, target)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
+
+
+def _typed(node: DictConfig) -> Any:
+    return OmegaConf.to_object(node)
+
+
+def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) -> Step | None:
+    """One stage with typed settings; what is wrong with them is added to ``problems``."""
+    settings: StageConfig = _typed(config[name])
+    stage = host.stages[settings.kind]
+    problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
+    sources = _sources(name, settings.data, problems)
+    tasks = _gate_tasks(name, settings.gate, problems)
+    return Step(
+        name=name, stage=stage, config=settings, sources=sources, tasks=tasks, seed=config.seed,
+        origin=host.origin(stage.name),
+    )  # fmt: skip
+
+
+def _sources(name: str, data: Any, problems: list[Problem]) -> tuple[Source, ...]:
+    """The sources of a stage: from a path, one source, or a list of either."""
+    entries = data if isinstance(data, list) else [data]
+    sources = []
+    for index, entry in enumerate(entries):
+        where = f"{name}.data[{index}]" if isinstance(data, list) else f"{name}.data"
+        given = {"path": entry} if isinstance(entry, str) else entry
+        source = given if isinstance(given, Source) else _conform(Source, given, where, problems)
+        if source is not None:
+            sources.append(source)
+    if not sources and not problems:
+        problems.append(Problem(where=f"{name}.data", what="names no source", fix=f"Give {name}.data=FILE"))
+    for source in sources:
+        if not source.weight > 0:
+            problems.append(
+                Problem(where=f"{name}.data", what=f"weight {source.weight} of {source.path} is not positive")
+            )
+        if source.limit is not None and source.limit < 1:
+            problems.append(
+                Problem(where=f"{name}.data", what=f"limit {source.limit} of {source.path} is not positive")
+            )
+    return tuple(sources)
+
+
+def _gate_tasks(name: str, gate: GateConfig, problems: list[Problem]) -> dict[str, GateTask]:
+    where = f"{name}.gate"
+    if gate.enabled and not gate.tasks:
+        fix = f"Choose a gate: gate@{name}.gate=NAME (or +gate@{name}.gate=NAME); gate none promotes unseen"
+        problems.append(Problem(where=where, what="asks for no task", fix=fix))
+    if not 0.5 < gate.confidence < 1:
+        problems.append(Problem(where=f"{where}.confidence", what=f"{gate.confidence} is not between 0.5 and 1"))
+    if not gate.against or not set(gate.against) <= {"base", "parent"}:
+        problems.append(Problem(where=f"{where}.against", what=f"{gate.against} must name base, parent or both"))
+    if gate.batch_size < 1:
+        problems.append(Problem(where=f"{where}.batch_size", what=f"{gate.batch_size} is not positive"))
+    tasks = {key: _conform(GateTask, value, f"{where}.tasks.{key}", problems) for key, value in gate.tasks.items()}
+    for key, task in tasks.items():
+        if task is not None and task.max_drop < 0:
+            problems.append(Problem(where=f"{where}.tasks.{key}.max_drop", what=f"{task.max_drop} is negative"))
+    return {key: task for key, task in tasks.items() if task is not None}
+
+
+def _conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
+    """``value`` as the dataclass ``kind``, every wrong key and type added to ``problems``."""
+    schema = OmegaConf.structured(kind)
+    if not isinstance(value, Mapping):
+        problems.append(
+            Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(schema)}")
+        )
+        return None
+    sound = True
+    for key, item in value.items():
+        try:
+            schema = OmegaConf.merge(schema, {key: item})
+        except OmegaConfBaseException as error:
+            sound = False
+            unknown = str(key) not in schema
+            what = f"unknown key {key!r}" if unknown else str(error).splitlines()[0]
+            fix = suggest(str(key), [str(k) for k in schema]) if unknown else ""
+            problems.append(Problem(where=f"{where}.{key}", what=what, fix=fix))
+    for key in sorted(OmegaConf.missing_keys(schema)):
+        sound = False
+        problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {key}"))
+    return OmegaConf.to_object(schema) if sound else None
+
+
+def _number_problems(config: DictConfig) -> Sequence[Problem]:
+    if isinstance(config.seed, int) and 0 <= config.seed < 2**32:
+        return ()
+    return (Problem(where="seed", what=f"{config.seed!r} is not an integer from 0 to 2**32 - 1"),)

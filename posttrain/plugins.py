@@ -1,0 +1,165 @@
+"""Builds the plugin manager: the essentials, then every entry point, each loaded in isolation.
+
+A plugin that cannot be loaded is reported and left out; a recipe that needs one of its stages is refused with that
+reason. ``POSTTRAIN_BLOCK_PLUGINS=name,name`` leaves plugins out on purpose.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from posttrain import hookspecs
+from posttrain.errors import PluginFailed
+from posttrain.stage import RECORD_SHAPES, Stage, StageConfig
+from posttrain.version import __version__
+
+GROUP = "posttrain"
+ESSENTIAL = tuple(
+    f"posttrain.{name}" for name in ("sft.plugin", "data.plugin", "model.plugin", "gate.plugin", "runner")
+)
+"""The product's own hook implementations; they cannot be blocked."""
+BUILT_IN = "built in"
+CORE_ORIGIN = f"posttrain {__version__}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInfo:
+    """What ``posttrain list plugins`` shows of one plugin."""
+
+    name: str
+    origin: str
+    """Distribution and version."""
+    state: str
+    """``loaded``, ``blocked`` or ``failed``."""
+    reason: str = ""
+    stages: tuple[str, ...] = ()
+
+
+@dataclass
+class Host:
+    """The plugin manager with what the plugins registered."""
+
+    manager: pluggy.PluginManager
+    stages: dict[str, Stage] = field(default_factory=dict)
+    folders: dict[str, list[Path]] = field(default_factory=dict)
+    plugins: dict[str, PluginInfo] = field(default_factory=dict)
+
+    @property
+    def hook(self) -> Any:
+        """Calls hooks of every loaded plugin."""
+        return self.manager.hook
+
+    def failures(self) -> list[PluginInfo]:
+        """The plugins that could not be loaded."""
+        return [info for info in self.plugins.values() if info.state == "failed"]
+
+    def origin(self, kind: str) -> str:
+        """What brings a kind of stage, with its version: posttrain itself, or a plugin and its distribution."""
+        info = next(info for info in self.plugins.values() if kind in info.stages)
+        return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
+
+
+def load(entries: Iterable[EntryPoint] | None = None) -> Host:
+    """A fresh host with the essentials and every plugin found among the installed distributions."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    host = Host(manager)
+    for module in ESSENTIAL:
+        _register(host, module.removeprefix("posttrain."), BUILT_IN, importlib.import_module(module))
+    blocked = {name.strip() for name in os.environ.get("POSTTRAIN_BLOCK_PLUGINS", "").split(",")}
+    found = entry_points(group=GROUP) if entries is None else entries
+    for entry in sorted(found, key=lambda e: e.name):
+        _load_entry(host, entry, blocked)
+    return host
+
+
+def _load_entry(host: Host, entry: EntryPoint, blocked: set[str]) -> None:
+    origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    if entry.name in blocked:
+        host.plugins[entry.name] = PluginInfo(name=entry.name, origin=origin, state="blocked")
+        return
+    if entry.name in host.plugins:
+        _fail(host, f"{entry.name} from {origin}", origin, f"the name {entry.name!r} is taken")
+        return
+    try:
+        plugin = entry.load()
+    except BaseException as error:  # whatever a foreign module does while it is imported
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        _fail(host, entry.name, origin, f"{type(error).__name__}: {error}")
+        return
+    _register(host, entry.name, origin, plugin)
+
+
+def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -> None:
+    """Register one plugin whole or not at all."""
+    try:
+        _check_api(plugin)
+        host.manager.register(plugin, name)
+        _check_hook_names(host.manager, plugin)
+        stages = _ask(host.manager, plugin, "register_stages")
+        folders = _ask(host.manager, plugin, "register_config")
+        for stage in stages:
+            _check_stage(host, stage)
+        if not all(isinstance(folder, Path) for folder in folders):
+            raise PluginFailed("register_config must return paths")
+    except Exception as error:
+        if host.manager.has_plugin(name):
+            host.manager.unregister(name=name)
+        _fail(host, name, origin, str(error) or type(error).__name__)
+        return
+    host.stages |= {stage.name: stage for stage in stages}
+    host.folders[name] = folders
+    host.plugins[name] = PluginInfo(
+        name=name, origin=origin, state="loaded", stages=tuple(stage.name for stage in stages)
+    )
+
+
+def _fail(host: Host, name: str, origin: str, reason: str) -> None:
+    host.plugins[name] = PluginInfo(name=name, origin=origin, state="failed", reason=reason)
+
+
+def _ask(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Any]:
+    """One plugin's answer to a collecting hook."""
+    others = [other for other in manager.get_plugins() if other is not plugin]
+    answers = manager.subset_hook_caller(hook, others).__call__()
+    return [item for answer in answers for item in answer]
+
+
+def _check_api(plugin: object) -> None:
+    wanted = getattr(plugin, "POSTTRAIN_API", hookspecs.API_VERSION)
+    if wanted != hookspecs.API_VERSION:
+        raise PluginFailed(f"it is written for plugin API {wanted}; this posttrain has {hookspecs.API_VERSION}")
+
+
+def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Refuse hook implementations that no specification knows: pluggy alone would never call them."""
+    for caller in manager.get_hookcallers(plugin) or []:
+        if not caller.has_spec():
+            implementation = next(impl for impl in caller.get_hookimpls() if impl.plugin is plugin)
+            if not implementation.optionalhook:
+                raise PluginFailed(f"unknown hook {caller.name!r}")
+
+
+def _check_stage(host: Host, stage: object) -> None:
+    if not isinstance(stage, Stage):
+        raise PluginFailed(f"register_stages must return Stage objects, not {type(stage).__name__}")
+    if stage.name in host.stages:
+        raise PluginFailed(f"the stage {stage.name!r} is already registered by {host.origin(stage.name)}")
+    if not (isinstance(stage.config, type) and issubclass(stage.config, StageConfig)):
+        raise PluginFailed(f"the config of stage {stage.name!r} must be a dataclass that inherits from StageConfig")
+    if stage.parent not in ("base", "sft"):
+        raise PluginFailed(f"the parent of stage {stage.name!r} must be 'base' or 'sft', not {stage.parent!r}")
+    if stage.records not in RECORD_SHAPES:
+        raise PluginFailed(f"stage {stage.name!r} asks for {stage.records!r}; shapes are {', '.join(RECORD_SHAPES)}")
+    if stage.run.count(":") != 1:
+        raise PluginFailed(f"run of stage {stage.name!r} must read 'package.module:function', not {stage.run!r}")

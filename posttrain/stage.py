@@ -1,0 +1,113 @@
+"""The contract of a stage: what a plugin declares, what it is configured with, what it is handed.
+
+Nothing here imports torch, so that stages can be listed and planned at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from posttrain.config.schema import MISSING, StageConfig, from_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from posttrain.artifact import ModelSource
+    from posttrain.data.chat import ChatRenderer
+
+__all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"]
+
+RECORD_SHAPES = ("conversations", "preferences")
+"""The shapes of prepared records that a stage can ask for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A kind of stage, as a plugin registers it."""
+
+    name: str
+    """Name of the kind, such as ``dpo``: the option of the group ``stage``."""
+    summary: str
+    """One line for ``posttrain list``."""
+    config: type[StageConfig]
+    """Dataclass that is schema, default and help of the stage's settings."""
+    run: str
+    """``package.module:function``, imported when the stage starts; called with a StageContext."""
+    parent: str
+    """What the stage is stacked on: ``base`` or ``sft``."""
+    records: str
+    """One of RECORD_SHAPES."""
+
+
+class Progress(Protocol):
+    """Where a stage reports its steps; display, metrics.jsonl and trackers hang on it."""
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Announce how many optimizer steps the stage takes and how many a checkpoint already holds."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report optimizer step ``step`` (from 1). ``tokens`` in metrics counts the step's tokens."""
+
+    def note(self, text: str) -> None:
+        """Show one line to the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """Everything that a stage's ``run`` may use. It leaves its result in ``output`` through ``save``."""
+
+    name: str
+    """Name of the stage's node in the recipe."""
+    config: Any
+    """The stage's typed settings: an instance of its config dataclass."""
+    parent: ModelSource
+    """The verified weights to start from."""
+    records: Sequence[Any]
+    """Prepared records: Conversation or Preference, as the stage asked for."""
+    seed: int
+    """Seeds everything random in the stage."""
+    dtype: str
+    """``float32`` or ``bfloat16``."""
+    progress: Progress
+    stop_requested: Callable[[], bool]
+    """Whether the user or the scheduler asked to stop: save a checkpoint and raise Interrupted."""
+    checkpoints: Path
+    """Folder for what resuming needs; kept until the stage is promoted."""
+    output: Path
+    """Empty folder for the result."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Deterministic figures for the manifest (token counts, final loss): filled in by ``run``."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The parent's tokenizer with its pinned chat template."""
+        from posttrain.model.loading import load_tokenizer
+
+        return load_tokenizer(self.parent)
+
+    def renderer(self) -> ChatRenderer:
+        """Turns conversations into token ids with the mask of trained tokens."""
+        from posttrain.data.chat import ChatRenderer
+
+        return ChatRenderer(self.tokenizer())
+
+    def policy(self) -> PreTrainedModel | Any:
+        """The parent's model, ready to train: its adapter (named ``default``) trainable, or all weights."""
+        from posttrain.model.loading import load_trainable
+
+        return load_trainable(self.parent, dtype=self.dtype)
+
+    def device(self) -> torch.device:
+        """The device that the stage trains on."""
+        from posttrain.model.loading import default_device
+
+        return default_device()
+
+    def save(self, model: Any) -> None:
+        """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``."""
+        from posttrain.model.saving import save_model
+
+        save_model(model, self.parent, self.output, self.dtype)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import sys
+import types
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from posttrain import plugins
+from posttrain.hookspecs import hookimpl
+from posttrain.stage import Stage, StageConfig
+
+
+def entry(name: str, monkeypatch: pytest.MonkeyPatch, **members: Any) -> EntryPoint:
+    """An entry point to a module made of ``members``."""
+    module = types.ModuleType(f"plugin_{name}")
+    for key, value in members.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return EntryPoint(name=name, value=module.__name__, group=plugins.GROUP)
+
+
+def stage(name: str = "mine", **settings: Any) -> Stage:
+    values: dict[str, Any] = {
+        "name": name,
+        "summary": "a stage",
+        "config": StageConfig,
+        "run": "package.module:run",
+        "parent": "sft",
+        "records": "preferences",
+    }
+    return Stage(**{**values, **settings})
+
+
+def registering(*stages: Any) -> Any:
+    @hookimpl
+    def register_stages() -> Any:
+        return list(stages)
+
+    return register_stages
+
+
+def test_first_party_stages_are_found_by_their_entry_points() -> None:
+    host = plugins.load()
+    assert {"sft", "dpo"} <= set(host.stages)
+    assert not host.failures()
+
+
+def test_a_third_party_stage_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = plugins.load([entry("mine", monkeypatch, register_stages=registering(stage()))])
+    assert host.stages["mine"].summary == "a stage"
+    assert host.plugins["mine"].stages == ("mine",)
+
+
+def bad_plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[EntryPoint, str]]:
+    @hookimpl
+    def register_stage() -> Any:
+        return []
+
+    @hookimpl
+    def step_logged(stage: str, stepp: int) -> None: ...
+
+    @hookimpl
+    def register_stages() -> Any:
+        raise RuntimeError("out of order")
+
+    class NoConfig:
+        pass
+
+    return {
+        "absent": (EntryPoint(name="absent", value="no_such_module", group=plugins.GROUP), "No module named"),
+        "misspelt": (entry("misspelt", monkeypatch, register_stage=register_stage), "unknown hook 'register_stage'"),
+        "arguments": (entry("arguments", monkeypatch, step_logged=step_logged), "stepp"),
+        "raising": (entry("raising", monkeypatch, register_stages=register_stages), "out of order"),
+        "future": (entry("future", monkeypatch, POSTTRAIN_API=99), "plugin API 99"),
+        "taken": (entry("taken", monkeypatch, register_stages=registering(stage("sft"))), "already registered"),
+        "wrong": (entry("wrong", monkeypatch, register_stages=registering("sft")), "must return Stage objects"),
+        "config": (entry("config", monkeypatch, register_stages=registering(stage(config=NoConfig))), "StageConfig"),
+        "parent": (
+            entry("parent", monkeypatch, register_stages=registering(stage(parent="x"))),
+            "must be 'base' or 'sft'",
+        ),
+        "records": (entry("records", monkeypatch, register_stages=registering(stage(records="x"))), "asks for 'x'"),
+        "run": (entry("run", monkeypatch, register_stages=registering(stage(run="x"))), "package.module:function"),
+    }
+
+
+def test_each_broken_plugin_is_named_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = bad_plugins(monkeypatch)
+    good = entry("good", monkeypatch, register_stages=registering(stage("good")))
+    host = plugins.load([*(found for found, _ in bad.values()), good])
+    for name, (_, reason) in bad.items():
+        assert host.plugins[name].state == "failed"
+        assert reason in host.plugins[name].reason
+        assert not host.manager.has_plugin(name)
+    assert host.plugins["good"].state == "loaded"
+    assert set(host.stages) == {"sft", "good"}
+
+
+def test_a_plugin_that_exits_while_it_is_imported_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exiting:
+        def load(self) -> None:
+            sys.exit(1)
+
+        name, value, dist = "exiting", "exiting", None
+
+    host = plugins.load([Exiting()])  # type: ignore[list-item]
+    assert "SystemExit" in host.plugins["exiting"].reason
+
+
+def test_blocked_plugins_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_BLOCK_PLUGINS", "absent, other")
+    host = plugins.load([EntryPoint(name="absent", value="no_such_module", group=plugins.GROUP)])
+    assert host.plugins["absent"].state == "blocked"
+
+
+def test_essentials_cannot_be_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTTRAIN_BLOCK_PLUGINS", "sft.plugin,gate.plugin")
+    assert "sft" in plugins.load([]).stages
+
+
+def test_one_plugin_cannot_take_the_name_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = entry("same", monkeypatch, register_stages=registering(stage("one")))
+    second = EntryPoint(name="same", value="posttrain_preference", group=plugins.GROUP)
+    host = plugins.load([first, second])
+    assert host.plugins["same"].stages == ("one",)
+    assert [info.reason for info in host.failures()] == ["the name 'same' is taken"]
