@@ -1,0 +1,32 @@
+"""Records as the stages see them, whatever shape their file had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+"""``{"role": "user", "content": "..."}`` and whatever else the chat template reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """A chat whose assistant turns are trained."""
+
+    messages: tuple[Message, ...]
+    where: str
+    """``file:line`` (JSONL) or ``file[index]``, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """A prompt with a preferred and a rejected answer."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    where: str
+
+
+Record = Conversation | Preference

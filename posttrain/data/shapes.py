@@ -1,0 +1,186 @@
+"""The shapes that records have in files, recognised by their keys and converted to what the stages see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from posttrain.config.schema import Format
+from posttrain.data.records import Conversation, Message, Preference, Record
+from posttrain.data.turns import check_order, checked_text, refuse, turn, turns
+
+Row = Mapping[str, Any]
+
+SHAPES = {
+    Format.messages: "messages (role, content), or conversations with the same",
+    Format.prompt_completion: "prompt, completion",
+    Format.alpaca: "instruction, output [, input, system, history]",
+    Format.sharegpt: "conversations (from, value) [, system]",
+    Format.preference: "chosen, rejected [, prompt | conversations | messages | instruction, input]",
+}
+"""The keys of each shape."""
+
+
+def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
+    """Convert one row.
+
+    Args:
+        row: Keys and values of the record; null counts as absent.
+        form: Its shape, or ``auto`` to recognise it.
+        shape: What the stage needs: ``conversations`` or ``preferences``.
+        where: ``file:line``, for errors and for the record.
+
+    Raises:
+        BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
+    """
+    known = recognise(row, where) if form is Format.auto else form
+    if (known is Format.preference) != (shape == "preferences"):
+        what = f"the record has the shape {known.value}, but the stage needs {shape}"
+        refuse(where, what, f"Known for {shape}: {_listed(shape)}")
+    if known is not Format.preference:
+        _refuse_labelled(row, where)
+    return CONVERTERS[known](row, where)
+
+
+def recognise(row: Row, where: str) -> Format:
+    """The shape of a row, from the keys it has."""
+    keys = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= keys:
+        return Format.preference
+    if "messages" in keys:
+        return Format.messages
+    if "conversations" in keys:
+        return Format.sharegpt if _says_from(row["conversations"]) else Format.messages
+    if {"prompt", "completion"} <= keys:
+        return Format.prompt_completion
+    if {"instruction", "output"} <= keys:
+        return Format.alpaca
+    seen = ", ".join(f"{key} (null)" if row[key] is None else str(key) for key in row) or "none"
+    shapes = "; ".join(SHAPES.values())
+    refuse(where, f"unknown shape of record; its keys: {seen}", f"Known: {shapes}. Rename keys with columns")
+
+
+def _listed(shape: str) -> str:
+    return "; ".join(keys for form, keys in SHAPES.items() if (form is Format.preference) == (shape == "preferences"))
+
+
+def _refuse_labelled(row: Row, where: str) -> None:
+    # Feedback data marks bad answers with label: false; trained as conversations they would be taught.
+    if row.get("label") is False:
+        what = "label is false: the answer was judged bad, and training on conversations would teach it"
+        refuse(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
+
+
+def _says_from(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
+
+
+def _messages(row: Row, where: str) -> Conversation:
+    name = "messages" if row.get("messages") is not None else "conversations"
+    return _conversation(turns(row.get(name), where, name), where)
+
+
+def _sharegpt(row: Row, where: str) -> Conversation:
+    return _conversation(_system(row, where) + turns(row.get("conversations"), where, "conversations"), where)
+
+
+def _prompt_completion(row: Row, where: str) -> Conversation:
+    prompt = _said(row.get("prompt"), "user", where, "prompt")
+    completion = _said(row.get("completion"), "assistant", where, "completion")
+    if any(message["role"] == "assistant" for message in prompt):
+        refuse(where, "prompt holds an assistant turn", "Use messages, in which every assistant turn is trained")
+    return _conversation(prompt + completion, where)
+
+
+def _alpaca(row: Row, where: str) -> Conversation:
+    answer = turn("assistant", row.get("output"), where, "output")
+    return _conversation([*_alpaca_prompt(row, where), answer], where)
+
+
+def _preference(row: Row, where: str) -> Preference:
+    chosen = _said(row.get("chosen"), "assistant", where, "chosen")
+    rejected = _said(row.get("rejected"), "assistant", where, "rejected")
+    prompt = _explicit_prompt(row, where)
+    shared = _shared_prefix(chosen, rejected)
+    if shared and prompt and shared[-len(prompt) :] != prompt:
+        refuse(where, "prompt is not the beginning that chosen and rejected share", "Keep one of the two prompts")
+    prompt = shared or prompt
+    if not prompt:
+        what = "there is no prompt, and chosen and rejected do not begin with the same turns"
+        refuse(where, what, "Add prompt, or put the whole conversation into both")
+    for name, side in (("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])):
+        if [message["role"] for message in side] != ["assistant"]:
+            refuse(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
+        check_order([*prompt, *side], where)
+    if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
+        refuse(where, "chosen and rejected are the same", "Remove the record")
+    return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where)
+
+
+CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
+    Format.messages: _messages,
+    Format.prompt_completion: _prompt_completion,
+    Format.alpaca: _alpaca,
+    Format.sharegpt: _sharegpt,
+    Format.preference: _preference,
+}
+"""How a row of each shape becomes a record."""
+
+
+def _conversation(messages: list[Message], where: str) -> Conversation:
+    check_order(messages, where)
+    if not any(message["role"] == "assistant" for message in messages):
+        refuse(where, "the conversation has no assistant turn, so nothing in it can be trained")
+    return Conversation(messages=tuple(messages), where=where)
+
+
+def _said(value: Any, role: str, where: str, name: str) -> list[Message]:
+    """Text said by ``role``, or messages that name their roles."""
+    if isinstance(value, Mapping | list):
+        return turns(value, where, name)
+    return [turn(role, value, where, name)]
+
+
+def _explicit_prompt(row: Row, where: str) -> list[Message]:
+    """The prompt of a preference that stands beside the two answers; empty when they hold it themselves."""
+    if row.get("prompt") is not None:
+        return _said(row["prompt"], "user", where, "prompt")
+    if row.get("conversations") is not None:
+        return _system(row, where) + turns(row["conversations"], where, "conversations")
+    if row.get("instruction") is not None:
+        return _alpaca_prompt(row, where)
+    if row.get("messages") is not None:
+        return turns(row["messages"], where, "messages")
+    return []
+
+
+def _alpaca_prompt(row: Row, where: str) -> list[Message]:
+    messages = _system(row, where)
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        refuse(where, "history must be a list of [question, answer]")
+    for number, (question, answer) in enumerate(history, start=1):
+        messages.append(turn("user", question, where, f"question {number} of history"))
+        messages.append(turn("assistant", answer, where, f"answer {number} of history"))
+    asked = [checked_text(row.get("instruction"), where, "instruction")]
+    if row.get("input") not in (None, ""):
+        asked.append(checked_text(row["input"], where, "input"))
+    return [*messages, {"role": "user", "content": "\n".join(asked)}]
+
+
+def _system(row: Row, where: str) -> list[Message]:
+    return [turn("system", row["system"], where, "system")] if row.get("system") not in (None, "") else []
+
+
+def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """The turns before the last that both sides begin with."""
+    count = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        count += 1
+    return chosen[:count]
+
+
+def _roles(messages: list[Message]) -> str:
+    return ", ".join(message["role"] for message in messages) or "none"

@@ -1,0 +1,103 @@
+"""The turns of a conversation: one dialect for all files, and the rules that every conversation keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from posttrain.data.records import Message
+from posttrain.errors import BadInput, Problem, suggest
+
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles that a message can have."""
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""What ShareGPT files call the roles in ``from``."""
+
+_FOLLOWS = {
+    "system": ("start",),
+    "user": ("start", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+def turn(role: str, content: Any, where: str, name: str) -> Message:
+    """One message; raises BadInput unless ``content`` is text."""
+    return {"role": role, "content": checked_text(content, where, name)}
+
+
+def turns(value: Any, where: str, name: str) -> list[Message]:
+    """The messages in ``value``: one message or a list of them, as role/content or as ShareGPT's from/value.
+
+    ``name`` is the key of the record that holds them, for errors, which count turns from 1.
+    """
+    listed = [value] if isinstance(value, Mapping) else value
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+        refuse(where, f"{name} must be a list of messages, not {_shown(value)}")
+    return [_message(entry, where, f"turn {number} of {name}") for number, entry in enumerate(listed, start=1)]
+
+
+def check_order(messages: Sequence[Message], where: str) -> None:
+    """Refuse turns out of order: a system turn only first, then user and assistant in turn, tools after assistant."""
+    last = "start"
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if last not in _FOLLOWS[role]:
+            after = "begins the conversation" if last == "start" else f"follows {last}"
+            refuse(where, f"turn {number} ({role}) {after}", "Turns alternate: [system,] user, assistant, user, ...")
+        last = role
+
+
+def checked_text(content: Any, where: str, name: str) -> str:
+    """``content`` if it is text with something in it that UTF-8 can hold; raises BadInput otherwise."""
+    if not isinstance(content, str):
+        refuse(where, f"{name}: content must be a string, not {_shown(content)}")
+    if not content.strip():
+        refuse(where, f"{name}: content is empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        refuse(where, f"{name}: content holds half of a surrogate pair, which is no character")
+    return content
+
+
+def refuse(where: str, what: str, fix: str = "") -> NoReturn:
+    """Raise BadInput with one problem."""
+    raise BadInput(Problem(where=where, what=what, fix=fix))
+
+
+def _message(entry: Any, where: str, name: str) -> Message:
+    if not isinstance(entry, Mapping):
+        refuse(where, f"{name} must be an object with role and content, not {_shown(entry)}")
+    # Parquet gives every message all keys that any message has; an absent one reads as null.
+    extra = {key: value for key, value in entry.items() if value is not None}
+    if "from" in entry and "role" not in entry:
+        role = _known_role(extra.pop("from", None), SHAREGPT_ROLES, where, name)
+        return {**turn(SHAREGPT_ROLES[role], extra.pop("value", None), where, f"{name} ({role})"), **extra}
+    role = _known_role(extra.pop("role", None), ROLES, where, name)
+    return {**turn(role, extra.pop("content", None), where, f"{name} ({role})"), **extra}
+
+
+def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str, name: str) -> str:
+    if isinstance(role, str) and role in known:
+        return role
+    meant = SHAREGPT_ROLES.get(str(role).lower())
+    options = ", ".join(known)
+    fix = f"Did you mean {meant}? Roles: {options}" if meant else suggest(str(role), known)
+    refuse(where, f"{name} has no role" if role is None else f"{name}: role {role!r} is unknown", fix)
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,154 @@
+"""Packing: nothing is lost, split or asked across a border, and hardly a slot stays empty."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.data.chat import Rendered
+from posttrain.data.packing import Packing, best_fit, pack
+from posttrain.errors import BadInput
+
+
+def document(ids: list[int], mask: list[bool]) -> Rendered:
+    return Rendered(ids, mask, "")
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> list[Rendered]:
+    """Documents whose tokens are all different, so that each can be found again."""
+    masks = draw(st.lists(st.lists(st.booleans(), max_size=24), min_size=1, max_size=30))
+    made, first = [], 1
+    for mask in masks:
+        made.append(document(list(range(first, first + len(mask))), mask))
+        first += len(mask)
+    return made
+
+
+def packed_documents(packing: Packing) -> list[tuple[list[int], list[bool]]]:
+    found = []
+    for row in packing.rows:
+        for start, end in zip(row.cu_seqlens(), row.cu_seqlens()[1:], strict=False):
+            found.append((row.input_ids[start:end].tolist(), row.mask[start:end].tolist()))
+    return sorted(found)
+
+
+def expected_documents(given: list[Rendered], length: int) -> list[tuple[list[int], list[bool]]]:
+    cut = [(d.ids[:length], [False, *d.mask[1:length]][: len(d.ids)]) for d in given]
+    return sorted((ids, mask) for ids, mask in cut if any(mask))
+
+
+@given(documents(), st.integers(2, 30), st.booleans())
+def test_every_token_of_every_kept_document_once_and_in_order(given: list[Rendered], length: int, on: bool) -> None:
+    expected = expected_documents(given, length)
+    if not expected:
+        with pytest.raises(BadInput, match=f"no trained token in {len(given)} records"):
+            pack(given, length, packing=on)
+        return
+    packing = pack(given, length, packing=on)
+    assert packed_documents(packing) == expected
+    assert all(len(row.input_ids) == len(row.mask) == sum(row.lengths) <= length for row in packing.rows)
+
+
+@given(documents(), st.integers(2, 30), st.booleans())
+def test_counts_add_up(given: list[Rendered], length: int, on: bool) -> None:
+    kept = expected_documents(given, length)
+    if not kept:
+        return
+    counts = pack(given, length, packing=on).counts
+    assert counts.documents == len(given) == counts.packed + counts.untrained
+    assert counts.packed == len(kept)
+    assert counts.tokens == sum(len(ids) for ids, _ in kept)
+    assert counts.trained_tokens == sum(sum(mask) for _, mask in kept)
+    whole = {d.ids[0]: len(d.ids) for d in given if d.ids}
+    assert counts.truncated == sum(whole[ids[0]] > length for ids, _ in kept)
+    assert counts.cut_tokens == sum(whole[ids[0]] - len(ids) for ids, _ in kept)
+    assert counts.fill == counts.tokens / (counts.rows * length)
+
+
+@given(documents(), st.integers(2, 30))
+def test_targets_are_the_next_token_of_the_same_document_if_it_is_trained(given: list[Rendered], length: int) -> None:
+    if not expected_documents(given, length):
+        return
+    packing = pack(given, length)
+    source = {token: (d, place) for d in given for place, token in enumerate(d.ids)}
+    asked = 0
+    for row in packing.rows:
+        targets, positions = row.targets(), row.position_ids()
+        for t, token in enumerate(row.input_ids.tolist()):
+            origin, place = source[token]
+            assert positions[t] == place
+            following = place + 1
+            trained = following < min(len(origin.ids), length) and origin.mask[following]
+            assert targets[t] == (origin.ids[following] if trained else -100)
+            asked += trained
+    assert asked == packing.counts.trained_tokens
+
+
+def test_a_row_looks_as_drawn() -> None:
+    given = [document([11, 12, 13], [True, False, True]), document([21, 22], [False, True])]
+    (row,) = pack(given, 8).rows
+    assert row.input_ids.tolist() == [11, 12, 13, 21, 22]
+    assert row.targets().tolist() == [-100, 13, -100, 22, -100]
+    assert row.targets(ignore_index=-1).tolist() == [-1, 13, -1, 22, -1]
+    assert row.position_ids().tolist() == [0, 1, 2, 0, 1]
+    assert row.cu_seqlens().tolist() == [0, 3, 5]
+    assert [str(array.dtype) for array in (row.input_ids, row.mask, row.cu_seqlens())] == ["int32", "bool", "int32"]
+
+
+def test_documents_without_a_trained_token_are_counted_and_left_out() -> None:
+    given = [
+        document([1, 2], [False, True]),
+        document([3, 4], [False, False]),
+        document([5, 6], [True, False]),  # nothing predicts a first token
+        document([7, 8, 9], [False, False, True]),  # its answer is cut off
+        document([], []),
+    ]
+    packing = pack(given, 2)
+    assert packed_documents(packing) == [([1, 2], [False, True])]
+    assert (packing.counts.untrained, packing.counts.truncated, packing.counts.packed) == (4, 0, 1)
+
+
+def test_nothing_to_train_names_the_length_that_cut_it_off() -> None:
+    with pytest.raises(BadInput, match=r"(?s)no trained token in 1 records.*longest has 3 tokens.*above 2"):
+        pack([document([7, 8, 9], [False, False, True])], 2)
+    with pytest.raises(BadInput, match="no trained token in 0 records"):
+        pack([], 8)
+
+
+def test_without_packing_every_document_has_its_own_row_in_order() -> None:
+    given = [document([n, n + 1], [False, True]) for n in (10, 30, 20)]
+    rows = pack(given, 8, packing=False).rows
+    assert [row.input_ids.tolist() for row in rows] == [[10, 11], [30, 31], [20, 21]]
+
+
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 40))
+def test_best_fit_takes_the_fullest_bin_that_fits(lengths: list[int], capacity: int) -> None:
+    spaces: list[int] = []  # the same rule, tried bin by bin
+    for length in sorted(lengths, reverse=True):
+        fitting = [number for number, space in enumerate(spaces) if space >= length]
+        if fitting:
+            spaces[min(fitting, key=lambda number: spaces[number])] -= length
+        else:
+            spaces.append(capacity - length)
+    bins = best_fit(lengths, capacity)
+    assert sorted(index for group in bins for index in group) == list(range(len(lengths)))
+    assert sorted(capacity - sum(lengths[index] for index in group) for group in bins) == sorted(spaces)
+    assert bins == best_fit(lengths, capacity)
+
+
+def test_chat_like_lengths_fill_the_slots() -> None:
+    lengths = np.random.default_rng(0).lognormal(6.0, 0.9, 20_000).astype(int).clip(8, 4096).tolist()
+    assert sum(lengths) / (len(best_fit(lengths, 4096)) * 4096) >= 0.995
+
+
+def test_a_million_lengths_take_seconds() -> None:
+    lengths = np.random.default_rng(0).lognormal(6.0, 0.9, 1_000_000).astype(int).clip(8, 4096).tolist()
+    began = time.process_time()
+    bins = best_fit(lengths, 4096)
+    assert time.process_time() - began < 15
+    assert sum(map(len, bins)) == len(lengths)
