@@ -1,0 +1,237 @@
+"""Finding the base model: a directory or a hub repository, checked and hashed before anything is loaded.
+
+Nothing here imports torch or transformers, so that a plan can name the exact bytes it will start from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import ModelSource, digest_of, file_digests
+from posttrain.config.schema import ModelConfig
+from posttrain.errors import BadInput, Problem, nearest
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+)
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+REFUSED_KEYS = {
+    "auto_map": "runs Python code from the model's repository",
+    "_attn_implementation_internal": "can load code by name",
+    "quantization_config": "holds quantised weights, which cannot be trained",
+}
+HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
+
+
+def resolve_base(model: ModelConfig) -> ModelSource:
+    """The base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
+
+    Raises BadInput when it is missing, damaged, pickled, brings code, or has no chat template.
+    """
+    folder = _folder(model)
+    weights = weight_files(folder)
+    _check_configs(folder)
+    template = _chat_template(model, folder)
+    model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
+    tokenizer = file_digests(_present(folder, TOKENIZER_FILES))
+    return ModelSource(
+        name="base",
+        model=folder,
+        adapter=None,
+        tokenizer=folder,
+        chat_template=template,
+        digest=digest_of({"model": model_digest, "tokenizer": tokenizer, "chat_template": template}),
+        base=model.path,
+        model_digest=model_digest,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights in ``folder``, in order; each has a sound header.
+
+    Raises BadInput when there are none, a shard is missing, or a file is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / WEIGHTS_INDEX).is_file():
+        files = _shards(folder)
+    else:
+        raise BadInput(_no_weights(folder))
+    for path in files:
+        _check_header(path)
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``; raises BadInput when it is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(Problem(where=str(path), what="the file is missing", fix="Copy the model again")) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
+    if not isinstance(value, dict):
+        raise BadInput(Problem(where=str(path), what="it is damaged: no JSON object", fix="Copy the model again"))
+    return value
+
+
+def missing_folder(model: ModelConfig) -> Problem | None:
+    """What is wrong with a path that is no directory and cannot be a hub name."""
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        return None
+    if local.exists():
+        return Problem(where="model.path", what=f"{model.path} is a file", fix="Give the directory it is in")
+    if _looks_local(model.path):
+        return Problem(where="model.path", what=f"there is no directory {local}", fix=_sibling(local))
+    return None
+
+
+def _folder(model: ModelConfig) -> Path:
+    problem = missing_folder(model)
+    if problem is not None:
+        raise BadInput(problem)
+    local = Path(model.path).expanduser()
+    return local.resolve() if local.is_dir() else _download(model)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether ``path`` cannot be, or is unlikely to be, a hub name (``name`` or ``owner/name``)."""
+    parts = Path(path).parts
+    return path.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
+def _sibling(local: Path) -> str:
+    parent = next(folder for folder in local.absolute().parents if folder.is_dir())
+    names = [child.name for child in parent.iterdir() if child.is_dir()]
+    close = nearest(local.name, names)
+    return f"Did you mean {local.parent / close}?" if close else f"Give a directory below {parent}, or a hub name"
+
+
+def _download(model: ModelConfig) -> Path:
+    """The snapshot of a hub repository; without a network, the one that is cached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError) as error:  # every error of the hub's client, and of the network, is one of these
+        revision = f" at {model.revision}" if model.revision else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            Problem(
+                where="model.path",
+                what=f"there is no directory {model.path}, and the hub did not give {model.path}{revision}: {reason}",
+                fix="Check the name, your access (hf auth login) and the network, or give a local directory",
+            )
+        ) from error
+
+
+def _present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS_INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(Problem(where=str(index), what="it names no weights", fix="Copy the model again"))
+    names = sorted({str(name) for name in weight_map.values()})
+    bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if bad:
+        raise BadInput(Problem(where=str(index), what=f"it names files that are missing: {', '.join(bad)}"))
+    return [folder / name for name in names]
+
+
+def _no_weights(folder: Path) -> Problem:
+    if (folder / "adapter_config.json").is_file():
+        return Problem(
+            where="model.path",
+            what=f"{folder} is an adapter, not a base model",
+            fix="Give the model that it was trained on",
+        )
+    if pickled := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
+        return Problem(
+            where="model.path",
+            what=f"{folder} holds only pickled weights ({pickled[0]}), and unpickling runs code",
+            fix="Use a revision with safetensors, or convert the weights with safetensors' own conversion script",
+        )
+    return Problem(where="model.path", what=f"{folder} holds no {WEIGHTS}", fix="Give the directory of a model")
+
+
+def _check_header(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):  # reads the header and compares it with the file's length
+            return
+    except (SafetensorError, OSError) as error:
+        raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
+
+
+def _check_configs(folder: Path) -> None:
+    """Refuse configurations that load code or stand for something other than the weights beside them."""
+    problems = []
+    for name in ("config.json", "tokenizer_config.json"):
+        if name == "config.json" or (folder / name).exists():
+            config = read_json(folder / name)
+            problems += [
+                Problem(
+                    where=str(folder / name), what=f"{key} {why}", fix="Use a model that transformers supports itself"
+                )
+                for key, why in REFUSED_KEYS.items()
+                if config.get(key)
+            ]
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter's base instead, in silence
+        problems.append(Problem(where=str(folder), what="it holds an adapter beside the weights", fix="Move it away"))
+    if problems:
+        raise BadInput(problems)
+
+
+def _chat_template(model: ModelConfig, folder: Path) -> str:
+    if model.chat_template is not None:
+        template = _read_template("model.chat_template", Path(model.chat_template).expanduser())
+    elif (folder / "chat_template.jinja").is_file():
+        template = _read_template("model.path", folder / "chat_template.jinja")
+    else:
+        template = _template_in_config(folder)
+    if not template.strip():
+        raise BadInput(
+            Problem(
+                where="model.chat_template",
+                what=f"the tokenizer of {model.path} has no chat template",
+                fix="Write one, or take that of the chat version of this model, and set model.chat_template=FILE.jinja",
+            )
+        )
+    return template
+
+
+def _read_template(where: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(Problem(where=where, what=f"cannot read the chat template {path}: {error}")) from None
+
+
+def _template_in_config(folder: Path) -> str:
+    """The template inside tokenizer_config.json: a text, or a list of named ones with ``default``."""
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""

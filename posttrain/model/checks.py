@@ -1,0 +1,134 @@
+"""What must be true of a stage's output before it is published. Reads safetensors; loads no model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from posttrain.artifact import ModelSource
+from posttrain.errors import ArtifactDamaged
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
+
+
+def check_output(output: Path, parent: ModelSource) -> None:
+    """Raise ArtifactDamaged when what a stage left in ``output`` is not a sound, changed model.
+
+    Every weight must be finite. An adapter must hold both halves of each pair at its rank, cover every target module,
+    and add something; on a parent's adapter, it must have the same tensors with other values. Full weights must have
+    the parent's tensors with other values.
+    """
+    if (output / "adapter_config.json").exists():
+        _check_adapter(output, parent)
+    else:
+        _check_weights(output, parent)
+
+
+def _check_adapter(output: Path, parent: ModelSource) -> None:
+    with _tensors(output, ADAPTER_WEIGHTS) as tensors:
+        _check_finite(output, tensors)
+        _check_pairs(output, tensors)
+        if not any(torch.count_nonzero(_read(tensors, name)) for name in tensors if ".lora_B." in name):
+            raise ArtifactDamaged(
+                f"{output}: the adapter changes nothing: every lora_B is zero; was the learning rate 0?"
+            )
+        if parent.adapter is not None:
+            with _tensors(parent.adapter, ADAPTER_WEIGHTS) as before:
+                _check_changed(output, tensors, before, parent)
+
+
+def _check_weights(output: Path, parent: ModelSource) -> None:
+    with _tensors(output, "model*.safetensors") as tensors, _tensors(parent.model, "model*.safetensors") as before:
+        _check_finite(output, tensors)
+        _check_changed(output, tensors, before, parent)
+
+
+@contextmanager
+def _tensors(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    """The open file of every tensor in ``folder``, by the tensor's name."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise ArtifactDamaged(f"{folder} holds no weights: {pattern} is missing")
+    with ExitStack() as stack:
+        try:
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        except (SafetensorError, OSError) as error:
+            raise ArtifactDamaged(f"{folder}: the weights cannot be read: {error}") from None
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+
+
+def _read(tensors: dict[str, Any], name: str) -> torch.Tensor:
+    tensor: torch.Tensor = tensors[name].get_tensor(name)
+    return tensor
+
+
+def _check_finite(output: Path, tensors: dict[str, Any]) -> None:
+    if not tensors:
+        raise ArtifactDamaged(f"{output} holds no weights: its safetensors file is empty")
+    for name in tensors:
+        if not torch.isfinite(_read(tensors, name)).all():
+            raise ArtifactDamaged(f"{output}: weight {name} holds NaN or infinity")
+
+
+def _check_pairs(output: Path, tensors: dict[str, Any]) -> None:
+    config = _adapter_config(output)
+    pairs: dict[str, dict[str, list[int]]] = {}
+    for name in tensors:
+        if match := LORA_KEY.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["half"]] = tensors[name].get_slice(name).get_shape()
+    if not pairs:
+        raise ArtifactDamaged(f"{output}: the adapter holds no lora_A and lora_B weights")
+    for module, shapes in pairs.items():
+        if set(shapes) != {"A", "B"}:
+            raise ArtifactDamaged(f"{output}: the adapter holds only lora_{next(iter(shapes))} for {module}")
+        if shapes["A"][0] != shapes["B"][1]:
+            raise ArtifactDamaged(
+                f"{output}: lora_A and lora_B of {module} have ranks {shapes['A'][0]} and {shapes['B'][1]}"
+            )
+        if not config["rank_pattern"] and shapes["A"][0] != config["r"]:
+            raise ArtifactDamaged(
+                f"{output}: {module} has rank {shapes['A'][0]}, adapter_config.json says {config['r']}"
+            )
+    targets = config["target_modules"] if isinstance(config["target_modules"], list) else []
+    for target in targets:
+        if not any(f".{module}".endswith(f".{target}") for module in pairs):
+            raise ArtifactDamaged(f"{output}: the adapter holds no weights for its target module {target}")
+
+
+def _adapter_config(output: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
+        return {
+            "r": config["r"],
+            "target_modules": config["target_modules"],
+            "rank_pattern": config.get("rank_pattern"),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactDamaged(f"{output}: adapter_config.json describes no LoRA adapter: {error!r}") from None
+
+
+def _check_changed(output: Path, after: dict[str, Any], before: dict[str, Any], parent: ModelSource) -> None:
+    # a tied output projection may be stored on one side only
+    differing = sorted(name for name in set(after) ^ set(before) if not name.endswith("lm_head.weight"))
+    if differing:
+        raise ArtifactDamaged(f"{output}: weight {differing[0]} is not in both the result and its parent {parent.name}")
+    same = True
+    for name in sorted(set(after) & set(before)):
+        new, old = _read(after, name), _read(before, name)
+        if new.shape != old.shape:
+            raise ArtifactDamaged(
+                f"{output}: weight {name} has shape {tuple(new.shape)}, its parent's {tuple(old.shape)}"
+            )
+        same = same and torch.equal(new, old.to(new.dtype))
+    if same:
+        raise ArtifactDamaged(
+            f"{output}: training changed nothing: every weight equals {parent.name}'s; was the learning rate 0?"
+        )

@@ -1,0 +1,146 @@
+"""Loading models and tokenizers: from local files only, never with code from a model's repository.
+
+Number formats: with ``bfloat16``, frozen weights are bfloat16, and what is trained is held in float32, because an
+update of relative size 1e-4 is lost when it is added to a bfloat16 weight (8 bits of precision). Adapters are float32
+on a bfloat16 base; full fine-tuning loads the weights in float32 and computes under bfloat16 autocast, which costs the
+same memory as bfloat16 weights beside float32 master copies and needs no copying between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import LoraSettings
+from posttrain.errors import BadInput, Problem, suggest
+
+ADAPTER = "default"
+"""Name of the trained adapter: the only one that trainers copy, save and reload without being told."""
+
+PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+"""Existing tokens that can pad, best first."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer with its pinned chat template and a padding token; its vocabulary is unchanged."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(Problem(where=str(source.tokenizer), what=f"its tokenizer cannot be loaded: {error}")) from error
+    tokenizer.chat_template = source.chat_template
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next((token for token in PADDING if token in vocabulary), tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
+    """The model for inference, in evaluation mode, with its adapter attached if it has one."""
+    model = _load_weights(source, dtype)
+    if source.adapter is not None:
+        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER)
+    return model.eval()
+
+
+def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
+    """The model ready to train: its adapter ``default`` trainable, or else all weights, in float32 either way.
+
+    With full weights and ``bfloat16``, the forward pass has to run under bfloat16 autocast. Raises BadInput when a
+    weight is not finite.
+    """
+    model = _load_weights(source, "float32" if source.adapter is None else dtype)
+    if source.adapter is not None:
+        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER, is_trainable=True)
+    check_finite(model, source)
+    return model
+
+
+def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
+    """``model`` with a fresh LoRA adapter (arXiv:2106.09685) that changes nothing yet, seeded by ``seed``.
+
+    Raises BadInput when a target module does not exist or is the output projection.
+    """
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    if not isinstance(targets, str):
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, adapter_name=ADAPTER)
+
+
+def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
+    """Raise BadInput naming the first weight of ``model`` that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BadInput(
+                Problem(
+                    where=str(source.adapter or source.model),
+                    what=f"weight {name} holds NaN or infinity",
+                    fix="Copy the model again, or use another one",
+                )
+            )
+
+
+def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
+    logging.disable_progress_bar()  # progress is the pipeline's to show, once, in its own form
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.model,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(Problem(where=str(source.model), what=f"the model cannot be loaded: {error}")) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise BadInput(Problem(where=str(source.model), what=f"its weights lack {listed}", fix="Copy the model again"))
+    return model.to(default_device())
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Each target must name a linear layer other than the output projection, by its whole name or its end."""
+    head: Any = model.get_output_embeddings()
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    heads = {name for name, module in model.named_modules() if module is head}
+    options = {name.rpartition(".")[2] for name in linear}
+    problems = []
+    for target in targets:
+        if _matches(target, heads):
+            what = f"{target} is the output projection, which carries no adapter"
+        elif not _matches(target, linear):
+            what = f"no linear layer of the model is called {target}"
+        else:
+            continue
+        problems.append(Problem(where="lora.target_modules", what=what, fix=suggest(target, options)))
+    if problems:
+        raise BadInput(problems)
+
+
+def _matches(target: str, names: set[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)

@@ -1,0 +1,25 @@
+"""What can be said against a plan's base model before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.errors import Problem
+from posttrain.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from posttrain.plan import Plan
+
+
+@hookimpl
+def check_plan(plan: Plan) -> Sequence[Problem]:
+    """A model directory or a chat template that does not exist."""
+    from posttrain.model.base import missing_folder
+
+    problems = [problem for problem in [missing_folder(plan.model)] if problem is not None]
+    template = plan.model.chat_template
+    if template is not None and not Path(template).expanduser().is_file():
+        problems.append(Problem(where="model.chat_template", what=f"there is no file {template}"))
+    return problems

@@ -1,0 +1,80 @@
+"""Writing a trained model so that equal weights give equal bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from posttrain.artifact import ModelSource
+from posttrain.model.base import TOKENIZER_FILES
+from posttrain.model.loading import ADAPTER, DTYPES
+
+SHARD_SIZE = "5GB"
+
+
+def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path, dtype: str) -> None:
+    """Write the adapter ``default`` (in float32) or the full weights (in ``dtype``), and the parent's tokenizer.
+
+    The base under an adapter is recorded as ``parent.base``. Full weights of ``model`` are rounded to ``dtype`` in
+    place, so that the model in memory stays the one on disk.
+    """
+    if isinstance(model, PeftModel):
+        _save_adapter(model, parent, output)
+    else:
+        _save_weights(model, parent, output, dtype)
+    _copy_tokenizer(parent, output)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises when the disk refuses into the OSError that it stands for."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+
+
+def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
+    # peft's own save_pretrained adds a model card and other adapters, asks the hub about the base, orders sets by hash
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with disk_errors(output):
+        save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=_as_json)
+    (output / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    raise TypeError(f"an adapter's configuration holds {value!r}, which JSON has no form for")
+
+
+def _save_weights(model: PreTrainedModel, parent: ModelSource, output: Path, dtype: str) -> None:
+    for parameter in model.parameters():  # not model.to(): that would also round buffers such as rotary frequencies
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    with disk_errors(output):
+        model.save_pretrained(output, max_shard_size=SHARD_SIZE)
+    generation = parent.model / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, output / generation.name)
+
+
+def _copy_tokenizer(parent: ModelSource, output: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (parent.tokenizer / name).is_file():
+            shutil.copyfile(parent.tokenizer / name, output / name)
+    (output / "chat_template.jinja").write_text(parent.chat_template, encoding="utf-8")

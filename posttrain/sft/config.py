@@ -1,0 +1,97 @@
+"""Settings of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.config.schema import LoraSettings, Method
+from posttrain.stage import StageConfig, from_recipe
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on the assistant turns of conversations."""
+
+    data: Any = from_recipe("data")
+    """Training records: a path or hub name, one source, or a list of sources."""
+    method: Method = from_recipe("variant.method")
+    """full trains every weight, lora an adapter."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapter, when the method is lora."""
+    lr: float = from_recipe("variant.sft.lr")
+    """Peak learning rate."""
+    epochs: int = 2
+    """Passes over the records."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps, even within an epoch; the schedule ends there too."""
+    sequence_length: int = 2048
+    """Tokens in a row; a longer conversation is cut."""
+    packing: bool = True
+    """Fill rows with several conversations, which do not see each other."""
+    per_device_batch_size: int = 1
+    """Rows in one forward pass."""
+    gradient_accumulation: int = 16
+    """Forward passes per optimizer step."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = 0.1
+    """Share of the peak learning rate at which the cosine ends."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices (arXiv:1711.05101); norms and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Added to Adam's denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third slower, several times less memory."""
+    checkpoint_steps: int = 50
+    """Save what resuming needs every so many optimizer steps."""
+    loss_chunk: int = 1024
+    """Trained tokens whose logits are held at once."""
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Values outside their range, each as (setting, what is wrong)."""
+        return [*self._counts(), *self._ranges(), *self._lora()]
+
+    def _counts(self) -> Iterator[tuple[str, str]]:
+        for name in ("epochs", "per_device_batch_size", "gradient_accumulation", "checkpoint_steps", "loss_chunk"):
+            if getattr(self, name) < 1:
+                yield name, f"must be at least 1, not {getattr(self, name)}"
+        if self.max_steps is not None and self.max_steps < 1:
+            yield "max_steps", f"must be at least 1, not {self.max_steps}; leave it out to train whole epochs"
+        if self.sequence_length < 2:
+            yield "sequence_length", f"must be at least 2, not {self.sequence_length}: each token predicts the next"
+
+    def _ranges(self) -> Iterator[tuple[str, str]]:
+        infinity = float("inf")
+        for name in ("lr", "weight_decay"):
+            if not 0.0 <= getattr(self, name) < infinity:  # NaN is in no range
+                yield name, f"must be a finite number of at least 0, not {getattr(self, name)}"
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                yield name, f"must be between 0 and 1, not {getattr(self, name)}"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                yield name, f"must be at least 0 and below 1, not {getattr(self, name)}"
+        for name in ("adam_eps", "max_grad_norm"):
+            if not 0.0 < getattr(self, name) < infinity:
+                yield name, f"must be a finite number above 0, not {getattr(self, name)}"
+
+    def _lora(self) -> Iterator[tuple[str, str]]:
+        targets = self.lora.target_modules
+        if self.lora.r < 1:
+            yield "lora.r", f"must be at least 1, not {self.lora.r}"
+        if self.lora.alpha < 1:
+            yield "lora.alpha", f"must be at least 1, not {self.lora.alpha}"
+        if not 0.0 <= self.lora.dropout < 1.0:
+            yield "lora.dropout", f"must be at least 0 and below 1, not {self.lora.dropout}"
+        if targets != ALL_LINEAR and (isinstance(targets, str) or not targets):
+            yield "lora.target_modules", f"must be {ALL_LINEAR} or a list of module names, not {targets!r}"

@@ -1,0 +1,89 @@
+"""Supervised fine-tuning as a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.config.schema import Method
+from posttrain.data.packing import PackedRow, PackingCounts, pack
+from posttrain.errors import BadInput, Problem
+from posttrain.model.loading import check_finite, load_model, new_adapter
+from posttrain.sft.checkpoint import Position
+from posttrain.sft.config import SFTConfig
+from posttrain.sft.loop import Training
+from posttrain.stage import StageContext
+
+
+def run(context: StageContext) -> None:
+    """Render, pack, train, save."""
+    config: SFTConfig = context.config
+    renderer = context.renderer()
+    documents = [renderer.conversation(record) for record in context.records]
+    packing = pack(documents, config.sequence_length, packing=config.packing)
+    model = policy(context)
+    check_vocabulary(packing.rows, model)
+    training = Training(
+        model=model,
+        rows=packing.rows,
+        config=config,
+        seed=context.seed,
+        dtype=context.dtype,
+        progress=context.progress,
+        stop_requested=context.stop_requested,
+        checkpoints=context.checkpoints,
+    )
+    position = training.run()
+    context.metrics.update(figures(training, packing.counts, position))
+    context.save(model)
+
+
+def policy(context: StageContext) -> PreTrainedModel | PeftModel:
+    """The model to train: a fresh adapter, the parent's adapter, or all weights."""
+    if context.config.method is Method.lora and context.parent.adapter is None:
+        base = load_model(context.parent, context.dtype)
+        check_finite(base, context.parent)
+        return new_adapter(base, context.config.lora, context.seed)
+    if context.config.method is Method.full and context.parent.adapter is not None:
+        raise BadInput(
+            Problem(
+                where=f"{context.name}.method",
+                what=f"full fine-tuning cannot start from an adapter ({context.parent.adapter})",
+                fix="Set method=lora, which trains that adapter on, or start from full weights",
+            )
+        )
+    return context.policy()
+
+
+def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftModel) -> None:
+    """Raise BadInput when the tokenizer knows tokens that the model does not."""
+    largest = max(int(row.input_ids.max()) for row in rows)
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise BadInput(
+            Problem(
+                where="model.path",
+                what=f"the tokenizer gives token {largest}, but the model has only {known} embeddings",
+                fix="Use the tokenizer that belongs to the model",
+            )
+        )
+
+
+def figures(training: Training, counts: PackingCounts, position: Position) -> dict[str, int | float]:
+    """What the manifest tells about the training; ``epoch_*`` is one pass over the rows, the others are all steps."""
+    steps = [training.rows[index] for step in training.order for index in step]
+    return {
+        "records": counts.documents,
+        "untrained": counts.untrained,
+        "truncated": counts.truncated,
+        "cut_tokens": counts.cut_tokens,
+        "rows": counts.rows,
+        "epoch_tokens": counts.tokens,
+        "epoch_trained_tokens": counts.trained_tokens,
+        "tokens": sum(len(row.input_ids) for row in steps),
+        "trained_tokens": sum(int(row.mask.sum()) for row in steps),
+        "steps": position.step,
+        "final_loss": position.loss,
+    }

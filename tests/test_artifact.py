@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import artifact
+from posttrain.artifact import digest_of, publish, replace_text, verify
+from posttrain.errors import ArtifactDamaged
+
+
+def draft(folder: Path, name: str = "draft") -> Path:
+    path = folder / name
+    (path / "sub").mkdir(parents=True)
+    (path / "weights.safetensors").write_bytes(bytes(range(256)))
+    (path / "sub" / "config.json").write_text("{}")
+    return path
+
+
+def test_published_artifact_verifies(tmp_path: Path) -> None:
+    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact")
+    again = verify(tmp_path / "artifact")
+    assert again.digest == published.digest
+    assert sorted(again.manifest["files"]) == ["sub/config.json", "weights.safetensors"]
+    assert not (tmp_path / "draft").exists()
+
+
+def test_digest_depends_on_content_and_lineage_alone(tmp_path: Path) -> None:
+    one = publish(draft(tmp_path, "a"), {"parent_digest": "x"}, tmp_path / "one")
+    same = publish(draft(tmp_path, "b"), {"parent_digest": "x"}, tmp_path / "two")
+    other = publish(draft(tmp_path, "c"), {"parent_digest": "y"}, tmp_path / "three")
+    assert one.digest == same.digest != other.digest
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact").path
+    checked = 0
+    for name in ("weights.safetensors", "manifest.json", "sub/config.json"):
+        path = published / name
+        for position in range(0, path.stat().st_size * 8, 5):
+            flip(path, position)
+            with pytest.raises(ArtifactDamaged, match=path.name):
+                verify(published)
+            flip(path, position)
+            checked += 1
+    verify(published)
+    assert checked > 500
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "weights.safetensors").unlink(),
+        lambda path: (path / "extra.json").write_text("{}"),
+        lambda path: (path / "manifest.json").unlink(),
+        lambda path: (path / "manifest.json").write_text("[]"),
+        lambda path: (path / "manifest.json").write_text("{"),
+        lambda path: (path / "weights.safetensors").write_bytes(bytes(range(255))),
+        lambda path: (path / "model.pt").write_bytes(b""),
+        lambda path: (path / "link.json").symlink_to("/etc/hosts"),
+    ],
+    ids=["missing", "extra", "no manifest", "list", "torn", "truncated", "pickle", "link"],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact").path
+    damage(published)
+    with pytest.raises(ArtifactDamaged, match=r"damaged|no manifest|unpickled|link"):
+        verify(published)
+
+
+def test_pickles_are_never_published(tmp_path: Path) -> None:
+    path = draft(tmp_path)
+    (path / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ArtifactDamaged, match="unpickled"):
+        publish(path, {}, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+def fail_nth(monkeypatch: pytest.MonkeyPatch, nth: int) -> list[str]:
+    """Let the nth write, sync or rename fail with a full disk; later ones work again. Returns the operations seen."""
+    seen: list[str] = []
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) == nth:
+                raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, operation)
+
+    wrap(os, "fsync")
+    wrap(Path, "rename")
+    wrap(Path, "replace")
+    wrap(artifact, "write_synced")
+    return seen
+
+
+def test_a_disk_that_fills_at_any_operation_loses_nothing(tmp_path: Path) -> None:
+    earlier = publish(draft(tmp_path, "first"), {"stage": "sft"}, tmp_path / "earlier")
+    failures = 0
+    for nth in range(1, 100):
+        target = tmp_path / f"artifact{nth}"
+        with pytest.MonkeyPatch.context() as patch:
+            seen = fail_nth(patch, nth)
+            try:
+                publish(draft(tmp_path, f"draft{nth}"), {"stage": "dpo"}, target)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                failures += 1
+        assert verify(tmp_path / "earlier").digest == earlier.digest
+        if target.exists():
+            verify(target)  # whole or not at all
+        if len(seen) < nth:
+            break
+    assert failures >= 6
+    assert verify(target)
+
+
+def test_replacing_a_text_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    replace_text(path, "old")
+    for nth in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            fail_nth(patch, nth)
+            with pytest.raises(OSError, match="No space"):
+                replace_text(path, "new")
+        assert path.read_text() in ("old", "new")
+        assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+        replace_text(path, "old")
+
+
+def test_digest_is_that_of_sorted_json() -> None:
+    assert digest_of({"b": 1, "a": [1.5, None]}) == digest_of(json.loads('{"a": [1.5, null], "b": 1}'))
+    with pytest.raises(ValueError, match="Out of range"):
+        digest_of({"loss": float("nan")})
