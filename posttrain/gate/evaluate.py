@@ -1,0 +1,129 @@
+"""Scores every system of a gate: from the cache where it was asked the same before, else by loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from posttrain.gate.cache import ScoreCache, score_key
+from posttrain.gate.fingerprint import library_versions, tokenizer_digest
+from posttrain.gate.harness import PreparedTask, Responder, answer, prepare
+from posttrain.gate.isolation import plain_generation, quiet, seeded
+from posttrain.gate.scorecard import write_scorecard
+from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
+from posttrain.gate.systems import Loading, SharedWeights, by_weights
+
+if TYPE_CHECKING:
+    from posttrain.artifact import ModelSource
+
+Job = tuple[str, str]
+"""A system and a task."""
+
+
+def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
+    """Ask every system of the request the same questions, and write the scorecard.
+
+    Raises BadInput when a task cannot be loaded or compared, ArtifactDamaged when an answer is not finite.
+    """
+    if not request.gate.enabled:
+        return Scorecard(rows=(), higher_is_better={})
+    tokenizer = loading.tokenizer(request.systems["candidate"])
+    with seeded(request.gate.seed):
+        tasks = [prepare(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
+    rows = _Session(request, progress, loading, tokenizer, tasks).score()
+    write_scorecard(request.scorecard, rows)
+    return Scorecard(rows=tuple(rows), higher_is_better={task.name: task.higher_is_better for task in tasks})
+
+
+class _Session:
+    """The scores of one gate while they come together."""
+
+    def __init__(
+        self,
+        request: GateRequest,
+        progress: GateProgress,
+        loading: Loading,
+        tokenizer: object,
+        tasks: Sequence[PreparedTask],
+    ) -> None:
+        self._request, self._progress, self._loading = request, progress, loading
+        self._tokenizer, self._tasks = tokenizer, tasks
+        self._cache = ScoreCache(request.cache)
+        self._keys = self._all_keys()
+        self._rows: dict[str, list[DocumentScore]] = {}
+
+    def score(self) -> list[DocumentScore]:
+        """The rows of every system and task, in the order of the request."""
+        self._read_cache()
+        for group in by_weights(self._unscored()):
+            self._score_group(group)
+        return [
+            replace(row, system=system, task=task)
+            for (system, task), key in self._keys.items()
+            for row in self._rows[key]
+        ]
+
+    def _all_keys(self) -> dict[Job, str]:
+        tokenizer, versions = tokenizer_digest(self._tokenizer), library_versions()
+        gate = self._request.gate
+        return {
+            (system, task.name): score_key(
+                system=source.digest,
+                tokenizer=tokenizer,
+                settings=task.settings,
+                questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
+                seed=gate.seed,
+                batch_size=gate.batch_size,
+                dtype=self._request.dtype,
+                device=self._loading.device,
+                versions=versions,
+            )
+            for system, source in self._request.systems.items()
+            for task in self._tasks
+        }
+
+    def _read_cache(self) -> None:
+        for (system, name), key in self._keys.items():
+            task = self._task(name)
+            try:
+                rows = self._cache.read(key, task.asked, task.filters)
+            except (OSError, ValueError) as error:
+                self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
+                continue
+            if rows is not None:
+                self._rows[key] = rows
+
+    def _unscored(self) -> Mapping[str, ModelSource]:
+        waiting = {system for (system, _), key in self._keys.items() if key not in self._rows}
+        return {name: source for name, source in self._request.systems.items() if name in waiting}
+
+    def _score_group(self, group: Mapping[str, ModelSource]) -> None:
+        """Score systems that share weights, which are loaded here and let go at the end."""
+        with quiet():
+            weights = SharedWeights(group, self._request.dtype, self._loading)
+            for system, source in group.items():
+                with weights.speaking_as(system) as model:
+                    self._score_system(system, source, model)
+
+    def _score_system(self, system: str, source: ModelSource, model: object) -> None:
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        with plain_generation(model, end):
+            responder = Responder(model, self._tokenizer, self._request.gate.batch_size)
+            for task in self._tasks:
+                key = self._keys[system, task.name]
+                if key not in self._rows:
+                    self._rows[key] = self._answers(task, responder, system, source.digest)
+                    self._cache.write(key, self._rows[key])
+
+    def _answers(self, task: PreparedTask, responder: Responder, system: str, digest: str) -> list[DocumentScore]:
+        responder.cut = 0
+        with seeded(self._request.gate.seed):
+            rows = answer(task, responder, system, digest, partial(self._progress.advance, system, task.name))
+        if responder.cut:
+            self._progress.note(f"{responder.cut} prompts of {task.name} did not fit {system} and lost their beginning")
+        return rows
+
+    def _task(self, name: str) -> PreparedTask:
+        return next(task for task in self._tasks if task.name == name)

@@ -1,0 +1,81 @@
+"""Scoring leaves no trace: no output, no random state, no setting of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+CHATTY = ("lm_eval", "datasets", "huggingface_hub", "transformers")
+"""Loggers that say nothing while a gate scores, unless it is an error."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars, logs and warnings of lm_eval and of the libraries under it."""
+    levels = {name: logging.getLogger(name).level for name in CHATTY}
+    bars = transformers.logging.is_progress_bar_enabled(), not datasets.utils.are_progress_bars_disabled()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars[0]:
+            transformers.logging.enable_progress_bar()
+        if bars[1]:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random generators, and give them back as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and give each its mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def plain_generation(model: Any, eos_token_id: int | None) -> Iterator[None]:
+    """Generate as the task says: the model's own generation settings count for its end tokens only."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({end for end in (*ends, eos_token_id) if end is not None})
+    inner.generation_config = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=ends or None)
+    try:
+        yield
+    finally:
+        inner.generation_config = own

@@ -1,0 +1,60 @@
+"""The gate as a plugin: scores by lm-eval, verdict by paired tests. Light: heavy imports wait for the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from posttrain.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from posttrain.errors import Problem
+    from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
+    from posttrain.plan import Plan, Step
+
+
+@hookimpl
+def check_plan(plan: Plan) -> Sequence[Problem]:
+    """What the files of the gates' tasks show to be wrong."""
+    from posttrain.gate.checks import check_tasks
+
+    return [
+        replace(problem, where=f"{step.name}.gate.{problem.where}")
+        for step in plan.steps
+        if step.gate.enabled
+        for problem in check_tasks(step.tasks)
+    ]
+
+
+@hookimpl
+def check_gate(step: Step) -> Sequence[Problem]:
+    """Load the tasks as scoring will: their data must be there, and their metric a mean over documents."""
+    from posttrain.errors import BadInput
+    from posttrain.gate.harness import preflight
+
+    if not step.gate.enabled:
+        return []
+    try:
+        preflight(step.tasks)
+    except BadInput as error:
+        return [replace(problem, where=f"{step.name}.gate.{problem.where}") for problem in error.problems]
+    return []
+
+
+@hookimpl
+def evaluate_artifact(request: GateRequest, progress: GateProgress) -> Scorecard:
+    """Score every system of the request with lm-eval, or from the cache."""
+    from posttrain.gate.evaluate import evaluate
+    from posttrain.gate.systems import Loading
+    from posttrain.model.loading import default_device, load_model, load_tokenizer
+
+    return evaluate(request, progress, Loading(load_model, load_tokenizer, default_device().type))
+
+
+@hookimpl
+def judge_artifact(request: GateRequest, scorecard: Scorecard) -> Verdict:
+    """Judge the candidate by the bounds of its paired differences."""
+    from posttrain.gate.verdict import judge
+
+    return judge(request, scorecard)

@@ -1,0 +1,108 @@
+"""What a gate is asked and what it answers. Nothing here imports torch or lm_eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from posttrain.artifact import ModelSource
+    from posttrain.config.schema import GateConfig, GateTask
+
+State = Literal["pass", "fail", "undecided"]
+Comparator = Literal["base", "parent"]
+
+
+class GateProgress(Protocol):
+    """Where a gate reports while it scores."""
+
+    def note(self, text: str) -> None:
+        """Show one line to the user."""
+
+    def advance(self, system: str, task: str, done: int, total: int) -> None:
+        """Report that ``system`` has answered ``done`` of the ``total`` documents of ``task``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRequest:
+    """One gate to be run."""
+
+    stage: str
+    """Name of the stage whose artifact is judged."""
+    gate: GateConfig
+    tasks: Mapping[str, GateTask]
+    """The gate's tasks, typed and checked, by the name they have in the gate."""
+    systems: Mapping[str, ModelSource]
+    """``base``, ``candidate``, and ``parent`` when the parent is not the base."""
+    dtype: str
+    """``float32`` or ``bfloat16``."""
+    cache: Path
+    """Folder of scores cached by content, shared by all runs below one output root."""
+    scorecard: Path
+    """The scorecard.jsonl to write: one row per system, task, filter and document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentScore:
+    """One document as one system answered it, under one filter of one task."""
+
+    system: str
+    """``base``, ``parent`` or ``candidate``."""
+    digest: str
+    """Content digest of the system."""
+    task: str
+    """Name of the task in the gate."""
+    filter: str
+    doc_id: int
+    """Position in the task's documents; in a group, in the documents of its tasks one after the other."""
+    document_hash: str
+    request_hash: str
+    """SHA-256 over every request of the document: rendered prompts, choices and generation settings."""
+    target_hash: str
+    metrics: Mapping[str, float]
+    """Score per metric of the task, for the metrics that are means over documents."""
+    response: str
+    """What the model answered, or the choice it preferred."""
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorecard:
+    """Every score of one gate."""
+
+    rows: tuple[DocumentScore, ...]
+    higher_is_better: Mapping[str, bool]
+    """Direction of each task's metric, by the task's name in the gate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVerdict:
+    """One task compared with one system. Scores are means over documents; lift is oriented: more is better."""
+
+    task: str
+    metric: str
+    role: str
+    against: Comparator
+    n: int
+    base: float
+    parent: float
+    candidate: float
+    lift: float
+    low: float
+    high: float
+    state: State
+    reason: str
+    """What decided, in words a person understands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a gate says about an artifact."""
+
+    state: State
+    gated: bool
+    """False when the recipe switched the gate off."""
+    tasks: tuple[TaskVerdict, ...]
+    reason: str
