@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posttrain_preference import dpo
+
+from posttrain import Interrupted, StageContext
+
+MakeContext = Callable[..., StageContext]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def progress(context: StageContext) -> Any:
+    return context.progress
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_stopped_stage_goes_on_to_the_same_bytes(make_context: MakeContext, kind: str) -> None:
+    whole = make_context(kind, folder="whole")
+    dpo.run(whole)
+    asked: list[int] = []
+
+    def after_three() -> bool:
+        asked.append(1)
+        return len(asked) >= 3
+
+    stopped = make_context(kind, folder="stopped", stop_requested=after_three)
+    with pytest.raises(Interrupted, match="after step 3"):
+        dpo.run(stopped)
+    assert not list(stopped.output.iterdir())
+    (checkpoint,) = stopped.checkpoints.iterdir()
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+
+    resumed = make_context(kind, folder="stopped")
+    dpo.run(resumed)
+    assert progress(resumed).started == (6, 3)
+    assert list(progress(resumed).steps) == [4, 5, 6]
+    assert content(resumed.output) == content(whole.output)
+    assert resumed.metrics == whole.metrics
+
+
+def test_a_killed_stage_goes_on_from_its_newest_checkpoint(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_context(folder="whole", epochs=3)
+    dpo.run(whole)
+    killed = make_context(folder="killed", epochs=3, checkpoint_steps=2)
+    report = killed.progress.step
+
+    def die(step: int, metrics: Any) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+        report(step, metrics)
+
+    monkeypatch.setattr(killed.progress, "step", die)
+    with pytest.raises(KeyboardInterrupt):
+        dpo.run(killed)
+    (killed.checkpoints / ".draft").mkdir()
+    (killed.checkpoints / ".draft" / "training.safetensors").write_bytes(b"half")
+    assert [path.name for path in killed.checkpoints.glob("step-*")] == ["step-4"]
+
+    resumed = make_context(folder="killed", epochs=3)
+    dpo.run(resumed)
+    assert progress(resumed).started == (9, 4)
+    assert content(resumed.output) == content(whole.output)
+    assert resumed.metrics == whole.metrics
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "trainer_state.json", "sha256.json"])
+def test_a_damaged_checkpoint_is_passed_over(make_context: MakeContext, name: str) -> None:
+    context = make_context(folder="run", max_steps=2, stop_requested=lambda: True)
+    with pytest.raises(Interrupted):
+        dpo.run(context)
+    path = context.checkpoints / "step-1" / name
+    path.write_bytes(path.read_bytes()[:-8])
+    again = make_context(folder="run", max_steps=2)
+    dpo.run(again)
+    assert progress(again).started == (2, 0)
+    assert progress(again).notes == ["checkpoint step-1 is damaged and not used"]
