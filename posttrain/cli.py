@@ -1,0 +1,110 @@
+"""The command line: a dispatcher on the standard library alone, so that help and lists answer at once.
+
+Words that read ``key=value`` go to Hydra: ``posttrain recipe=NAME key=value ...`` runs a recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem, explain, nearest
+
+HELP = """\
+posttrain: post-training of language models in which an evaluation gates every stage
+
+  posttrain recipe=NAME [key=value ...]        run a recipe, or go on with it
+  posttrain plan recipe=NAME [key=value ...]   show what it would do, after checking everything that can be checked
+  posttrain tokens recipe=NAME [...]           show rendered rows, trained tokens in colour
+  posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
+                                               what is available; with a stage's name, its settings
+  posttrain report [RUN]                       print the final table of a run (the newest one below ./runs by default)
+
+  --json             with plan and list: print JSON alone
+  --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4
+  --help, --version
+  eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the tab key
+
+Start here:        posttrain recipe=quickstart
+Exit codes:        0 done, 1 a bug, 2 bad input, 3 a gate refused, 4 a gate could not decide, 5 an artifact is damaged,
+                   6 a plugin failed, 75 interrupted: the same command goes on
+"""
+HYDRA_FLAGS = ("--multirun", "-m", "--config-dir", "-cd", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc",
+               "--experimental-rerun", "--package", "-p", "--resolve", "--hydra-help")  # fmt: skip
+WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs the command and exits with its documented code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe went away, as with "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except PosttrainError as error:
+        code = explain(error)
+    except KeyboardInterrupt:
+        code = explain(Interrupted("stopped by Ctrl-C"))
+    sys.exit(code)
+
+
+def dispatch(words: list[str]) -> int:
+    """Run one command and return its exit code."""
+    if "COMP_LINE" in os.environ and any(word in ("-sc", "--shell-completion") for word in words):
+        from posttrain.commands.completion import complete
+
+        return complete(words)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from posttrain import __version__
+
+        print(f"posttrain {__version__}")
+        return 0
+    command = _command(words[0])
+    return command(words[1:]) if command else _run(words)
+
+
+def _command(word: str) -> Callable[[list[str]], int] | None:
+    """The command of this name; None for a word that belongs to a run."""
+    if word == "list":
+        from posttrain.commands.listing import list_command as command
+    elif word == "plan":
+        from posttrain.commands.planning import plan_command as command
+    elif word == "tokens":
+        from posttrain.commands.tokens import tokens_command as command
+    elif word == "report":
+        from posttrain.commands.reporting import report_command as command
+    elif "=" in word or word.startswith(("-", "~", "+")):
+        return None
+    else:
+        commands = ("list", "plan", "tokens", "report")
+        close = nearest(word, commands)
+        fix = f"Did you mean {close}? " if close else ""
+        raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))
+    return command
+
+
+def _run(words: list[str]) -> int:
+    from posttrain.commands.running import hydra_command, run_command
+
+    flags = [word for word in words if word.split("=")[0] in HYDRA_FLAGS]
+    return hydra_command(_flags_first(words)) if flags else run_command(words)
+
+
+def _flags_first(words: list[str]) -> list[str]:
+    """Hydra refuses overrides after a flag; users write them in any order."""
+    flags, overrides = [], []
+    waiting = iter(words)
+    for word in waiting:
+        if word.startswith("-"):
+            flags.append(word)
+            if word in WITH_VALUE:
+                flags += [value for value in [next(waiting, None)] if value is not None]
+        else:
+            overrides.append(word)
+    return flags + overrides

@@ -1,0 +1,97 @@
+"""``posttrain plan``: what a recipe would do, after checking everything that can be checked without loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain import plugins
+from posttrain.config.compose import compose
+from posttrain.config.schema import GateTask, Role
+from posttrain.plan import Plan, Step, make_plan
+
+
+def plan_command(words: list[str]) -> int:
+    """Print the plan, as text or as JSON."""
+    host = plugins.load()
+    composition = compose(host, [word for word in words if word != "--json"])
+    plan = make_plan(composition, host)
+    if "--json" in words:
+        print(json.dumps(plan_json(plan), indent=2))
+    else:
+        print("\n".join(_text(plan, composition.config)))
+    return 0
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts: the stages in running order and the resolved recipe."""
+    stages = [
+        {
+            "name": step.name,
+            "kind": step.stage.name,
+            "parent": step.stage.parent,
+            "plugin": step.origin,
+            "data": [source.path for source in step.sources],
+            "gate": sorted(step.tasks),
+        }
+        for step in plan.steps
+    ]
+    return {"recipe": plan.recipe, "stages": stages, "config": plan.resolved}
+
+
+def _text(plan: Plan, config: DictConfig) -> list[str]:
+    order = " ─► ".join(step.name for step in plan.steps)
+    model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
+    lines = [f"{plan.recipe}: {order}", f"model  {', '.join(model)}", ""]
+    for step in plan.steps:
+        lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
+        lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
+        lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
+        lines += [f"  gate   {line}" for line in _gate(step)]
+        lines += [""]
+    return lines[:-1]
+
+
+def _source_note(source: Any) -> str:
+    notes = [f"weight {source.weight:g}"] if source.weight != 1 else []
+    notes += [f"the first {source.limit:,}"] if source.limit else []
+    return f"  ({', '.join(notes)})" if notes else ""
+
+
+def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> list[str]:
+    """The settings that differ from their defaults, with the key they take their value from."""
+    lines = []
+    for field in fields(settings):
+        value, default = getattr(settings, field.name), getattr(defaults, field.name)
+        if field.name in ("kind", "data", "gate"):
+            continue
+        if is_dataclass(value):
+            lines += _changed(f"{path}.{field.name}", value, default, config)
+        elif value != default:
+            raw = OmegaConf.select(config, path)._get_node(field.name)._value()
+            origin = f"  # {raw}" if isinstance(raw, str) and raw.startswith("${") else ""
+            lines.append(f"{path}.{field.name}: {value.value if isinstance(value, Enum) else value}{origin}")
+    return lines
+
+
+def _gate(step: Step) -> list[str]:
+    gate = step.gate
+    if not gate.enabled:
+        return ["none: the artifact is promoted unseen"]
+    policy = f"on fail {gate.on_fail.value}, on undecided {gate.on_undecided.value}"
+    head = f"against {' and '.join(gate.against)} at {gate.confidence:.0%} confidence, {policy}"
+    return [head, *_asked(step.tasks)]
+
+
+def _asked(tasks: Mapping[str, GateTask]) -> list[str]:
+    return [
+        f"{task.role.value} {name} {task.metric}: lower bound "
+        + (f"> {task.min_lift:+.3f}" if task.role is Role.lift else f"> {-task.max_drop:+.3f}")
+        + (f", {task.limit} documents" if task.limit else "")
+        for name, task in tasks.items()
+    ]

@@ -1,0 +1,90 @@
+"""``posttrain recipe=NAME``: run or continue a recipe; with ``--multirun`` through Hydra's launchers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from posttrain import plugins
+from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecided, explain
+from posttrain.plan import Plan, make_plan
+from posttrain.plugins import Host
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Compose, check, run, report."""
+    from posttrain.config.compose import compose
+
+    host = plugins.load()
+    run_plan(make_plan(compose(host, words), host), host)
+    return 0
+
+
+def run_plan(plan: Plan, host: Host) -> None:
+    """Carry out a plan; its final table is printed however it ends."""
+    quiet_libraries()
+    from posttrain.display import Display
+    from posttrain.pipeline import run
+
+    run(plan, host, Display())
+
+
+def hydra_command(words: list[str]) -> int:
+    """Anything that takes a flag of Hydra's: sweeps, launchers, ``--cfg``, ``--info``, completion.
+
+    The members of a sweep run one after the other; a member that a gate refuses does not stop the others. The exit code
+    is that of the first member that did not end with 0.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+
+    from posttrain.config import sources
+    from posttrain.config.compose import Composition, removed_stages
+    from posttrain.config.explain import fault
+    from posttrain.config.paths import shipped
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    host = plugins.load()
+    codes: list[int] = []
+
+    def member(config: DictConfig) -> None:
+        own = HydraConfig.get()
+        found = Composition(
+            recipe=own.runtime.choices["recipe"], config=config, removed=removed_stages(own.overrides.task)
+        )
+        try:
+            run_plan(make_plan(found, host), host)
+        except (BadInput, GateRefused, GateUndecided, ArtifactDamaged) as error:
+            codes.append(explain(error))
+
+    sources.register(host)
+    sys.argv = ["posttrain", *words]
+    try:
+        hydra.main(config_path=str(shipped("conf")), config_name="config", version_base="1.3")(member)()
+    except HydraException as error:
+        raise BadInput(fault(error, words, host).problem) from None
+    return next(iter(codes), 0)
+
+
+def quiet_libraries() -> None:
+    """No progress bars, advice or telemetry from the libraries underneath; set before they are imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)

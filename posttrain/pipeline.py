@@ -1,0 +1,117 @@
+"""The pipeline: every stage is trained, published, judged, recorded; only what is promoted is built upon.
+
+recipe ─► plan ─► records ─► stage ─► artifact ─► scorecard ─► verdict ─► ledger ─► report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+from posttrain import ledger, report
+from posttrain.artifact import Artifact, ModelSource, verify
+from posttrain.config.schema import OnFail
+from posttrain.data.reading import data_digest
+from posttrain.display import Display
+from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, Problem
+from posttrain.gate.spec import Verdict
+from posttrain.interrupts import Interrupts
+from posttrain.job import Job, run_name
+from posttrain.judging import check_gates, judged
+from posttrain.model.base import resolve_base
+from posttrain.plan import CORE, Plan
+from posttrain.plugins import Host
+from posttrain.runs import RunDirectory, open_run
+from posttrain.training import read_records, trained
+
+STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
+"""State of a stage by the verdict about it."""
+
+
+def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
+    """Run or continue a plan. Raises GateRefused or GateUndecided when a gate stops it; everything published stays."""
+    interrupts = Interrupts()
+    with interrupts.installed():
+        base = resolve_base(plan.model)
+        parent = _start(plan, base)
+        digests = {step.name: data_digest(step.sources) for step in plan.steps}
+        path = plan.output_root / run_name(plan, parent, digests)
+        kinds = {step.name: step.stage.name for step in plan.steps}
+        with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host):
+            display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
+            jobs = [
+                Job(
+                    plan=plan, step=step, host=host, run=directory, base=base, data_digest=digests[step.name],
+                    display=display, interrupts=interrupts,
+                )
+                for step in plan.steps
+            ]  # fmt: skip
+            records = {job.name: read_records(job) for job in jobs}
+            check_gates(jobs)
+            for job in jobs:
+                with job.timed():
+                    artifact = trained(job, parent, records.pop(job.name))
+                    verdict = judged(job, parent, artifact)
+                _record(job, artifact, verdict)
+                parent = _next_parent(job, parent, artifact, verdict)
+    return directory
+
+
+def _start(plan: Plan, base: ModelSource) -> ModelSource:
+    """What the first stage is trained from: the base, or an artifact that has been through SFT."""
+    if plan.start_from is None:
+        return base
+    artifact = verify(plan.start_from)
+    if CORE not in artifact.manifest["lineage"]:
+        what = f"the artifact has been through {artifact.manifest['lineage']}, not through SFT"
+        raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
+    return artifact.source(base)
+
+
+def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
+    """Write a verdict into the run, the ledger and the trackers."""
+    state = job.state
+    state.state, state.verdict = STATES[verdict.state], verdict.state
+    job.run.save()
+    ledger.record(job.plan.output_root, job.run.path.name, job.plan.recipe, job.name, artifact, verdict)
+    if verdict.state == "pass":
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    job.host.hook.stage_finished(stage=job.name, artifact=artifact, verdict=verdict)
+    job.display.line(job.name, verdict.state.upper(), verdict.reason)
+
+
+def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict) -> ModelSource:
+    """The promoted artifact; after any other verdict what the recipe says: stop, go back, or go on all the same."""
+    policy = job.step.gate.on_fail if verdict.state == "fail" else job.step.gate.on_undecided
+    if verdict.state == "pass" or policy is OnFail.warn:
+        return artifact.source(job.base)
+    if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
+        job.display.line(job.name, "gate", f"rolled back: the pipeline goes on from {parent.name}")
+        return parent
+    error = GateRefused if verdict.state == "fail" else GateUndecided
+    raise error(f"{job.name}: {verdict.reason}")
+
+
+@contextlib.contextmanager
+def _closing(directory: RunDirectory, host: Host) -> Iterator[None]:
+    """However the run ends: its state in run.json, a report, and the trackers closed."""
+    state = "failed"
+    try:
+        yield
+        state = "done"
+    except GateRefused:
+        state = "refused"
+        raise
+    except GateUndecided:
+        state = "undecided"
+        raise
+    except Interrupted:
+        state = "interrupted"
+        raise
+    finally:
+        directory.state.state = state
+        directory.save()
+        report.write(directory.path)
+        report.show(directory.path)
+        host.hook.run_finished(directory=directory.path, state=state)

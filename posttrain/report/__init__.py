@@ -1,0 +1,29 @@
+"""Reports of a run: read from what it left on disk, so that they can be made again at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.artifact import replace_text
+
+PLAIN_WIDTH = 140
+"""Columns of a table that goes into a file or a pipe."""
+
+
+def write(path: Path) -> None:
+    """Write report.md into the directory of a run."""
+    from posttrain.report.markdown import markdown
+    from posttrain.report.rows import read_report
+
+    replace_text(path / "report.md", markdown(read_report(path)))
+
+
+def show(path: Path) -> None:
+    """Print the final table of the run in ``path`` on standard output."""
+    from rich.console import Console
+
+    from posttrain.report.rows import read_report
+    from posttrain.report.terminal import print_report
+
+    console = Console()
+    print_report(read_report(path), console if console.is_terminal else Console(width=PLAIN_WIDTH))

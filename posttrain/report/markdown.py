@@ -1,0 +1,31 @@
+"""The final table as report.md."""
+
+from __future__ import annotations
+
+from posttrain.report.rows import COLUMNS, RunReport
+from posttrain.runs import StageState
+
+
+def markdown(report: RunReport) -> str:
+    """The run as a Markdown page; scores and lifts are in points of 100, intervals are one-sided bounds."""
+    lines = [
+        f"# {report.state.recipe}: {report.state.state}",
+        "",
+        "Scores and lifts are in points of 100; brackets hold the confidence bounds of the paired difference.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "|".join("---" for _ in COLUMNS) + "|",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in report.rows),
+        "",
+        *(f"- **{stage}**: {reason}" for stage, reason in report.reasons),
+        "",
+        "| stage | kind | state | artifact | digest | parent digest |",
+        "|---|---|---|---|---|---|",
+        *(_lineage(stage) for stage in report.state.stages),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _lineage(stage: StageState) -> str:
+    digests = ((stage.digest or "")[:12], (stage.parent_digest or "")[:12])
+    return "| " + " | ".join((stage.name, stage.kind, stage.state, stage.artifact or "", *digests)) + " |"

@@ -1,0 +1,33 @@
+"""The final table on a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.report.rows import COLUMNS, RunReport
+
+COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "refused": "red", "undecided": "yellow"}
+RIGHT = ("base", "parent", "candidate", "tokens", "time")
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the table of a run with the reason of every verdict; scores and lifts are in points of 100."""
+    table = Table(
+        title=f"{report.state.recipe}: {report.state.state}", title_justify="left", header_style="bold", box=SIMPLE
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
+    previous = None
+    for stage, *cells in report.rows:
+        if previous not in (None, stage):
+            table.add_section()
+        colour = COLOURS.get(cells[5], "default")
+        cells[5] = f"[{colour}]{cells[5]}[/{colour}]"
+        table.add_row("" if stage == previous else stage, *cells)
+        previous = stage
+    console.print(table)
+    for stage, reason in report.reasons:
+        console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
+    console.print(f"{report.path / 'report.md'}", style="dim", highlight=False)

@@ -1,0 +1,24 @@
+"""Runs a stage in this process: the answer to ``run_stage`` when no plugin gives another."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from posttrain.errors import PluginFailed
+from posttrain.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from posttrain.stage import Stage, StageContext
+
+
+@hookimpl(trylast=True)
+def run_stage(stage: Stage, context: StageContext) -> bool:
+    """Import the stage's function and call it."""
+    module, _, name = stage.run.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error
+    function(context)
+    return True

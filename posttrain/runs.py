@@ -1,0 +1,118 @@
+"""The directory of a run: one writer, its state for scripts, its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from posttrain.artifact import replace_text
+from posttrain.errors import Problem, RunLocked
+
+STAGE_STATES = ("pending", "running", "trained", "promoted", "refused", "undecided")
+
+
+@dataclass(kw_only=True)
+class StageState:
+    """Where one stage stands; what scripts read."""
+
+    name: str
+    kind: str
+    state: str = "pending"
+    """One of STAGE_STATES."""
+    artifact: str | None = None
+    """Directory of the artifact, relative to the run's."""
+    digest: str | None = None
+    parent_digest: str | None = None
+    verdict: str | None = None
+    """pass, fail or undecided; the whole verdict is in stages/<name>/verdict.json."""
+    tokens: int | None = None
+    """Tokens seen in training."""
+    seconds: float | None = None
+    """Time spent training and evaluating, over all attempts."""
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Content of run.json."""
+
+    recipe: str
+    state: str = "running"
+    """running, done, refused, undecided, interrupted or failed."""
+    stages: list[StageState] = field(default_factory=list)
+
+    def stage(self, name: str) -> StageState:
+        """The state of one stage."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory while this process is its only writer."""
+
+    path: Path
+    state: RunState
+
+    def stage(self, name: str) -> Path:
+        """Folder of one stage."""
+        folder = self.path / "stages" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def save(self) -> None:
+        """Write run.json in one step."""
+        replace_text(self.path / "run.json", json.dumps(asdict(self.state), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def open_run(path: Path, recipe: str, kinds: Mapping[str, str], resolved: Mapping[str, Any]) -> Iterator[RunDirectory]:
+    """Create or continue the run in ``path``; ``kinds`` maps its stages to their kinds.
+
+    Raises RunLocked at once, naming the holder, when another process writes it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("a+") as lock:
+        _lock(lock, path)
+        replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+        former = {stage.name: stage for stage in _former(path).stages}
+        stages = [former.get(name, StageState(name=name, kind=kind)) for name, kind in kinds.items()]
+        run = RunDirectory(path, RunState(recipe=recipe, stages=stages))
+        run.save()
+        yield run
+
+
+def read_state(path: Path) -> RunState:
+    """The state in a run.json."""
+    raw = json.loads((path / "run.json").read_text())
+    return RunState(recipe=raw["recipe"], state=raw["state"], stages=[StageState(**stage) for stage in raw["stages"]])
+
+
+def _former(path: Path) -> RunState:
+    return read_state(path) if (path / "run.json").exists() else RunState(recipe="")
+
+
+def _lock(lock: IO[str], path: Path) -> None:
+    """Hold an advisory lock for as long as the file is open: the kernel frees it however the process ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        problem = Problem(
+            where=str(path), what=f"{holder} writes this run", fix="Wait for it to end, or set output_root=OTHER"
+        )
+        raise RunLocked(problem) from None
+    lock.seek(0)
+    lock.truncate()
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started},\n")
+    lock.flush()

@@ -1,0 +1,146 @@
+"""From records to a published artifact, unless the run already holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import Artifact, ModelSource, publish, verify
+from posttrain.data.records import Record
+from posttrain.display import TrainingProgress
+from posttrain.errors import Interrupted, PluginFailed, PosttrainError
+from posttrain.job import Job, plain, versions
+from posttrain.plugins import CORE_ORIGIN
+from posttrain.stage import StageContext
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def trained(job: Job, parent: ModelSource, records: Sequence[Record]) -> Artifact:
+    """The stage's artifact: the one that this run already published, or a new one.
+
+    Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
+    """
+    fingerprint = job.fingerprint(parent)
+    existing = _published(job, fingerprint)
+    if existing is not None:
+        job.display.line(job.name, "train", f"already done: {existing.digest[:12]}")
+        return existing
+    _clear_drafts(job.folder)
+    job.state.state, job.state.verdict, job.state.digest, job.state.artifact = "running", None, None, None
+    job.state.parent_digest = parent.digest
+    job.run.save()
+    with _named_failures(job):
+        artifact = _train(job, parent, records, fingerprint)
+    job.state.state, job.state.digest = "trained", artifact.digest
+    job.state.artifact = str(artifact.path.relative_to(job.run.path))
+    job.state.tokens = artifact.manifest["metrics"].get("tokens")
+    job.run.save()
+    job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
+    return artifact
+
+
+def _figures(artifact: Artifact) -> str:
+    texts = {"steps": "{:,} steps", "tokens": "{:,} tokens", "final_loss": "loss {:.3f}"}
+    found = artifact.manifest["metrics"]
+    return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
+
+
+def _published(job: Job, fingerprint: str) -> Artifact | None:
+    """The artifact of an earlier attempt; one made from something else is set aside under its digest."""
+    path = job.folder / "artifact"
+    if not path.exists():
+        return None
+    artifact = verify(path)
+    if artifact.manifest["fingerprint"] == fingerprint:
+        return artifact
+    path.rename(job.folder / f"artifact.{artifact.digest[:12]}")
+    return None
+
+
+def _train(job: Job, parent: ModelSource, records: Sequence[Record], fingerprint: str) -> Artifact:
+    from posttrain.model.checks import check_output
+
+    draft = job.folder / ".draft"
+    draft.mkdir()
+    checkpoints = job.folder / "checkpoints" / fingerprint[:12]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
+    context = StageContext(
+        name=job.name, config=job.step.config, parent=parent, records=records, seed=job.step.seed,
+        dtype=job.plan.model.dtype.value, progress=progress, stop_requested=job.interrupts.requested,
+        checkpoints=checkpoints, output=draft,
+    )  # fmt: skip
+    try:
+        with job.interrupts.deferred():
+            done = job.host.hook.run_stage(stage=job.step.stage, context=context)
+    finally:
+        progress.stop()
+    if done is not True:
+        raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
+    check_output(draft, parent)
+    return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
+
+
+def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> dict[str, Any]:
+    """Lineage and figures; nothing that differs between two runs of the same thing, such as times."""
+    return {
+        "stage": job.name,
+        "kind": job.step.stage.name,
+        "plugin": job.step.origin,
+        "recipe": job.plan.recipe,
+        "base": {"name": job.base.base, "digest": job.base.model_digest},
+        "parent_digest": parent.digest,
+        "lineage": [*parent.lineage, job.step.stage.name],
+        "data_digest": job.data_digest,
+        "template_sha256": hashlib.sha256(parent.chat_template.encode()).hexdigest(),
+        "fingerprint": fingerprint,
+        "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
+        "seed": job.step.seed,
+        "dtype": job.plan.model.dtype.value,
+        "versions": versions(),
+        "metrics": context.metrics,
+    }
+
+
+def _clear_drafts(folder: Path) -> None:
+    """Remove what an attempt that was killed left half-written."""
+    shutil.rmtree(folder / ".draft", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_failures(job: Job) -> Iterator[None]:
+    """Name the stage and its plugin in whatever goes wrong; a full disk is not the plugin's fault."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        free = shutil.disk_usage(job.folder).free
+        raise Interrupted(
+            f"{job.name}: {error.strerror} while writing {error.filename or job.folder} ({free:,} bytes free). "
+            "Nothing published is lost: make room and run the same command again"
+        ) from error
+    except Exception as error:
+        if job.step.origin == CORE_ORIGIN:
+            raise
+        log = job.folder / "error.txt"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
+
+
+def read_records(job: Job) -> Sequence[Record]:
+    """The stage's training records, read before any stage trains so that bad data costs no training."""
+    records: Sequence[Record] | None = job.host.hook.load_records(step=job.step)
+    if records is None:
+        raise PluginFailed(f"no plugin reads the records of stage {job.name!r}")
+    return records

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import GATES, Script, run_recipe, write_project
+
+from posttrain import cli, plugins
+
+PROGRAM = [sys.executable, "-m", "posttrain"]
+
+
+def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def main(*words: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(words))
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["help"], ["--version"]])
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*words) == 0
+    assert "posttrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "forbidden"),
+    [
+        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy")),
+        (["list"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "transformers", "trl")),
+        (["plan", "recipe=quickstart"], ("torch", "transformers", "trl", "lm_eval", "datasets")),
+    ],
+)
+def test_light_commands_import_nothing_heavy(words: list[str], forbidden: tuple[str, ...]) -> None:
+    code = f"import sys\nfrom posttrain.cli import dispatch\ndispatch({words!r})\nprint('LOADED', *sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = result.stdout.rpartition("LOADED")[2].split()
+    assert not set(forbidden) & set(loaded)
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("list") == 0
+    text = capsys.readouterr().out
+    for name in ("quickstart", "llama8b_sft_dpo", "sft", "dpo", "lora", "preference"):
+        assert name in text
+
+
+def test_list_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("list", "stages", "--json") == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert {"sft", "dpo"} <= {stage["name"] for stage in stages}
+
+
+def test_list_shows_the_settings_of_a_stage_with_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("list", "sft", "--json") == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert all(setting["help"] for setting in settings)
+    assert {"lr", "lora.r", "gate.confidence"} <= {setting["name"] for setting in settings}
+
+
+def test_every_setting_of_every_stage_has_help() -> None:
+    from posttrain.config.help import docstrings
+
+    for stage in plugins.load().stages.values():
+        assert all(docstrings(stage.config).values()), stage.name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["plann"], "Did you mean plan?"),
+        (["list", "stagse"], "Did you mean stages?"),
+        (["recipe=quickstrat"], "Did you mean quickstart?"),
+        (["report", "nowhere"], "is not the directory of a run"),
+        (["report"], "holds no run"),
+        (["plan"], "Add recipe=NAME"),
+        (["sft.lr=1"], "Add recipe=NAME"),
+        (["--multirun", "recipe=quickstrat"], "quickstrat"),
+    ],
+)
+def test_bad_words_end_with_code_2_and_no_traceback(
+    words: list[str], expected: str, capfd: pytest.CaptureFixture[str], working_folder: Path
+) -> None:
+    assert main(*words) == 2
+    captured = capfd.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert not list(working_folder.iterdir())
+
+
+def test_plan_as_json_is_json_alone() -> None:
+    result = call("plan", "recipe=llama8b_sft_dpo", "--json")
+    plan = json.loads(result.stdout)
+    assert [stage["kind"] for stage in plan["stages"]] == ["sft", "dpo"]
+    assert plan["config"]["dpo"]["beta"] == 0.1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    script = f"{sys.executable} -m posttrain list --json | head -c 1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert not result.stderr
+
+
+def test_report_prints_the_table_of_the_newest_run(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_project(working_folder)
+    directory = run_recipe(Script())
+    capsys.readouterr()
+    assert main("report") == 0
+    newest = capsys.readouterr().out
+    assert main("report", directory.path.name) == 0
+    assert capsys.readouterr().out == newest
+    for text in ("mine: done", "sft", "dpo", "+50.0 [+40.0, +60.0] vs base", "pass"):
+        assert text in newest
+
+
+def test_exit_codes_of_a_run(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fakes import scripted_host
+
+    write_project(working_folder)
+    for verdict, code in (("pass", 0), ("fail", 3), ("undecided", 4)):
+        script = Script()
+        script.verdicts["sft"] = verdict  # type: ignore[assignment]
+        host = scripted_host(script)
+        monkeypatch.setattr("posttrain.plugins.load", lambda host=host: host)
+        assert main("recipe=mine", f"output_root={verdict}", *GATES) == code
+
+
+def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fakes import scripted_host
+
+    write_project(working_folder)
+    script = Script()
+    host = scripted_host(script)
+    monkeypatch.setattr("posttrain.plugins.load", lambda: host)
+    assert main("recipe=mine", "--multirun", "sft.lr=1e-5,2e-5", *(f"{gate}" for gate in GATES)) == 0
+    assert script.trained == ["sft", "dpo"] * 2
+    assert len(list(Path("runs").glob("mine-*/run.json"))) == 2
+    assert sorted(path.name for path in working_folder.iterdir() if path.is_dir()) == ["base", "recipes", "runs"]
+
+
+def complete(line: str) -> list[str]:
+    result = call("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert not result.stderr
+    return result.stdout.split()
+
+
+def test_completion_of_commands_recipes_and_keys() -> None:
+    assert complete("posttrain pl") == ["plan"]
+    assert complete("posttrain recipe=quick") == ["recipe=quickstart"]
+    assert complete("posttrain plan recipe=quick") == ["recipe=quickstart"]
+    assert complete("posttrain recipe=quickstart sft.lor") == ["sft.lora."]
+    assert "posttrain" in call("-sc", "install=bash").stdout
