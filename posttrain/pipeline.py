@@ -6,6 +6,7 @@ recipe ─► plan ─► records ─► stage ─► artifact ─► scorecard 
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 
@@ -25,6 +26,9 @@ from posttrain.plugins import Host
 from posttrain.runs import RunDirectory, open_run
 from posttrain.training import read_records, trained
 
+ENDINGS = {GateRefused: "refused", GateUndecided: "undecided", Interrupted: "interrupted"}
+"""State of a run by the error that ended it."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 """State of a stage by the verdict about it."""
 
@@ -38,7 +42,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         digests = {step.name: data_digest(step.sources) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         kinds = {step.name: step.stage.name for step in plan.steps}
-        with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host):
+        with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host, display):
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
             jobs = [
                 Job(
@@ -94,24 +98,40 @@ def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Ver
 
 
 @contextlib.contextmanager
-def _closing(directory: RunDirectory, host: Host) -> Iterator[None]:
+def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[None]:
     """However the run ends: its state in run.json, a report, and the trackers closed."""
     state = "failed"
     try:
         yield
         state = "done"
-    except GateRefused:
-        state = "refused"
+    except tuple(ENDINGS) as error:
+        state = ENDINGS[type(error)]
         raise
-    except GateUndecided:
-        state = "undecided"
-        raise
-    except Interrupted:
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
         state = "interrupted"
-        raise
+        raise _disk_full(error, directory) from error
     finally:
         directory.state.state = state
+        _leave(directory, display)
+        host.hook.run_finished(directory=directory.path, state=state)
+
+
+def _disk_full(error: OSError, directory: RunDirectory) -> Interrupted:
+    """What the disk refused, and that the run goes on once there is room."""
+    free = shutil.disk_usage(directory.path).free
+    return Interrupted(
+        f"{error.strerror}: {error.filename or directory.path} ({free:,} bytes free). Nothing published is lost: "
+        "make room and run the same command again"
+    )
+
+
+def _leave(directory: RunDirectory, display: Display) -> None:
+    """Write down how the run ended, as far as the disk lets it, and show it."""
+    try:
         directory.save()
         report.write(directory.path)
-        report.show(directory.path)
-        host.hook.run_finished(directory=directory.path, state=state)
+    except OSError as error:
+        display.console.print(f"the end of the run could not be written down: {error}")
+    report.show(directory.path)

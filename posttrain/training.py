@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import shutil
 import traceback
@@ -14,12 +13,10 @@ from typing import Any
 from posttrain.artifact import Artifact, ModelSource, publish, verify
 from posttrain.data.records import Record
 from posttrain.display import TrainingProgress
-from posttrain.errors import Interrupted, PluginFailed, PosttrainError
+from posttrain.errors import PluginFailed, PosttrainError
 from posttrain.job import Job, plain, versions
 from posttrain.plugins import CORE_ORIGIN
 from posttrain.stage import StageContext
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def trained(job: Job, parent: ModelSource, records: Sequence[Record]) -> Artifact:
@@ -116,19 +113,11 @@ def _clear_drafts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _named_failures(job: Job) -> Iterator[None]:
-    """Name the stage and its plugin in whatever goes wrong; a full disk is not the plugin's fault."""
+    """Name the stage and its plugin in whatever goes wrong; what the disk refuses is not the plugin's fault."""
     try:
         yield
-    except PosttrainError:
+    except (PosttrainError, OSError):
         raise
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        free = shutil.disk_usage(job.folder).free
-        raise Interrupted(
-            f"{job.name}: {error.strerror} while writing {error.filename or job.folder} ({free:,} bytes free). "
-            "Nothing published is lost: make room and run the same command again"
-        ) from error
     except Exception as error:
         if job.step.origin == CORE_ORIGIN:
             raise

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -21,6 +23,12 @@ from posttrain_preference.pairs import TokenPair, TokenPairs
 
 class PairTrainer(DPOTrainer):
     """DPO on pairs that are token ids already."""
+
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, warmup_ratio: float, **kwargs: Any) -> None:
+        self.warmup_ratio = warmup_ratio
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *unused: Any) -> Dataset:
         return dataset
@@ -40,6 +48,12 @@ class PairTrainer(DPOTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         _require_finite("loss", loss.item(), self.state.global_step + 1)
         return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear warm-up, then linear decay; no step has rate 0, as the first has in transformers' own."""
+        rate = partial(_relative_rate, int(self.warmup_ratio * num_training_steps), num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # after the last step the result itself is saved
@@ -109,6 +123,7 @@ def build_trainer(context: StageContext, pairs: TokenPairs, policy: Any, referen
         model=policy,
         ref_model=reference,
         args=_arguments(context, uses_autocast(context, policy)),
+        warmup_ratio=context.config.warmup_ratio,
         train_dataset=Dataset.from_dict(pairs.columns()),
         processing_class=tokenizer,
         data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id or 0),
@@ -130,7 +145,6 @@ def _arguments(context: StageContext, autocast: bool) -> DPOConfig:
         output_dir=str(context.checkpoints),
         beta=settings.beta,
         learning_rate=settings.lr,
-        warmup_steps=settings.warmup_ratio,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.per_device_batch_size,
@@ -150,6 +164,11 @@ def _arguments(context: StageContext, autocast: bool) -> DPOConfig:
         report_to="none",
         remove_unused_columns=False,
     )
+
+
+def _relative_rate(warmup: int, total: int, done: int) -> float:
+    """Learning rate of the step after ``done`` steps, relative to the peak."""
+    return (done + 1) / warmup if done < warmup else (total - done) / (total - warmup)
 
 
 def _require_finite(what: str, value: float, step: int) -> None:
