@@ -24,6 +24,7 @@ from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan
 from posttrain.plugins import Host
 from posttrain.runs import RunDirectory, open_run
+from posttrain.tracking import WandbTracker
 from posttrain.training import read_records, trained
 
 ENDINGS = {GateRefused: "refused", GateUndecided: "undecided", Interrupted: "interrupted"}
@@ -43,6 +44,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         path = plan.output_root / run_name(plan, parent, digests)
         kinds = {step.name: step.stage.name for step in plan.steps}
         with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host, display):
+            if (tracker := WandbTracker.of(plan, path)) is not None:
+                host.manager.register(tracker)
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
             jobs = [
                 Job(

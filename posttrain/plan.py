@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from posttrain.config.compose import Composition
 from posttrain.config.explain import ROOT
-from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Source, StageConfig, TrackerConfig
+from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Source, StageConfig, Tracker, TrackerConfig
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.plugins import Host
 from posttrain.stage import Stage
@@ -71,7 +72,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         raise BadInput(problems + broken)
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
-    problems += _number_problems(config)
+    problems += [*_number_problems(config), *_tracker_problems(config)]
     plan = Plan(
         recipe=composition.recipe,
         model=model,
@@ -282,3 +283,9 @@ def _number_problems(config: DictConfig) -> Sequence[Problem]:
     if isinstance(config.seed, int) and 0 <= config.seed < 2**32:
         return ()
     return (Problem(where="seed", what=f"{config.seed!r} is not an integer from 0 to 2**32 - 1"),)
+
+
+def _tracker_problems(config: DictConfig) -> Sequence[Problem]:
+    if config.tracker.kind is Tracker.wandb and find_spec("wandb") is None:
+        return (Problem(where="tracker", what="wandb is not installed", fix="pip install 'posttrain[wandb]'"),)
+    return ()

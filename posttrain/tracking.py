@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config.schema import Tracker
 from posttrain.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from posttrain.artifact import Artifact
     from posttrain.config.schema import TrackerConfig
     from posttrain.gate.spec import Verdict
+    from posttrain.plan import Plan
 
 log = logging.getLogger("posttrain")
 INIT_SECONDS = 15
@@ -29,6 +31,11 @@ class WandbTracker:
         self._config = config
         self._run: Any = None
         self._broken = False
+
+    @classmethod
+    def of(cls, plan: Plan, directory: Path) -> WandbTracker | None:
+        """The tracker that a plan asks for."""
+        return cls(plan.tracker, directory, plan.resolved) if plan.tracker.kind is Tracker.wandb else None
 
     def _guarded(self, action: Callable[[], None]) -> None:
         if self._broken:

@@ -8,8 +8,10 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-from posttrain import plugins
+from posttrain import environment, plugins
 from posttrain.plugins import Host
+
+environment.prepare()
 
 
 @pytest.fixture(scope="session")

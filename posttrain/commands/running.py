@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from posttrain import plugins
+from posttrain import environment, plugins
 from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecided, explain
 from posttrain.plan import Plan, make_plan
 from posttrain.plugins import Host
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -37,7 +27,7 @@ def run_command(words: Sequence[str]) -> int:
 
 def run_plan(plan: Plan, host: Host) -> None:
     """Carry out a plan; its final table is printed however it ends."""
-    quiet_libraries()
+    environment.prepare()
     from posttrain.display import Display
     from posttrain.pipeline import run
 
@@ -80,11 +70,3 @@ def hydra_command(words: list[str]) -> int:
     except HydraException as error:
         raise BadInput(fault(error, words, host).problem) from None
     return next(iter(codes), 0)
-
-
-def quiet_libraries() -> None:
-    """No progress bars, advice or telemetry from the libraries underneath; set before they are imported."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("transformers").setLevel(logging.ERROR)

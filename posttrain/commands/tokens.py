@@ -8,8 +8,7 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from posttrain import plugins
-from posttrain.commands.running import quiet_libraries
+from posttrain import environment, plugins
 from posttrain.config.compose import compose
 from posttrain.data.chat import ChatRenderer, Rendered
 from posttrain.data.packing import pack
@@ -32,7 +31,7 @@ def tokens_command(words: list[str]) -> int:
     """
     host = plugins.load()
     plan = make_plan(compose(host, words), host)
-    quiet_libraries()
+    environment.prepare()
     console = Console(soft_wrap=True, highlight=False)
     renderer, tokenizer = _renderer(plan)
     for step in plan.steps:

@@ -45,6 +45,13 @@ class Format(Enum):
     preference = "preference"
 
 
+class Tracker(Enum):
+    """A tracking service."""
+
+    none = "none"
+    wandb = "wandb"
+
+
 class Role(Enum):
     """What a gate asks of a task."""
 
@@ -180,8 +187,8 @@ class StageConfig:
 class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    kind: str = "none"
-    """none or wandb."""
+    kind: Tracker = Tracker.none
+    """none or wandb (pip install posttrain[wandb])."""
     project: str = "posttrain"
     """Project at the tracking service."""
     entity: str | None = None

@@ -52,8 +52,9 @@ class PairTrainer(DPOTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up, then linear decay; no step has rate 0, as the first has in transformers' own."""
         rate = partial(_relative_rate, int(self.warmup_ratio * num_training_steps), num_training_steps)
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
-        return self.lr_scheduler
+        scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        self.lr_scheduler = scheduler
+        return scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # after the last step the result itself is saved

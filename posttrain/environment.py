@@ -1,0 +1,24 @@
+"""What has to be set before torch and its companions are imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+DEFAULTS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning made runs ten times slower.
+    "OMP_WAIT_POLICY": "passive",
+}
+"""Environment variables, for whatever the user has not set."""
+
+
+def prepare() -> None:
+    """Set the defaults, and hide what the libraries underneath say about their own future."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
