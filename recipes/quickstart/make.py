@@ -336,7 +336,7 @@ def make_base(folder: Path, facts: Sequence[Fact]) -> None:
     tokenizer = train_tokenizer(documents)
     model = new_model(tokenizer)
     rows_SRT = pack_rows(documents, tokenizer)
-    unread = sorted(set(range(len(tokenizer))) - set(rows_SRT.unique().tolist()))
+    unread = sorted(set(range(len(tokenizer))) - set(rows_SRT.flatten().tolist()))
     train(model, rows_SRT, tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT), unread)
     tokenizer.save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
