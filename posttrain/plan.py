@@ -67,6 +67,8 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     names, order_problems = _order(config, host)
     problems += order_problems
     used = ["seed", "output_root", "stages", "start_from", "model", "tracker", *names]
+    if any(_takes_recipe_data(config[name]) for name in names):
+        used.append("data")
     broken = [problem for key in used for problem in _unresolved(config, key)]
     if broken or problems:
         raise BadInput(problems + broken)
@@ -172,24 +174,23 @@ def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseExcep
 
 
 def _leaves(config: DictConfig, path: str) -> Iterator[str]:
-    """Dotted paths of the values below ``path``; an interpolated node counts as one value and is followed."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    node: Any = raw
+    """Dotted paths of the values below ``path``."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
     for part in path.split("."):
         node = node[part]
-    yield from _descend(node, path, config)
+    yield from _descend(node, path)
 
 
-def _descend(node: Any, path: str, config: DictConfig) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _descend(value, f"{path}.{key}", config)
-    else:
+def _descend(node: Any, path: str) -> Iterator[str]:
+    if not isinstance(node, dict):
         yield path
-        if isinstance(node, str) and node.startswith("${") and path.endswith(".data"):
-            target = node[2:-1]
-            if isinstance(OmegaConf.select(config, target, throw_on_missing=False), DictConfig):
-                yield from _leaves(config, target)
+        return
+    for key, value in node.items():
+        yield from _descend(value, f"{path}.{key}")
+
+
+def _takes_recipe_data(node: DictConfig) -> bool:
+    return not OmegaConf.is_missing(node, "data") and node.data is None
 
 
 def _plain(value: Any) -> Any:
@@ -205,7 +206,7 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     settings: StageConfig = _typed(config[name])
     stage = host.stages[settings.kind]
     problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
-    sources = _sources(name, settings.data, problems)
+    sources = _sources(name, config.data if settings.data is None else settings.data, problems)
     tasks = _gate_tasks(name, settings.gate, problems)
     return Step(
         name=name, stage=stage, config=settings, sources=sources, tasks=tasks, seed=config.seed,
@@ -220,7 +221,7 @@ def _sources(name: str, data: Any, problems: list[Problem]) -> tuple[Source, ...
     for index, entry in enumerate(entries):
         where = f"{name}.data[{index}]" if isinstance(data, list) else f"{name}.data"
         given = {"path": entry} if isinstance(entry, str) else entry
-        source = given if isinstance(given, Source) else _conform(Source, given, where, problems)
+        source = _conform(Source, given, where, problems)
         if source is not None:
             sources.append(source)
     if not sources and not problems:

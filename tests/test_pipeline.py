@@ -21,10 +21,12 @@ from posttrain.errors import (
     Interrupted,
     PluginFailed,
     PosttrainError,
+    Problem,
     RunLocked,
 )
 from posttrain.gate.spec import GateRequest
 from posttrain.hookspecs import hookimpl
+from posttrain.plan import Step
 from posttrain.stage import StageContext
 
 
@@ -325,4 +327,16 @@ def test_bad_records_of_a_later_stage_cost_no_training() -> None:
     script = Script()
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1"):
         run_recipe(script)
+    assert script.trained == []
+
+
+def test_a_gate_that_cannot_work_costs_no_training() -> None:
+    class Objecting:
+        @hookimpl
+        def check_gate(self, step: Step) -> list[Problem]:
+            return [Problem(where=f"{step.name}.gate", what="its data set is out of reach")]
+
+    script = Script()
+    with pytest.raises(BadInput, match=r"sft\.gate: its data set is out of reach\n.*dpo\.gate"):
+        run_recipe(script, others=[Objecting()])
     assert script.trained == []

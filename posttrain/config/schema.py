@@ -174,7 +174,7 @@ class StageConfig:
     kind: str = MISSING
     """Which registered stage runs here."""
     data: Any = MISSING
-    """Training records: a path or hub name, one source, or a list of sources."""
+    """Training records: a path or hub name, one source, or a list of sources. null stands for the recipe's data."""
     gate: GateConfig = field(default_factory=GateConfig)
     """The gate that decides about this stage's artifact: choose one with gate@<stage>.gate=NAME."""
 

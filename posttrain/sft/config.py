@@ -16,8 +16,8 @@ ALL_LINEAR = "all-linear"
 class SFTConfig(StageConfig):
     """Supervised fine-tuning on the assistant turns of conversations."""
 
-    data: Any = from_recipe("data")
-    """Training records: a path or hub name, one source, or a list of sources."""
+    data: Any = None
+    """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""
     method: Method = from_recipe("variant.method")
     """full trains every weight, lora an adapter."""
     lora: LoraSettings = field(default_factory=LoraSettings)
