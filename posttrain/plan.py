@@ -190,7 +190,8 @@ def _descend(node: Any, path: str) -> Iterator[str]:
 
 
 def _takes_recipe_data(node: DictConfig) -> bool:
-    return not OmegaConf.is_missing(node, "data") and node.data is None
+    given = OmegaConf.is_missing(node, "data") or OmegaConf.is_interpolation(node, "data")
+    return not given and node.data is None
 
 
 def _plain(value: Any) -> Any:
