@@ -44,7 +44,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         path = plan.output_root / run_name(plan, parent, digests)
         kinds = {step.name: step.stage.name for step in plan.steps}
         with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host, display):
-            if (tracker := WandbTracker.of(plan, path)) is not None:
+            if (tracker := WandbTracker.of(plan, path, display.console.print)) is not None:
                 host.manager.register(tracker)
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
             jobs = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from posttrain.gate.spec import Verdict
     from posttrain.plan import Plan
 
-log = logging.getLogger("posttrain")
 INIT_SECONDS = 15
 """How long the tracking service may take to answer at the start."""
 
@@ -25,7 +23,10 @@ INIT_SECONDS = 15
 class WandbTracker:
     """One W&B run per posttrain run; steps are logged under ``<stage>/<metric>``."""
 
-    def __init__(self, settings: TrackerConfig, directory: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: TrackerConfig, directory: Path, config: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
+        self._note = note
         self._settings = settings
         self._directory = directory
         self._config = config
@@ -33,9 +34,9 @@ class WandbTracker:
         self._broken = False
 
     @classmethod
-    def of(cls, plan: Plan, directory: Path) -> WandbTracker | None:
-        """The tracker that a plan asks for."""
-        return cls(plan.tracker, directory, plan.resolved) if plan.tracker.kind is Tracker.wandb else None
+    def of(cls, plan: Plan, directory: Path, note: Callable[[str], None]) -> WandbTracker | None:
+        """The tracker that a plan asks for; it tells ``note`` when it gives up."""
+        return cls(plan.tracker, directory, plan.resolved, note) if plan.tracker.kind is Tracker.wandb else None
 
     def _guarded(self, action: Callable[[], None]) -> None:
         if self._broken:
@@ -46,7 +47,7 @@ class WandbTracker:
             action()
         except Exception as error:  # whatever the service or its client does, training goes on
             self._broken = True
-            log.warning("wandb is off for the rest of this run: %s: %s", type(error).__name__, error)
+            self._note(f"wandb is off for the rest of this run: {type(error).__name__}: {error}")
 
     def _start(self) -> Any:
         import wandb

@@ -119,7 +119,8 @@ def run_recipe(script: Script, *overrides: str, others: Sequence[object] = ()) -
     """Run the recipe ``mine`` of the working folder under a script."""
     host = scripted_host(script, *others)
     plan = make_plan(compose(host, ["recipe=mine", *GATES, *overrides]), host)
-    return run(plan, host, Display(Console(file=open("log.txt", "a"), width=200)))
+    with open("log.txt", "a") as shown:
+        return run(plan, host, Display(Console(file=shown, width=200)))
 
 
 def only_run() -> Path:
