@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from posttrain.gate.cache import ScoreCache, score_key
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
-from posttrain.gate.harness import PreparedTask, Responder, answer, prepare
+from posttrain.gate.harness import Responder, answer, prepare
 from posttrain.gate.isolation import plain_generation, quiet, seeded
+from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_scorecard
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.systems import Loading, SharedWeights, by_weights

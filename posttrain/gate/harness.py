@@ -16,7 +16,6 @@ import numbers
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -35,45 +34,11 @@ from posttrain.gate.catalogue import documents_from, is_path, read_task_file, re
 from posttrain.gate.checks import check_filter, unknown_metric, unsupported_aggregation
 from posttrain.gate.fingerprint import settings_of
 from posttrain.gate.isolation import quiet
+from posttrain.gate.questions import PreparedTask, Question
 from posttrain.gate.spec import DocumentScore
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
-    from posttrain.gate.cache import Asked
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One document, with the requests that put it to a model."""
-
-    doc_id: int
-    doc: Any
-    leaf: Any
-    """The lm-eval task that it belongs to."""
-    requests: list[Any]
-    document_hash: str
-    request_hash: str
-    target_hash: str
-    target: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedTask:
-    """A task of a gate with the questions that every system is asked."""
-
-    name: str
-    metric: str
-    higher_is_better: bool
-    leaves: Sequence[Any]
-    filters: Sequence[str]
-    questions: Sequence[Question]
-    settings: Any
-    """What the tasks' files say, as JSON values without paths, with the source of their functions."""
-
-    @property
-    def asked(self) -> Asked:
-        """The hashes of every question."""
-        return {item.doc_id: (item.document_hash, item.request_hash, item.target_hash) for item in self.questions}
 
 
 def preflight(tasks: Mapping[str, GateTask]) -> None:

@@ -1,0 +1,44 @@
+"""What a gate asks: the documents of a task with the requests that put them to a model, the same for every system."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.gate.cache import Asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One document, with the requests that put it to a model."""
+
+    doc_id: int
+    doc: Any
+    leaf: Any
+    """The lm-eval task that it belongs to."""
+    requests: list[Any]
+    document_hash: str
+    request_hash: str
+    target_hash: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTask:
+    """A task of a gate with the questions that every system is asked."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    leaves: Sequence[Any]
+    filters: Sequence[str]
+    questions: Sequence[Question]
+    settings: Any
+    """What the tasks' files say, as JSON values without paths, with the source of their functions."""
+
+    @property
+    def asked(self) -> Asked:
+        """The hashes of every question."""
+        return {item.doc_id: (item.document_hash, item.request_hash, item.target_hash) for item in self.questions}
