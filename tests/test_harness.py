@@ -573,6 +573,18 @@ def test_two_tasks_that_ask_the_same_are_asked_once(
     assert sum(asked) == len({row.doc_id for row in card.rows})  # base and candidate are one system here
 
 
+def test_a_target_that_lm_eval_takes_for_a_list_is_refused(folder: Path, base: ModelSource, tmp_path: Path) -> None:
+    data = tmp_path / "lists.jsonl"
+    data.write_text(json.dumps({"question": "name two", "answer": "[1, 2]"}) + "\n")
+    text = LIKELIHOOD.format(name="lists", shots=0)
+    task_file = tmp_path / "lists.yaml"
+    lines = [line for line in text.splitlines() if not line.startswith(("doc_to_target", "process_results"))]
+    task_file.write_text("\n".join([*lines, 'doc_to_target: "{{answer}}"']).replace("data/quiz.jsonl", str(data)))
+    task = GateTask(task=str(task_file), role=Role.lift, metric=METRICS["likelihood"])
+    with pytest.raises(BadInput, match=r"lists: document 0 has a target that is no text: \[1, 2\]"):
+        run(make_request(folder, tmp_path, {"base": base, "candidate": base}, {"lists": task}))
+
+
 def problems_of(task: GateTask, name: str = "quiz") -> list[Problem]:
     return check_tasks({name: task})
 

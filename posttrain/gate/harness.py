@@ -220,6 +220,7 @@ def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | N
         chat_template=renderer,
     )
     requests = requests if isinstance(requests, list) else [requests]
+    _check_texts(leaf, doc_id, requests)
     target = leaf.doc_to_target(doc)
     return Question(
         doc_id=doc_id,
@@ -231,6 +232,15 @@ def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | N
         target_hash=_hash(str(target)),
         target=str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target),
     )
+
+
+def _check_texts(leaf: Any, doc_id: int, requests: Sequence[Any]) -> None:
+    # lm_eval evaluates a rendered target that looks like a list, and would fail over it in the middle of scoring
+    for request in requests:
+        if request.request_type == "loglikelihood" and not all(isinstance(text, str) for text in request.args):
+            what = f"document {doc_id} has a target that is no text: {request.args[1]!r:.60}"
+            fix = "Name a column in doc_to_target instead of rendering it"
+            raise BadInput(Problem(where=str(leaf.task_name), what=what, fix=fix))
 
 
 def _is_choice(leaf: Any, doc: Any, target: Any) -> bool:
