@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,11 +15,11 @@ from transformers import PreTrainedModel
 from posttrain.artifact import digest_of
 from posttrain.data.packing import PackedRow
 from posttrain.errors import ArtifactDamaged, Interrupted
-from posttrain.sft.attention import causal_model, install, packed_hidden
-from posttrain.sft.batches import Batch, RowOrder
+from posttrain.sft.attention import causal_model, install
+from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.sft.config import SFTConfig
-from posttrain.sft.loss import OutputHead, summed_cross_entropy
+from posttrain.sft.gradient import add_gradient, trained_tokens
 from posttrain.sft.schedule import Schedule, make_optimizer
 from posttrain.stage import Progress
 
@@ -87,9 +85,9 @@ class Training:
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
         rows = [self.rows[index] for index in self.order.of_step(step)]
-        trained = sum(int(row.mask.sum()) for row in rows)
+        trained = trained_tokens(rows)
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
-        loss = self._accumulate(rows, trained)
+        loss = add_gradient(self.model, rows, trained, self.config, self.dtype)
         norm = self._clip()
         self._check_finite(step, loss, norm)
         for group in optimizer.param_groups:
@@ -100,29 +98,6 @@ class Training:
         metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
         self.progress.step(step, metrics)
         return Position(step=step, loss=loss)
-
-    def _accumulate(self, rows: Sequence[PackedRow], trained: int) -> float:
-        """Add the gradient of the mean loss over the ``trained`` tokens of ``rows``; returns that loss."""
-        causal = causal_model(self.model)
-        head = OutputHead.of(causal)
-        size = self.config.per_device_batch_size
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(rows), size):
-            batch = Batch.of(rows[start : start + size], causal.device)
-            with self._precision(causal.device):
-                hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
-                loss = summed_cross_entropy(
-                    head, hidden_TD.index_select(0, batch.trained), batch.targets, self.config.loss_chunk
-                )
-            (loss / trained).backward()
-            total += loss.detach().cpu()
-        return float(total) / trained
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast for full fine-tuning in bfloat16, whose weights are float32; adapters have a bfloat16 base."""
-        if self.dtype == "bfloat16" and not isinstance(self.model, PeftModel):
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
     def _clip(self) -> float:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
