@@ -17,6 +17,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain recipe=NAME [key=value ...]        run a recipe, or go on with it
   posttrain plan recipe=NAME [key=value ...]   show what it would do, after checking everything that can be checked
   posttrain tokens recipe=NAME [...]           show rendered rows, trained tokens in colour
+  posttrain doctor recipe=NAME [...]           prove on the recipe's model and data that the SFT gradient is right
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
                                                what is available; with a stage's name, its settings
   posttrain report [RUN]                       print the final table of a run (the newest one below ./runs by default)
@@ -77,12 +78,14 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
         from posttrain.commands.planning import plan_command as command
     elif word == "tokens":
         from posttrain.commands.tokens import tokens_command as command
+    elif word == "doctor":
+        from posttrain.commands.doctor import doctor_command as command
     elif word == "report":
         from posttrain.commands.reporting import report_command as command
     elif "=" in word or word.startswith(("-", "~", "+")):
         return None
     else:
-        commands = ("list", "plan", "tokens", "report")
+        commands = ("list", "plan", "tokens", "doctor", "report")
         close = nearest(word, commands)
         fix = f"Did you mean {close}? " if close else ""
         raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))

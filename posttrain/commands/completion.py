@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-COMMANDS = ("list", "plan", "report", "tokens")
+COMMANDS = ("doctor", "list", "plan", "report", "tokens")
 
 
 def complete(words: list[str]) -> int:

@@ -1,0 +1,42 @@
+"""The mask of a rendered conversation, read back: what is trained must be the answers, each with its stop token."""
+
+from __future__ import annotations
+
+import unicodedata
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from posttrain.data.chat import Rendered
+from posttrain.data.records import Conversation
+
+
+def mask_fault(record: Conversation, rendered: Rendered, tokenizer: Any) -> str | None:
+    """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is.
+
+    Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only.
+    """
+    answers = [message["content"] for message in record.messages if message["role"] == "assistant"]
+    pairs = zip(rendered.ids, rendered.mask, strict=True)
+    runs = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if trained]
+    if len(runs) != len(answers):
+        return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
+    special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for answer, run in zip(answers, runs, strict=True):
+        end = len(run)
+        while end and (run[end - 1] in special or not _bare(tokenizer, run[end - 1 : end])):
+            end -= 1
+        if not special & set(run[end:]):
+            return f"the stop token behind {answer!r} is not trained"
+        if not _bare(tokenizer, run[:end]).endswith(_without_space(answer)):
+            return f"{answer!r} is not trained as a whole"
+    return None
+
+
+def _bare(tokenizer: Any, ids: list[int]) -> str:
+    return _without_space(str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)))
+
+
+def _without_space(text: str) -> str:
+    """Text without what tokenizers normalise away: compatibility forms and whitespace."""
+    return "".join(unicodedata.normalize("NFKC", text).split())

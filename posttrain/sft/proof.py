@@ -1,0 +1,302 @@
+"""The proof that the gradient is right: on the user's own model and documents, against plain float64.
+
+The reference knows nothing of packing, accumulation, chunked loss or packed attention: every document alone through the
+model's own forward pass, all of its logits, one cross-entropy, one division by the trained tokens. The loop's own code
+must give the gradient of the reference in float64, up to what float32 itself rounds off, and that of the reference in
+float32 however the same documents are cut into rows, micro-batches, chunks and ranks.
+"""
+
+# B = rows (always 1), T = tokens of a document or row, D = width, V = vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.multiprocessing.spawn import ProcessException
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from posttrain.data.chat import Rendered
+from posttrain.data.packing import PackedRow, pack
+from posttrain.errors import BadInput, Problem
+from posttrain.sft.attention import causal_model, install, packed_hidden
+from posttrain.sft.batches import IGNORED
+from posttrain.sft.config import SFTConfig
+from posttrain.sft.gradient import add_gradient, trained_tokens
+from posttrain.sft.ranks import gradient_of_ranks
+
+LIMIT = 1e-6
+"""Relative error that any two computations of a gradient in float32 may have.
+
+Sums that are cut differently round differently, by 1e-7 to 7e-7 on models of a few layers; depth and large weights make
+more of it. A model whose float32 is further than this from float64, by plain code alone, may be as far off as that: two
+computations in float32 are not held to be closer to each other than float32 is to the truth. A fault is larger by
+orders: one token of ten thousand counted wrongly is 1e-4.
+"""
+ROUNDING = 1e-4
+"""Largest relative error of float32 itself (measured: 1e-6 with 4 layers, 2e-5 with 30).
+
+More is a float32 that is none, as when a device multiplies in TensorFloat-32.
+"""
+DOCUMENTS = 8
+"""Documents that the proof computes with."""
+LENGTH = 128
+"""Tokens of a document that the proof computes with: it is the same proof, at a bounded cost."""
+ROWS = 3
+"""Rows that the documents are packed into, roughly."""
+SMALL_CHUNK = 7
+"""Trained tokens of a chunk of the loss, where it is to be cut into many."""
+OWN = "the loop, as the recipe sets it"
+RANKS_PARAMETERS = 300_000_000
+"""Largest model that is copied to two more processes."""
+
+Gradient = dict[str, torch.Tensor]
+"""By parameter name, in float64 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    against: str = "float32"
+    """What it was compared with: the reference in float64 or float32, or another computation."""
+    error: float | None = None
+    """Relative error; None when the comparison was not run."""
+    limit: float = LIMIT
+    reason: str = ""
+    """Why it was not run."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the error is above the limit, or is no number."""
+        return self.error is not None and not self.error <= self.limit
+
+
+def sample(documents: Sequence[Rendered], sequence_length: int, count: int = DOCUMENTS) -> list[Rendered]:
+    """At most ``count`` documents from all over ``documents``, each at most LENGTH tokens around its first trained one.
+
+    Raises BadInput when no document has a trained token in its first ``sequence_length`` tokens.
+    """
+    cut = [Rendered(each.ids[:sequence_length], each.mask[:sequence_length], each.text) for each in documents]
+    usable = [document for document in cut if any(document.mask[1:])]
+    if not usable:
+        raise BadInput(
+            Problem(
+                where="sft.data",
+                what=f"no trained token in the first {sequence_length} tokens of {len(documents)} records",
+                fix="Raise sft.sequence_length, or look at the records with posttrain tokens",
+            )
+        )
+    step = max(1, len(usable) // count)
+    return [_window(document) for document in usable[::step][:count]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The comparisons for one model, in float32, which is not fit for anything else afterwards."""
+
+    model: PreTrainedModel | PeftModel
+    documents: Sequence[Rendered]
+    config: SFTConfig
+
+    def checks(self) -> Iterator[Check]:
+        """Run every comparison, in order. Dropout is off."""
+        self.model.eval()
+        _wake_adapter(self.model)
+        exact = plain_gradient(self.model.double(), self.documents)
+        reference = plain_gradient(self.model.float(), self.documents)  # the same bits as before
+        rounding = distance(reference, exact)
+        limit = max(LIMIT, min(rounding, ROUNDING))
+        yield Check(name="float32 itself", against="float64", error=rounding, limit=ROUNDING)
+        install(self.model)
+        own = self._loop(self._own_rows, self.config)
+        yield Check(name=OWN, against="float64", error=distance(own, exact), limit=rounding + limit)
+        for name, gradient in self._ways():
+            yield Check(name=name, error=distance(gradient(), reference), limit=limit)
+        yield self._isolation()
+        yield self._ranks(reference, limit)
+        yield self._checkpointing(reference, limit)  # leaves hooks behind, which no process can be given
+        yield self._block_mask(limit)  # gives the model another attention
+
+    @cached_property
+    def rows(self) -> list[PackedRow]:
+        """The documents in a few rows; at least two documents share one."""
+        return pack(self.documents, self._row_length).rows
+
+    @cached_property
+    def alone(self) -> list[PackedRow]:
+        """Each document in a row of its own."""
+        return pack(self.documents, self._row_length, packing=False).rows
+
+    @property
+    def _row_length(self) -> int:
+        lengths = sorted(len(document.ids) for document in self.documents)
+        return max(lengths[0] + lengths[-1], -(-sum(lengths) // ROWS))
+
+    def _ways(self) -> Iterator[tuple[str, Callable[[], Gradient]]]:
+        """Name of each way through the loop's own code, and what computes the gradient that way."""
+        whole = replace(self.config, per_device_batch_size=len(self.rows))
+        single = replace(self.config, per_device_batch_size=1)
+        tokens = trained_tokens(self.rows)
+        yield OWN, lambda: self._loop(self._own_rows, self.config)
+        yield "accumulation, one row at a time", lambda: self._loop(self.rows, single)
+        yield "accumulation, all rows at once", lambda: self._loop(self.rows, whole)
+        yield "one document per row", lambda: self._loop(self.alone, single)
+        yield (
+            f"loss in chunks of {SMALL_CHUNK} tokens",
+            lambda: self._loop(self.rows, replace(whole, loss_chunk=SMALL_CHUNK)),
+        )
+        yield "loss in one chunk", lambda: self._loop(self.rows, replace(whole, loss_chunk=max(1, tokens)))
+
+    @property
+    def _own_rows(self) -> list[PackedRow]:
+        return self.rows if self.config.packing else self.alone
+
+    def _loop(self, rows: Sequence[PackedRow], config: SFTConfig) -> Gradient:
+        """The gradient as the loop takes it in one optimizer step over ``rows``."""
+        return _gradient(self.model, lambda: add_gradient(self.model, rows, trained_tokens(rows), config, "float32"))
+
+    def _checkpointing(self, reference: Gradient, limit: float) -> Check:
+        name = "gradient checkpointing"
+        if not causal_model(self.model).supports_gradient_checkpointing:
+            return Check(name=name, reason="the model does not support it")
+        with _recomputing(causal_model(self.model)):
+            return Check(name=name, error=distance(self._loop(self.rows, self.config), reference), limit=limit)
+
+    def _ranks(self, reference: Gradient, limit: float) -> Check:
+        name = "two processes, half of the rows each"
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if parameters > RANKS_PARAMETERS:
+            return Check(name=name, reason=f"{parameters:,} parameters are too many to copy twice")
+        try:
+            gradient = gradient_of_ranks(self.model, self._own_rows, self.config)
+        except ProcessException as error:
+            return Check(name=name, reason=f"a process failed: {str(error).strip().splitlines()[-1]}")
+        return Check(name=name, error=distance(gradient, reference), limit=limit)
+
+    def _isolation(self) -> Check:
+        """Other tokens in the first document of a row must change nothing that is computed for the others."""
+        name = "a document when its neighbour changes"
+        row = next((row for row in self.rows if len(row.lengths) > 1), None)
+        if row is None:
+            return Check(name=name, reason="there is only one document")
+        causal, first = causal_model(self.model), row.lengths[0]
+        ids_BT = torch.from_numpy(row.input_ids)[None].long().to(causal.device)
+        other_BT = ids_BT.clone()
+        other_BT[:, :first] = (other_BT[:, :first] + 1) % causal.get_input_embeddings().weight.shape[0]
+        with torch.no_grad():
+            before_TD, after_TD = (packed_hidden(causal, ids, row.lengths)[first:] for ids in (ids_BT, other_BT))
+        error = float((after_TD - before_TD).norm() / before_TD.norm())
+        return Check(name=name, against="itself", error=error, limit=LIMIT)
+
+    def _block_mask(self, limit: float) -> Check:
+        """Packed attention against transformers' own under one mask for the whole row, in float32 both."""
+        name = "attention of a whole row under one mask"
+        causal = causal_model(self.model)
+        window = getattr(causal.config.get_text_config(), "sliding_window", None)
+        if window is not None and window < max(max(row.lengths) for row in self.rows):
+            return Check(name=name, reason=f"the model attends to {window} tokens only")
+        expected = self._loop(self.rows, replace(self.config, per_device_batch_size=1))
+        causal.set_attn_implementation("sdpa" if causal._supports_sdpa else "eager")
+        trained = trained_tokens(self.rows)
+        masked = masked_gradient(self.model, self.rows, trained)
+        return Check(name=name, against="the loop", error=distance(masked, expected), limit=limit)
+
+
+def plain_gradient(model: PreTrainedModel | PeftModel, documents: Sequence[Rendered]) -> Gradient:
+    """The gradient of the mean loss over the trained tokens of ``documents``, each alone.
+
+    In the number format of the model; layers that insist on float32 inside (norms, rotary positions) keep it.
+    """
+    trained = sum(sum(document.mask[1:]) for document in documents)
+
+    def add() -> None:
+        for document in documents:
+            ids_T = torch.tensor(document.ids, device=model.device)
+            logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
+            (_plain_loss(logits_TV, ids_T, torch.tensor(document.mask, device=model.device)) / trained).backward()
+
+    return _gradient(model, add)
+
+
+def masked_gradient(model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int) -> Gradient:
+    """The gradient with transformers' own attention under a block-diagonal mask, all logits of a row at once."""
+
+    def add() -> None:
+        for row in rows:
+            ids_T = torch.from_numpy(row.input_ids).long().to(model.device)
+            logits_TV = model(
+                input_ids=ids_T[None],
+                position_ids=torch.from_numpy(row.position_ids()).long()[None].to(model.device),
+                attention_mask=_block_diagonal(row).to(model.device),
+                use_cache=False,
+            ).logits[0]
+            (_plain_loss(logits_TV, ids_T, torch.from_numpy(row.mask).to(model.device)) / trained).backward()
+
+    return _gradient(model, add)
+
+
+def distance(actual: Gradient, expected: Gradient) -> float:
+    """||actual - expected|| / ||expected|| over all parameters together."""
+    difference = sum(float((actual[name].double() - expected[name]).square().sum()) for name in expected)
+    size = sum(float(expected[name].square().sum()) for name in expected)
+    return float((difference / size) ** 0.5) if size else float("nan")
+
+
+def _plain_loss(logits_TV: torch.Tensor, ids_T: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy: each position predicts the next token, if that is trained."""
+    labels_T = torch.where(mask_T[1:], ids_T[1:], IGNORED)
+    return F.cross_entropy(logits_TV[:-1], labels_T, reduction="sum", ignore_index=IGNORED)
+
+
+def _block_diagonal(row: PackedRow) -> torch.Tensor:
+    """What is added to the scores of a row, [1, 1, T, T]: 0 within a document and backwards, else -infinity."""
+    document_T = torch.cat([torch.full((length,), index) for index, length in enumerate(row.lengths)])
+    visible_TT = (document_T[:, None] == document_T[None]).tril()
+    return torch.zeros(visible_TT.shape).masked_fill(~visible_TT, float("-inf"))[None, None]
+
+
+def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
+    """What ``add`` adds to the gradients of the trained parameters of ``model``."""
+    model.zero_grad(set_to_none=True)
+    add()
+    gradient = {
+        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).double().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+@contextmanager
+def _recomputing(causal: PreTrainedModel) -> Iterator[None]:
+    """Layers recompute their activations, as they do in training alone; without its dropout."""
+    layers = [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+    causal.activation_checkpointing_enable()
+    for layer in layers:
+        layer.training = True
+    yield
+    causal.eval()
+
+
+def _wake_adapter(model: torch.nn.Module) -> None:
+    """Give a fresh adapter's B small values: at 0, as they begin, A has no gradient that could be wrong."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name and parameter.requires_grad:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def _window(document: Rendered) -> Rendered:
+    """At most LENGTH tokens, of which those before the first trained one are at most half."""
+    start = max(0, document.mask.index(True, 1) - LENGTH // 2)
+    end = start + LENGTH
+    return Rendered(document.ids[start:end], document.mask[start:end], document.text)
