@@ -85,9 +85,186 @@ NO_GENERATION_PROMPT = CHATML.split("{% if add")[0]
 THINKING_PROMPT = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 ALWAYS_ASSISTANT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
 
+# As models document them, with tools where the model has them.
+
+CHATML_TOOLS = """
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\n\n' }}
+    {%- endif %}
+    {{- '# Tools\n\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\n' + (tool | tojson) }}
+    {%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+"""
+QWEN3 = (
+    CHATML_TOOLS
+    + """
+{%- set ns = namespace(searching=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == 'user' %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query_index = (messages|length - 1) - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {%- if not loop.first or content %}
+                {{- '\n' }}
+            {%- endif %}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if messages[loop.index0 - 1].role != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+)
+QWEN2 = QWEN3.replace("(loop.last or reasoning_content)", "false").replace("'</think>' in content", "false")
+LLAMA31 = """
+{{- bos_token }}
+{%- for m in messages %}
+    {%- set role = 'ipython' if m.role == 'tool' else m.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
+    {%- if m.tool_calls %}
+        {%- if m.tool_calls | length != 1 %}
+            {{- raise_exception('only single tool-calls at once') }}
+        {%- endif %}
+        {%- set call = m.tool_calls[0].function %}
+        {{- '{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}' }}
+    {%- elif m.role == 'tool' %}
+        {{- m.content | tojson }}
+    {%- else %}
+        {%- if loop.first and tools %}
+            {{- 'Given the following functions: ' + (tools | tojson) + '\n\n' }}
+        {%- endif %}
+        {{- m.content | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+MISTRAL_V3 = """
+{%- set system = messages[0].content if messages[0].role == 'system' %}
+{%- set turns = messages[1:] if system else messages %}
+{%- set users = turns | selectattr('role', 'equalto', 'user') | list %}
+{{- bos_token }}
+{%- for m in turns %}
+    {%- if m.role == 'user' %}
+        {%- if m == users[-1] and tools %}
+            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST] ' + (system + '\n\n' if system and m == users[-1] else '') + m.content + '[/INST]' }}
+    {%- elif m.tool_calls %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in m.tool_calls %}
+            {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif m.role == 'assistant' %}
+        {{- ' ' + (m.content | trim) + eos_token }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + (m.content | tojson) + '}[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+GEMMA3 = """
+{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}
+{{- bos_token }}
+{%- set turns = messages[1:] if system else messages %}
+{%- for m in turns %}
+    {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
+    {{- (system if loop.first else '') + (m.content | trim) + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<start_of_turn>model\n' }}
+{%- endif %}
+"""
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else '<|endoftext|>' }}"
+)
+PHI4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|im_start|>assistant<|im_sep|>' if add_generation_prompt }}"
+)
+DEEPSEEK = """
+{{- '<｜begin▁of▁sentence｜>' }}
+{%- set ns = namespace(tool=false) %}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}
+        {{- m.content }}
+    {%- elif m.role == 'user' %}
+        {%- set ns.tool = false %}
+        {{- '<｜User｜>' + m.content }}
+    {%- elif m.role == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}
+        {%- set ns.tool = true %}
+    {%- else %}
+        {{- '' if ns.tool else '<｜Assistant｜>' }}
+        {%- set ns.tool = false %}
+        {{- (m.content or '').split('</think>')[-1] }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<｜tool▁call▁begin｜>' + call.type + '<｜tool▁sep｜>' + call.function.name + '\n```json\n' }}
+            {{- (call.function.arguments | tojson) + '\n```<｜tool▁call▁end｜>' }}
+        {%- endfor %}
+        {{- '<｜end▁of▁sentence｜>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not ns.tool %}
+    {{- '<｜Assistant｜>' }}
+{%- endif %}
+"""
+DEEPSEEK_R1 = DEEPSEEK.replace("{{- '<｜Assistant｜>' }}\n{%- endif", "{{- '<｜Assistant｜><think>\n' }}\n{%- endif")
+ZEPHYR = """{% for m in messages %}
+{{ '<|' + m.role + '|>\n' + m.content + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+ALPACA_SYSTEM = "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}" + ALPACA.replace(
+    "{% else %}###", "{% elif m.role == 'assistant' %}###"
+)
+
 SPECIAL = [
     *("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
+    *("<|system|>", "<|end|>", "<|endoftext|>", "<|im_sep|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
 ]
 
 
@@ -105,7 +282,7 @@ def backend() -> Tokenizer:
         "Response:\n\nInstruction: Yes.\n",
     ] * 20
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=406,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -265,15 +265,6 @@ def test_a_template_that_raises_is_refused_with_its_reason() -> None:
     assert "data.jsonl:7: the chat template refuses the conversation: no system role" in message
 
 
-def test_tool_calls_that_follow_the_content_are_refused() -> None:
-    calls = CHATML.replace(
-        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}\n<call>{{ m.tool_calls }}{% endif %}"
-    )
-    answer = {"role": "assistant", "content": "Look", "tool_calls": [{"name": "find"}]}
-    record = Conversation(messages=({"role": "user", "content": "Hi"}, answer), where="data.jsonl:7")
-    assert "turn 2 cannot be proven" in refusal(calls, record)
-
-
 def test_tokenizers_without_template_or_fast_backend_are_refused() -> None:
     with pytest.raises(BadInput, match=r"model: .*no chat template\n.*model.chat_template=FILE"):
         ChatRenderer(make_tokenizer(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -65,6 +66,12 @@ TURNS = [("user", "Hi"), ("assistant", "Hello")]
             [("system", "Be kind"), *TURNS],
         ),
         ({"messages": [USER, ANSWER, USER]}, [*TURNS, ("user", "Hi")]),
+        ({"messages": [USER, USER, ANSWER, ANSWER]}, [TURNS[0], *TURNS, TURNS[1]]),
+        ({"messages": [{**USER, "train": False}, {**ANSWER, "train": False}]}, TURNS),
+        (
+            {"prompt": [USER, {**ANSWER, "train": False}, USER], "completion": "Hello"},
+            [*TURNS, *TURNS],
+        ),
         (
             {"messages": [USER, ANSWER, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, ANSWER]},
             [*TURNS, ("tool", "1"), ("tool", "2"), ("assistant", "Hello")],
@@ -119,13 +126,20 @@ def said(role: Any, content: Any = "x") -> dict[str, Any]:
         ([USER, said("assistant", [{"type": "text"}])], "content must be a string, not "),
         ([USER, said("assistant", "")], "content is empty"),
         ([USER, said("assistant", " \n")], r"turn 2 of messages \(assistant\): content is empty"),
-        ([USER, USER, ANSWER], r"turn 2 \(user\) follows user"),
-        ([USER, ANSWER, ANSWER], r"turn 3 \(assistant\) follows assistant"),
         ([ANSWER, USER], r"turn 1 \(assistant\) begins the conversation"),
         ([USER, said("system"), ANSWER], r"turn 2 \(system\) follows user"),
         ([said("system"), said("system"), USER, ANSWER], r"turn 2 \(system\) follows system"),
         ([said("system"), ANSWER], r"turn 2 \(assistant\) follows system"),
         ([USER, said("tool"), ANSWER], r"turn 2 \(tool\) follows user"),
+        ([{**USER, "train": True}, ANSWER], r"turn 1 of messages \(user\): train is true, but only assistant turns"),
+        ([USER, {**ANSWER, "train": "no"}], r"turn 2 .*: train must be true or false, not 'no'"),
+        ([USER, {**ANSWER, "train": 0}], "train must be true or false, not 0"),
+        ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], "only an assistant turn can have tool_calls"),
+        ([USER, said("assistant", None) | {"tool_calls": []}], "content must be a string, not null"),
+        ([USER, {**ANSWER, "tool_calls": "f"}], "tool_calls must be a list, not 'f'"),
+        ([USER, {**ANSWER, "tool_calls": ["f"]}], "call 1 must be an object"),
+        ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "call 1 has no name"),
+        ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "x"}]}], "arguments must be an object, not 'x'"),
         ([USER], "no assistant turn"),
         ([], r"messages must be a list of messages, not \[\]"),
         ("Hi", "messages must be a list of messages, not 'Hi'"),
@@ -145,6 +159,35 @@ def test_sharegpt_roles_are_checked() -> None:
 def test_prompts_with_answers_belong_in_messages() -> None:
     row = {"prompt": [USER, ANSWER, USER], "completion": "Hello"}
     assert "prompt holds an assistant turn" in row_refusal(row)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"name": "add", "arguments": {"a": 1}},
+        {"name": "add", "arguments": '{"a": 1}', "id": None},
+        {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}},
+    ],
+)
+@pytest.mark.parametrize("silence", [{}, {"content": None}, {"content": ""}])
+def test_calls_of_tools_are_read_in_one_dialect(call: dict[str, Any], silence: dict[str, Any]) -> None:
+    messages = [USER, {"role": "assistant", "tool_calls": [call], **silence}, {"role": "tool", "content": ""}, ANSWER]
+    record = to_record({"messages": messages}, Format.auto, "conversations", "f:1")
+    assert isinstance(record, Conversation)
+    assert record.messages[1] == {"role": "assistant", "content": silence.get("content"), "tool_calls": [CALL]}
+
+
+def test_tools_are_definitions_or_the_same_as_json() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for value in (tools, json.dumps(tools)):
+        record = to_record({"messages": [USER, ANSWER], "tools": value}, Format.auto, "conversations", "f:1")
+        assert record.tools == tuple(tools)
+    assert "tools must be a list of definitions" in row_refusal({"messages": [USER, ANSWER], "tools": "add"})
+    assert "tool 1 has no name" in row_refusal({"messages": [USER, ANSWER], "tools": [{}]})
 
 
 def test_history_must_be_pairs() -> None:
@@ -212,7 +255,11 @@ GOOD_SIDE = said("assistant", "good")
         ),
         ({"chosen": [USER, GOOD_SIDE], "rejected": [said("user", "Ho"), ANSWER]}, "do not begin with the same turns"),
         ({"prompt": "Ho", "chosen": [USER, GOOD_SIDE], "rejected": [USER, ANSWER]}, "prompt is not the beginning"),
-        ({"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"}, "turn 3 (assistant) follows assistant"),
+        ({"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant turn"),
+        (
+            {"prompt": "Hi", "chosen": [{**GOOD_SIDE, "train": False}], "rejected": "b"},
+            "chosen is marked train: false",
+        ),
         ({"prompt": "Hi", "chosen": "a"}, "unknown shape of record; its keys: prompt, chosen"),
     ],
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from posttrain.data.records import Conversation, Message, Preference
+from posttrain.data.refusal import refuse
 from posttrain.data.spans import Answer, Template
-from posttrain.data.turns import refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +55,41 @@ class ChatRenderer:
         self._control_ids = set(self._controls.values())
         self._head_ids = lru_cache(maxsize=1024)(self._encode)
 
-    def conversation(self, record: Conversation) -> Rendered:
-        """Render all turns; every assistant turn is trained, with its stop token and nothing else.
+    def conversation(self, record: Conversation, *, last_only: bool = False) -> Rendered:
+        """Render all turns; trained are the assistant turns with their stop tokens and nothing else.
+
+        A turn marked ``train: false`` is context. With ``last_only`` so is every assistant turn but the last, and what
+        follows it is left away: nothing that is trained would see it.
 
         Raises:
             BadInput: A span cannot be proven, a content holds a special token, or the template fails.
         """
-        messages, where = record.messages, record.where
-        text = self._template.render(messages, where)
-        self._template.check(messages, text, where)
-        answers = [
-            self._template.answer(messages, index, text, where)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        ids, mask = self._tokens(text, answers, where)
+        answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
+        if last_only and answers:
+            answers = answers[-1:]
+            record = replace(record, messages=record.messages[: answers[0] + 1])
+        text = self._template.render(record)
+        self._template.check(record, text)
+        trained = [index for index in answers if record.messages[index].get("train", True)]
+        ids, mask = self._tokens(text, [self._template.answer(record, index, text) for index in trained], record.where)
         return Rendered(ids, mask, text)
 
     def preference(self, record: Preference) -> RenderedPair:
         """Render the prompt with both answers; raises BadInput as ``conversation`` does, or if they come out equal."""
-        prompt, chosen = self._completion((*record.prompt, *record.chosen), record.where)
-        other_prompt, rejected = self._completion((*record.prompt, *record.rejected), record.where)
+        prompt, chosen = self._completion(record, record.chosen)
+        other_prompt, rejected = self._completion(record, record.rejected)
         if prompt != other_prompt:
             refuse(record.where, "the chat template renders the prompt differently for chosen and rejected")
         if chosen == rejected:
             refuse(record.where, "chosen and rejected are the same once rendered", "Remove the record")
         return RenderedPair(prompt, chosen, rejected)
 
-    def _completion(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
-        text = self._template.render(messages, where)
-        self._template.check(messages, text, where)
-        answer = self._template.answer(messages, len(messages) - 1, text, where)
-        ids, mask = self._tokens(text, [answer], where)
+    def _completion(self, record: Preference, said: Sequence[Message]) -> tuple[list[int], list[int]]:
+        chat = Conversation(messages=(*record.prompt, *said), where=record.where, tools=record.tools)
+        text = self._template.render(chat)
+        self._template.check(chat, text)
+        answer = self._template.answer(chat, len(chat.messages) - 1, text)
+        ids, mask = self._tokens(text, [answer], record.where)
         start, end = mask.index(True), len(mask) - mask[::-1].index(True)
         return ids[:start], ids[start:end]
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "..."}`` and whatever else the chat template reads."""
+"""``{"role": "user", "content": "..."}`` and whatever else the chat template reads.
+
+``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
+"""
+
+Tool = Mapping[str, Any]
+"""The definition of a tool, as the chat template reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +23,8 @@ class Conversation:
     messages: tuple[Message, ...]
     where: str
     """``file:line`` (JSONL) or ``file[index]``, for messages."""
+    tools: tuple[Tool, ...] = ()
+    """The tools that the prompt offers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +35,7 @@ class Preference:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     where: str
+    tools: tuple[Tool, ...] = ()
 
 
 Record = Conversation | Preference

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain.config.schema import Format
+from posttrain.data.calls import checked_tools
 from posttrain.data.records import Conversation, Message, Preference, Record
-from posttrain.data.turns import check_order, checked_text, refuse, turn, turns
+from posttrain.data.refusal import refuse
+from posttrain.data.turns import check_order, checked_text, turn, turns
 
 Row = Mapping[str, Any]
 
 SHAPES = {
-    Format.messages: "messages (role, content), or conversations with the same",
+    Format.messages: "messages (role, content) [, tools], or conversations with the same",
     Format.prompt_completion: "prompt, completion",
     Format.alpaca: "instruction, output [, input, system, history]",
     Format.sharegpt: "conversations (from, value) [, system]",
@@ -77,24 +79,25 @@ def _says_from(value: Any) -> bool:
 
 def _messages(row: Row, where: str) -> Conversation:
     name = "messages" if row.get("messages") is not None else "conversations"
-    return _conversation(turns(row.get(name), where, name), where)
+    return _conversation(row, turns(row.get(name), where, name), where)
 
 
 def _sharegpt(row: Row, where: str) -> Conversation:
-    return _conversation(_system(row, where) + turns(row.get("conversations"), where, "conversations"), where)
+    return _conversation(row, _system(row, where) + turns(row.get("conversations"), where, "conversations"), where)
 
 
 def _prompt_completion(row: Row, where: str) -> Conversation:
     prompt = _said(row.get("prompt"), "user", where, "prompt")
     completion = _said(row.get("completion"), "assistant", where, "completion")
-    if any(message["role"] == "assistant" for message in prompt):
-        refuse(where, "prompt holds an assistant turn", "Use messages, in which every assistant turn is trained")
-    return _conversation(prompt + completion, where)
+    if any(message["role"] == "assistant" and message.get("train", True) for message in prompt):
+        fix = "Mark it train: false, or use messages, in which every assistant turn is trained"
+        refuse(where, "prompt holds an assistant turn", fix)
+    return _conversation(row, prompt + completion, where)
 
 
 def _alpaca(row: Row, where: str) -> Conversation:
     answer = turn("assistant", row.get("output"), where, "output")
-    return _conversation([*_alpaca_prompt(row, where), answer], where)
+    return _conversation(row, [*_alpaca_prompt(row, where), answer], where)
 
 
 def _preference(row: Row, where: str) -> Preference:
@@ -109,12 +112,11 @@ def _preference(row: Row, where: str) -> Preference:
         what = "there is no prompt, and chosen and rejected do not begin with the same turns"
         refuse(where, what, "Add prompt, or put the whole conversation into both")
     for name, side in (("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])):
-        if [message["role"] for message in side] != ["assistant"]:
-            refuse(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
-        check_order([*prompt, *side], where)
-    if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
+        _check_side(prompt, side, where, name)
+    if _core(chosen[-1]) == _core(rejected[-1]):
         refuse(where, "chosen and rejected are the same", "Remove the record")
-    return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where)
+    tools = checked_tools(row.get("tools"), where)
+    return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
 
 CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
@@ -127,11 +129,25 @@ CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
 """How a row of each shape becomes a record."""
 
 
-def _conversation(messages: list[Message], where: str) -> Conversation:
+def _conversation(row: Row, messages: list[Message], where: str) -> Conversation:
     check_order(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
         refuse(where, "the conversation has no assistant turn, so nothing in it can be trained")
-    return Conversation(messages=tuple(messages), where=where)
+    return Conversation(messages=tuple(messages), where=where, tools=checked_tools(row.get("tools"), where))
+
+
+def _check_side(prompt: list[Message], side: list[Message], where: str, name: str) -> None:
+    if [message["role"] for message in side] != ["assistant"]:
+        refuse(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
+    if side[0].get("train") is False:
+        refuse(where, f"{name} is marked train: false, but preferences train both answers", "Remove train")
+    check_order([*prompt, *side], where)
+    if prompt[-1]["role"] == "assistant":
+        refuse(where, f"the prompt ends with an assistant turn, so {name} answers nothing")
+
+
+def _core(message: Message) -> tuple[str, Any]:
+    return (message["content"] or "").strip(), message.get("tool_calls")
 
 
 def _said(value: Any, role: str, where: str, name: str) -> list[Message]:

@@ -9,21 +9,22 @@ A template is a program, so what it writes is taken from what it renders, never 
     asked:  <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n | Hello<|im_end|> | \n
                                                               prompt end     stop end
 
-The span between the bars is trained: what the model has to write itself when it is given the prompt.
+The span between the bars is trained: what the model has to write itself when it is given the prompt. Calls of tools are
+written in whatever way the template likes; their span has to be the same as in a conversation that holds nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
-from posttrain.data.records import Message
-from posttrain.data.turns import refuse
+from posttrain.data.calls import calls_of, renamed, stands_in, tool_names, words
+from posttrain.data.records import Conversation, Message
+from posttrain.data.refusal import refuse
 
 _SENTINELS = ("qjxzv", "wkvyb")
 """Two answers that stand in for the real one, to see where the template puts an answer."""
@@ -34,7 +35,11 @@ _MARKER = re.compile(r"(\{%-?\s*(?:end)?generation\s*(-?)%\})\n?")
 _VISIBLE = "\ue000"
 """What a generation marker is made to write, to see where it stands."""
 
+_ASKED = {"role": "user", "content": "x"}
+"""A turn that says nothing, to see what the template writes whatever is said."""
+
 _OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
+_ONLY_LAST = "Train the last turn only (train_on=last), or mark this one train: false, or use another chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,9 @@ class Answer:
     start: int
     """Where the model begins to write."""
     content: int
-    """Where the content of the message begins."""
+    """Where what the message says begins: its content, or the name of the first function that it calls."""
+    content_end: int
+    """Where it ends: only whitespace stands between it and the stop token."""
     end: int
     """Behind the stop token."""
 
@@ -64,58 +71,77 @@ class Template:
         self.control = re.compile(longest_first or "(?!)")
         """Matches the special tokens of the tokenizer."""
 
-    def render(
-        self, messages: Sequence[Message], where: str, *, prompt: bool = False, template: str | None = None
-    ) -> str:
-        """The text of ``messages``; with ``prompt`` followed by the generation prompt."""
-        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template}
+    def render(self, chat: Conversation, *, prompt: bool = False, template: str | None = None) -> str:
+        """The text of a conversation; with ``prompt`` followed by the generation prompt."""
+        # Null content would be written as None.
+        messages = [
+            {key: value for key, value in message.items() if key != "train" and value is not None}
+            for message in chat.messages
+        ]
+        tools = [dict(tool) for tool in chat.tools] or None
+        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template, "tools": tools}
         try:
-            return str(self._tokenizer.apply_chat_template([dict(message) for message in messages], **options))
+            text = str(self._tokenizer.apply_chat_template(messages, **options))
+            text.encode()
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            refuse(where, f"the chat template refuses the conversation: {error}", _OTHER_TEMPLATE)
+            refuse(chat.where, f"the chat template refuses the conversation: {error}", _OTHER_TEMPLATE)
+        return text
 
-    def check(self, messages: Sequence[Message], text: str, where: str) -> None:
-        """Refuse contents that hold special tokens, and templates that leave out what was said."""
-        for turn, message in enumerate(messages, start=1):
-            forged = self.control.search(message["content"])
-            if forged:
-                what = f"turn {turn} ({message['role']}) holds the special token {forged[0]!r}"
-                refuse(where, f"{what}, which would fake an end of turn or a header", "Remove or rewrite the record")
-            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+    def check(self, chat: Conversation, text: str) -> None:
+        """Refuse what holds special tokens, and templates that leave out what was said or the tools on offer."""
+        for turn, message in enumerate(chat.messages, start=1):
+            self._check_forged(message, f"turn {turn} ({message['role']})", chat.where)
+            if not _is_told(message, text):
                 what = f"the chat template leaves out or rewrites turn {turn} ({message['role']})"
-                refuse(where, what, _OTHER_TEMPLATE)
+                refuse(chat.where, what, _OTHER_TEMPLATE)
+        if chat.tools:
+            self._check_forged(chat.tools, "tools", chat.where)
+            offer = self.render(replace(chat, messages=(_ASKED,)))
+            if not all(name in offer for name in tool_names(chat.tools)):
+                refuse(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
 
-    def answer(self, messages: Sequence[Message], index: int, text: str, where: str) -> Answer:
-        """The trained span of ``messages[index]`` in ``text``, which is the rendering of all ``messages``.
+    def _check_forged(self, value: Any, name: str, where: str) -> None:
+        for text in words(value):
+            if forged := self.control.search(str(text)):
+                what = f"{name} holds the special token {forged[0]!r}, which would fake an end of turn or a header"
+                refuse(where, what, "Remove or rewrite the record")
+
+    def answer(self, chat: Conversation, index: int, text: str) -> Answer:
+        """The trained span of turn ``index`` (from 0) in ``text``, which is the rendering of the whole chat.
 
         Raises:
             BadInput: The span cannot be proven, or is written differently when the turn is the last one.
         """
-        told = messages[: index + 1]
-        asked = text if len(told) == len(messages) else self.render(told, where)
-        answer = self._last(told, asked, where)
+        told = replace(chat, messages=chat.messages[: index + 1])
+        asked = text if told.messages == chat.messages else self.render(told)
+        answer = self._last(told, asked)
         if text.startswith(asked[: answer.end]):
             return answer
-        content = self._by_difference(messages, index, text, where)
+        content = self._by_difference(chat, index, text)
         moved = 0 if content is None else content - answer.content
         start, end = answer.start + moved, answer.end + moved
         if content is None or start < 0 or text[start:end] != asked[answer.start : answer.end]:
-            _unproven(where, answer.turn, "the template writes it differently once other turns follow")
-        return Answer(answer.turn, start, content, end)
+            why = "the template writes it differently once other turns follow"
+            _unproven(chat.where, answer.turn, why, _ONLY_LAST)
+        return replace(answer, start=start, content=content, content_end=answer.content_end + moved, end=end)
 
-    def _last(self, messages: Sequence[Message], text: str, where: str) -> Answer:
-        """The span of the last message in ``text``, the rendering of ``messages``."""
-        turn, core = len(messages), messages[-1]["content"].strip()
-        prompt, bare = (self.render(messages[:-1], where, prompt=add) for add in (True, False))
+    def _last(self, chat: Conversation, text: str) -> Answer:
+        """The span of the last message in ``text``, the rendering of ``chat``."""
+        turn, message = len(chat.messages), chat.messages[-1]
+        asked = replace(chat, messages=chat.messages[:-1])
+        prompt, bare = (self.render(asked, prompt=add) for add in (True, False))
         if not text.startswith(prompt):
-            _unproven(where, turn, "the template does not begin it with its own generation prompt")
+            _unproven(chat.where, turn, "the template does not begin it with its own generation prompt")
         before = _shared_length(bare, prompt)
-        answer = self._verbatim(text, before, len(prompt), core, turn)
-        answer = answer or self._behind_lead(messages, text, len(prompt), where)
-        stop = text[answer.content + len(core) : answer.end].strip()
+        if calls_of(message):
+            answer = self._with_calls(chat, text, before, len(prompt))
+        else:
+            verbatim = self._verbatim(text, before, len(prompt), _core(message), turn)
+            answer = verbatim or self._behind_lead(chat, text, len(prompt))
+        stop = text[answer.content_end : answer.end].strip()
         if prompt.rstrip().endswith(stop):
-            _unproven(where, turn, f"{stop} follows its content, but opens answers and cannot end them")
-        return self._as_marked(messages, text, before, answer, where) if self._marked else answer
+            _unproven(chat.where, turn, f"{stop} follows its content, but opens answers and cannot end them")
+        return self._as_marked(chat, text, before, answer) if self._marked else answer
 
     def _verbatim(self, text: str, before: int, start: int, core: str, turn: int) -> Answer | None:
         """The span if nothing but the content and its stop token follow the prompt.
@@ -128,49 +154,81 @@ class Template:
             if content < 0 or not text.startswith(core, content) or content + len(core) <= start:
                 continue
             if end := self._stop(text, content + len(core)):
-                return Answer(turn, start, content, end)
+                return Answer(turn, start, content, content + len(core), end)
         return None
 
-    def _behind_lead(self, messages: Sequence[Message], text: str, start: int, where: str) -> Answer:
+    def _behind_lead(self, chat: Conversation, text: str, start: int) -> Answer:
         """The span if the template itself begins the answer, as with an empty block of thoughts."""
-        turn, core = len(messages), messages[-1]["content"].strip()
-        content = self._by_difference(messages, turn - 1, text, where)
+        turn, core, where = len(chat.messages), _core(chat.messages[-1]), chat.where
+        content = self._by_difference(chat, turn - 1, text)
         if content is None or content < start:
             _unproven(where, turn, "its content does not stand in the text as it is")
         lead = text[start:content]
-        if lead.strip() and lead != self._lead:
+        if lead.strip() and lead != self._lead(chat):
             _unproven(where, turn, f"{_short(lead)} stands between the generation prompt and its content")
         end = self._stop(text, content + len(core))
         if end is None:
             rest = _short(text[content + len(core) :].lstrip()) or "the end of the text"
             _unproven(where, turn, f"no stop token of the tokenizer follows its content, but {rest}")
-        return Answer(turn, start, content, end)
+        return Answer(turn, start, content, content + len(core), end)
 
-    def _by_difference(self, messages: Sequence[Message], index: int, text: str, where: str) -> int | None:
-        """Where the content of ``messages[index]`` begins: behind what stays the same whatever it says."""
+    def _with_calls(self, chat: Conversation, text: str, before: int, start: int) -> Answer:
+        """The span of a message that calls tools: everything up to the stop token that ends any answer."""
+        turn, message, where = len(chat.messages), chat.messages[-1], chat.where
+        name = self._by_difference(chat, turn - 1, text)
+        stop = text.find(self._closing, start)
+        if name is None or not start <= name < stop:
+            _unproven(where, turn, f"its calls do not stand between the generation prompt and {self._closing}")
+        span = text[start : stop + len(self._closing)]
+        said = [word for call in calls_of(message) for word in (call["name"], *words(call["arguments"]))]
+        missing = [word for word in said if not stands_in(word, span)]
+        if missing or (message["content"] or "").strip() not in text[before:stop]:
+            _unproven(where, turn, f"{_short(str(missing[0])) if missing else 'its content'} does not stand in it")
+        if not self._alone(chat, message).startswith(span):
+            _unproven(where, turn, "its calls are written differently in another conversation")
+        return Answer(turn, start, name, len(text[:stop].rstrip()), start + len(span))
+
+    def _alone(self, chat: Conversation, message: Message) -> str:
+        """What follows the generation prompt when ``message`` is the only answer; empty if it is not begun with it."""
+        asked = replace(chat, messages=(_ASKED,))
+        prompt, text = self.render(asked, prompt=True), self.render(replace(chat, messages=(_ASKED, message)))
+        return text[len(prompt) :] if text.startswith(prompt) else ""
+
+    def _by_difference(self, chat: Conversation, index: int, text: str) -> int | None:
+        """Where turn ``index`` begins to say something: behind what stays the same whatever it says."""
+        earlier, message, later = chat.messages[:index], chat.messages[index], chat.messages[index + 1 :]
         one, other = (
-            self.render([*messages[:index], {**messages[index], "content": sentinel}, *messages[index + 1 :]], where)
+            self.render(replace(chat, messages=(*earlier, _saying(message, sentinel), *later)))
             for sentinel in _SENTINELS
         )
         before = _before_sentinel(one, other)
         if before is None or not text.startswith(before):
             return None
         content = _skip_space(text, len(before))
-        return content if text.startswith(messages[index]["content"].strip(), content) else None
+        return content if text.startswith(_core(message), content) else None
 
-    @cached_property
-    def _lead(self) -> str:
-        """What the template writes between generation prompt and answer, the same in every conversation.
+    def _lead(self, chat: Conversation) -> str:
+        """What the template writes between generation prompt and answer, whatever the conversation was.
 
         Empty for a template without generation prompt, whose header the model would never be shown.
         """
-        asked = [{"role": "user", "content": "x"}]
-        prompt, bare = (self.render(asked, "model", prompt=add) for add in (True, False))
+        asked = replace(chat, messages=(_ASKED,))
+        prompt, bare = (self.render(asked, prompt=add) for add in (True, False))
         one, other = (
-            self.render([*asked, {"role": "assistant", "content": sentinel}], "model") for sentinel in _SENTINELS
+            self.render(replace(chat, messages=(_ASKED, _saying(chat.messages[-1], sentinel))))
+            for sentinel in _SENTINELS
         )
         before = _before_sentinel(one, other) or ""
         return before[len(prompt) :] if prompt != bare and before.startswith(prompt) else ""
+
+    @cached_property
+    def _closing(self) -> str:
+        """The stop token with which the template ends any answer."""
+        said = {"role": "assistant", "content": _SENTINELS[0]}
+        answered = Conversation(messages=(_ASKED, said), where="model.chat_template")
+        text = self.render(answered)
+        answer = self._last(answered, text)
+        return text[answer.content_end : answer.end].strip()
 
     def _stop(self, text: str, content_end: int) -> int | None:
         """The end of the stop token that follows the content, whitespace between them allowed.
@@ -186,21 +244,39 @@ class Template:
                 return place
         return ends[0] if ends else None
 
-    def _as_marked(self, messages: Sequence[Message], text: str, before: int, answer: Answer, where: str) -> Answer:
+    def _as_marked(self, chat: Conversation, text: str, before: int, answer: Answer) -> Answer:
         """The span that the template's generation markers give, from the generation prompt to the stop token.
 
         Markers may take in the generation prompt, which starts behind ``before``, but no other turn.
         """
-        pieces = self.render(messages, where, template=self._visible).split(_VISIBLE)
-        answers = sum(message["role"] == "assistant" for message in messages)
+        pieces = self.render(chat, template=self._visible).split(_VISIBLE)
+        answers = sum(message["role"] == "assistant" for message in chat.messages)
         if len(pieces) != 2 * answers + 1 or "".join(pieces) != text:
-            _unproven(where, answer.turn, "the template does not mark every assistant turn once with {% generation %}")
+            why = "the template does not mark every assistant turn once with {% generation %}"
+            _unproven(chat.where, answer.turn, why)
         start, end = len(text) - len(pieces[-1]) - len(pieces[-2]), len(text) - len(pieces[-1])
-        content_end = answer.content + len(messages[-1]["content"].strip())
-        latest = max(answer.start, answer.content)
-        if not (before <= start <= latest and content_end <= end <= _skip_space(text, answer.end)):
-            _unproven(where, answer.turn, f"{{% generation %}} marks {_short(text[start:end])} in its place")
+        latest = answer.start if calls_of(chat.messages[-1]) else max(answer.start, answer.content)
+        if not (before <= start <= latest and answer.content_end <= end <= _skip_space(text, answer.end)):
+            _unproven(chat.where, answer.turn, f"{{% generation %}} marks {_short(text[start:end])} in its place")
         return replace(answer, start=max(start, answer.start))
+
+
+def _core(message: Message) -> str:
+    """What a message says that can be found in the text: its content, or the name of the first function it calls."""
+    calls = calls_of(message)
+    return str(calls[0]["name"] if calls else message["content"]).strip()
+
+
+def _saying(message: Message, sentinel: str) -> Message:
+    return renamed(message, sentinel) if calls_of(message) else {**message, "content": sentinel}
+
+
+def _is_told(message: Message, text: str) -> bool:
+    """Whether ``text`` holds what a message says; thoughts of earlier answers may be left out."""
+    if message["role"] == "assistant":
+        return all(call["name"] in text for call in calls_of(message))
+    content = message["content"].strip()
+    return content in text or (message["role"] == "tool" and stands_in(content, text))
 
 
 def _make_visible(tag: re.Match[str]) -> str:
@@ -229,5 +305,5 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...") if text else ""
 
 
-def _unproven(where: str, turn: int, why: str) -> NoReturn:
-    refuse(where, f"the mask for turn {turn} cannot be proven: {why}", _OTHER_TEMPLATE)
+def _unproven(where: str, turn: int, why: str, fix: str = _OTHER_TEMPLATE) -> NoReturn:
+    refuse(where, f"the mask for turn {turn} cannot be proven: {why}", fix)

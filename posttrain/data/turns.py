@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from posttrain.data.calls import checked_calls
 from posttrain.data.records import Message
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.data.refusal import refuse, shown
+from posttrain.errors import suggest
 
 ROLES = ("system", "user", "assistant", "tool")
 """The roles that a message can have."""
@@ -26,8 +28,8 @@ SHAREGPT_ROLES = {
 
 _FOLLOWS = {
     "system": ("start",),
-    "user": ("start", "system", "assistant"),
-    "assistant": ("user", "tool"),
+    "user": ("start", "system", "user", "assistant"),
+    "assistant": ("user", "assistant", "tool"),
     "tool": ("assistant", "tool"),
 }
 
@@ -44,25 +46,32 @@ def turns(value: Any, where: str, name: str) -> list[Message]:
     """
     listed = [value] if isinstance(value, Mapping) else value
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        refuse(where, f"{name} must be a list of messages, not {_shown(value)}")
+        refuse(where, f"{name} must be a list of messages, not {shown(value)}")
     return [_message(entry, where, f"turn {number} of {name}") for number, entry in enumerate(listed, start=1)]
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
-    """Refuse turns out of order: a system turn only first, then user and assistant in turn, tools after assistant."""
+    """Refuse turns out of order: a system turn only first, then a user turn; results of tools after an assistant turn.
+
+    Turns of one role may follow each other: whether a template can render that is for the template to say.
+    """
     last = "start"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if last not in _FOLLOWS[role]:
             after = "begins the conversation" if last == "start" else f"follows {last}"
-            refuse(where, f"turn {number} ({role}) {after}", "Turns alternate: [system,] user, assistant, user, ...")
+            refuse(
+                where,
+                f"turn {number} ({role}) {after}",
+                "Order: [system,] user, assistant, [tool, assistant,] user, ...",
+            )
         last = role
 
 
 def checked_text(content: Any, where: str, name: str) -> str:
     """``content`` if it is text with something in it that UTF-8 can hold; raises BadInput otherwise."""
     if not isinstance(content, str):
-        refuse(where, f"{name}: content must be a string, not {_shown(content)}")
+        refuse(where, f"{name}: content must be a string, not {shown(content)}")
     if not content.strip():
         refuse(where, f"{name}: content is empty")
     try:
@@ -72,21 +81,37 @@ def checked_text(content: Any, where: str, name: str) -> str:
     return content
 
 
-def refuse(where: str, what: str, fix: str = "") -> NoReturn:
-    """Raise BadInput with one problem."""
-    raise BadInput(Problem(where=where, what=what, fix=fix))
-
-
 def _message(entry: Any, where: str, name: str) -> Message:
     if not isinstance(entry, Mapping):
-        refuse(where, f"{name} must be an object with role and content, not {_shown(entry)}")
+        refuse(where, f"{name} must be an object with role and content, not {shown(entry)}")
     # Parquet gives every message all keys that any message has; an absent one reads as null.
     extra = {key: value for key, value in entry.items() if value is not None}
     if "from" in entry and "role" not in entry:
         role = _known_role(extra.pop("from", None), SHAREGPT_ROLES, where, name)
-        return {**turn(SHAREGPT_ROLES[role], extra.pop("value", None), where, f"{name} ({role})"), **extra}
+        return _spoken(SHAREGPT_ROLES[role], extra.pop("value", None), extra, where, f"{name} ({role})")
     role = _known_role(extra.pop("role", None), ROLES, where, name)
-    return {**turn(role, extra.pop("content", None), where, f"{name} ({role})"), **extra}
+    return _spoken(role, extra.pop("content", None), extra, where, f"{name} ({role})")
+
+
+def _spoken(role: str, content: Any, extra: dict[str, Any], where: str, name: str) -> Message:
+    """The message; only calls may stand in for content, and only a tool may say nothing."""
+    _check_train(role, extra.get("train"), where, name)
+    calls = checked_calls(extra.pop("tool_calls", None), where, name)
+    if calls and role != "assistant":
+        refuse(where, f"{name}: only an assistant turn can have tool_calls")
+    if calls:
+        extra["tool_calls"] = calls
+    silent = content is None or (isinstance(content, str) and not content.strip())
+    if silent and (calls or (role == "tool" and content is not None)):
+        return {"role": role, "content": content and "", **extra}
+    return {"role": role, "content": checked_text(content, where, name), **extra}
+
+
+def _check_train(role: str, train: Any, where: str, name: str) -> None:
+    if train is not None and not isinstance(train, bool):
+        refuse(where, f"{name}: train must be true or false, not {shown(train)}")
+    if train and role != "assistant":
+        refuse(where, f"{name}: train is true, but only assistant turns can be trained", "Remove train")
 
 
 def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str, name: str) -> str:
@@ -96,8 +121,3 @@ def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str,
     options = ", ".join(known)
     fix = f"Did you mean {meant}? Roles: {options}" if meant else suggest(str(role), known)
     refuse(where, f"{name} has no role" if role is None else f"{name}: role {role!r} is unknown", fix)
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,108 @@
+"""Tools and their calls: one dialect for all files, and how a template may spell the words of a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from posttrain.data.records import Message, Tool
+from posttrain.data.refusal import refuse, shown
+
+
+def checked_tools(value: Any, where: str) -> tuple[Tool, ...]:
+    """The definitions of tools that a record offers: a list of objects, or the same as JSON text.
+
+    Raises:
+        BadInput: It is neither, or a tool has no name.
+    """
+    listed = _parsed(value)
+    if listed is None:
+        return ()
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
+        refuse(where, f"tools must be a list of definitions, not {shown(value)}")
+    for number, tool in enumerate(listed, start=1):
+        if not isinstance(_function(tool).get("name"), str):
+            refuse(where, f"tool {number} has no name")
+    return tuple(listed)
+
+
+def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
+    """The calls of a message as ``{"type": "function", "function": {"name", "arguments"}}``, arguments parsed.
+
+    Files hold arguments as objects or as JSON text, and leave the outer object away; chat templates are written for
+    the form above.
+
+    Raises:
+        BadInput: A call has no name, or its arguments are no object.
+    """
+    if value is not None and not isinstance(value, list):
+        refuse(where, f"{name}: tool_calls must be a list, not {shown(value)}")
+    return [_checked_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
+
+
+def calls_of(message: Message) -> Sequence[Mapping[str, Any]]:
+    """The functions that a message calls, each with ``name`` and ``arguments``."""
+    return [call["function"] for call in message.get("tool_calls", ())]
+
+
+def renamed(message: Message, name: str) -> Message:
+    """The message with another name of the first function that it calls."""
+    first, *others = message["tool_calls"]
+    return {**message, "tool_calls": [{**first, "function": {**first["function"], "name": name}}, *others]}
+
+
+def tool_names(tools: Sequence[Tool]) -> list[str]:
+    """The names of the functions that tools define."""
+    return [_function(tool)["name"] for tool in tools]
+
+
+def words(value: Any) -> Iterator[Any]:
+    """Every key and every scalar in nested lists and objects."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from words(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from words(item)
+    else:
+        yield value
+
+
+def stands_in(word: Any, text: str) -> bool:
+    """Whether ``text`` holds a word of a call, plain or as JSON spells it."""
+    spellings = [json.dumps(word), json.dumps(word, ensure_ascii=False)]
+    if isinstance(word, str):
+        spellings = [spelling[1:-1] for spelling in spellings]
+    return any(spelling in text for spelling in (str(word), *spellings))
+
+
+def _checked_call(call: Any, where: str, name: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        refuse(where, f"{name} must be an object, not {shown(call)}")
+    function = _function(call)
+    if not isinstance(function.get("name"), str) or not function["name"].strip():
+        refuse(where, f"{name} has no name of a function")
+    arguments = _parsed(function.get("arguments"))
+    if arguments is not None and not isinstance(arguments, Mapping):
+        refuse(where, f"{name}: arguments must be an object, not {shown(arguments)}")
+    outer = {key: value for key, value in call.items() if key not in ("name", "arguments") and value is not None}
+    return {"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}
+
+
+def _function(definition: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = definition.get("function")
+    if isinstance(inner, Mapping):
+        return inner
+    return {key: definition[key] for key in ("name", "arguments") if key in definition}
+
+
+def _parsed(value: Any) -> Any:
+    """JSON text as what it says; anything else, and text that is not JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
