@@ -16,6 +16,7 @@ from posttrain.config.schema import Method
 from posttrain.data.records import Conversation
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.model.checks import check_output
+from posttrain.sft.config import TrainOn
 from posttrain.sft.plugin import register_stages
 from posttrain.sft.stage import run
 from posttrain.stage import StageContext
@@ -101,6 +102,18 @@ def test_records_without_a_trained_token_are_refused_before_training(base: Model
     with pytest.raises(BadInput, match="no trained token"):
         run(stage)
     assert stage.progress.started == (0, 0)
+
+
+def test_the_last_turn_alone_can_be_trained(base: ModelSource, tmp_path: Path) -> None:
+    talks = [replace(record, messages=record.messages * 2) for record in conversations(2)]
+    mute = replace(talks[0], messages=(*talks[0].messages[:3], {**talks[0].messages[3], "train": False}))
+    trained = {}
+    for train_on in TrainOn:
+        stage = context(base, tmp_path / train_on.value, train_on=train_on, records=[*talks, mute], max_steps=1)
+        run(stage)
+        trained[train_on] = (stage.metrics["epoch_trained_tokens"], stage.metrics["untrained"])
+    answers = trained[TrainOn.last][0]
+    assert trained == {TrainOn.last: (answers, 1), TrainOn.all: (2 * answers + answers // 2, 0)}
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(base: ModelSource, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def test_trained_tokens_are_marked_and_counted_per_source(project: Path, capsys:
     assert not (project / "runs").exists()
 
 
+def test_turns_that_are_not_trained_are_not_marked(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tokens", "recipe=mine", "sft.train_on=last"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("<|assistant|>hello<|end|>") == text.count("<|assistant|>⟦hello<|end|>⟧") == 1
+
+
 def test_a_terminal_gets_colours_instead_of_brackets() -> None:
     tokenizer = tiny_tokenizer()
     messages = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})

@@ -16,6 +16,7 @@ from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
+from posttrain.sft.config import TrainOn
 
 SHOWN = 3
 """Records per source that are printed in full."""
@@ -49,9 +50,10 @@ def _renderer(plan: Plan) -> tuple[ChatRenderer, object]:
 
 def _print_step(step: Step, renderer: ChatRenderer, tokenizer: object, console: Console) -> None:
     rendered: list[Rendered] = []
+    last_only = step.config.train_on is TrainOn.last  # type: ignore[attr-defined]
     for source in step.sources:
         found = [
-            renderer.conversation(record)
+            renderer.conversation(record, last_only=last_only)
             for record in islice(read_source(source, step.stage.records), COUNTED)
             if isinstance(record, Conversation)
         ]

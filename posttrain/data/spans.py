@@ -73,11 +73,7 @@ class Template:
 
     def render(self, chat: Conversation, *, prompt: bool = False, template: str | None = None) -> str:
         """The text of a conversation; with ``prompt`` followed by the generation prompt."""
-        # Null content would be written as None.
-        messages = [
-            {key: value for key, value in message.items() if key != "train" and value is not None}
-            for message in chat.messages
-        ]
+        messages = [{key: value for key, value in message.items() if key != "train"} for message in chat.messages]
         tools = [dict(tool) for tool in chat.tools] or None
         options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template, "tools": tools}
         try:

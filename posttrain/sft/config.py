@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from posttrain.config.schema import LoraSettings, Method
@@ -12,12 +13,21 @@ from posttrain.stage import StageConfig, from_recipe
 ALL_LINEAR = "all-linear"
 
 
+class TrainOn(Enum):
+    """Which assistant turns are trained."""
+
+    all = "all"
+    last = "last"
+
+
 @dataclass(kw_only=True)
 class SFTConfig(StageConfig):
     """Supervised fine-tuning on the assistant turns of conversations."""
 
     data: Any = None
     """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""
+    train_on: TrainOn = TrainOn.all
+    """Trained turns: all assistant turns, or the last of each conversation."""
     method: Method = from_recipe("variant.method")
     """full trains every weight, lora an adapter."""
     lora: LoraSettings = field(default_factory=LoraSettings)

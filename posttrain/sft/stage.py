@@ -12,7 +12,7 @@ from posttrain.data.packing import PackedRow, PackingCounts, pack
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import check_finite, load_model, new_adapter
 from posttrain.sft.checkpoint import Position
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import SFTConfig, TrainOn
 from posttrain.sft.loop import Training
 from posttrain.stage import StageContext
 
@@ -21,7 +21,8 @@ def run(context: StageContext) -> None:
     """Render, pack, train, save."""
     config: SFTConfig = context.config
     renderer = context.renderer()
-    documents = [renderer.conversation(record) for record in context.records]
+    last_only = config.train_on is TrainOn.last
+    documents = [renderer.conversation(record, last_only=last_only) for record in context.records]
     packing = pack(documents, config.sequence_length, packing=config.packing)
     model = policy(context)
     check_vocabulary(packing.rows, model)
