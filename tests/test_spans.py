@@ -182,7 +182,8 @@ def test_a_template_that_joins_answers_or_drops_a_question_is_refused() -> None:
         "%}<|im_start|>{{", "%}{% if loop.last or m.role != messages[loop.index0 + 1].role %}<|im_start|>{{", 1
     )
     drops = drops.replace("<|im_end|>\n", "<|im_end|>\n{% endif %}", 1)
-    assert "leaves out or rewrites turn 1 (user)" in refusal(drops, record(user("Hi"), user("Listen"), said("Yes")))
+    for other in ("Listen", "Hi there"):
+        assert "leaves out or rewrites turn 1 (user)" in refusal(drops, record(user("Hi"), user(other), said("Yes")))
 
 
 # thoughts
@@ -215,6 +216,11 @@ def test_thoughts_that_the_template_rewrites_or_removes_are_refused() -> None:
     for last_only in (False, True):
         message = refusal(DEEPSEEK_R1, chat, last_only=last_only)
         assert "turn 2 cannot be proven: the template does not begin it with its own generation prompt" in message
+
+
+def test_thoughts_that_the_template_does_not_know_are_refused() -> None:
+    message = refusal(CHATML, record(user("Hi"), said("Hello", reasoning_content="hm")))
+    assert "turn 2 cannot be proven: the template leaves out its reasoning_content" in message
 
 
 # tools
@@ -285,6 +291,7 @@ WRITES = "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}<
         ("Look", "{{ m.content }}", "leaves out or rewrites turn 4"),
         ("Look", WRITES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "content does not stand"),
         ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list"), "'7' does not stand in it"),
+        ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list ~ 7"), "does not write all of"),
         ("Look", WRITES.replace("<call>", "<|im_end|>\n"), "its calls do not stand between"),
         ("Look", WRITES.replace("<call>", "<call {{ messages[0].content }}>"), "written differently in another"),
         ("Look", WRITES.replace("</call>", "</call>{{ messages | length }}"), "written differently in another"),
@@ -308,6 +315,11 @@ def test_calls_behind_a_header_that_the_generation_prompt_lacks_are_refused() ->
 )
 def test_special_tokens_in_calls_and_thoughts_are_refused(message: Message) -> None:
     assert "turn 2 (assistant) holds the special token '<|im_end|>'" in refusal(QWEN3, record(user("Hi"), message))
+
+
+def test_half_characters_in_calls_are_refused() -> None:
+    chat = record(user("Hi"), said("Look", tool_calls=[call(a="\ud83d")]))
+    assert "the chat template refuses the conversation: 'utf-8' codec can't encode" in refusal(QWEN2, chat)
 
 
 def test_tools_and_results_that_the_template_leaves_out_are_refused() -> None:

@@ -43,13 +43,23 @@ def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
 
 def calls_of(message: Message) -> Sequence[Mapping[str, Any]]:
     """The functions that a message calls, each with ``name`` and ``arguments``."""
-    return [call["function"] for call in message.get("tool_calls", ())]
+    return [call["function"] for call in message.get("tool_calls") or ()]
 
 
 def renamed(message: Message, name: str) -> Message:
     """The message with another name of the first function that it calls."""
     first, *others = message["tool_calls"]
     return {**message, "tool_calls": [{**first, "function": {**first["function"], "name": name}}, *others]}
+
+
+def disguised(message: Message) -> tuple[Message, list[str]]:
+    """The message with a word of its own for every name, key and scalar of its calls, and those words."""
+    taken: list[str] = []
+    calls = [
+        {**call, "function": {"name": _new_word(taken), "arguments": _in_words(call["function"]["arguments"], taken)}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}, taken
 
 
 def tool_names(tools: Sequence[Tool]) -> list[str]:
@@ -96,6 +106,19 @@ def _function(definition: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(inner, Mapping):
         return inner
     return {key: definition[key] for key in ("name", "arguments") if key in definition}
+
+
+def _in_words(value: Any, taken: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {_new_word(taken): _in_words(item, taken) for item in value.values()}
+    if isinstance(value, list | tuple):
+        return [_in_words(item, taken) for item in value]
+    return _new_word(taken)
+
+
+def _new_word(taken: list[str]) -> str:
+    taken.append(f"qjxzv{len(taken)}wkvyb")
+    return taken[-1]
 
 
 def _parsed(value: Any) -> Any:

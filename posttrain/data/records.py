@@ -9,7 +9,8 @@ from typing import Any
 Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}`` and whatever else the chat template reads.
 
-``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
+Calls of tools are ``tool_calls: [{"type": "function", "function": {"name": "...", "arguments": {...}}}]``; beside them
+content may be null. ``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
 """
 
 Tool = Mapping[str, Any]

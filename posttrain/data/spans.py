@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
-from posttrain.data.calls import calls_of, renamed, stands_in, tool_names, words
+from posttrain.data.calls import calls_of, disguised, renamed, stands_in, tool_names, words
 from posttrain.data.records import Conversation, Message
 from posttrain.data.refusal import refuse
 
@@ -37,6 +37,9 @@ _VISIBLE = "\ue000"
 
 _ASKED = {"role": "user", "content": "x"}
 """A turn that says nothing, to see what the template writes whatever is said."""
+
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""The keys under which messages hold what was thought before the content."""
 
 _OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
 _ONLY_LAST = "Train the last turn only (train_on=last), or mark this one train: false, or use another chat template"
@@ -87,7 +90,7 @@ class Template:
         """Refuse what holds special tokens, and templates that leave out what was said or the tools on offer."""
         for turn, message in enumerate(chat.messages, start=1):
             self._check_forged(message, f"turn {turn} ({message['role']})", chat.where)
-            if not _is_told(message, text):
+            if not _is_told(message, text) or not self._is_apart(chat, turn - 1):
                 what = f"the chat template leaves out or rewrites turn {turn} ({message['role']})"
                 refuse(chat.where, what, _OTHER_TEMPLATE)
         if chat.tools:
@@ -95,6 +98,15 @@ class Template:
             offer = self.render(replace(chat, messages=(_ASKED,)))
             if not all(name in offer for name in tool_names(chat.tools)):
                 refuse(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
+
+    def _is_apart(self, chat: Conversation, index: int) -> bool:
+        """Whether turn ``index`` is written for itself where a turn of the same role follows it or goes before."""
+        message = chat.messages[index]
+        beside = (*chat.messages[max(0, index - 1) : index], *chat.messages[index + 1 : index + 2])
+        if message["role"] == "assistant" or all(other["role"] != message["role"] for other in beside):
+            return True
+        changed = (*chat.messages[:index], _saying(message, _SENTINELS[0]), *chat.messages[index + 1 :])
+        return _SENTINELS[0] in self.render(replace(chat, messages=changed))
 
     def _check_forged(self, value: Any, name: str, where: str) -> None:
         for text in words(value):
@@ -134,6 +146,9 @@ class Template:
         else:
             verbatim = self._verbatim(text, before, len(prompt), _core(message), turn)
             answer = verbatim or self._behind_lead(chat, text, len(prompt))
+        left_out = next((key for key in _THOUGHTS if str(message.get(key) or "").strip() not in text[before:]), None)
+        if left_out:
+            _unproven(chat.where, turn, f"the template leaves out its {left_out}", f"Remove the key. {_OTHER_TEMPLATE}")
         stop = text[answer.content_end : answer.end].strip()
         if prompt.rstrip().endswith(stop):
             _unproven(chat.where, turn, f"{stop} follows its content, but opens answers and cannot end them")
@@ -180,6 +195,10 @@ class Template:
         missing = [word for word in said if not stands_in(word, span)]
         if missing or (message["content"] or "").strip() not in text[before:stop]:
             _unproven(where, turn, f"{_short(str(missing[0])) if missing else 'its content'} does not stand in it")
+        other, new_words = disguised(message)
+        shown = self._alone(chat, other).partition(self._closing)[0]
+        if not all(word in shown for word in new_words):
+            _unproven(where, turn, "the template does not write all of its calls")
         if not self._alone(chat, message).startswith(span):
             _unproven(where, turn, "its calls are written differently in another conversation")
         return Answer(turn, start, name, len(text[:stop].rstrip()), start + len(span))
