@@ -12,6 +12,7 @@ from chat_templates import (
     CHATML,
     DEEPSEEK,
     DEEPSEEK_R1,
+    EMPTY_THOUGHT,
     FORGETFUL,
     GEMMA3,
     LLAMA31,
@@ -64,7 +65,7 @@ def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def said(content: str | None, **extra: Any) -> Message:
+def said(content: str, **extra: Any) -> Message:
     return {"role": "assistant", "content": content, **extra}
 
 
@@ -218,6 +219,11 @@ def test_thoughts_that_the_template_rewrites_or_removes_are_refused() -> None:
         assert "turn 2 cannot be proven: the template does not begin it with its own generation prompt" in message
 
 
+def test_thoughts_in_the_content_behind_thoughts_of_the_template_are_refused() -> None:
+    message = refusal(EMPTY_THOUGHT, record(user("Hi"), said("<think>\nhm\n</think>\n\nHello")))
+    assert "turn 2 cannot be proven: the template closes the thoughts before the content" in message
+
+
 def test_thoughts_that_the_template_does_not_know_are_refused() -> None:
     message = refusal(CHATML, record(user("Hi"), said("Hello", reasoning_content="hm")))
     assert "turn 2 cannot be proven: the template leaves out its reasoning_content" in message
@@ -241,7 +247,7 @@ CALLS = {
     ),
 }
 calls = pytest.mark.parametrize("shape", CALLS)
-CALLED = said(None, tool_calls=[call(a=1, b="zwölf")])
+CALLED = said("", tool_calls=[call(a=1, b="zwölf")])
 RESULT: Message = {"role": "tool", "content": '"thirteen"'}
 
 
@@ -266,12 +272,6 @@ def test_thoughts_and_calls_of_several_steps() -> None:
     assert "turn 2 cannot be proven: the template writes it differently" in refusal(
         QWEN3, record(user("1+zwölf"), CALLED, RESULT, said("13"))
     )
-
-
-def test_null_content_is_not_written() -> None:
-    chat = record(user("1+1"), said(None, tool_calls=[call(a=7)]))
-    (span,) = trained(CHATML.replace("{{ m.content }}", WRITES), chat)
-    assert span.startswith("<call>[")
 
 
 def test_content_before_calls_is_trained_with_them() -> None:

@@ -10,7 +10,7 @@ Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}`` and whatever else the chat template reads.
 
 Calls of tools are ``tool_calls: [{"type": "function", "function": {"name": "...", "arguments": {...}}}]``; beside them
-content may be null. ``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
+content may be empty. ``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
 """
 
 Tool = Mapping[str, Any]

@@ -147,7 +147,7 @@ def _check_side(prompt: list[Message], side: list[Message], where: str, name: st
 
 
 def _core(message: Message) -> tuple[str, Any]:
-    return (message["content"] or "").strip(), message.get("tool_calls")
+    return message["content"].strip(), message.get("tool_calls")
 
 
 def _said(value: Any, role: str, where: str, name: str) -> list[Message]:

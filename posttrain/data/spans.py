@@ -41,6 +41,8 @@ _ASKED = {"role": "user", "content": "x"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys under which messages hold what was thought before the content."""
 
+_END_OF_THOUGHT = "</think>"
+
 _OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
 _ONLY_LAST = "Train the last turn only (train_on=last), or mark this one train: false, or use another chat template"
 
@@ -177,6 +179,9 @@ class Template:
         lead = text[start:content]
         if lead.strip() and lead != self._lead(chat):
             _unproven(where, turn, f"{_short(lead)} stands between the generation prompt and its content")
+        if _END_OF_THOUGHT in lead and _END_OF_THOUGHT in core:
+            why = "the template closes the thoughts before the content, which holds thoughts as well"
+            _unproven(where, turn, why, "Move them to reasoning_content, if the template reads that")
         end = self._stop(text, content + len(core))
         if end is None:
             rest = _short(text[content + len(core) :].lstrip()) or "the end of the text"
@@ -193,7 +198,7 @@ class Template:
         span = text[start : stop + len(self._closing)]
         said = [word for call in calls_of(message) for word in (call["name"], *words(call["arguments"]))]
         missing = [word for word in said if not stands_in(word, span)]
-        if missing or (message["content"] or "").strip() not in text[before:stop]:
+        if missing or message["content"].strip() not in text[before:stop]:
             _unproven(where, turn, f"{_short(str(missing[0])) if missing else 'its content'} does not stand in it")
         other, new_words = disguised(message)
         shown = self._alone(chat, other).partition(self._closing)[0]

@@ -103,7 +103,7 @@ def _spoken(role: str, content: Any, extra: dict[str, Any], where: str, name: st
         extra["tool_calls"] = calls
     silent = content is None or (isinstance(content, str) and not content.strip())
     if silent and (calls or (role == "tool" and content is not None)):
-        return {"role": role, "content": content and "", **extra}
+        return {"role": role, "content": "", **extra}
     return {"role": role, "content": checked_text(content, where, name), **extra}
 
 
