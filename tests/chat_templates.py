@@ -265,6 +265,7 @@ SPECIAL = [
     *("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
     *("<|system|>", "<|end|>", "<|endoftext|>", "<|im_sep|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
 ]
 
 
@@ -282,7 +283,7 @@ def backend() -> Tokenizer:
         "Response:\n\nInstruction: Yes.\n",
     ] * 20
     trainer = trainers.BpeTrainer(
-        vocab_size=406,
+        vocab_size=408,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.metadata import distribution
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -336,3 +338,44 @@ def test_calls_can_be_preferred() -> None:
     assert tokenizer.decode(rendered.chosen) == CALLS["qwen2"][1]
     assert tokenizer.decode(rendered.rejected) == "No<|im_end|>"
     assert "add" in tokenizer.decode(rendered.prompt)
+
+
+# the templates that trl ships, word for word
+
+SHIPPED = {
+    "cohere": ("<|END_OF_TURN_TOKEN|>", ""),
+    "gemma3": ("<end_of_turn>", ""),
+    "llama3_1": ("<|eot_id|>", ""),
+    "llama3_training": ("<|eot_id|>", ""),
+    "phi3_5": ("<|end|>", ""),
+    "qwen2_5": ("<|im_end|>", ""),
+    "qwen2_5_training": ("<|im_end|>", ""),
+    "qwen3_instruct_2507": ("<|im_end|>", ""),
+    "qwen3_training": ("<|im_end|>", "<think>\n\n</think>\n\n"),
+    "qwen3": ("<|im_end|>", "<think>\n\n</think>\n\n"),
+    "qwen3_5_think": ("<|im_end|>", "\n</think>\n\n"),
+}
+STRIPS = ("qwen3", "qwen3_5_think")
+
+
+def shipped(name: str) -> str:
+    return Path(str(distribution("trl").locate_file(f"trl/chat_templates/{name}.jinja"))).read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_templates_of_published_models(name: str) -> None:
+    template, (stop, before) = shipped(name), SHIPPED[name]
+    answers = [f"{before}{text}{stop}" for text in ("Hello", "So.")]
+    assert trained(template, record(*TALK[:4]), last_only=True) == answers[1:]
+    assert trained(template, record(SYSTEM, *TALK[:2])) == answers[:1]
+    if name in STRIPS:
+        assert "turn 2 cannot be proven" in refusal(template, record(*TALK[:4]))
+    else:
+        assert trained(template, record(*TALK[:4])) == answers
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507", "llama3_1"])
+def test_calls_by_templates_of_published_models(name: str) -> None:
+    spelled = {"llama3_1": CALLS["llama3"][1]}.get(name, CALLS["qwen2"][1])
+    chat = record(user("1+zwölf"), CALLED, RESULT, said("13"), tools=True)
+    assert trained(shipped(name), chat) == [spelled, f"13{SHIPPED[name][0]}"]
