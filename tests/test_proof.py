@@ -272,6 +272,18 @@ def test_a_wrong_mask_is_seen_in_the_tokens(change: Callable[[list[bool]], list[
     assert remasked(change) == fault
 
 
+@pytest.mark.parametrize("last_only", [False, True])
+def test_turns_that_are_context_are_not_missed(last_only: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    untrained = tuple(
+        {**message, "train": False} if message["content"] == "hello" else message for message in TALK.messages
+    )
+    record = Conversation(messages=TALK.messages if last_only else untrained, where="talk.jsonl:1")
+    rendered = ChatRenderer(tokenizer).conversation(record, last_only=last_only)
+    assert mask_fault(record, rendered, tokenizer, last_only=last_only) is None
+    assert mask_fault(TALK, rendered, tokenizer) == "1 runs of trained tokens for 2 answers"
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +333,8 @@ def test_a_wrong_mask_ends_with_code_5(
 ) -> None:
     correct = ChatRenderer.conversation
 
-    def shortened(renderer: ChatRenderer, record: Conversation) -> Rendered:
-        rendered = correct(renderer, record)
+    def shortened(renderer: ChatRenderer, record: Conversation, **options: bool) -> Rendered:
+        rendered = correct(renderer, record, **options)
         return Rendered(rendered.ids, [*rendered.mask[:-1], False], rendered.text)
 
     monkeypatch.setattr(ChatRenderer, "conversation", shortened)

@@ -17,6 +17,7 @@ from posttrain.data.records import Conversation
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan, Step, make_plan
+from posttrain.sft.config import TrainOn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,12 +64,13 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
 
     tokenizer = load_tokenizer(base)
     renderer = ChatRenderer(tokenizer)
+    last_only = step.config.train_on is TrainOn.last  # type: ignore[attr-defined]
     documents = []
     for source in step.sources:
         for record in islice(read_source(source, step.stage.records), READ):
             if isinstance(record, Conversation):
-                documents.append(renderer.conversation(record))
-                if fault := mask_fault(record, documents[-1], tokenizer):
+                documents.append(renderer.conversation(record, last_only=last_only))
+                if fault := mask_fault(record, documents[-1], tokenizer, last_only=last_only):
                     raise ArtifactDamaged(f"the mask of {record.where} is wrong: {fault}")
     total, trained = sum(len(each.ids) for each in documents), sum(sum(each.mask) for each in documents)
     print(f"mask       {len(documents)} records: every answer trained with its stop token, ", end="")

@@ -11,12 +11,14 @@ from posttrain.data.chat import Rendered
 from posttrain.data.records import Conversation
 
 
-def mask_fault(record: Conversation, rendered: Rendered, tokenizer: Any) -> str | None:
+def mask_fault(record: Conversation, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
     """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is.
 
-    Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only.
+    Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only; where
+    the turn calls tools, the calls may stand between the two.
     """
-    answers = [message["content"] for message in record.messages if message["role"] == "assistant"]
+    answers = [message for message in record.messages if message["role"] == "assistant"]
+    answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
     pairs = zip(rendered.ids, rendered.mask, strict=True)
     runs = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if trained]
     if len(runs) != len(answers):
@@ -26,10 +28,12 @@ def mask_fault(record: Conversation, rendered: Rendered, tokenizer: Any) -> str 
         end = len(run)
         while end and (run[end - 1] in special or not _bare(tokenizer, run[end - 1 : end])):
             end -= 1
+        content = answer["content"]
         if not special & set(run[end:]):
-            return f"the stop token behind {answer!r} is not trained"
-        if not _bare(tokenizer, run[:end]).endswith(_without_space(answer)):
-            return f"{answer!r} is not trained as a whole"
+            return f"the stop token behind {content!r} is not trained"
+        bare, wanted = _bare(tokenizer, run[:end]), _without_space(content)
+        if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted)):
+            return f"{content!r} is not trained as a whole"
     return None
 
 
