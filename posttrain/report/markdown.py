@@ -11,7 +11,7 @@ def markdown(report: RunReport) -> str:
     lines = [
         f"# {report.state.recipe}: {report.state.state}",
         "",
-        "Scores and lifts are in points of 100; brackets hold the confidence bounds of the paired difference.",
+        "Shares are in points of 100, other scores as they are; brackets hold the bounds of the paired difference.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "|".join("---" for _ in COLUMNS) + "|",

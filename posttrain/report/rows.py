@@ -53,14 +53,13 @@ def _stage_rows(stage: StageState, verdict: dict[str, Any] | None) -> list[tuple
 
 
 def _task_row(stage: StageState, task: dict[str, Any]) -> tuple[str, ...]:
-    lift = f"{_points(task['lift'])} [{_points(task['low'])}, {_points(task['high'])}] vs {task['against']}"
-    scores = (f"{100 * task[system]:.1f}" for system in ("base", "parent", "candidate"))
+    """Shares are shown in points of 100, other scores as they are."""
+    scores = [task[system] for system in ("base", "parent", "candidate")]
+    scale = 100 if all(0 <= score <= 1 for score in scores) else 1
+    low, lift, high = (f"{scale * task[key]:+.1f}" for key in ("low", "lift", "high"))
     name = f"{task['task']} ({task['role']}, n {task['n']:,})"
-    return (stage.name, name, *scores, lift, task["state"])
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    shown = (f"{scale * score:.1f}" for score in scores)
+    return (stage.name, name, *shown, f"{lift} [{low}, {high}] vs {task['against']}", task["state"])
 
 
 def _clock(seconds: float | None) -> str:

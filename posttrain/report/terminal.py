@@ -13,7 +13,7 @@ RIGHT = ("base", "parent", "candidate", "tokens", "time")
 
 
 def print_report(report: RunReport, console: Console) -> None:
-    """Print the table of a run with the reason of every verdict; scores and lifts are in points of 100."""
+    """Print the table of a run with the reason of every verdict; shares are in points of 100."""
     table = Table(
         title=f"{report.state.recipe}: {report.state.state}", title_justify="left", header_style="bold", box=SIMPLE
     )

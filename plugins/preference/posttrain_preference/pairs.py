@@ -53,7 +53,7 @@ def render_pairs(context: StageContext) -> TokenPairs:
     if not pairs.rows:
         raise BadInput(_nothing_left(context))
     if pairs.dropped:
-        context.progress.note(f"{context.name}: dropped {pairs.dropped} pairs longer than {longest} tokens")
+        context.progress.note(f"dropped {pairs.dropped} pairs longer than {longest} tokens")
     return pairs
 
 

@@ -200,7 +200,7 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeConte
     dpo.run(context)
     assert context.metrics["pairs"] == 1
     assert context.metrics["dropped"] == 2
-    assert progress(context).notes == ["dpo: dropped 2 pairs longer than 40 tokens"]
+    assert progress(context).notes == ["dropped 2 pairs longer than 40 tokens"]
 
 
 @pytest.mark.parametrize(
