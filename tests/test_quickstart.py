@@ -101,7 +101,7 @@ def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) ->
 
 def test_a_run_killed_in_both_stages_ends_with_the_same_bytes(clean: Path, working_folder: Path) -> None:
     assert kill_during(working_folder, "sft", 60, signal.SIGKILL) == -signal.SIGKILL
-    assert kill_during(working_folder, "sft", 70, signal.SIGTERM) == 75
+    assert kill_during(working_folder, "sft", 100, signal.SIGTERM) == 75
     assert state_of(only_run(working_folder))["state"] == "interrupted"
     assert kill_during(working_folder, "dpo", 8, signal.SIGINT) == 75
     result = subprocess.run(COMMAND, cwd=working_folder, capture_output=True, timeout=PATIENCE, check=False)
