@@ -18,8 +18,6 @@ from omegaconf import OmegaConf
 from posttrain.artifact import replace_text
 from posttrain.errors import Problem, RunLocked
 
-STAGE_STATES = ("pending", "running", "trained", "promoted", "refused", "undecided")
-
 
 @dataclass(kw_only=True)
 class StageState:
@@ -28,7 +26,7 @@ class StageState:
     name: str
     kind: str
     state: str = "pending"
-    """One of STAGE_STATES."""
+    """pending, running, trained, promoted, refused or undecided."""
     artifact: str | None = None
     """Directory of the artifact, relative to the run's."""
     digest: str | None = None
