@@ -13,8 +13,9 @@ from tiny import VOCABULARY, tiny_llama
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
 from posttrain.errors import BadInput
-from posttrain.sft import attention
-from posttrain.sft.attention import NAME, install, packed_attention, packed_hidden
+from posttrain.sft import kernels
+from posttrain.sft.attention import install, packed_hidden
+from posttrain.sft.kernels import Documents, Kernel, document_attention
 
 MODEL = tiny_llama().eval()
 PACKED = copy.deepcopy(MODEL)
@@ -60,11 +61,12 @@ def test_changing_one_document_changes_no_bit_of_another() -> None:
 
 
 def test_a_leak_between_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaking(*inputs: Any, document_lengths: Any, **rest: Any) -> Any:
-        return packed_attention(*inputs, document_lengths=[sum(document_lengths)], **rest)
+    def leaking(*inputs: Any, documents: Documents, **rest: Any) -> Any:
+        return document_attention(*inputs, documents=Documents.of([sum(documents.lengths)], inputs[1].device), **rest)
 
-    monkeypatch.setattr(attention, "NAME", "leaking")
     AttentionInterface.register("leaking", leaking)
+    leak = Kernel(name="leaking", summary="a leak", obstacle=lambda causal: "")
+    monkeypatch.setattr(kernels, "KERNELS", (leak,))
     with pytest.raises(BadInput, match="computes packed documents differently"):
         install(copy.deepcopy(MODEL))
 
@@ -81,15 +83,8 @@ def test_a_sliding_window_is_honoured() -> None:
     assert relative(packed, torch.cat(alone)) <= 1e-6
 
 
-@pytest.mark.parametrize("variant", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
-def test_variants_of_attention_that_are_not_computed_are_refused(variant: dict[str, Any]) -> None:
-    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    with pytest.raises(BadInput, match="which sft cannot train"):
-        packed_attention(MODEL, query, key, key, None, document_lengths=[3], **variant)
-
-
 def test_installing_keeps_the_training_mode() -> None:
     model = copy.deepcopy(MODEL).train()
     install(model)
     assert model.training
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == "posttrain_documents"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import documents_of, packed_rows, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from posttrain.data.packing import PackedRow
 from posttrain.errors import BadInput
@@ -89,23 +93,66 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient() -> N
     assert distance(actual, expected) <= 1e-6
 
 
-def test_logits_of_a_whole_row_are_never_held() -> None:
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_of_a_whole_row_are_never_held(frozen: bool) -> None:
     model = tiny_llama(vocab_size=4096)
     install(model)
-    head, largest = OutputHead.of(model), 0
+    head = OutputHead.of(model)
+    model.lm_head.weight.requires_grad_(not frozen)
     hidden = torch.randn(64, 32, requires_grad=True)
+    with Largest() as largest:
+        summed_cross_entropy(head, hidden, torch.arange(64), 8).backward()
+    assert largest.elements <= 32 * 4096, "more than the head's own weight"
 
-    def watch(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, output.shape[0])
 
-    model.lm_head.register_forward_hook(watch)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        loss = summed_cross_entropy(head, hidden, torch.arange(64), 8)
-    loss.backward()
-    assert largest == 8
-    assert max(kept) < 8 * 4096
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_every_kind_of_head_is_autograds(scale: float, softcap: float | None, bias: bool) -> None:
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(16, 50, bias=bias, dtype=torch.float64)
+    hidden, targets = torch.randn(21, 16, dtype=torch.float64, requires_grad=True), torch.randint(50, (21,))
+    head = OutputHead(projection, scale, softcap)
+    inputs = [hidden, *projection.parameters()]
+    logits = projection(hidden) * scale
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    actual = summed_cross_entropy(head, hidden, targets, 8)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-12)
+    weighted = 0.5 * actual, 0.5 * expected
+    for got, wanted in zip(*(torch.autograd.grad(loss, inputs) for loss in weighted), strict=True):
+        assert distance(got, wanted) <= 1e-12
+
+
+def test_retrained_tokens_of_a_tied_head_have_their_gradient() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    settings = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]})
+    adapted = get_peft_model(model, settings)
+    assert OutputHead.of(adapted.get_base_model()).projection is not model.get_input_embeddings()
+    reference_model = copy.deepcopy(adapted)
+    ids = torch.tensor([[4, 5, 6, 7, 5, 9]])
+    logits = reference_model(input_ids=ids, use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    install(adapted)
+    causal = adapted.get_base_model()
+    hidden = packed_hidden(causal, ids, [6])[:-1]
+    summed_cross_entropy(OutputHead.of(causal), hidden, ids[0, 1:], 3).backward()
+    expected = gradient(reference_model)
+    assert distance(gradient(adapted), expected) <= 1e-6
+    assert sum("trainable_tokens_delta" in name for name, p in adapted.named_parameters() if p.grad is not None) == 1
 
 
 def test_an_untrained_document_adds_no_gradient() -> None:

@@ -20,6 +20,7 @@ from posttrain.data.records import Conversation
 from posttrain.errors import BadInput
 from posttrain.model.loading import new_adapter
 from posttrain.sft import attention, gradient, proof
+from posttrain.sft.kernels import Documents
 from posttrain.sft.proof import LENGTH, Check, Proof, plain_gradient, sample
 
 DOCUMENTS = [
@@ -155,7 +156,7 @@ def positions_that_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(causal: Any, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         positions = torch.arange(ids.shape[1])[None] * 2
         output = causal.get_decoder()(
-            input_ids=ids, position_ids=positions, use_cache=False, document_lengths=tuple(lengths)
+            input_ids=ids, position_ids=positions, use_cache=False, documents=Documents.of(lengths, ids.device)
         )
         return output.last_hidden_state[0]
 
@@ -310,7 +311,7 @@ def test_the_command_proves_the_gradient(project: Path, capsys: pytest.CaptureFi
     assert "20 records: every answer trained with its stop token" in text
     size = sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert f"full, {size:,} of {size:,} parameters trained" in text
-    assert "posttrain_packed" in text
+    assert "SDPA per document" in text
     assert text.count("  ok\n") == 11
     last = text.splitlines()[-1]
     assert last == f"The SFT gradient of mine is right in every comparison that was run; not run: {RANKS}."

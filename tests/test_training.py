@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import Killed, Recorder, base_source, documents_of, packed_rows, sft_config, tiny_llama, write_base
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LoraSettings, Method
+from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.data.packing import PackedRow
 from posttrain.errors import ArtifactDamaged, Interrupted
 from posttrain.model.loading import load_model, load_trainable, new_adapter
@@ -45,7 +45,7 @@ def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **setti
     progress = settings.pop("progress", None) or Recorder()
     stop: Callable[[], bool] = settings.pop("stop_requested", lambda: False)
     seed, dtype = settings.pop("seed", 0), settings.pop("dtype", "float32")
-    config = sft_config(**settings)
+    config = sft_config(**{"compute_dtype": Dtype(dtype), **settings})
     return Training(
         model=model,
         rows=rows,
@@ -312,7 +312,7 @@ def test_a_checkpoint_of_other_data_is_not_continued(base: ModelSource, tmp_path
     progress = Recorder()
     training(policy(base, Method.lora), tmp_path, rows=packed_rows([2, 2, 2], seed=9), progress=progress).run()
     assert progress.started[1] == 0
-    assert "belongs to a run with other settings or data" in progress.notes[0]
+    assert "belongs to a run with other settings or data" in progress.notes[-1]
 
 
 # --- Divergence -------------------------------------------------------------------------------------------------------

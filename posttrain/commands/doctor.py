@@ -80,7 +80,8 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
 
 def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Rendered]) -> list[Check]:
     """Run and print every comparison."""
-    from posttrain.sft.attention import NAME
+    from posttrain.sft.attention import causal_model
+    from posttrain.sft.kernels import choose
     from posttrain.sft.proof import Proof, sample
 
     config: SFTConfig = step.config  # type: ignore[assignment]
@@ -91,7 +92,7 @@ def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Render
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     print(f"model      {plan.model.path}, {config.method.value}, ", end="")
     print(f"{trained:,} of {sum(p.numel() for p in parameters):,} parameters trained, on {proof.model.device}")
-    print(f"attention  {NAME}: each document by itself")
+    print(f"attention  {choose(causal_model(proof.model))}")
     print(f"step       {len(proof.documents)} documents in {len(proof.rows)} rows\n")
     print(f"{'gradient of one step':<44}{'against':<10}{'error':>8}{'limit':>9}")
     checks = []

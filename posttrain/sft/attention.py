@@ -1,12 +1,10 @@
 """Attention for packed rows: every document sees itself and nothing else.
 
-Each document of a row is its own causal attention, so memory and time grow with the square of a document, not of a row,
-and there is no mask that could be forgotten. transformers' own isolation needs position ids that restart, no attention
-mask and no cache all at once, and leaks in silence when one is missing.
+transformers' own isolation needs position ids that restart, no attention mask and no cache all at once, and leaks in
+silence when one is missing. Here the kernel is told where the documents lie, and that is proven before training.
 """
 
-# B = rows (always 1), N = query heads, K = key and value heads, T = tokens of all documents, H = width of a head,
-# L = tokens of one document, D = width
+# B = rows (always 1), T = tokens of all documents, D = width, V = vocabulary
 
 from __future__ import annotations
 
@@ -14,88 +12,49 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from posttrain.errors import BadInput, Problem
-
-NAME = "posttrain_packed"
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query_BNTH: torch.Tensor,
-    key_BKTH: torch.Tensor,
-    value_BKTH: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    document_lengths: Sequence[int],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document of one row; ``document_lengths`` adds up to T.
-
-    Has the signature that transformers gives attention functions and returns its result as [B, T, N, H]. Raises
-    BadInput for the variants of attention that it does not compute (capped scores, sinks).
-    """
-    if softcap is not None or s_aux is not None:
-        variant = "caps attention scores" if softcap is not None else "has attention sinks"
-        raise BadInput(Problem(where="model.path", what=f"the model {variant}, which sft cannot train"))
-    lengths = list(document_lengths)
-    attended = [
-        F.scaled_dot_product_attention(
-            query_BNLH,
-            key_BKLH,
-            value_BKLH,
-            attn_mask=(mask := _window_mask(query_BNLH.shape[2], sliding_window, query_BNLH.device)),
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query_BNTH.shape[1] != key_BKTH.shape[1],
-        )
-        for query_BNLH, key_BKLH, value_BKLH in zip(
-            query_BNTH.split(lengths, 2), key_BKTH.split(lengths, 2), value_BKTH.split(lengths, 2), strict=True
-        )
-    ]
-    return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+from posttrain.sft import kernels
+from posttrain.sft.kernels import Choice, Documents
+from posttrain.sft.lora import fuse
 
 
-AttentionInterface.register(NAME, packed_attention)
-
-
-def install(model: PreTrainedModel | PeftModel) -> None:
+def install(model: PreTrainedModel | PeftModel) -> Choice:
     """Make ``model`` use packed attention, and prove on two short documents that it still computes what it did before.
 
-    Raises BadInput when the architecture lets one packed document change another, or computes its logits in a way that
-    the loss does not follow.
+    Returns the kernel that it uses. Raises BadInput when the architecture lets one packed
+    document change another, or computes its logits in a way that the loss does not follow.
     """
     from posttrain.sft.loss import OutputHead
 
     causal = causal_model(model)
     _refuse_chunks(causal)
+    choice = kernels.choose(causal)
     documents = _probe_documents(causal)
     training = model.training
     model.eval()
     with torch.no_grad():
         expected = torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0] for ids_BT in documents])
-        causal.set_attn_implementation(NAME)
+        causal.set_attn_implementation(choice.kernel.name)
+        fuse(model)
         hidden = packed_hidden(causal, torch.cat(documents, 1), [ids_BT.shape[1] for ids_BT in documents])
         actual = OutputHead.of(causal).logits(hidden)
     model.train(training)
     _check_equal(actual, expected.float(), causal)
+    return choice
 
 
 def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Last hidden states [T, D] of documents of ``lengths`` tokens that lie one after another in ``ids_BT`` [1, T]."""
-    positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(ids_BT.device)
-    output = causal.get_decoder()(
-        input_ids=ids_BT, position_ids=positions_BT, use_cache=False, document_lengths=tuple(lengths)
-    )
+    device = ids_BT.device
+    documents = Documents.of(lengths, device)
+    positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    where: dict[str, Any] = {"documents": documents}
+    if causal.config._attn_implementation == kernels.MASKED:
+        where = {"attention_mask": kernels.row_mask(causal, documents)}
+    output = causal.get_decoder()(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **where)
     hidden_TD: torch.Tensor = output.last_hidden_state[0]
     return hidden_TD
 
@@ -109,15 +68,6 @@ def _refuse_chunks(causal: PreTrainedModel) -> None:
     # these layers do not hand their chunk to the attention function, and the probe is too short to notice
     if getattr(causal.config.get_text_config(), "attention_chunk_size", None):
         raise BadInput(Problem(where="model.path", what="the model attends in chunks, which sft cannot train"))
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which tokens of a document see which, when a sliding window hides some; otherwise None."""
-    if window is None or length <= window:
-        return None
-    position_L = torch.arange(length, device=device)
-    distance_LL = position_L[:, None] - position_L[None, :]
-    return (distance_LL >= 0) & (distance_LL < window)
 
 
 def _probe_documents(causal: PreTrainedModel) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from posttrain.config.schema import LoraSettings, Method
+from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.stage import StageConfig, from_recipe
 
 ALL_LINEAR = "all-linear"
@@ -64,6 +64,8 @@ class SFTConfig(StageConfig):
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
     checkpoint_steps: int = 50
     """Save what resuming needs every so many optimizer steps."""
+    compute_dtype: Dtype | None = None
+    """Number format of forward and backward passes: model.dtype, but float32 for bfloat16 on a CPU without AMX."""
     loss_chunk: int = 1024
     """Trained tokens whose logits are held at once."""
 

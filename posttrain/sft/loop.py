@@ -20,6 +20,7 @@ from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.gradient import add_gradient, trained_tokens
+from posttrain.sft.precision import compute_dtype
 from posttrain.sft.schedule import Schedule, make_optimizer
 from posttrain.stage import Progress
 
@@ -33,7 +34,7 @@ class Training:
     config: SFTConfig
     seed: int
     dtype: str
-    """``float32`` or ``bfloat16``."""
+    """Number format in which the weights are stored: ``float32`` or ``bfloat16``."""
     progress: Progress
     stop_requested: Callable[[], bool]
     """Asked after every step: whether to save and stop."""
@@ -46,7 +47,6 @@ class Training:
         run is interrupted. Raises Interrupted when a stop is requested, with a checkpoint of the last step;
         ArtifactDamaged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
         """
-        install(self.model)
         self._prepare()
         optimizer = make_optimizer((p for p in self.model.parameters() if p.requires_grad), self.config)
         with torch.random.fork_rng():
@@ -64,7 +64,16 @@ class Training:
         """Which rows each step trains on."""
         return RowOrder.from_config(self.config, len(self.rows), self.seed)
 
+    @property
+    def compute_dtype(self) -> str:
+        """Number format of the arithmetic."""
+        return compute_dtype(self.config, self.dtype, self.model.device)
+
     def _prepare(self) -> None:
+        if self.compute_dtype == "float32" and not getattr(causal_model(self.model), "is_quantized", False):
+            self.model.float()
+        self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
+        self.progress.note(f"attention: {install(self.model)}")
         if self.config.gradient_checkpointing:
             causal_model(self.model).activation_checkpointing_enable()
         self.model.train()
@@ -74,7 +83,9 @@ class Training:
         for row in self.rows:
             rows.update(row.input_ids.tobytes() + row.mask.tobytes() + repr(row.lengths).encode())
         settings = {key: str(value) for key, value in asdict(self.config).items()}
-        return digest_of({"rows": rows.hexdigest(), "settings": settings, "seed": self.seed, "dtype": self.dtype})
+        return digest_of(
+            {"rows": rows.hexdigest(), "settings": settings, "seed": self.seed, "dtype": self.compute_dtype}
+        )
 
     def _resume(self, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> Position:
         if (found := saved.newest()) is None:
@@ -87,7 +98,7 @@ class Training:
         rows = [self.rows[index] for index in self.order.of_step(step)]
         trained = trained_tokens(rows)
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
-        loss = add_gradient(self.model, rows, trained, self.config, self.dtype)
+        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype)
         norm = self._clip()
         self._check_finite(step, loss, norm)
         for group in optimizer.param_groups:

@@ -9,11 +9,10 @@ the size of a chunk changes the gradient: a mean of means would weigh tokens of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from posttrain.errors import BadInput, Problem
@@ -52,16 +51,83 @@ class OutputHead:
 def summed_cross_entropy(
     head: OutputHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """Sum over N trained tokens of -log p(target), in nats, at most ``chunk`` rows of logits at once.
+    """Sum over N trained tokens of -log p(target), in nats, at most ``chunk`` rows of logits at once."""
+    weight_VD, bias_V = head.projection.weight, getattr(head.projection, "bias", None)
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        kind = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD = hidden_ND.to(kind), weight_VD.to(kind)
+        bias_V = None if bias_V is None else bias_V.to(kind)
+    loss: torch.Tensor = _SummedCrossEntropy.apply(
+        hidden_ND, weight_VD, bias_V, targets_N, chunk, head.scale, head.softcap
+    )
+    return loss
 
-    Chunks are recomputed in the backward pass, which costs one more projection and saves the [N, V] logits.
-    """
 
-    def chunk_loss(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head.logits(hidden_CD), targets_C, reduction="sum")
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The loss and, in the same pass, its gradients: what is kept for the backward pass is [N, D] and not [N, V]."""
 
-    losses = [
-        checkpoint(chunk_loss, hidden_CD, targets_C, use_reentrant=False, preserve_rng_state=False)
-        for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    return torch.stack(losses).sum()
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        precise = torch.promote_types(hidden_ND.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=precise) if wants_bias and bias_V is not None else None
+        size = min(chunk, len(targets_N))
+        product_CV = hidden_ND.new_empty(size, len(weight_VD))  # one piece of memory for all chunks
+        precise_CV = product_CV if precise == hidden_ND.dtype else torch.empty_like(product_CV, dtype=precise)
+        for start in range(0, len(targets_N), chunk):
+            hidden_CD, targets_C = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
+            product, logits = product_CV[: len(targets_C)], precise_CV[: len(targets_C)]
+            torch.mm(hidden_CD, weight_VD.T, out=product)
+            logits.copy_(product)
+            if bias_V is not None:
+                logits += bias_V
+            loss += _loss_and_gradient(logits, targets_C, scale, softcap)
+            product.copy_(logits)
+            if grad_hidden_ND is not None:
+                torch.mm(product, weight_VD, out=grad_hidden_ND[start : start + chunk])
+            if grad_weight_VD is not None:
+                grad_weight_VD += product.T @ hidden_CD
+            if grad_bias_V is not None:
+                grad_bias_V += logits.sum(0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [None if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+def _loss_and_gradient(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Summed cross-entropy of what the projection gave; turns ``logits_CV`` into its gradient in place."""
+    if scale != 1.0:
+        logits_CV *= scale
+    if softcap is not None:
+        logits_CV.div_(softcap).tanh_().mul_(softcap)
+    slope_CV = None if softcap is None else 1 - (logits_CV / softcap) ** 2
+    targets_C1 = targets_C[:, None]
+    logits_CV -= logits_CV.amax(1, keepdim=True)
+    target_C1 = logits_CV.gather(1, targets_C1)
+    sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
+    loss = (sum_C1.log() - target_C1).sum()
+    logits_CV /= sum_C1
+    logits_CV.scatter_add_(1, targets_C1, logits_CV.new_full(targets_C1.shape, -1.0))  # softmax minus one-hot
+    if slope_CV is not None:
+        logits_CV *= slope_CV
+    if scale != 1.0:
+        logits_CV *= scale
+    return loss

@@ -1,0 +1,423 @@
+"""Supervised fine-tuning: this project beside TRL's SFTTrainer, on the same rows, model, adapter and steps.
+
+    python benchmarks/sft.py --model DIR --data train.jsonl            # rows with question and answer
+    python benchmarks/sft.py --model 8b --data train.jsonl --variants lora,qlora    # random weights, on a CUDA GPU
+
+Each contender trains in a process of its own, one after another, so that its peak memory is its own. Times run from the
+first step to the end of the last. The matrix rate is what this machine reaches, just before, in products of the shapes
+of the model's layers; the share of it counts 4 N operations per token for adapters, 6 N for full fine-tuning, where N
+is the number of parameters that multiply (without the input embedding).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = ("posttrain", "trl padded", "trl packed")
+RANK, ALPHA, RATE = 16, 32, 2e-4
+PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every contender of one comparison trains."""
+
+    model: str
+    data: str
+    rows: int
+    sequence_length: int
+    steps: int
+    dtype: str
+    variant: str
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one contender reached."""
+
+    contender: str
+    seconds: float
+    steps: int
+    tokens: int
+    trained_tokens: int
+    peak_bytes: int
+    """Of the device on CUDA, of the process on a CPU."""
+    loss: float
+    """Of the last step."""
+
+
+def main() -> None:
+    """Run the comparison that the command line asks for, or one contender of it."""
+    arguments = _arguments()
+    if arguments.contender:
+        print(json.dumps(asdict(_contend(arguments.contender, Job(**json.loads(arguments.job))))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = _random_llama(Path(folder)) if arguments.model == "8b" else arguments.model
+        for variant in arguments.variants.split(","):
+            job = Job(
+                model=model, data=arguments.data, rows=arguments.rows, sequence_length=arguments.sequence_length,
+                steps=arguments.steps, dtype=arguments.dtype, variant=variant,
+                gradient_checkpointing=arguments.gradient_checkpointing,
+            )  # fmt: skip
+            _compare(job, arguments.repeats, arguments.output)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of a model, or 8b for a Llama with random weights")
+    parser.add_argument("--data", required=True, help="JSONL with question and answer")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps in which the rows are seen once")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the stored weights")
+    parser.add_argument("--variants", default="lora", help="of lora, full, qlora, separated by commas")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds of all contenders; the fastest of each counts")
+    parser.add_argument("--output", type=Path, help="folder for the results as JSON")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# --- The comparison ---------------------------------------------------------------------------------------------------
+
+
+def _compare(job: Job, repeats: int, output: Path | None) -> None:
+    rates = [matrix_rate(job)]
+    best: dict[str, Result] = {}
+    for _ in range(repeats):
+        for contender in CONTENDERS:
+            result = _in_process(contender, job)
+            print(f"  {contender:<12}{result.seconds:8.1f} s   loss {result.loss:.4f}", flush=True)
+            if contender not in best or result.seconds < best[contender].seconds:
+                best[contender] = result
+    rates.append(matrix_rate(job))
+    report = _report(job, list(best.values()), max(rates))
+    print(json.dumps(report["job"]), *_table(report), sep="\n")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        name = f"sft-{report['device'].split()[0].lower()}-{job.variant}-{job.dtype}.json"
+        (output / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_process(contender: str, job: Job) -> Result:
+    command = [sys.executable, __file__, "--model", job.model, "--data", job.data]
+    command += ["--contender", contender, "--job", json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
+    return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _report(job: Job, results: Sequence[Result], rate: float) -> dict[str, Any]:
+    parameters = multiplying_parameters(job.model)
+    operations = (6 if job.variant == "full" else 4) * parameters
+    described = asdict(job) | {"model": Path(job.model).name, "data": Path(job.data).name}
+    return {
+        "date": date.today().isoformat(),
+        "device": _device(),
+        "threads": _threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "job": described,
+        "matrix_gflops": round(rate, 1),
+        "results": [
+            asdict(result)
+            | {
+                "tokens_per_second": round(result.tokens / result.seconds, 1),
+                "trained_tokens_per_second": round(result.trained_tokens / result.seconds, 1),
+                "matrix_share": round(operations * result.tokens / result.seconds / rate / 1e9, 3),
+            }
+            for result in results
+        ],
+    }
+
+
+def _table(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{report['device']}, {report['threads']} threads, matrix rate {report['matrix_gflops']:.0f} GFLOP/s"
+    yield f"{'':<13}{'tokens/s':>10}{'trained/s':>11}{'of rate':>9}{'peak GB':>9}{'loss':>9}"
+    for row in report["results"]:
+        yield (
+            f"{row['contender']:<13}{row['tokens_per_second']:>10.1f}{row['trained_tokens_per_second']:>11.1f}"
+            f"{row['matrix_share']:>9.1%}{row['peak_bytes'] / 1e9:>9.2f}{row['loss']:>9.4f}"
+        )
+    ours, *peers = report["results"]
+    better = max(peer["trained_tokens_per_second"] for peer in peers)
+    padded = next(peer for peer in peers if peer["contender"] == "trl padded")
+    yield f"ratio to the better of TRL   {ours['trained_tokens_per_second'] / better:.2f}"
+    yield f"peak memory to TRL's padded  {ours['peak_bytes'] / padded['peak_bytes']:.2f}"
+
+
+# --- The machine ------------------------------------------------------------------------------------------------------
+
+
+def matrix_rate(job: Job) -> float:
+    """GFLOP/s in products of one row of tokens with the layers' weights, in the job's number format."""
+    import torch
+
+    config = _config(job.model)
+    width, hidden = config.hidden_size, config.intermediate_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, job.dtype)
+    operations = seconds = 0.0
+    for rows, columns in ((width, width), (hidden, width), (width, hidden)):
+        left = torch.randn(job.sequence_length, columns, device=device).to(kind)
+        right = torch.randn(rows, columns, device=device).to(kind)
+        operations += 2 * job.sequence_length * rows * columns
+        seconds += min(_timed(left, right) for _ in range(20))
+    return operations / seconds / 1e9
+
+
+def _timed(left: Any, right: Any) -> float:
+    import torch
+
+    start = time.perf_counter()
+    torch.nn.functional.linear(left, right)
+    if left.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def multiplying_parameters(model: str) -> int:
+    """Parameters of the model that multiply: all but an input embedding that is not the output projection too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(_config(model))
+    total = sum(parameter.numel() for parameter in causal.parameters())
+    tied = causal.get_input_embeddings().weight is causal.get_output_embeddings().weight
+    return total if tied else total - causal.get_input_embeddings().weight.numel()
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, local_files_only=True)
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]  # fmt: skip
+    return f"CPU {names[0] if names else platform.machine()}"
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _random_llama(folder: Path) -> str:
+    """A Llama of 8 billion random weights in bfloat16, with a small tokenizer of the quickstart's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from posttrain.config.schema import ModelConfig
+    from posttrain.model.base import resolve_base
+    from posttrain.model.loading import load_tokenizer
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    source = resolve_base(ModelConfig(path="quickstart"))
+    load_tokenizer(source).save_pretrained(folder)
+    return str(folder)
+
+
+# --- The contenders ---------------------------------------------------------------------------------------------------
+
+
+def _contend(contender: str, job: Job) -> Result:
+    if contender == "posttrain":
+        return _posttrain(job)
+    return _trl(job, packed=contender == "trl packed")
+
+
+def _conversations(job: Job) -> list[dict[str, str]]:
+    with Path(job.data).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(job.rows), strict=False)]
+
+
+class Clock:
+    """A stage's progress that keeps times and metrics."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps: list[Mapping[str, float]] = []
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Training begins."""
+        self._begun = time.perf_counter()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+        self.seconds = time.perf_counter() - self._begun
+        self.steps.append(dict(metrics))
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        print(text, file=sys.stderr)
+
+
+def _posttrain(job: Job) -> Result:
+    from posttrain import environment
+
+    environment.prepare()
+    from posttrain.config.schema import LoraSettings, Method, ModelConfig
+    from posttrain.data.chat import ChatRenderer
+    from posttrain.data.packing import pack
+    from posttrain.data.records import Conversation
+    from posttrain.model.base import resolve_base
+    from posttrain.model.loading import load_model, load_tokenizer, load_trainable, new_adapter
+    from posttrain.sft.config import SFTConfig
+    from posttrain.sft.loop import Training
+
+    source = resolve_base(ModelConfig(path=job.model))
+    renderer = ChatRenderer(load_tokenizer(source))
+    documents = [
+        renderer.conversation(
+            Conversation(messages=({"role": "user", "content": row["question"]},
+                                   {"role": "assistant", "content": row["answer"]}), where=str(number))
+        )
+        for number, row in enumerate(_conversations(job))
+    ]  # fmt: skip
+    rows = pack(documents, job.sequence_length).rows
+    config = SFTConfig(
+        data=None, method=Method[job.variant], lr=RATE, epochs=1, lora=LoraSettings(r=RANK, alpha=ALPHA, rslora=False),
+        sequence_length=job.sequence_length, gradient_accumulation=-(-len(rows) // job.steps),
+        gradient_checkpointing=job.gradient_checkpointing, checkpoint_steps=10**9,
+    )  # fmt: skip
+    if job.variant == "full":
+        model = load_trainable(source, job.dtype)
+    else:
+        model = new_adapter(load_model(source, job.dtype), config.lora, seed=0)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        Training(
+            model=model, rows=rows, config=config, seed=0, dtype=job.dtype, progress=clock,
+            stop_requested=lambda: False, checkpoints=Path(folder),
+        ).run()  # fmt: skip
+    return Result(
+        contender="posttrain", seconds=clock.seconds, steps=len(clock.steps),
+        tokens=int(sum(step["tokens"] for step in clock.steps)),
+        trained_tokens=int(sum(step["trained_tokens"] for step in clock.steps)),
+        peak_bytes=_peak_bytes(), loss=clock.steps[-1]["loss"],
+    )  # fmt: skip
+
+
+def _trl(job: Job, *, packed: bool) -> Result:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"prompt": [{"role": "user", "content": row["question"]}],
+         "completion": [{"role": "assistant", "content": row["answer"]}]}
+        for row in _conversations(job)
+    ]  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    quantization = None
+    if job.variant == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    cuda = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=getattr(torch, job.dtype), quantization_config=quantization,
+        device_map={"": 0} if cuda else None,
+    )  # fmt: skip
+    batch = 1 if packed else 8  # rows of the sequence length; transformers' default
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder, learning_rate=RATE, num_train_epochs=1, max_length=job.sequence_length,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=1, packing=packed, use_cpu=not cuda,
+            bf16=job.dtype == "bfloat16", gradient_checkpointing=job.gradient_checkpointing, report_to=[],
+            logging_steps=1, save_strategy="no", disable_tqdm=True, dataset_num_proc=None,
+        )  # fmt: skip
+        peft = None if job.variant == "full" else LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            peft_config=peft,
+        )  # fmt: skip
+        batches = -(-len(trainer.train_dataset) // batch)
+        trainer.args.gradient_accumulation_steps = -(-batches // job.steps)
+        clock = _callback()
+        trainer.add_callback(clock)
+        trainer.train()
+    dataset = trainer.train_dataset
+    tokens = sum(len(ids) for ids in dataset["input_ids"])
+    return Result(
+        contender="trl packed" if packed else "trl padded", seconds=clock.seconds, steps=trainer.state.global_step,
+        tokens=tokens, trained_tokens=_trained(trainer), peak_bytes=_peak_bytes(),
+        loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
+    )  # fmt: skip
+
+
+def _trained(trainer: Any) -> int:
+    """Tokens that TRL's own batches ask the model to predict."""
+    total = 0
+    for batch in trainer.get_train_dataloader():
+        total += int((batch["labels"][..., 1:] != -100).sum())
+    return total
+
+
+def _callback() -> Any:
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):  # type: ignore[misc]
+        seconds = 0.0
+        begun = 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun = self.begun or time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = time.perf_counter() - self.begun
+
+    return Stopwatch()
+
+
+if __name__ == "__main__":
+    main()

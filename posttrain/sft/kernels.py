@@ -1,0 +1,259 @@
+"""The ways to compute causal attention within each document of a packed row, fastest first, and the choice of one.
+
+All but the last hand each document to the kernel by itself, so that time and memory grow with the squares of documents,
+not of rows, and there is no mask that could be forgotten.
+"""
+
+# B = rows (always 1), N = query heads, K = key and value heads, T = tokens of all documents, H = width of a head,
+# L = tokens of one document
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+MASKED = "eager"
+"""transformers' own attention, which takes a mask over the whole row."""
+
+AttentionResult = tuple[torch.Tensor, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to compute attention."""
+
+    name: str
+    """Under which transformers knows it."""
+    summary: str
+    obstacle: Callable[[PreTrainedModel], str]
+    """Why a model cannot use it here; empty when it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Where the documents of a row lie, in the forms that the kernels ask for."""
+
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor
+    """Where each begins and the last one ends, int32 [documents + 1], on the model's device."""
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
+        """Documents of ``lengths`` tokens, one after another."""
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(lengths=tuple(lengths), bounds=bounds, longest=max(lengths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The kernel that a model uses."""
+
+    kernel: Kernel
+    passed_over: tuple[str, ...]
+    """Each faster kernel with the reason why it cannot be used."""
+
+    def __str__(self) -> str:
+        return ", ".join([self.kernel.summary, *(f"not {reason}" for reason in self.passed_over)])
+
+
+def choose(causal: PreTrainedModel) -> Choice:
+    """The first kernel that ``causal`` can use here; the last can always be used."""
+    obstacles = [(kernel, kernel.obstacle(causal)) for kernel in KERNELS]
+    usable = next(place for place, (_, obstacle) in enumerate(obstacles) if not obstacle)
+    passed_over = tuple(f"{kernel.summary} ({obstacle})" for kernel, obstacle in obstacles[:usable])
+    return Choice(kernel=KERNELS[usable], passed_over=passed_over)
+
+
+def flash_attention(
+    module: torch.nn.Module,
+    query_BNTH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    documents: Documents,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> AttentionResult:
+    """flash-attn's kernel for documents of different lengths (arXiv:2307.08691)."""
+    from flash_attn import flash_attn_varlen_func
+
+    attended_TNH = flash_attn_varlen_func(
+        *_flat(query_BNTH, key_BKTH, value_BKTH),
+        cu_seqlens_q=documents.bounds,
+        cu_seqlens_k=documents.bounds,
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=_window(sliding_window),
+        softcap=softcap or 0.0,
+    )
+    return attended_TNH[None], None
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query_BNTH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    documents: Documents,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> AttentionResult:
+    """The kernel of torch itself for documents of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_TNH, key_TKH, value_TKH = _flat(query_BNTH, key_BKTH, value_BKTH)
+    attended_TNH = varlen_attn(
+        query_TNH,
+        key_TKH,
+        value_TKH,
+        cu_seq_q=documents.bounds,
+        cu_seq_k=documents.bounds,
+        max_q=documents.longest,
+        max_k=documents.longest,
+        scale=scaling,
+        window_size=_window(sliding_window),
+        enable_gqa=query_BNTH.shape[1] != key_BKTH.shape[1],
+    )
+    return cast(torch.Tensor, attended_TNH)[None], None
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query_BNTH: torch.Tensor,
+    key_BKTH: torch.Tensor,
+    value_BKTH: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    documents: Documents,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> AttentionResult:
+    """Scaled dot-product attention, document by document."""
+    lengths = documents.lengths
+    attended = [
+        F.scaled_dot_product_attention(
+            query_BNLH,
+            key_BKLH,
+            value_BKLH,
+            attn_mask=(mask := _window_mask(query_BNLH.shape[2], sliding_window, query_BNLH.device)),
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query_BNTH.shape[1] != key_BKTH.shape[1],
+        )
+        for query_BNLH, key_BKLH, value_BKLH in zip(
+            query_BNTH.split(lengths, 2), key_BKTH.split(lengths, 2), value_BKTH.split(lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+
+
+def row_mask(causal: PreTrainedModel, documents: Documents) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What is added to the scores of a whole row, [1, 1, T, T]: 0 for what a token sees, else a huge negative number.
+
+    Models whose layers differ in what they see get one mask for each kind of layer.
+    """
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return _block_mask(documents, window, causal.dtype)
+    return {kind: _block_mask(documents, window if "sliding" in kind else None, causal.dtype) for kind in kinds}
+
+
+def _block_mask(documents: Documents, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    device = documents.bounds.device
+    lengths = torch.tensor(documents.lengths, device=device)
+    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    position_T = torch.arange(len(document_T), device=device)
+    distance_TT = position_T[:, None] - position_T[None]
+    seen_TT = (document_T[:, None] == document_T[None]) & (distance_TT >= 0)
+    if window is not None:
+        seen_TT &= distance_TT < window
+    blocked = torch.zeros(seen_TT.shape, dtype=dtype, device=device)
+    return blocked.masked_fill_(~seen_TT, torch.finfo(dtype).min)[None, None]
+
+
+def _flat(*tensors_BNTH: torch.Tensor) -> Sequence[torch.Tensor]:
+    """[1, N, T, H] as [T, N, H]."""
+    return [tensor_BNTH[0].transpose(0, 1) for tensor_BNTH in tensors_BNTH]
+
+
+def _window(sliding_window: int | None) -> tuple[int, int]:
+    """How far a token sees to the left and to the right; -1 is without limit."""
+    return (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which tokens of a document see which, when a sliding window hides some; otherwise None."""
+    if window is None or length <= window:
+        return None
+    position_L = torch.arange(length, device=device)
+    distance_LL = position_L[:, None] - position_L[None, :]
+    return (distance_LL >= 0) & (distance_LL < window)
+
+
+def _without_flash(causal: PreTrainedModel) -> str:
+    if obstacle := _without_tensor_cores(causal):
+        return obstacle
+    if find_spec("flash_attn") is None:
+        return "not installed"
+    return "has no attention sinks" if _sinks(causal) else ""
+
+
+def _without_varlen(causal: PreTrainedModel) -> str:
+    if obstacle := _without_tensor_cores(causal):
+        return obstacle
+    if getattr(causal.config.get_text_config(), "attention_dropout", 0.0):
+        return "has no dropout"
+    return _special_scores(causal)
+
+
+def _without_tensor_cores(causal: PreTrainedModel) -> str:
+    if causal.device.type != "cuda":
+        return "needs a CUDA GPU"
+    if torch.cuda.get_device_capability(causal.device) < (8, 0):
+        return "needs an Ampere GPU or newer"
+    return "" if causal.dtype in (torch.bfloat16, torch.float16) else "needs bfloat16"
+
+
+def _special_scores(causal: PreTrainedModel) -> str:
+    if getattr(causal.config.get_text_config(), "attn_logit_softcapping", None):
+        return "cannot cap scores"
+    return "has no attention sinks" if _sinks(causal) else ""
+
+
+def _sinks(causal: PreTrainedModel) -> bool:
+    return any(name.endswith(".sinks") for name, _ in causal.named_parameters())
+
+
+KERNELS = (
+    Kernel(name="posttrain_flash", summary="flash-attn varlen", obstacle=_without_flash),
+    Kernel(name="posttrain_varlen", summary="torch varlen", obstacle=_without_varlen),
+    Kernel(name="posttrain_documents", summary="SDPA per document", obstacle=_special_scores),
+    Kernel(name=MASKED, summary="one block mask per row", obstacle=lambda causal: ""),
+)
+
+AttentionInterface.register("posttrain_flash", flash_attention)
+AttentionInterface.register("posttrain_varlen", varlen_attention)
+AttentionInterface.register("posttrain_documents", document_attention)

@@ -1,0 +1,23 @@
+"""The number format of the arithmetic, which need not be that of the stored weights."""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.sft.config import SFTConfig
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+
+
+def compute_dtype(config: SFTConfig, stored: str, device: torch.device) -> str:
+    """What forward and backward passes on weights stored as ``stored`` are computed in.
+
+    A CPU without matrix tiles gains nothing from bfloat16: its products of it are slower than those of float32, which
+    are also more precise (docs/decisions.md has the figures). The rule asks for the processor, not for a timing, so
+    that two runs on a machine always compute the same.
+    """
+    if config.compute_dtype is not None:
+        return config.compute_dtype.value
+    if stored == BFLOAT16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return FLOAT32
+    return stored
