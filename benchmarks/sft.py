@@ -5,8 +5,8 @@
 
 Each contender trains in a process of its own, one after another, so that its peak memory is its own. Times run from the
 first step to the end of the last. The matrix rate is what this machine reaches, just before, in products of the shapes
-of the model's layers; the share of it counts 4 N operations per token for adapters, 6 N for full fine-tuning, where N
-is the number of parameters that multiply (without the input embedding).
+of the model's layers, in bfloat16 and in float32; the share is of the faster one, and counts 4 N operations per token
+for adapters, 6 N for full fine-tuning, where N is the number of parameters that multiply (without the input embedding).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("bfloat16", "float32")
 CONTENDERS = ("posttrain", "trl padded", "trl packed")
 RANK, ALPHA, RATE = 16, 32, 2e-4
 PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl")
@@ -85,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps in which the rows are seen once")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the stored weights")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     parser.add_argument("--variants", default="lora", help="of lora, full, qlora, separated by commas")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=1, help="rounds of all contenders; the fastest of each counts")
@@ -99,7 +100,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _compare(job: Job, repeats: int, output: Path | None) -> None:
-    rates = [matrix_rate(job)]
+    rates = {dtype: matrix_rate(job, dtype) for dtype in DTYPES}
     best: dict[str, Result] = {}
     for _ in range(repeats):
         for contender in CONTENDERS:
@@ -107,8 +108,7 @@ def _compare(job: Job, repeats: int, output: Path | None) -> None:
             print(f"  {contender:<12}{result.seconds:8.1f} s   loss {result.loss:.4f}", flush=True)
             if contender not in best or result.seconds < best[contender].seconds:
                 best[contender] = result
-    rates.append(matrix_rate(job))
-    report = _report(job, list(best.values()), max(rates))
+    report = _report(job, list(best.values()), rates)
     print(json.dumps(report["job"]), *_table(report), sep="\n")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _in_process(contender: str, job: Job) -> Result:
     return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _report(job: Job, results: Sequence[Result], rate: float) -> dict[str, Any]:
+def _report(job: Job, results: Sequence[Result], rates: Mapping[str, float]) -> dict[str, Any]:
     parameters = multiplying_parameters(job.model)
     operations = (6 if job.variant == "full" else 4) * parameters
     described = asdict(job) | {"model": Path(job.model).name, "data": Path(job.data).name}
@@ -136,13 +136,13 @@ def _report(job: Job, results: Sequence[Result], rate: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "job": described,
-        "matrix_gflops": round(rate, 1),
+        "matrix_gflops": {dtype: round(rate, 1) for dtype, rate in rates.items()},
         "results": [
             asdict(result)
             | {
                 "tokens_per_second": round(result.tokens / result.seconds, 1),
                 "trained_tokens_per_second": round(result.trained_tokens / result.seconds, 1),
-                "matrix_share": round(operations * result.tokens / result.seconds / rate / 1e9, 3),
+                "matrix_share": round(operations * result.tokens / result.seconds / max(rates.values()) / 1e9, 3),
             }
             for result in results
         ],
@@ -150,7 +150,8 @@ def _report(job: Job, results: Sequence[Result], rate: float) -> dict[str, Any]:
 
 
 def _table(report: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{report['device']}, {report['threads']} threads, matrix rate {report['matrix_gflops']:.0f} GFLOP/s"
+    rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in report["matrix_gflops"].items())
+    yield f"{report['device']}, {report['threads']} threads, matrix rates in GFLOP/s: {rates}"
     yield f"{'':<13}{'tokens/s':>10}{'trained/s':>11}{'of rate':>9}{'peak GB':>9}{'loss':>9}"
     for row in report["results"]:
         yield (
@@ -167,14 +168,14 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
 # --- The machine ------------------------------------------------------------------------------------------------------
 
 
-def matrix_rate(job: Job) -> float:
-    """GFLOP/s in products of one row of tokens with the layers' weights, in the job's number format."""
+def matrix_rate(job: Job, dtype: str) -> float:
+    """GFLOP/s in products of one row of tokens with the layers' weights, in the number format ``dtype``."""
     import torch
 
     config = _config(job.model)
     width, hidden = config.hidden_size, config.intermediate_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, job.dtype)
+    kind = getattr(torch, dtype)
     operations = seconds = 0.0
     for rows, columns in ((width, width), (hidden, width), (width, hidden)):
         left = torch.randn(job.sequence_length, columns, device=device).to(kind)
