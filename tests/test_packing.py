@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.config.schema import Overlong
 from posttrain.data.chat import Rendered
+from posttrain.data.overlong import NAMED, fit
 from posttrain.data.packing import Packing, best_fit, pack
 from posttrain.errors import BadInput
 
@@ -111,6 +114,73 @@ def test_documents_without_a_trained_token_are_counted_and_left_out() -> None:
     packing = pack(given, 2)
     assert packed_documents(packing) == [([1, 2], [False, True])]
     assert (packing.counts.untrained, packing.counts.truncated, packing.counts.packed) == (4, 0, 1)
+
+
+# --- Documents longer than a row --------------------------------------------------------------------------------------
+
+
+@given(documents(), st.integers(2, 12))
+def test_the_pieces_of_a_split_document_are_the_document(given: list[Rendered], length: int) -> None:
+    everything = [document(d.ids, [True] * len(d.ids)) for d in given]
+    for whole in everything:
+        pieces = fit(whole, length, Overlong.split).pieces
+        assert [token for piece in pieces for token in piece.ids.tolist()] == whole.ids[: sum(map(piece_size, pieces))]
+        assert len(whole.ids) - sum(map(piece_size, pieces)) <= 1  # a single token at the end predicts nothing
+        assert all(piece_size(piece) == length for piece in pieces[:-1])
+        assert all(piece.mask.tolist() == [False] + [True] * (piece_size(piece) - 1) for piece in pieces)
+
+
+def piece_size(piece: Any) -> int:
+    return len(piece.ids)
+
+
+@given(documents(), st.integers(2, 12), st.booleans())
+def test_split_documents_keep_every_trained_token_but_those_that_nothing_predicts(
+    given: list[Rendered], length: int, on: bool
+) -> None:
+    asked = [(token, i) for d in given for i, (token, m) in enumerate(zip(d.ids, d.mask, strict=True)) if m and i]
+    targets = sorted(token for token, place in asked if place % length)
+    if not targets:
+        return
+    packing = pack(given, length, packing=on, overlong=Overlong.split)
+    assert sorted(token for row in packing.rows for token in row.input_ids[row.mask].tolist()) == targets
+    stand = [token for row in packing.rows for token in row.input_ids.tolist()]
+    assert len(stand) == len(set(stand))
+    counts = packing.counts
+    left_out = sum(len(d.ids) for d in given if not any(m for i, m in enumerate(d.mask) if i % length))
+    assert counts.tokens + counts.cut_tokens + left_out == sum(len(d.ids) for d in given)
+    kept = {token for d in given if any(m for i, m in enumerate(d.mask) if i % length) for token in d.ids}
+    assert counts.unpredicted == sum(place % length == 0 for token, place in asked if token in kept)
+    assert (counts.truncated, counts.pieces) == (0, sum(len(row.lengths) for row in packing.rows))
+    assert counts.documents == counts.packed + counts.untrained == len(given)
+    assert all(len(row.input_ids) <= length for row in packing.rows)
+
+
+def test_a_long_document_is_cut_split_or_refused() -> None:
+    long = Rendered(list(range(10)), [False] + [True] * 9, "", "long.jsonl:7")
+    short = Rendered([20, 21], [False, True], "", "short.jsonl:1")
+    cut = pack([long, short], 4, overlong=Overlong.truncate)
+    assert packed_documents(cut)[0] == ([0, 1, 2, 3], [False, True, True, True])
+    assert list(cut.counts.notes()) == [
+        "1 of 2 records are longer than 4 tokens and cut there: 6 tokens lost (overlong=truncate)"
+    ]
+    split = pack([long, short], 4, overlong=Overlong.split)
+    assert [ids for ids, _ in packed_documents(split)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [20, 21]]
+    assert (split.counts.split, split.counts.pieces, split.counts.unpredicted) == (1, 4, 2)
+    assert list(split.counts.notes()) == [
+        "1 of 2 records are longer than 4 tokens and split: 2 tokens begin a piece and are not trained (overlong=split)"
+    ]
+    with pytest.raises(BadInput, match=r"long\.jsonl:7: has 10 tokens, a row takes 4\n.*1 of 2 records are longer"):
+        pack([long, short], 4, overlong=Overlong.refuse)
+    assert list(pack([long, short], 10, overlong=Overlong.refuse).counts.notes()) == []
+
+
+def test_a_refusal_names_the_first_few_and_counts_all() -> None:
+    long = [Rendered([1] * 9, [False] + [True] * 8, "", f"a.jsonl:{number}") for number in range(1, 21)]
+    with pytest.raises(BadInput) as caught:
+        pack(long, 4, overlong=Overlong.refuse)
+    assert [problem.where for problem in caught.value.problems[:-1]] == [f"a.jsonl:{n}" for n in range(1, NAMED + 1)]
+    assert "20 of 20 records are longer than 4 tokens" in caught.value.problems[-1].what
 
 
 def test_nothing_to_train_names_the_length_that_cut_it_off() -> None:

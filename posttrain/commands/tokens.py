@@ -16,7 +16,7 @@ from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.config import TrainOn
+from posttrain.sft.config import SFTConfig, TrainOn
 
 SHOWN = 3
 """Records per source that are printed in full."""
@@ -62,11 +62,11 @@ def _print_step(step: Step, renderer: ChatRenderer, tokenizer: object, console: 
             console.print(coloured(row, tokenizer, console.is_terminal), end="\n\n")
         console.print(f"{len(found)} records read, {_share(found)}")
         rendered += found
-    counts = pack(rendered, step.config.sequence_length, packing=step.config.packing).counts  # type: ignore[attr-defined]
-    console.print(
-        f"{step.name}: {counts.rows} rows of {counts.sequence_length} slots, {counts.fill:.1%} filled, "
-        f"{counts.truncated} records cut, {counts.untrained} without a trained token left out"
-    )
+    config: SFTConfig = step.config  # type: ignore[assignment]
+    counts = pack(rendered, config.sequence_length, packing=config.packing, overlong=config.overlong).counts
+    for note in counts.notes():
+        console.print(f"{step.name}: {note}")
+    console.print(f"{step.name}: {counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
 
 
 def coloured(row: Rendered, tokenizer: object, terminal: bool) -> Text:

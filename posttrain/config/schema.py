@@ -45,6 +45,14 @@ class Format(Enum):
     preference = "preference"
 
 
+class Overlong(Enum):
+    """What happens to a record that is longer than a row."""
+
+    truncate = "truncate"
+    split = "split"
+    refuse = "refuse"
+
+
 class Tracker(Enum):
     """A tracking service."""
 

@@ -22,6 +22,8 @@ class Rendered:
     mask: list[bool]
     """Whether the token is trained as a target: the answers and their stop tokens."""
     text: str
+    where: str = ""
+    """Where the record came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class ChatRenderer:
         self._template.check(record, text)
         trained = [index for index in answers if record.messages[index].get("train", True)]
         ids, mask = self._tokens(text, [self._template.answer(record, index, text) for index in trained], record.where)
-        return Rendered(ids, mask, text)
+        return Rendered(ids, mask, text, record.where)
 
     def preference(self, record: Preference) -> RenderedPair:
         """Render the prompt with both answers; raises BadInput as ``conversation`` does, or if they come out equal."""

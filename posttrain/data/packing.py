@@ -5,8 +5,8 @@
     position_ids         0 1 2 3 4  0 1 2 3  0 1
     cu_seqlens           0          5        9     11
 
-A document is never split and never sees another: attention is confined by ``position_ids`` or ``cu_seqlens``, and no
-position is asked for the first token of the next document.
+A document never sees another: attention is confined by ``position_ids`` or ``cu_seqlens``, and no position is asked for
+the first token of the next document.
 """
 
 # T = tokens of one row, N = documents of one row
@@ -14,13 +14,15 @@ position is asked for the first token of the next document.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.config.schema import Overlong
 from posttrain.data.chat import Rendered
+from posttrain.data.overlong import Fitted, Piece, check_lengths, fit
 from posttrain.errors import BadInput, Problem
 
 IntArray = NDArray[np.int32]
@@ -62,13 +64,19 @@ class PackingCounts:
     documents: int
     """Documents that were given."""
     packed: int
-    """Documents that stand in the rows."""
+    """Documents that stand in the rows, whole or in part."""
     untrained: int
     """Documents left out because no token of them is trained (any more, after they were cut)."""
     truncated: int
     """Documents in the rows of which only the first ``sequence_length`` tokens are kept."""
+    split: int
+    """Documents in the rows that were split."""
+    pieces: int
+    """Documents that the rows keep apart: those that are whole, and every piece of the others."""
     cut_tokens: int
-    """Tokens that truncated documents lost."""
+    """Tokens that truncated documents lost, and those in pieces of split ones in which nothing is trained."""
+    unpredicted: int
+    """Trained tokens that begin a piece of a split document, where nothing predicts them."""
     tokens: int
     """Tokens in the rows."""
     trained_tokens: int
@@ -83,6 +91,18 @@ class PackingCounts:
         """Share of the slots that hold a token."""
         return self.tokens / (self.rows * self.sequence_length)
 
+    def notes(self) -> Iterator[str]:
+        """What was not put into the rows as it was given, one line each."""
+        longer = f"of {self.documents:,} records are longer than {self.sequence_length:,} tokens"
+        if self.truncated:
+            yield f"{self.truncated:,} {longer} and cut there: {self.cut_tokens:,} tokens lost (overlong=truncate)"
+        if self.split:
+            lost = f"{self.unpredicted:,} tokens begin a piece and are not trained"
+            left = f", {self.cut_tokens:,} stand in pieces without a trained token" if self.cut_tokens else ""
+            yield f"{self.split:,} {longer} and split: {lost}{left} (overlong=split)"
+        if self.untrained:
+            yield f"{self.untrained:,} of {self.documents:,} records have no trained token and are left out"
+
 
 @dataclass(frozen=True, slots=True)
 class Packing:
@@ -92,44 +112,35 @@ class Packing:
     counts: PackingCounts
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    ids: IntArray
-    mask: NDArray[np.bool_]
-    cut: int
-
-
-def pack(documents: Sequence[Rendered], sequence_length: int, *, packing: bool = True) -> Packing:
+def pack(
+    documents: Sequence[Rendered],
+    sequence_length: int,
+    *,
+    packing: bool = True,
+    overlong: Overlong = Overlong.truncate,
+) -> Packing:
     """Put documents into rows of at most ``sequence_length`` tokens, by best-fit decreasing.
 
-    The same documents always give the same rows. Longer documents are cut at the end.
+    The same documents always give the same rows.
 
     Args:
         documents: Token ids with their masks.
         sequence_length: Slots of a row.
         packing: False gives every document a row of its own, in the order given.
+        overlong: What happens to a document that is longer than a row.
 
     Raises:
-        BadInput: No document has a trained token.
+        BadInput: No document has a trained token, or one is longer than a row and ``overlong`` refuses that.
     """
-    cut = [_cut(document, sequence_length) for document in documents]
-    kept = [document for document in cut if document.mask.any()]
-    if not kept:
+    if overlong is Overlong.refuse:
+        check_lengths(documents, sequence_length)
+    fitted = [fit(document, sequence_length, overlong) for document in documents]
+    pieces = [piece for document in fitted for piece in document.pieces]
+    if not pieces:
         raise BadInput(_nothing_trained(documents, sequence_length))
-    groups = best_fit([len(document.ids) for document in kept], sequence_length) if packing else _alone(len(kept))
-    rows = [_row([kept[index] for index in group]) for group in groups]
-    counts = PackingCounts(
-        documents=len(documents),
-        packed=len(kept),
-        untrained=len(documents) - len(kept),
-        truncated=sum(document.cut > 0 for document in kept),
-        cut_tokens=sum(document.cut for document in kept),
-        tokens=sum(len(row.input_ids) for row in rows),
-        trained_tokens=sum(int(row.mask.sum()) for row in rows),
-        rows=len(rows),
-        sequence_length=sequence_length,
-    )
-    return Packing(rows, counts)
+    groups = best_fit([len(piece.ids) for piece in pieces], sequence_length) if packing else _alone(len(pieces))
+    rows = [_row([pieces[index] for index in group]) for group in groups]
+    return Packing(rows, _counts(fitted, rows, sequence_length))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -165,18 +176,29 @@ def _alone(count: int) -> list[list[int]]:
     return [[index] for index in range(count)]
 
 
-def _cut(document: Rendered, sequence_length: int) -> _Document:
-    mask = np.array(document.mask[:sequence_length], dtype=np.bool_)
-    mask[:1] = False
-    ids = np.array(document.ids[:sequence_length], dtype=np.int32)
-    return _Document(ids, mask, max(0, len(document.ids) - sequence_length))
-
-
-def _row(documents: Sequence[_Document]) -> PackedRow:
+def _row(pieces: Sequence[Piece]) -> PackedRow:
     return PackedRow(
-        np.concatenate([document.ids for document in documents]),
-        np.concatenate([document.mask for document in documents]),
-        tuple(len(document.ids) for document in documents),
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.mask for piece in pieces]),
+        tuple(len(piece.ids) for piece in pieces),
+    )
+
+
+def _counts(fitted: Sequence[Fitted], rows: Sequence[PackedRow], sequence_length: int) -> PackingCounts:
+    kept = [document for document in fitted if document.pieces]
+    return PackingCounts(
+        documents=len(fitted),
+        packed=len(kept),
+        untrained=len(fitted) - len(kept),
+        truncated=sum(document.parts == 1 and document.cut > 0 for document in kept),
+        split=sum(document.parts > 1 for document in kept),
+        pieces=sum(len(document.pieces) for document in kept),
+        cut_tokens=sum(document.cut for document in kept),
+        unpredicted=sum(document.unpredicted for document in kept),
+        tokens=sum(len(row.input_ids) for row in rows),
+        trained_tokens=sum(int(row.mask.sum()) for row in rows),
+        rows=len(rows),
+        sequence_length=sequence_length,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from posttrain.config.schema import Dtype, LoraSettings, Method
+from posttrain.config.schema import Dtype, LoraSettings, Method, Overlong
 from posttrain.stage import StageConfig, from_recipe
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,9 @@ class SFTConfig(StageConfig):
     max_steps: int | None = None
     """Stop after so many optimizer steps, even within an epoch; the schedule ends there too."""
     sequence_length: int = 2048
-    """Tokens in a row; a longer conversation is cut."""
+    """Tokens in a row."""
+    overlong: Overlong = Overlong.truncate
+    """Records longer than a row: truncate keeps the head, split makes several of each, refuse stops and names them."""
     packing: bool = True
     """Fill rows with several conversations, which do not see each other."""
     per_device_batch_size: int = 1

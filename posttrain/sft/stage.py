@@ -23,7 +23,9 @@ def run(context: StageContext) -> None:
     renderer = context.renderer()
     last_only = config.train_on is TrainOn.last
     documents = [renderer.conversation(record, last_only=last_only) for record in context.records]
-    packing = pack(documents, config.sequence_length, packing=config.packing)
+    packing = pack(documents, config.sequence_length, packing=config.packing, overlong=config.overlong)
+    for note in packing.counts.notes():
+        context.progress.note(note)
     model = policy(context)
     check_vocabulary(packing.rows, model)
     training = Training(
@@ -79,7 +81,10 @@ def figures(training: Training, counts: PackingCounts, position: Position) -> di
         "records": counts.documents,
         "untrained": counts.untrained,
         "truncated": counts.truncated,
+        "split": counts.split,
+        "pieces": counts.pieces,
         "cut_tokens": counts.cut_tokens,
+        "unpredicted_tokens": counts.unpredicted,
         "rows": counts.rows,
         "epoch_tokens": counts.tokens,
         "epoch_trained_tokens": counts.trained_tokens,
