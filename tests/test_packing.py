@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -211,9 +212,27 @@ def test_best_fit_takes_the_fullest_bin_that_fits(lengths: list[int], capacity: 
     assert bins == best_fit(lengths, capacity)
 
 
-def test_chat_like_lengths_fill_the_slots() -> None:
-    lengths = np.random.default_rng(0).lognormal(6.0, 0.9, 20_000).astype(int).clip(8, 4096).tolist()
-    assert sum(lengths) / (len(best_fit(lengths, 4096)) * 4096) >= 0.995
+@given(st.integers(4, 60), st.lists(st.lists(st.integers(1, 59), max_size=6), min_size=1, max_size=40))
+def test_bins_are_few_nothing_is_lost_and_none_is_too_full(capacity: int, cuts: list[list[int]]) -> None:
+    lengths = []  # full bins taken apart, so that the best number of bins is known
+    for cut in cuts:
+        borders = sorted({0, capacity, *(place for place in cut if place < capacity)})
+        lengths += [end - start for start, end in pairwise(borders)]
+    bins = best_fit(lengths, capacity)
+    assert sorted(index for group in bins for index in group) == list(range(len(lengths)))
+    assert max(sum(lengths[index] for index in group) for group in bins) <= capacity
+    assert len(bins) <= 11 / 9 * len(cuts) + 1
+    assert bins == best_fit(lengths, capacity)
+
+
+@pytest.mark.parametrize("capacity", [2048, 4096])
+@pytest.mark.parametrize("median", [90, 150, 250, 400, 650])
+@pytest.mark.parametrize("spread", [0.9, 1.2])
+def test_chat_like_lengths_fill_the_slots(median: float, spread: float, capacity: int) -> None:
+    """5,000 log-normal lengths, those above the capacity cut: from short answers to long conversations."""
+    drawn = np.random.default_rng(0).lognormal(np.log(median), spread, 5000)
+    lengths = drawn.astype(int).clip(8, capacity).tolist()
+    assert sum(lengths) / (len(best_fit(lengths, capacity)) * capacity) >= 0.995
 
 
 def test_a_million_lengths_take_seconds() -> None:

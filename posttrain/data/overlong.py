@@ -73,7 +73,7 @@ def _piece(document: Rendered, start: int, sequence_length: int) -> Piece:
     end = start + sequence_length
     mask = np.array(document.mask[start:end], dtype=np.bool_)
     mask[:1] = False
-    return Piece(np.array(document.ids[start:end], dtype=np.int32), mask)
+    return Piece(np.fromiter(document.ids[start:end], dtype=np.int32), mask)
 
 
 def _problems(overlong: Sequence[Rendered], total: int, sequence_length: int) -> Iterator[Problem]:
