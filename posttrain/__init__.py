@@ -3,7 +3,7 @@
 This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else.
 """
 
-from posttrain.data.records import Conversation, Preference
+from posttrain.data.records import Conversation, Preference, Text
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
@@ -34,6 +34,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "StageContext",
+    "Text",
     "__version__",
     "from_recipe",
     "hookimpl",

@@ -16,7 +16,7 @@ posttrain: post-training of language models in which an evaluation gates every s
 
   posttrain recipe=NAME [key=value ...]        run a recipe, or go on with it
   posttrain plan recipe=NAME [key=value ...]   show what it would do, after checking everything that can be checked
-  posttrain tokens recipe=NAME [...]           show rendered rows, trained tokens in colour
+  posttrain tokens recipe=NAME [...]           show rendered and packed rows, trained tokens in colour; --all counts all
   posttrain doctor recipe=NAME [...]           prove on the recipe's model and data that the SFT gradient is right
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
                                                what is available; with a stage's name, its settings

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"]
 
-RECORD_SHAPES = ("conversations", "preferences")
-"""The shapes of prepared records that a stage can ask for."""
+RECORD_SHAPES = ("conversations", "documents", "preferences")
+"""The shapes of prepared records that a stage can ask for; documents are conversations and raw texts, mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class StageContext:
     parent: ModelSource
     """The verified weights to start from."""
     records: Sequence[Any]
-    """Prepared records: Conversation or Preference, as the stage asked for."""
+    """Prepared records: Conversation, Text or Preference, as the stage asked for."""
     seed: int
     """Seeds everything random in the stage."""
     dtype: str

@@ -126,5 +126,5 @@ def test_tokens_that_the_model_does_not_know_are_refused(base: ModelSource, tmp_
 def test_the_stage_is_registered_with_its_config_and_entry() -> None:
     (stage,) = register_stages()
     module, _, function = stage.run.partition(":")
-    assert (stage.name, stage.parent, stage.records) == ("sft", "base", "conversations")
+    assert (stage.name, stage.parent, stage.records) == ("sft", "base", "documents")
     assert getattr(sys.modules[module], function) is run

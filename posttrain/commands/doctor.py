@@ -13,7 +13,7 @@ from posttrain.config.schema import Method
 from posttrain.data.chat import ChatRenderer, Rendered
 from posttrain.data.masks import mask_fault
 from posttrain.data.reading import read_source
-from posttrain.data.records import Conversation
+from posttrain.data.records import Conversation, Text
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan, Step, make_plan
@@ -68,8 +68,8 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
     documents = []
     for source in step.sources:
         for record in islice(read_source(source, step.stage.records), READ):
-            if isinstance(record, Conversation):
-                documents.append(renderer.conversation(record, last_only=last_only))
+            if isinstance(record, Conversation | Text):
+                documents.append(renderer.document(record, last_only=last_only))
                 if fault := mask_fault(record, documents[-1], tokenizer, last_only=last_only):
                     raise ArtifactDamaged(f"the mask of {record.where} is wrong: {fault}")
     total, trained = sum(len(each.ids) for each in documents), sum(sum(each.mask) for each in documents)

@@ -59,6 +59,7 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
 
 def _source_note(source: Any) -> str:
     notes = [f"weight {source.weight:g}"] if source.weight != 1 else []
+    notes += [f"{source.share:.1%} of the tokens"] if source.share is not None else []
     notes += [f"the first {source.limit:,}"] if source.limit else []
     return f"  ({', '.join(notes)})" if notes else ""
 

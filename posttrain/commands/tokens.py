@@ -1,95 +1,157 @@
-"""``posttrain tokens``: the training text as the model sees it, trained tokens marked."""
+"""``posttrain tokens``: the training text as the model sees it, trained tokens marked, packed documents apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from posttrain import environment, plugins
 from posttrain.config.compose import compose
-from posttrain.data.chat import ChatRenderer, Rendered
-from posttrain.data.packing import pack
-from posttrain.data.reading import read_source
-from posttrain.data.records import Conversation
+from posttrain.config.schema import Source
+from posttrain.data import records
+from posttrain.data.chat import ChatRenderer
+from posttrain.data.mixing import mix
+from posttrain.data.packing import PackedRow, Packing
+from posttrain.data.shares import Portion
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.config import SFTConfig, TrainOn
+from posttrain.sft.config import SFTConfig
+from posttrain.sft.rows import mixture, render
 
+ALL = "--all"
 SHOWN = 3
 """Records per source that are printed in full."""
 COUNTED = 1000
-"""Records per source whose tokens are counted."""
+"""Records per source that are read, unless all are asked for."""
+EDGE = 30
+"""Tokens at either end of a document that a packed row shows."""
 TRAINED = "bold green"
+BORDER = "cyan"
 
 
 def tokens_command(words: list[str]) -> int:
-    """Print the first records of the SFT stage's sources and the share of their tokens that is trained.
+    """Print the first records of each source, one packed row, and what is trained of each source and in all.
 
-    On a terminal trained tokens are green; elsewhere they stand between ⟦ and ⟧.
+    On a terminal trained tokens are green; elsewhere, and without colours, they stand between ⟦ and ⟧.
     """
     host = plugins.load()
-    plan = make_plan(compose(host, words), host)
+    plan = make_plan(compose(host, [word for word in words if word != ALL]), host)
     environment.prepare()
-    console = Console(soft_wrap=True, highlight=False)
-    renderer, tokenizer = _renderer(plan)
+    page = Page(Console(soft_wrap=True, highlight=False), _tokenizer(plan))
     for step in plan.steps:
-        if step.stage.records == "conversations":
-            _print_step(step, renderer, tokenizer, console)
+        if isinstance(step.config, SFTConfig):
+            page.show(step, step.config, None if ALL in words else COUNTED)
     return 0
 
 
-def _renderer(plan: Plan) -> tuple[ChatRenderer, object]:
+def _tokenizer(plan: Plan) -> Any:
     from posttrain.model.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve_base(plan.model))
-    return ChatRenderer(tokenizer), tokenizer
+    return load_tokenizer(resolve_base(plan.model))
 
 
-def _print_step(step: Step, renderer: ChatRenderer, tokenizer: object, console: Console) -> None:
-    rendered: list[Rendered] = []
-    last_only = step.config.train_on is TrainOn.last  # type: ignore[attr-defined]
-    for source in step.sources:
-        found = [
-            renderer.conversation(record, last_only=last_only)
-            for record in islice(read_source(source, step.stage.records), COUNTED)
-            if isinstance(record, Conversation)
-        ]
-        console.rule(f"{step.name}: {source.path}", align="left")
-        for row in found[:SHOWN]:
-            console.print(coloured(row, tokenizer, console.is_terminal), end="\n\n")
-        console.print(f"{len(found)} records read, {_share(found)}")
-        rendered += found
-    config: SFTConfig = step.config  # type: ignore[assignment]
-    counts = pack(rendered, config.sequence_length, packing=config.packing, overlong=config.overlong).counts
-    for note in counts.notes():
-        console.print(f"{step.name}: {note}")
-    console.print(f"{step.name}: {counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
+@dataclass(frozen=True)
+class Page:
+    """What the command prints, on one console with one tokenizer."""
+
+    console: Console
+    tokenizer: Any
+
+    def show(self, step: Step, config: SFTConfig, count: int | None) -> None:
+        """Print a stage; with ``count``, from so many records of each source at most."""
+        sources = [_limited(source, count) for source in step.sources]
+        found = [r for r in mix(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
+        documents = render(found, ChatRenderer(self.tokenizer), config)
+        for origin, group in groupby(zip(found, documents, strict=True), key=lambda pair: pair[0].origin):
+            self._rule(f"{step.name}: {origin.path}")
+            for _, document in list(group)[:SHOWN]:
+                self.console.print(self.marked(document.ids, document.mask), end="\n\n")
+        mixed = mixture(found, documents, config, step.seed)
+        self._show_row(step.name, mixed.packing)
+        self._show_portions(step.name, mixed.portions)
+        counts = mixed.packing.counts
+        self.console.print(f"{counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
+        for note in counts.notes():
+            self.console.print(note)
+        if count is not None and any(portion.records >= count for portion in mixed.portions):
+            self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
+
+    def marked(self, ids: Sequence[int], mask: Sequence[bool]) -> Text:
+        """The text of tokens with the trained ones marked; decoded from the ids, so that it shows what is trained."""
+        text = Text()
+        bare = not self.console.is_terminal or self.console.no_color
+        for trained, run in groupby(zip(mask, ids, strict=True), key=itemgetter(0)):
+            piece = self.tokenizer.decode([token for _, token in run])
+            text.append(f"⟦{piece}⟧" if trained and bare else piece, style=TRAINED if trained else "dim")
+        return text
+
+    def _show_row(self, name: str, packing: Packing) -> None:
+        """One packed row, document by document; the first that holds three, or as many as any does."""
+        number, row = max(enumerate(packing.rows), key=lambda numbered: min(len(numbered[1].lengths), 3))
+        self._rule(f"{name}: packed row {number + 1:,} of {len(packing.rows):,}")
+        for index, (start, end) in enumerate(pairwise(row.cu_seqlens().tolist()), start=1):
+            slots = f"slots {start:,} to {end - 1:,}, positions 0 to {end - start - 1:,}"
+            self.console.print(f"▌document {index} of {len(row.lengths)}: {slots}", style=BORDER)
+            self.console.print(self._edges(row, start, end))
+        empty = packing.counts.sequence_length - len(row.input_ids)
+        self.console.print(f"▌{empty:,} of {packing.counts.sequence_length:,} slots empty", style=BORDER, end="\n\n")
+
+    def _edges(self, row: PackedRow, start: int, end: int) -> Text:
+        """The tokens of a document, of a long one the first and the last."""
+
+        def part(first: int, last: int) -> Text:
+            return self.marked(row.input_ids[first:last].tolist(), row.mask[first:last].tolist())
+
+        if end - start <= 3 * EDGE:
+            return part(start, end)
+        between = Text(f" … {end - start - 2 * EDGE:,} tokens … ", style=BORDER)
+        return Text.assemble(part(start, start + EDGE), between, part(end - EDGE, end))
+
+    def _show_portions(self, name: str, portions: Sequence[Portion]) -> None:
+        self._rule(f"{name}: what is trained")
+        table = Table(box=None, pad_edge=False, header_style="")
+        table.add_column("source", overflow="fold")
+        for title in ("records", "taken", "tokens", "of the mix", "trained", "of its tokens"):
+            table.add_column(title, justify="right")
+        for cells in _lines(portions):
+            table.add_row(*cells)
+        self.console.print(table, soft_wrap=False, end="\n\n")
+
+    def _rule(self, title: str) -> None:
+        self.console.rule(title, align="left")
 
 
-def coloured(row: Rendered, tokenizer: object, terminal: bool) -> Text:
-    """The row's text with its trained tokens marked; decoded from the ids, so that it shows what is trained."""
-    text = Text()
-    for trained, ids in _runs(row):
-        piece = tokenizer.decode(ids)  # type: ignore[attr-defined]
-        if trained and not terminal:
-            piece = f"⟦{piece}⟧"
-        text.append(piece, style=TRAINED if trained else "dim")
-    return text
+def _limited(source: Source, count: int | None) -> Source:
+    limits = [limit for limit in (source.limit, count) if limit is not None]
+    return replace(source, limit=min(limits, default=None))
 
 
-def _runs(row: Rendered) -> list[tuple[bool, list[int]]]:
-    """Neighbouring tokens that are trained, or are not."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, trained in zip(row.ids, row.mask, strict=True):
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        runs[-1][1].append(token)
-    return runs
+def _lines(portions: Sequence[Portion]) -> Iterator[tuple[str, ...]]:
+    """The cells of each source, and of all together where there are several."""
+    for portion in portions:
+        yield _cells(
+            Path(portion.origin.path).name,
+            portion.records,
+            portion.taken,
+            portion.tokens,
+            portion.share,
+            portion.trained,
+        )
+    if len(portions) > 1:
+        records, taken, tokens, trained = (
+            sum(getattr(portion, key) for portion in portions) for key in ("records", "taken", "tokens", "trained")
+        )
+        yield _cells("all", records, taken, tokens, 1.0, trained)
 
 
-def _share(rows: Sequence[Rendered]) -> str:
-    total, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
-    return f"{total:,} tokens, {trained:,} trained ({trained / max(total, 1):.1%})"
+def _cells(name: str, records: int, taken: int, tokens: int, share: float, trained: int) -> tuple[str, ...]:
+    rate = trained / max(tokens, 1)
+    return name, f"{records:,}", f"{taken:,}", f"{tokens:,}", f"{share:.1%}", f"{trained:,}", f"{rate:.1%}"

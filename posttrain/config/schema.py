@@ -35,7 +35,7 @@ class Dtype(Enum):
 
 
 class Format(Enum):
-    """Shape of the records in a source; ``auto`` recognises it from the first record's keys."""
+    """Shape of the records in a source; ``auto`` recognises all but ``text`` from the keys of each record."""
 
     auto = "auto"
     messages = "messages"
@@ -43,6 +43,7 @@ class Format(Enum):
     alpaca = "alpaca"
     sharegpt = "sharegpt"
     preference = "preference"
+    text = "text"
 
 
 class Overlong(Enum):
@@ -110,9 +111,9 @@ class Source:
     """One source of records."""
 
     path: str = MISSING
-    """JSON, JSONL or Parquet file, a directory of them, or a hub name."""
+    """JSON, JSONL, Parquet or text file, a directory of them, or a hub name."""
     format: Format = Format.auto
-    """Shape of the records."""
+    """Shape of the records; text trains every token of the key ``text``, or of .txt files, each one document."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames keys before the shape is read: {prompt: question, completion: answer}."""
     split: str = "train"
@@ -125,6 +126,8 @@ class Source:
     """Use only the first so many records."""
     weight: float = 1.0
     """How often each record is seen per epoch: 0.5 takes a seeded half, 2 takes each twice."""
+    share: float | None = None
+    """Share of the mix's tokens: 0.15 draws records, again and again if need be, beside the sources without a share."""
 
 
 @dataclass(kw_only=True)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from posttrain.data.records import Conversation, Message, Preference
+from posttrain.data.records import Conversation, Document, Message, Preference, Text
 from posttrain.data.refusal import refuse
 from posttrain.data.spans import Answer, Template
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as the model sees it; ``ids`` and ``mask`` are equally long."""
+    """A document as the model sees it; ``ids`` and ``mask`` are equally long."""
 
     ids: list[int]
     mask: list[bool]
@@ -56,6 +56,27 @@ class ChatRenderer:
         self._controls = {token.content: key for key, token in added if token.special and key != unknown}
         self._control_ids = set(self._controls.values())
         self._head_ids = lru_cache(maxsize=1024)(self._encode)
+
+    def document(self, record: Document, *, last_only: bool = False) -> Rendered:
+        """Render a conversation or a raw text; raises BadInput as the two do."""
+        return self.raw(record) if isinstance(record, Text) else self.conversation(record, last_only=last_only)
+
+    def raw(self, record: Text) -> Rendered:
+        """Raw text as the tokenizer begins any text, ended by the end-of-sequence token; all but the first are trained.
+
+        Raises:
+            BadInput: The text holds a special token, or the tokenizer has no end-of-sequence token.
+        """
+        if forged := self._template.control.search(record.text):
+            what = f"the text holds the special token {forged[0]!r}, which would fake an end or a header"
+            refuse(record.where, what, "Remove or rewrite the record")
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            fix = "Set eos_token in tokenizer_config.json"
+            refuse("model", "the tokenizer has no end-of-sequence token, so texts cannot end", fix)
+        ids = self._encode(record.text, whole=True)
+        ids += [] if ids[-1:] == [end] else [end]
+        return Rendered(ids, [place > 0 for place in range(len(ids))], record.text, record.where)
 
     def conversation(self, record: Conversation, *, last_only: bool = False) -> Rendered:
         """Render all turns; trained are the assistant turns with their stop tokens and nothing else.
@@ -144,8 +165,9 @@ class ChatRenderer:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
 
-    def _encode(self, text: str) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    def _encode(self, text: str, *, whole: bool = False) -> list[int]:
+        """Ids of ``text``; of a ``whole`` one with those that the tokenizer puts around it."""
+        encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
 

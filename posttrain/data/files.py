@@ -1,4 +1,4 @@
-"""Rows of local files: JSON, JSONL and Parquet, each row with the place it came from."""
+"""Rows of local files: JSON, JSONL, Parquet and plain text, each row with the place it came from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Rows = Iterator[tuple[str, Row]]
 def rows(path: Path) -> Rows:
     """Yield ``(where, row)`` for every record of one file, reading JSONL and Parquet piece by piece.
 
-    ``where`` is ``file:line`` (JSONL, counted from 1) or ``file[index]`` (counted from 0). Raises BadInput for
-    anything that is not a file of JSON objects, naming the line.
+    ``where`` is ``file:line`` (JSONL, counted from 1) or ``file[index]`` (counted from 0). A text file is one row with
+    the key ``text``. Raises BadInput for anything else that is not a file of JSON objects, naming the line.
     """
     found = False
     try:
@@ -44,6 +44,8 @@ def local_files(name: str) -> list[Path] | None:
 
 def _directory(path: Path) -> list[Path]:
     files = sorted(entry for entry in path.iterdir() if entry.suffix in READERS and not entry.name.startswith("."))
+    # beside data, a text file is a note about it
+    files = [file for file in files if file.suffix != TEXT] or files
     if not files:
         _refuse(str(path), f"the directory holds no file of {', '.join(READERS)}")
     return [_checked_file(entry) for entry in files]
@@ -85,6 +87,12 @@ def _json(path: Path) -> Rows:
         yield where, _object(value, where)
 
 
+def _whole_text(path: Path) -> Rows:
+    text = _text(path.read_bytes(), path, 1)
+    if text.strip():
+        yield str(path), {"text": text}
+
+
 def _parquet(path: Path) -> Rows:
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -100,7 +108,13 @@ def _parquet(path: Path) -> Rows:
         _refuse(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
+TEXT = ".txt"
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+    TEXT: _whole_text,
+}
 """How each kind of file is read, by its ending."""
 
 

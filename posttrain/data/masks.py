@@ -8,11 +8,28 @@ from operator import itemgetter
 from typing import Any
 
 from posttrain.data.chat import Rendered
-from posttrain.data.records import Conversation
+from posttrain.data.records import Conversation, Document, Text
 
 
-def mask_fault(record: Conversation, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
-    """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is.
+def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
+    """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is."""
+    if isinstance(record, Text):
+        return _fault_of_text(record, rendered, tokenizer)
+    return _fault_of_answers(record, rendered, tokenizer, last_only)
+
+
+def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | None:
+    """All tokens of a text but its first have to be trained, and the last has to end it."""
+    if not all(rendered.mask[1:]):
+        return "not every token of the text is trained"
+    if rendered.ids[-1] != tokenizer.eos_token_id:
+        return "the end-of-sequence token is not trained"
+    said = _bare(tokenizer, [token for token in rendered.ids if token not in tokenizer.all_special_ids])
+    return None if said == _without_space(record.text) else "its tokens are not the text"
+
+
+def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, last_only: bool) -> str | None:
+    """Every answer has to be trained as a whole with its stop token, and nothing else.
 
     Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only; where
     the turn calls tools, the calls may stand between the two.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from posttrain.config.schema import Source
 from posttrain.data.reading import read_source
-from posttrain.data.records import Record
+from posttrain.data.records import Conversation, Origin, Record, Text
 from posttrain.errors import BadInput, Problem
 
 
@@ -16,7 +17,8 @@ def mix(sources: Sequence[Source], shape: str, seed: int) -> list[Record]:
     """The records of all sources, one source after the other.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
-    a fraction is rounded to whole records, at least one. The same seed takes the same records.
+    a fraction is rounded to whole records, at least one. The same seed takes the same records. Shares are left to the
+    stage, which knows the tokens: documents know the source that they came from.
 
     Raises:
         BadInput: A weight is not a positive number, there is no source, or one cannot be read.
@@ -28,9 +30,14 @@ def mix(sources: Sequence[Source], shape: str, seed: int) -> list[Record]:
         raise BadInput(problems)
     mixed: list[Record] = []
     for number, source in enumerate(sources):
-        records = list(read_source(source, shape))
+        origin = Origin(number=number, path=source.path, share=source.share or 0.0)
+        records = [_from(record, origin) for record in read_source(source, shape)]
         mixed += _weighted(records, source.weight, random.Random(f"mix/{seed}/{number}"))
     return mixed
+
+
+def _from(record: Record, origin: Origin) -> Record:
+    return replace(record, origin=origin) if isinstance(record, Conversation | Text) else record
 
 
 def _weighted(records: list[Record], weight: float, rng: random.Random) -> list[Record]:

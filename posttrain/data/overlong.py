@@ -43,6 +43,11 @@ class Fitted:
         """Tokens of all pieces."""
         return sum(len(piece.ids) for piece in self.pieces)
 
+    @property
+    def trained(self) -> int:
+        """Trained tokens of all pieces."""
+        return sum(int(piece.mask.sum()) for piece in self.pieces)
+
 
 def fit(document: Rendered, sequence_length: int, overlong: Overlong) -> Fitted:
     """The document in pieces of at most ``sequence_length`` tokens.

@@ -19,13 +19,13 @@ from posttrain.errors import BadInput, Problem, suggest
 def read_source(source: Source, shape: str) -> Iterator[Record]:
     """Yield the records of ``source`` in the shape that a stage needs.
 
-    A path that exists is read from disk (JSON, JSONL, Parquet, or a directory of them in the order of their
+    A path that exists is read from disk (JSON, JSONL, Parquet, text, or a directory of them in the order of their
     names), anything else is streamed from the hub. ``columns`` renames keys before the shape is recognised, and
     ``limit`` keeps the first records.
 
     Args:
         source: What to read.
-        shape: ``conversations`` or ``preferences``.
+        shape: ``conversations``, ``documents`` or ``preferences``.
 
     Raises:
         BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
@@ -94,6 +94,7 @@ def _options(source: Source) -> dict[str, Any]:
         "columns": dict(source.columns),
         "limit": source.limit,
         "weight": float(source.weight),
+        "share": source.share,
         "split": source.split,
         "subset": source.subset,
         "revision": source.revision,

@@ -18,6 +18,21 @@ Tool = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The source that a record came from."""
+
+    number: int
+    """Its place in the recipe's list of sources, from 0."""
+    path: str
+    share: float = 0.0
+    """Its share of the tokens of the mix; 0 when the recipe gives none, and all records are taken."""
+
+
+UNKNOWN = Origin(number=0, path="data")
+"""The origin of records that did not come from a source of the recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """A chat whose assistant turns are trained."""
 
@@ -26,6 +41,16 @@ class Conversation:
     """``file:line`` (JSONL) or ``file[index]``, for messages."""
     tools: tuple[Tool, ...] = ()
     """The tools that the prompt offers."""
+    origin: Origin = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Raw text, every token of which is trained."""
+
+    text: str
+    where: str
+    origin: Origin = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,4 +64,7 @@ class Preference:
     tools: tuple[Tool, ...] = ()
 
 
-Record = Conversation | Preference
+Document = Conversation | Text
+"""What a stage that asks for documents gets."""
+
+Record = Document | Preference

@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.config.schema import Format
 from posttrain.data.calls import checked_tools
-from posttrain.data.records import Conversation, Message, Preference, Record
+from posttrain.data.records import Conversation, Message, Preference, Record, Text
 from posttrain.data.refusal import refuse
 from posttrain.data.turns import check_order, checked_text, turn, turns
 
@@ -19,8 +19,13 @@ SHAPES = {
     Format.alpaca: "instruction, output [, input, system, history]",
     Format.sharegpt: "conversations (from, value) [, system]",
     Format.preference: "chosen, rejected [, prompt | conversations | messages | instruction, input]",
+    Format.text: "text (only with format: text)",
 }
 """The keys of each shape."""
+
+CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
+SUITED = {"conversations": CHATS, "documents": (*CHATS, Format.text), "preferences": (Format.preference,)}
+"""The shapes in files that can become what a stage asks for."""
 
 
 def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
@@ -28,18 +33,18 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
 
     Args:
         row: Keys and values of the record; null counts as absent.
-        form: Its shape, or ``auto`` to recognise it.
-        shape: What the stage needs: ``conversations`` or ``preferences``.
+        form: Its shape, or ``auto`` to recognise it; raw text has to be asked for, as all of it is trained.
+        shape: What the stage needs: ``conversations``, ``documents`` or ``preferences``.
         where: ``file:line``, for errors and for the record.
 
     Raises:
         BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
     """
     known = recognise(row, where) if form is Format.auto else form
-    if (known is Format.preference) != (shape == "preferences"):
+    if known not in SUITED[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
         refuse(where, what, f"Known for {shape}: {_listed(shape)}")
-    if known is not Format.preference:
+    if known in CHATS:
         _refuse_labelled(row, where)
     return CONVERTERS[known](row, where)
 
@@ -59,11 +64,12 @@ def recognise(row: Row, where: str) -> Format:
         return Format.alpaca
     seen = ", ".join(f"{key} (null)" if row[key] is None else str(key) for key in row) or "none"
     shapes = "; ".join(SHAPES.values())
-    refuse(where, f"unknown shape of record; its keys: {seen}", f"Known: {shapes}. Rename keys with columns")
+    hint = "To train every token of a raw text, set format: text. " if "text" in keys else ""
+    refuse(where, f"unknown shape of record; its keys: {seen}", f"{hint}Known: {shapes}. Rename keys with columns")
 
 
 def _listed(shape: str) -> str:
-    return "; ".join(keys for form, keys in SHAPES.items() if (form is Format.preference) == (shape == "preferences"))
+    return "; ".join(SHAPES[form] for form in SUITED[shape])
 
 
 def _refuse_labelled(row: Row, where: str) -> None:
@@ -119,12 +125,17 @@ def _preference(row: Row, where: str) -> Preference:
     return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
 
+def _text(row: Row, where: str) -> Text:
+    return Text(text=checked_text(row.get("text"), where, "text"), where=where)
+
+
 CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
     Format.messages: _messages,
     Format.prompt_completion: _prompt_completion,
     Format.alpaca: _alpaca,
     Format.sharegpt: _sharegpt,
     Format.preference: _preference,
+    Format.text: _text,
 }
 """How a row of each shape becomes a record."""
 

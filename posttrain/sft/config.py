@@ -22,7 +22,7 @@ class TrainOn(Enum):
 
 @dataclass(kw_only=True)
 class SFTConfig(StageConfig):
-    """Supervised fine-tuning on the assistant turns of conversations."""
+    """Supervised fine-tuning on the assistant turns of conversations, or on raw text."""
 
     data: Any = None
     """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""

@@ -15,10 +15,10 @@ def register_stages() -> Sequence[Stage]:
     return [
         Stage(
             name="sft",
-            summary="supervised fine-tuning on the assistant turns of conversations",
+            summary="supervised fine-tuning on the assistant turns of conversations, or on raw text",
             config=SFTConfig,
             run="posttrain.sft.stage:run",
             parent="base",
-            records="conversations",
+            records="documents",
         )
     ]

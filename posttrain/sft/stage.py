@@ -8,24 +8,24 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
-from posttrain.data.packing import PackedRow, PackingCounts, pack
+from posttrain.data.packing import PackedRow, PackingCounts
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import check_finite, load_model, new_adapter
 from posttrain.sft.checkpoint import Position
-from posttrain.sft.config import SFTConfig, TrainOn
+from posttrain.sft.config import SFTConfig
 from posttrain.sft.loop import Training
+from posttrain.sft.rows import mixture, render
 from posttrain.stage import StageContext
 
 
 def run(context: StageContext) -> None:
     """Render, pack, train, save."""
     config: SFTConfig = context.config
-    renderer = context.renderer()
-    last_only = config.train_on is TrainOn.last
-    documents = [renderer.conversation(record, last_only=last_only) for record in context.records]
-    packing = pack(documents, config.sequence_length, packing=config.packing, overlong=config.overlong)
-    for note in packing.counts.notes():
+    documents = render(context.records, context.renderer(), config)
+    mixed = mixture(context.records, documents, config, context.seed)
+    for note in mixed.notes():
         context.progress.note(note)
+    packing = mixed.packing
     model = policy(context)
     check_vocabulary(packing.rows, model)
     training = Training(
@@ -40,6 +40,7 @@ def run(context: StageContext) -> None:
     )
     position = training.run()
     context.metrics.update(figures(training, packing.counts, position))
+    context.metrics["sources"] = [portion.figures() for portion in mixed.portions]
     context.save(model)
 
 
