@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import Artifact, ModelSource, publish, verify
+from posttrain.data.overlap import overlap
+from posttrain.data.reading import data_digest
 from posttrain.data.records import Record
 from posttrain.display import TrainingProgress
-from posttrain.errors import PluginFailed, PosttrainError
+from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.job import Job, plain, versions
 from posttrain.plugins import CORE_ORIGIN
 from posttrain.stage import StageContext
@@ -128,8 +130,20 @@ def _named_failures(job: Job) -> Iterator[None]:
 
 
 def read_records(job: Job) -> Sequence[Record]:
-    """The stage's training records, read before any stage trains so that bad data costs no training."""
+    """The stage's training records, read before any stage trains so that bad data costs no training.
+
+    Says how many rows the gate is to score that are trained on as well. Raises BadInput when the records are not those
+    that the run is named after.
+    """
     records: Sequence[Record] | None = job.host.hook.load_records(step=job.step)
     if records is None:
         raise PluginFailed(f"no plugin reads the records of stage {job.name!r}")
+    if data_digest(job.step.sources) != job.data_digest:
+        what = "the data changed while it was read"
+        raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
+    for name, task in job.step.tasks.items():
+        shared, scored = overlap(job.step.sources, task.data) if task.data else (0, 0)
+        if shared:
+            what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({task.data}) are trained on as well"
+            job.display.line(job.name, "data", what)
     return records

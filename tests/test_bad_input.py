@@ -45,22 +45,6 @@ def write(name: str, *rows: object) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def turns(*roles: str) -> dict[str, object]:
-    return {"messages": [{"role": role, "content": "text"} for role in roles]}
-
-
-def break_json() -> None:
-    Path("train.jsonl").write_text(json.dumps(CHAT) + '\n{"messages": [\n')
-
-
-def answer_first() -> None:
-    write("train.jsonl", turns("assistant", "user"))
-
-
-def damage_template() -> None:
-    Path("base/chat_template.jinja").unlink()
-
-
 def damage_weights() -> None:
     tensors = load_file("base/model.safetensors")
     name = next(name for name in tensors if "layers.1.mlp" in name)
@@ -82,14 +66,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str], int, str]] = {
     "no sft": (lambda: None, ["recipe=mine", "stages=[dpo]"], 2, "SFT is mandatory"),
     "missing file": (lambda: None, ["recipe=mine", "sft.data=trian.jsonl"], 2, "Did you mean train.jsonl?"),
     "missing model": (lambda: None, ["recipe=mine", "model.path=./bsae"], 2, "base?"),
-    "broken JSON": (break_json, ["recipe=mine"], 2, "train.jsonl:2"),
-    "unknown shape": (lambda: write("train.jsonl", {"body": "x"}), ["recipe=mine"], 2, "body"),
-    "role out of order": (answer_first, ["recipe=mine"], 2, "train.jsonl:1"),
-    "no assistant": (lambda: write("train.jsonl", turns("user")), ["recipe=mine"], 2, "train.jsonl:1"),
-    "empty data": (lambda: write("train.jsonl"), ["recipe=mine"], 2, "train.jsonl"),
     "bad pair": (lambda: write("pairs.jsonl", CHAT), ["recipe=mine"], 2, "pairs.jsonl:1"),
-    "nothing trained": (lambda: None, ["recipe=mine", "sft.sequence_length=2"], 2, "no trained token"),
-    "no template": (damage_template, ["recipe=mine"], 2, "model.chat_template"),
     "NaN in weights": (damage_weights, ["recipe=mine"], 2, "NaN"),
     "cut weights": (cut_weights, ["recipe=mine"], 2, "model.safetensors"),
     "NaN in loss": (lambda: None, ["recipe=mine", *DIVERGING], 5, "diverged at step"),

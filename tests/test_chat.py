@@ -302,7 +302,11 @@ def test_characters_that_the_tokenizer_does_not_know_are_refused_in_answers() ->
     trainer = trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(["userassistant Hello\n"], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=SPECIAL[3:], chat_template=CHATML
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token=SPECIAL[3],
+        additional_special_tokens=SPECIAL[3:],
+        chat_template=CHATML,
     )
     renderer = ChatRenderer(fast)
     assert renderer.conversation(chat("Hello 漢", "Hello")).mask.count(True) > 0

@@ -142,7 +142,7 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "is not a regular file" in refusal(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    assert "no such file" in refusal(tmp_path / "loop.jsonl")
+    assert "is a link that leads to no file" in refusal(tmp_path / "loop.jsonl")
     (tmp_path / "empty").mkdir()
     assert "holds no file of .json, .jsonl, .parquet" in refusal(tmp_path / "empty")
 
@@ -225,7 +225,7 @@ def test_the_digest_follows_content_and_options_but_not_paths(tmp_path: Path) ->
     assert base == data_digest([Source(path=str(two))])
     changes: list[dict[str, Any]] = [
         {"format": Format.alpaca}, {"columns": {"prompt": "q"}}, {"limit": 1}, {"weight": 2.0}, {"split": "test"},
-        {"subset": "main"}, {"revision": "abc"},
+        {"subset": "main"}, {"revision": "abc"}, {"share": 0.2},
     ]  # fmt: skip
     digests = {data_digest([Source(path=str(one), **change)]) for change in changes}
     assert len(digests | {base}) == len(changes) + 1

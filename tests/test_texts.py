@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from posttrain.config.schema import Format, Source
 from posttrain.data.chat import ChatRenderer, Rendered
 from posttrain.data.masks import mask_fault
-from posttrain.data.reading import data_digest, read_source
+from posttrain.data.reading import read_source
 from posttrain.data.records import Record, Text
 from posttrain.errors import BadInput
 
@@ -87,13 +87,6 @@ def test_a_record_without_text_is_refused_by_its_line(tmp_path: Path, value: obj
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"text": value}))
     with pytest.raises(BadInput, match=r"a\.jsonl:2: text: content"):
         read(tmp_path / "a.jsonl")
-
-
-def test_the_share_is_part_of_the_digest(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    source = Source(path=str(path), format=Format.text)
-    assert data_digest([source]) != data_digest([Source(path=str(path), format=Format.text, share=0.2)])
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------

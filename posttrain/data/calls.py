@@ -38,7 +38,23 @@ def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
     """
     if value is not None and not isinstance(value, list):
         refuse(where, f"{name}: tool_calls must be a list, not {shown(value)}")
-    return [_checked_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
+    calls = [_checked_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
+    known = [call["id"] for call in calls if call.get("id") is not None]
+    if repeated := [key for key in known if known.count(key) > 1]:
+        refuse(
+            where, f"{name}: two calls have the id {shown(repeated[0])}", "Give every call of a turn an id of its own"
+        )
+    return calls
+
+
+def check_results(messages: Sequence[Message], where: str) -> None:
+    """Refuse a result of a tool that names a call which no turn before has made, where calls have ids at all."""
+    made: list[Any] = []
+    for number, message in enumerate(messages, start=1):
+        made += [call["id"] for call in message.get("tool_calls") or () if call.get("id") is not None]
+        answered = message.get("tool_call_id")
+        if message["role"] == "tool" and made and answered is not None and answered not in made:
+            refuse(where, f"turn {number} (tool) answers the call {shown(answered)}, which no turn before it makes")
 
 
 def calls_of(message: Message) -> Sequence[Mapping[str, Any]]:

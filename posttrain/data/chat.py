@@ -43,11 +43,14 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Take a fast tokenizer with a chat template; raises BadInput for any other."""
+        """Take a fast tokenizer with a chat template and an end-of-sequence token; raises BadInput for any other."""
         if not getattr(tokenizer, "is_fast", False):
             refuse("model", "the tokenizer is not a fast one", "Save it as tokenizer.json")
         if not tokenizer.chat_template:
             refuse("model", "the tokenizer has no chat template", "Give one: model.chat_template=FILE")
+        if tokenizer.eos_token_id is None:
+            what = "the tokenizer has no end-of-sequence token, so no answer would end"
+            refuse("model", what, "Set eos_token in tokenizer_config.json")
         self._tokenizer = tokenizer
         self._template = Template(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
@@ -65,15 +68,12 @@ class ChatRenderer:
         """Raw text as the tokenizer begins any text, ended by the end-of-sequence token; all but the first are trained.
 
         Raises:
-            BadInput: The text holds a special token, or the tokenizer has no end-of-sequence token.
+            BadInput: The text holds a special token.
         """
         if forged := self._template.control.search(record.text):
             what = f"the text holds the special token {forged[0]!r}, which would fake an end or a header"
             refuse(record.where, what, "Remove or rewrite the record")
         end = self._tokenizer.eos_token_id
-        if end is None:
-            fix = "Set eos_token in tokenizer_config.json"
-            refuse("model", "the tokenizer has no end-of-sequence token, so texts cannot end", fix)
         ids = self._encode(record.text, whole=True)
         ids += [] if ids[-1:] == [end] else [end]
         return Rendered(ids, [place > 0 for place in range(len(ids))], record.text, record.where)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from posttrain.errors import BadInput, Problem, nearest
+
+LONGEST_LINE = 2**26
+"""Bytes of a line of JSONL: more is no record, and would only fill the memory."""
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -37,6 +41,8 @@ def local_files(name: str) -> list[Path] | None:
         return _directory(path)
     if path.exists():
         return [_checked_file(path)]
+    if path.is_symlink():
+        _refuse(name, "is a link that leads to no file")
     if path.suffix in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
         _refuse(name, "no such file or directory", _sibling(path))
     return None
@@ -68,7 +74,11 @@ def _sibling(path: Path) -> str:
 
 def _jsonl(path: Path) -> Rows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(line) > LONGEST_LINE:
+                _refuse(
+                    f"{path}:{number}", f"the line is longer than {LONGEST_LINE:,} bytes", "Put one record on a line"
+                )
             text = _text(line, path, number).strip()
             if text:
                 where = f"{path}:{number}"
@@ -151,7 +161,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _object(value: Any, where: str) -> Row:

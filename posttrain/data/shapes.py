@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain.config.schema import Format
-from posttrain.data.calls import checked_tools
+from posttrain.data.calls import check_results, checked_tools
 from posttrain.data.records import Conversation, Message, Preference, Record, Text
 from posttrain.data.refusal import refuse
 from posttrain.data.turns import check_order, checked_text, turn, turns
@@ -24,8 +24,8 @@ SHAPES = {
 """The keys of each shape."""
 
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
-SUITED = {"conversations": CHATS, "documents": (*CHATS, Format.text), "preferences": (Format.preference,)}
-"""The shapes in files that can become what a stage asks for."""
+SERVES = {"conversations": CHATS, "documents": (*CHATS, Format.text), "preferences": (Format.preference,)}
+"""The shapes in files that each shape of prepared records is made from."""
 
 
 def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
@@ -41,7 +41,7 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
         BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
     """
     known = recognise(row, where) if form is Format.auto else form
-    if known not in SUITED[shape]:
+    if known not in SERVES[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
         refuse(where, what, f"Known for {shape}: {_listed(shape)}")
     if known in CHATS:
@@ -69,7 +69,7 @@ def recognise(row: Row, where: str) -> Format:
 
 
 def _listed(shape: str) -> str:
-    return "; ".join(SHAPES[form] for form in SUITED[shape])
+    return "; ".join(SHAPES[form] for form in SERVES[shape])
 
 
 def _refuse_labelled(row: Row, where: str) -> None:
@@ -142,6 +142,7 @@ CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
 
 def _conversation(row: Row, messages: list[Message], where: str) -> Conversation:
     check_order(messages, where)
+    check_results(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
         refuse(where, "the conversation has no assistant turn, so nothing in it can be trained")
     return Conversation(messages=tuple(messages), where=where, tools=checked_tools(row.get("tools"), where))

@@ -23,8 +23,29 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 
 from posttrain.data.calls import calls_of, disguised, renamed, stands_in, tool_names, words
+from posttrain.data.patience import patience
 from posttrain.data.records import Conversation, Message
 from posttrain.data.refusal import refuse
+
+SECONDS = 5
+"""Computing time that a template may take for one conversation; templates of published models take a thousandth."""
+SIZE, SIZE_PER_CHARACTER = 1_000_000, 10
+"""Characters that a template may write in any case, and for every one that the conversation holds."""
+
+_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+"""What a template that fails may raise."""
+
+_SHORT = 16
+"""Contents of fewer characters are looked for by putting others in their place: they stand in any text by chance."""
 
 _SENTINELS = ("qjxzv", "wkvyb")
 """Two answers that stand in for the real one, to see where the template puts an answer."""
@@ -82,14 +103,25 @@ class Template:
         tools = [dict(tool) for tool in chat.tools] or None
         options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template, "tools": tools}
         try:
-            text = str(self._tokenizer.apply_chat_template(messages, **options))
+            with patience(SECONDS):
+                text = str(self._tokenizer.apply_chat_template(messages, **options))
             text.encode()
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            refuse(chat.where, f"the chat template refuses the conversation: {error}", _OTHER_TEMPLATE)
+        except TimeoutError:
+            refuse(chat.where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
+        except _FAILURES as error:
+            why = str(error) or type(error).__name__
+            refuse(chat.where, f"the chat template refuses the conversation: {why}", _OTHER_TEMPLATE)
+        if len(text) > SIZE and len(text) > SIZE_PER_CHARACTER * sum(
+            len(str(word)) for word in words([messages, tools])
+        ):
+            refuse(chat.where, f"the chat template makes {len(text):,} characters of it", _OTHER_TEMPLATE)
         return text
 
     def check(self, chat: Conversation, text: str) -> None:
         """Refuse what holds special tokens, and templates that leave out what was said or the tools on offer."""
+        bos = self._tokenizer.bos_token
+        if bos and text.startswith(2 * bos):
+            refuse(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
         for turn, message in enumerate(chat.messages, start=1):
             self._check_forged(message, f"turn {turn} ({message['role']})", chat.where)
             if not _is_told(message, text) or not self._is_apart(chat, turn - 1):
@@ -102,10 +134,16 @@ class Template:
                 refuse(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
 
     def _is_apart(self, chat: Conversation, index: int) -> bool:
-        """Whether turn ``index`` is written for itself where a turn of the same role follows it or goes before."""
+        """Whether turn ``index`` is written for itself.
+
+        Asked of those that a turn of the same role follows or goes before, and of short ones.
+        """
         message = chat.messages[index]
         beside = (*chat.messages[max(0, index - 1) : index], *chat.messages[index + 1 : index + 2])
-        if message["role"] == "assistant" or all(other["role"] != message["role"] for other in beside):
+        alone = all(other["role"] != message["role"] for other in beside)
+        if message["role"] == "assistant" or (
+            alone and (message["role"] == "tool" or len(message["content"]) >= _SHORT)
+        ):
             return True
         changed = (*chat.messages[:index], _saying(message, _SENTINELS[0]), *chat.messages[index + 1 :])
         return _SENTINELS[0] in self.render(replace(chat, messages=changed))
