@@ -151,6 +151,43 @@ def test_turns_that_break_the_rules_are_named(messages: Any, what: str) -> None:
         to_record({"messages": messages}, Format.auto, "conversations", "f.jsonl:3")
 
 
+ADD = {"name": "add", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(("value", "calls"), [(json.dumps(ADD), 1), (ADD, 1), (json.dumps([ADD, ADD]), 2), ([ADD], 1)])
+def test_sharegpt_calls_and_what_was_observed(value: object, calls: int) -> None:
+    said = [("human", "1+1?"), ("function_call", value), ("observation", "2"), ("gpt", "It is 2.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said], "tools": json.dumps([ADD])}
+    record = to_record(row, Format.auto, "conversations", "f:1")
+    assert isinstance(record, Conversation)
+    asked, called, observed, told = record.messages
+    assert called == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": ADD}] * calls,
+    }
+    assert observed == {"role": "tool", "content": "2"}
+    assert (asked["role"], told["content"]) == ("user", "It is 2.")
+
+
+@pytest.mark.parametrize("value", ["add(1)", "[]", None, 3])
+def test_sharegpt_calls_that_are_none_are_refused(value: object) -> None:
+    said = [("human", "1+1?"), ("function_call", value), ("observation", "2"), ("gpt", "It is 2.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    assert "turn 2 of conversations (function_call) must say a call" in row_refusal(row)
+
+
+def test_results_belong_to_calls_and_calls_of_a_turn_have_ids_of_their_own() -> None:
+    def row(made: list[str], answered: str) -> dict[str, Any]:
+        calls = [{**ADD, "id": key} for key in made]
+        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"messages": [USER, called, {"role": "tool", "content": "2", "tool_call_id": answered}, ANSWER]}
+
+    assert len(conversation(row(["one", "two"], "two"))) == 4
+    assert "turn 3 (tool) answers the call 'three'" in row_refusal(row(["one", "two"], "three"))
+    assert "two calls have the id 'one'" in row_refusal(row(["one", "one"], "one"))
+
+
 def test_sharegpt_roles_are_checked() -> None:
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gtp", "value": "Hello"}]}
     assert "Did you mean gpt?" in row_refusal(row)

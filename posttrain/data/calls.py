@@ -47,6 +47,19 @@ def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
     return calls
 
 
+def calls_in(value: Any, where: str, name: str) -> list[Any]:
+    """The calls that a turn says: one object with name and arguments or a list of them, or the same as JSON text.
+
+    Raises:
+        BadInput: It is neither, or an empty list.
+    """
+    parsed = _parsed(value)
+    calls = [parsed] if isinstance(parsed, Mapping) else parsed
+    if not isinstance(calls, list) or not calls:
+        refuse(where, f"{name} must say a call, as JSON with name and arguments, not {shown(value)}")
+    return calls
+
+
 def check_results(messages: Sequence[Message], where: str) -> None:
     """Refuse a result of a tool that names a call which no turn before has made, where calls have ids at all."""
     made: list[Any] = []

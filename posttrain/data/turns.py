@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.data.calls import checked_calls
+from posttrain.data.calls import calls_in, checked_calls
 from posttrain.data.records import Message
 from posttrain.data.refusal import refuse, shown
 from posttrain.errors import suggest
@@ -23,8 +23,9 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
-"""What ShareGPT files call the roles in ``from``."""
+"""What ShareGPT files call the roles in ``from``; a ``function_call`` says its calls, as JSON."""
 
 _FOLLOWS = {
     "system": ("start",),
@@ -88,7 +89,10 @@ def _message(entry: Any, where: str, name: str) -> Message:
     extra = {key: value for key, value in entry.items() if value is not None}
     if "from" in entry and "role" not in entry:
         role = _known_role(extra.pop("from", None), SHAREGPT_ROLES, where, name)
-        return _spoken(SHAREGPT_ROLES[role], extra.pop("value", None), extra, where, f"{name} ({role})")
+        value = extra.pop("value", None)
+        if role == "function_call":
+            extra["tool_calls"], value = calls_in(value, where, f"{name} ({role})"), None
+        return _spoken(SHAREGPT_ROLES[role], value, extra, where, f"{name} ({role})")
     role = _known_role(extra.pop("role", None), ROLES, where, name)
     return _spoken(role, extra.pop("content", None), extra, where, f"{name} ({role})")
 
