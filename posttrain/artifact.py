@@ -2,6 +2,7 @@
 
 <dir>/manifest.json            written last; its digest covers every other file and the lineage
 <dir>/adapter_model.safetensors, adapter_config.json      or    model*.safetensors, config.json
+<dir>/quantization_config.json                            if the adapter stands on quantised weights
 <dir>/tokenizer*.json, chat_template.jinja
 """
 
@@ -20,8 +21,10 @@ from typing import Any
 
 from posttrain.errors import ArtifactDamaged
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+QUANTIZATION = "quantization_config.json"
+"""Beside an adapter: how the weights under it are quantised, in the form that transformers takes."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Names of files that would have to be unpickled."""
 
@@ -45,9 +48,16 @@ class ModelSource:
     base: str
     """Hub name or path of the base weights as the recipe gives it; recorded in adapters."""
     model_digest: str
-    """SHA-256 over ``model`` alone: equal for sources that can share one load of the weights."""
+    """SHA-256 over ``model`` alone."""
     lineage: tuple[str, ...] = ()
     """Kinds of the stages that it has been through, in order."""
+    quantization: str | None = None
+    """``nf4`` when the weights are quantised as they are loaded, because the adapter was trained on them so."""
+
+    @property
+    def weights(self) -> tuple[str, str | None]:
+        """Equal for sources that can share one load of the weights."""
+        return self.model_digest, self.quantization
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Artifact:
             base=base.base,
             model_digest=base.model_digest if self.is_adapter else self.digest,
             lineage=tuple(self.manifest["lineage"]),
+            quantization=self.manifest["quantization"],
         )
 
 
@@ -156,6 +167,20 @@ def verify(path: Path) -> Artifact:
                 f"{path / name} is damaged: its SHA-256 is {sha[:12]}, the manifest says {wanted[:12]}"
             )
     return Artifact(path, manifest)
+
+
+def quantization_of(folder: Path) -> str | None:
+    """The quantised form of the weights under the adapter in ``folder``, such as ``nf4``; None when they are as saved.
+
+    Raises ArtifactDamaged when the folder's record of it cannot be read.
+    """
+    path = folder / QUANTIZATION
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["bnb_4bit_quant_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactDamaged(f"{path} describes no quantisation: {error!r}") from None
 
 
 def write_synced(path: Path, text: str) -> None:

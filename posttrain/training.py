@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, verify
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, verify
 from posttrain.data.overlap import overlap
 from posttrain.data.reading import data_digest
 from posttrain.data.records import Record
@@ -103,6 +103,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
         "seed": job.step.seed,
         "dtype": job.plan.model.dtype.value,
+        "quantization": quantization_of(context.output),
         "versions": versions(),
         "metrics": context.metrics,
     }

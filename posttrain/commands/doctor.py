@@ -104,7 +104,7 @@ def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Render
 
 
 def _model(config: SFTConfig, base: ModelSource, seed: int) -> PreTrainedModel | PeftModel:
-    """The model as the stage would train it, in float32."""
+    """The model as the stage would train it, in float32; for qlora, on the weights before they are quantised."""
     from posttrain.model.loading import load_model, load_trainable, new_adapter
 
     if config.method is Method.full:

@@ -25,6 +25,7 @@ class Method(Enum):
 
     full = "full"
     lora = "lora"
+    qlora = "qlora"
 
 
 class Dtype(Enum):
@@ -102,6 +103,8 @@ class LoraSettings:
     """Dropout on the adapter's input."""
     rslora: bool = True
     """Scale by 1 / sqrt(r), so that the learning rate does not depend on the rank."""
+    dora: bool = False
+    """Train the length of every row of a weight apart from its direction (arXiv:2402.09353): slower, for low ranks."""
     target_modules: Any = "all-linear"
     """``all-linear`` (every linear layer but the output projection) or a list of module names."""
 

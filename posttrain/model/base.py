@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def missing_folder(model: ModelConfig) -> Problem | None:
     if _looks_local(model.path):
         return Problem(where="model.path", what=f"there is no directory {local}", fix=_sibling(local))
     return None
+
+
+def missing_bitsandbytes(where: str) -> Problem | None:
+    """What to install for quantised weights; ``where`` is the setting that asks for them."""
+    if find_spec("bitsandbytes") is not None:
+        return None
+    fix = "pip install 'posttrain[bitsandbytes]', or choose variant=lora"
+    return Problem(where=where, what="weights of 4 bits need bitsandbytes, which is not installed", fix=fix)
 
 
 def _folder(model: ModelConfig) -> Path:

@@ -3,22 +3,27 @@
 Number formats: with ``bfloat16``, frozen weights are bfloat16, and what is trained is held in float32, because an
 update of relative size 1e-4 is lost when it is added to a bfloat16 weight (8 bits of precision). Adapters are float32
 on a bfloat16 base; full fine-tuning loads the weights in float32 and computes under bfloat16 autocast, which costs the
-same memory as bfloat16 weights beside float32 master copies and needs no copying between the two.
+same memory as bfloat16 weights beside float32 master copies and needs no copying between the two. Quantised weights
+are multiplied in the given format, and whatever is not quantised is held in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings
 from posttrain.errors import BadInput, Problem, suggest
+from posttrain.model.base import weight_files
+from posttrain.model.quantisation import keep_layout, quantisation
 
 ADAPTER = "default"
 """Name of the trained adapter: the only one that trainers copy, save and reload without being told."""
@@ -69,7 +74,7 @@ def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftMod
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
-    """``model`` with a fresh LoRA adapter (arXiv:2106.09685) that changes nothing yet, seeded by ``seed``.
+    """``model`` with a fresh adapter (LoRA, rsLoRA or DoRA) that changes nothing yet, seeded by ``seed``.
 
     Raises BadInput when a target module does not exist or is the output projection.
     """
@@ -81,6 +86,7 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftMo
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -90,9 +96,13 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftMo
 
 
 def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
-    """Raise BadInput naming the first weight of ``model`` that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    """Raise BadInput naming the first weight of ``model`` that holds NaN or infinity.
+
+    Quantising hides them: the weights of a quantised model are read from its files once more.
+    """
+    tensors = chain(model.named_parameters(), _stored_weights(source) if source.quantization else ())
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
             raise BadInput(
                 Problem(
                     where=str(source.adapter or source.model),
@@ -102,11 +112,23 @@ def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
             )
 
 
+def _stored_weights(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in weight_files(source.model):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                yield name, file.get_tensor(name)
+
+
 def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     logging.disable_progress_bar()  # progress is the pipeline's to show, once, in its own form
+    quantised: dict[str, Any] = {}
+    if source.quantization is not None:  # on the device that it is loaded to
+        quantised["quantization_config"] = quantisation(source.quantization, DTYPES[dtype])
+        quantised["device_map"] = {"": default_device()}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.model,
+            **quantised,
             dtype=DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
@@ -118,6 +140,9 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise BadInput(Problem(where=str(source.model), what=f"its weights lack {listed}", fix="Copy the model again"))
+    if quantised:
+        keep_layout(model)
+        return model
     return model.to(default_device())
 
 

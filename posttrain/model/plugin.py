@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.config.schema import Method
 from posttrain.errors import Problem
 from posttrain.hookspecs import hookimpl
 
@@ -15,10 +16,16 @@ if TYPE_CHECKING:
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
-    """A model directory or a chat template that does not exist."""
-    from posttrain.model.base import missing_folder
+    """A model directory or a chat template that does not exist; a package that the method needs."""
+    from posttrain.model.base import missing_bitsandbytes, missing_folder
 
-    problems = [problem for problem in [missing_folder(plan.model)] if problem is not None]
+    found = [missing_folder(plan.model)]
+    found += [
+        missing_bitsandbytes(f"{step.name}.method")
+        for step in plan.steps
+        if getattr(step.config, "method", None) is Method.qlora
+    ]
+    problems = [problem for problem in found if problem is not None]
     template = plan.model.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         problems.append(Problem(where="model.chat_template", what=f"there is no file {template}"))

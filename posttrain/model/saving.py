@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from posttrain.artifact import ModelSource
 from posttrain.model.base import TOKENIZER_FILES
 from posttrain.model.loading import ADAPTER, DTYPES
+from posttrain.model.quantisation import save_quantisation
 
 SHARD_SIZE = "5GB"
 
@@ -49,12 +50,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
     # peft's own save_pretrained adds a model card and other adapters, asks the hub about the base, orders sets by hash
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     with disk_errors(output):
         save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=_as_json)
     (output / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    save_quantisation(model.get_base_model(), output)
 
 
 def _as_json(value: Any) -> Any:

@@ -29,9 +29,9 @@ class SFTConfig(StageConfig):
     train_on: TrainOn = TrainOn.all
     """Trained turns: all assistant turns, or the last of each conversation."""
     method: Method = from_recipe("variant.method")
-    """full trains every weight, lora an adapter."""
+    """full trains every weight, lora an adapter, qlora an adapter on weights of 4 bits (arXiv:2305.14314)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The adapter, when the method is lora."""
+    """The adapter, when the method is not full."""
     lr: float = from_recipe("variant.sft.lr")
     """Peak learning rate."""
     epochs: int = 2

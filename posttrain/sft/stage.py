@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from posttrain.config.schema import Method
 from posttrain.data.packing import PackedRow, PackingCounts
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import check_finite, load_model, new_adapter
+from posttrain.model.quantisation import NF4
 from posttrain.sft.checkpoint import Position
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.loop import Training
@@ -45,12 +47,9 @@ def run(context: StageContext) -> None:
 
 
 def policy(context: StageContext) -> PreTrainedModel | PeftModel:
-    """The model to train: a fresh adapter, the parent's adapter, or all weights."""
-    if context.config.method is Method.lora and context.parent.adapter is None:
-        base = load_model(context.parent, context.dtype)
-        check_finite(base, context.parent)
-        return new_adapter(base, context.config.lora, context.seed)
-    if context.config.method is Method.full and context.parent.adapter is not None:
+    """The model to train: a fresh adapter, on quantised weights or not, the parent's adapter, or all weights."""
+    method: Method = context.config.method
+    if method is Method.full and context.parent.adapter is not None:
         raise BadInput(
             Problem(
                 where=f"{context.name}.method",
@@ -58,7 +57,12 @@ def policy(context: StageContext) -> PreTrainedModel | PeftModel:
                 fix="Set method=lora, which trains that adapter on, or start from full weights",
             )
         )
-    return context.policy()
+    if method is Method.full or context.parent.adapter is not None:
+        return context.policy()
+    parent = replace(context.parent, quantization=NF4) if method is Method.qlora else context.parent
+    base = load_model(parent, context.dtype)
+    check_finite(base, parent)
+    return new_adapter(base, context.config.lora, context.seed)
 
 
 def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftModel) -> None:
