@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization_config.json"
 """Beside an adapter: how the weights under it are quantised, in the form that transformers takes."""
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Names of files that would have to be unpickled."""
 
@@ -73,6 +76,11 @@ class Artifact:
         return str(self.manifest["digest"])
 
     @property
+    def chat_template(self) -> str:
+        """Text of the template that it was trained with: evaluation and every later stage use it and no other."""
+        return str(self.manifest["chat_template"])
+
+    @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter rather than full weights."""
         return (self.path / "adapter_config.json").exists()
@@ -88,13 +96,12 @@ class Artifact:
                 f"{self.path} was trained on base weights {recorded[:12]}, "
                 f"but {base.base} holds {base.model_digest[:12]}"
             )
-        template = (self.path / "chat_template.jinja").read_text()
         return ModelSource(
             name=str(self.manifest["stage"]),
             model=base.model if self.is_adapter else self.path,
             adapter=self.path if self.is_adapter else None,
             tokenizer=self.path,
-            chat_template=template,
+            chat_template=self.chat_template,
             digest=self.digest,
             base=base.base,
             model_digest=base.model_digest if self.is_adapter else self.digest,
@@ -155,6 +162,8 @@ def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Arti
 def verify(path: Path) -> Artifact:
     """The artifact in ``path``, every byte checked against its manifest; raises ArtifactDamaged naming what differs."""
     manifest = _read_manifest(path)
+    if "chat_template" in manifest:  # a checkpoint has none
+        check_template(path, manifest["chat_template"])
     expected = manifest["files"]
     present = _content(path)
     missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
@@ -167,6 +176,41 @@ def verify(path: Path) -> Artifact:
                 f"{path / name} is damaged: its SHA-256 is {sha[:12]}, the manifest says {wanted[:12]}"
             )
     return Artifact(path, manifest)
+
+
+def template_record(template: str) -> dict[str, str]:
+    """The entries of a manifest that pin a chat template."""
+    return {"chat_template": template, "template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+
+
+def check_template(folder: Path, pinned: str) -> None:
+    """Raise ArtifactDamaged with the difference when a chat template in ``folder`` is not the ``pinned`` one."""
+    found = {folder / TEMPLATE: _read_text(folder / TEMPLATE)}
+    if (inside := template_in_config(folder / TOKENIZER_CONFIG)) is not None:
+        found[folder / TOKENIZER_CONFIG] = inside
+    for path, template in found.items():
+        if template != pinned:
+            raise ArtifactDamaged(f"{path} is not the pinned chat template:\n{template_diff(pinned, template)}")
+
+
+def template_diff(pinned: str, found: str) -> str:
+    """How a chat template differs from the pinned one, as a unified diff."""
+    lines = difflib.unified_diff(pinned.splitlines(), found.splitlines(), "pinned", "found", lineterm="")
+    return "\n".join(lines) or "they differ in line ends alone"
+
+
+def template_in_config(path: Path) -> str | None:
+    """The chat template inside a tokenizer_config.json: a text, or the ``default`` of several named ones."""
+    if not path.exists():
+        return None
+    try:
+        template = json.loads(_read_text(path)).get("chat_template")
+    except (ValueError, AttributeError) as error:
+        raise ArtifactDamaged(f"{path} is damaged: {error}") from None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def quantization_of(folder: Path) -> str | None:
@@ -202,6 +246,15 @@ def replace_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")  # as it is: reading as text would change the ends of lines
+    except FileNotFoundError:
+        raise ArtifactDamaged(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ArtifactDamaged(f"{path} is damaged: {error}") from None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     """Run or continue a plan. Raises GateRefused or GateUndecided when a gate stops it; everything published stays."""
     interrupts = Interrupts()
     with interrupts.installed():
-        base = resolve_base(plan.model)
-        parent = _start(plan, base)
+        start = _start(plan)
+        base = resolve_base(plan.model, start)
+        parent = base if start is None else start.source(base)
         digests = {step.name: data_digest(step.sources) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         kinds = {step.name: step.stage.name for step in plan.steps}
@@ -65,15 +66,15 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     return directory
 
 
-def _start(plan: Plan, base: ModelSource) -> ModelSource:
-    """What the first stage is trained from: the base, or an artifact that has been through SFT."""
+def _start(plan: Plan) -> Artifact | None:
+    """The artifact that the first stage is trained from: one that has been through SFT; None for the base itself."""
     if plan.start_from is None:
-        return base
+        return None
     artifact = verify(plan.start_from)
     if CORE not in artifact.manifest["lineage"]:
         what = f"the artifact has been through {artifact.manifest['lineage']}, not through SFT"
         raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
-    return artifact.source(base)
+    return artifact
 
 
 def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:

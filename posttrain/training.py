@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, verify
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record, verify
 from posttrain.data.overlap import overlap
 from posttrain.data.reading import data_digest
 from posttrain.data.records import Record
@@ -98,7 +97,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         "parent_digest": parent.digest,
         "lineage": [*parent.lineage, job.step.stage.name],
         "data_digest": job.data_digest,
-        "template_sha256": hashlib.sha256(parent.chat_template.encode()).hexdigest(),
+        **template_record(parent.chat_template),
         "fingerprint": fingerprint,
         "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
         "seed": job.step.seed,

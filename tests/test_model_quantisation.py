@@ -14,10 +14,10 @@ import torch
 from fakes import GATES, Script, scripted_host, write_project
 from safetensors.torch import load_file, save_file
 from test_sft_stage import context
-from tiny import Killed, Recorder, base_source, write_base
+from tiny import Killed, Recorder, base_source, published, write_base
 
 from posttrain import plugins
-from posttrain.artifact import ModelSource, publish, quantization_of
+from posttrain.artifact import ModelSource, quantization_of
 from posttrain.config.compose import compose
 from posttrain.config.schema import LoraSettings, Method
 from posttrain.errors import ArtifactDamaged, BadInput
@@ -103,7 +103,7 @@ def test_the_stage_trains_saves_and_reloads_on_the_same_weights(base: ModelSourc
     assert stage.metrics["final_loss"] < stage.progress.steps[1]["loss"]
     settings = json.loads((stage.output / "quantization_config.json").read_text())
     assert (settings["bnb_4bit_quant_type"], settings["bnb_4bit_use_double_quant"]) == ("nf4", True)
-    source = published(stage.output, base, tmp_path / "artifact")
+    source = published(stage.output, base, tmp_path / "artifact").source(base)
     assert source.quantization == NF4
     trained = logits(load_model(source, "bfloat16"))
     assert torch.equal(trained, logits(load_trainable(source, "bfloat16")))
@@ -111,16 +111,6 @@ def test_the_stage_trains_saves_and_reloads_on_the_same_weights(base: ModelSourc
     assert distance(logits(load_model(off, "bfloat16")), trained) > 0.05  # the test can tell the two bases apart
     (tmp_path / "plain").mkdir()
     assert quantization_of(tmp_path / "plain") is None
-
-
-def published(output: Path, base: ModelSource, destination: Path) -> ModelSource:
-    manifest: dict[str, Any] = {
-        "stage": "sft",
-        "base": {"name": base.base, "digest": base.model_digest},
-        "lineage": ["sft"],
-        "quantization": quantization_of(output),
-    }
-    return publish(output, manifest, destination).source(base)
 
 
 def test_an_interrupted_stage_ends_with_the_same_bytes(base: ModelSource, tmp_path: Path) -> None:
@@ -142,7 +132,7 @@ def test_the_gate_scores_the_candidate_on_its_own_weights_and_the_base_on_the_or
 ) -> None:
     stage = context(base, tmp_path, method=Method.qlora, lora=LORA, epochs=3)
     run(stage)
-    candidate = published(stage.output, base, tmp_path / "artifact")
+    candidate = published(stage.output, base, tmp_path / "artifact").source(base)
     groups = by_weights({"base": base, "candidate": candidate})
     assert [list(group) for group in groups] == [["base"], ["candidate"]]
     loading = Loading(load_model, load_tokenizer, "cpu")

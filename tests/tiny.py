@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posttrain.artifact import ModelSource
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record
 from posttrain.config.schema import Dtype, Method, ModelConfig
 from posttrain.data.packing import PackedRow
 from posttrain.model.base import resolve_base
@@ -71,6 +71,19 @@ def write_base(folder: Path, **settings: Any) -> Path:
 def base_source(folder: Path) -> ModelSource:
     """The base model in ``folder``, as a recipe would resolve it."""
     return resolve_base(ModelConfig(path=str(folder), dtype=Dtype.float32))
+
+
+def published(output: Path, base: ModelSource, destination: Path) -> Artifact:
+    """What a stage left in ``output``, as the pipeline would publish it."""
+    manifest = {
+        "stage": "sft",
+        "base": {"name": base.base, "digest": base.model_digest},
+        "lineage": ["sft"],
+        "dtype": "float32",
+        "quantization": quantization_of(output),
+        **template_record(base.chat_template),
+    }
+    return publish(output, manifest, destination)
 
 
 def packed_rows(documents_per_row: Sequence[int], seed: int = 0, longest: int = 24) -> list[PackedRow]:

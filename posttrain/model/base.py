@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import ModelSource, digest_of, file_digests
+from posttrain.artifact import Artifact, ModelSource, digest_of, file_digests, template_diff, template_in_config
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import BadInput, Problem, nearest
 
@@ -39,15 +39,18 @@ REFUSED_KEYS = {
 HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
-def resolve_base(model: ModelConfig) -> ModelSource:
+def resolve_base(model: ModelConfig, artifact: Artifact | None = None) -> ModelSource:
     """The base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
 
-    Raises BadInput when it is missing, damaged, pickled, brings code, or has no chat template.
+    Under an ``artifact`` that was trained before, the template is the one that the artifact is pinned to.
+
+    Raises BadInput when it is missing, damaged, pickled, brings code, has no chat template, or when the recipe gives
+    another template than the artifact's.
     """
     folder = _folder(model)
     weights = weight_files(folder)
     _check_configs(folder)
-    template = _chat_template(model, folder)
+    template = _chat_template(model, folder) if artifact is None else _pinned_template(model, artifact)
     model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
     tokenizer = file_digests(_present(folder, TOKENIZER_FILES))
     return ModelSource(
@@ -217,7 +220,7 @@ def _chat_template(model: ModelConfig, folder: Path) -> str:
     elif (folder / "chat_template.jinja").is_file():
         template = _read_template("model.path", folder / "chat_template.jinja")
     else:
-        template = _template_in_config(folder)
+        template = template_in_config(folder / "tokenizer_config.json") or ""
     if not template.strip():
         raise BadInput(
             Problem(
@@ -229,18 +232,19 @@ def _chat_template(model: ModelConfig, folder: Path) -> str:
     return template
 
 
+def _pinned_template(model: ModelConfig, artifact: Artifact) -> str:
+    if model.chat_template is not None:
+        given = _read_template("model.chat_template", Path(model.chat_template).expanduser())
+        if given != artifact.chat_template:
+            difference = template_diff(artifact.chat_template, given)
+            what = f"{model.chat_template} is not the template that {artifact.path} was trained with:\n{difference}"
+            fix = "Leave out model.chat_template: evaluation and later stages use the artifact's own"
+            raise BadInput(Problem(where="model.chat_template", what=what, fix=fix))
+    return artifact.chat_template
+
+
 def _read_template(where: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(Problem(where=where, what=f"cannot read the chat template {path}: {error}")) from None
-
-
-def _template_in_config(folder: Path) -> str:
-    """The template inside tokenizer_config.json: a text, or a list of named ones with ``default``."""
-    path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.exists() else None
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""

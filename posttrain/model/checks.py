@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from posttrain.artifact import ModelSource
+from posttrain.artifact import ModelSource, check_template
 from posttrain.errors import ArtifactDamaged
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -24,8 +24,9 @@ def check_output(output: Path, parent: ModelSource) -> None:
 
     Every weight must be finite. An adapter must hold both halves of each pair at its rank, cover every target module,
     and add something; on a parent's adapter, it must have the same tensors with other values. Full weights must have
-    the parent's tensors with other values.
+    the parent's tensors with other values. The chat template must be the parent's.
     """
+    check_template(output, parent.chat_template)
     if (output / "adapter_config.json").exists():
         _check_adapter(output, parent)
     else:

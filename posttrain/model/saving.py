@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from posttrain.artifact import ModelSource
-from posttrain.model.base import TOKENIZER_FILES
+from posttrain.artifact import TEMPLATE, TOKENIZER_CONFIG, ModelSource
+from posttrain.model.base import TOKENIZER_FILES, read_json
 from posttrain.model.loading import ADAPTER, DTYPES
 from posttrain.model.quantisation import save_quantisation
 
@@ -79,4 +79,12 @@ def _copy_tokenizer(parent: ModelSource, output: Path) -> None:
     for name in TOKENIZER_FILES:
         if (parent.tokenizer / name).is_file():
             shutil.copyfile(parent.tokenizer / name, output / name)
-    (output / "chat_template.jinja").write_text(parent.chat_template, encoding="utf-8")
+    (output / TEMPLATE).write_bytes(parent.chat_template.encode())
+    _drop_template(output / TOKENIZER_CONFIG)
+
+
+def _drop_template(path: Path) -> None:
+    """Take the template out of a tokenizer_config.json: the one beside it is pinned, and is the only one."""
+    settings = read_json(path) if path.exists() else {}
+    if settings.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
