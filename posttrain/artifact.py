@@ -57,10 +57,13 @@ class ModelSource:
     quantization: str | None = None
     """``nf4`` when the weights are quantised as they are loaded, because the adapter was trained on them so."""
 
+    added_tokens: tuple[str, ...] = ()
+    """Special tokens that the weights lack, and are given rows for as they are loaded."""
+
     @property
-    def weights(self) -> tuple[str, str | None]:
+    def weights(self) -> tuple[str, str | None, tuple[str, ...]]:
         """Equal for sources that can share one load of the weights."""
-        return self.model_digest, self.quantization
+        return self.model_digest, self.quantization, self.added_tokens
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Artifact:
     def chat_template(self) -> str:
         """Text of the template that it was trained with: evaluation and every later stage use it and no other."""
         return str(self.manifest["chat_template"])
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Special tokens that it was given besides those of the base."""
+        return tuple(self.manifest["added_tokens"])
 
     @property
     def is_adapter(self) -> bool:
@@ -107,6 +115,7 @@ class Artifact:
             model_digest=base.model_digest if self.is_adapter else self.digest,
             lineage=tuple(self.manifest["lineage"]),
             quantization=self.manifest["quantization"],
+            added_tokens=self.added_tokens if self.is_adapter else (),
         )
 
 

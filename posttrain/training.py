@@ -98,6 +98,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         "lineage": [*parent.lineage, job.step.stage.name],
         "data_digest": job.data_digest,
         **template_record(parent.chat_template),
+        "added_tokens": list(job.base.added_tokens),
         "fingerprint": fingerprint,
         "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
         "seed": job.step.seed,

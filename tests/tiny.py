@@ -68,9 +68,9 @@ def write_base(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def base_source(folder: Path) -> ModelSource:
+def base_source(folder: Path, **settings: Any) -> ModelSource:
     """The base model in ``folder``, as a recipe would resolve it."""
-    return resolve_base(ModelConfig(path=str(folder), dtype=Dtype.float32))
+    return resolve_base(ModelConfig(path=str(folder), dtype=Dtype.float32, **settings))
 
 
 def published(output: Path, base: ModelSource, destination: Path) -> Artifact:
@@ -82,6 +82,7 @@ def published(output: Path, base: ModelSource, destination: Path) -> Artifact:
         "dtype": "float32",
         "quantization": quantization_of(output),
         **template_record(base.chat_template),
+        "added_tokens": list(base.added_tokens),
     }
     return publish(output, manifest, destination)
 

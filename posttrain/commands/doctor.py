@@ -105,11 +105,11 @@ def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Render
 
 def _model(config: SFTConfig, base: ModelSource, seed: int) -> PreTrainedModel | PeftModel:
     """The model as the stage would train it, in float32; for qlora, on the weights before they are quantised."""
-    from posttrain.model.loading import load_model, load_trainable, new_adapter
+    from posttrain.model.loading import added_token_ids, load_model, load_trainable, new_adapter
 
     if config.method is Method.full:
         return load_trainable(base, "float32")
-    return new_adapter(load_model(base, "float32"), config.lora, seed)
+    return new_adapter(load_model(base, "float32"), config.lora, seed, added_token_ids(base))
 
 
 def _line(check: Check) -> str:

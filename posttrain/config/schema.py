@@ -87,6 +87,8 @@ class ModelConfig:
     """Commit of the hub repository; a branch name is resolved to its commit."""
     chat_template: str | None = None
     """Jinja file to use instead of the tokenizer's own chat template; needed when it has none."""
+    added_tokens: list[str] = field(default_factory=list)
+    """Special tokens that the base lacks, such as those of its new chat template: added to it and trained."""
     dtype: Dtype = Dtype.bfloat16
     """Number format of weights and activations, in training and in evaluation."""
 

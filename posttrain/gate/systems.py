@@ -26,7 +26,7 @@ class Loading:
 
 def by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, ModelSource]]:
     """The systems, in groups that share one load of the weights."""
-    groups: dict[tuple[str, str | None], dict[str, ModelSource]] = {}
+    groups: dict[object, dict[str, ModelSource]] = {}
     for name, source in systems.items():
         groups.setdefault(source.weights, {})[name] = source
     return list(groups.values())

@@ -42,15 +42,16 @@ HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 def resolve_base(model: ModelConfig, artifact: Artifact | None = None) -> ModelSource:
     """The base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
 
-    Under an ``artifact`` that was trained before, the template is the one that the artifact is pinned to.
+    Under an ``artifact`` that was trained before, the template and the added tokens are those of the artifact.
 
     Raises BadInput when it is missing, damaged, pickled, brings code, has no chat template, or when the recipe gives
-    another template than the artifact's.
+    another template or other tokens than the artifact's.
     """
     folder = _folder(model)
     weights = weight_files(folder)
     _check_configs(folder)
     template = _chat_template(model, folder) if artifact is None else _pinned_template(model, artifact)
+    added = tuple(model.added_tokens) if artifact is None else _pinned_tokens(model, artifact)
     model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
     tokenizer = file_digests(_present(folder, TOKENIZER_FILES))
     return ModelSource(
@@ -59,9 +60,12 @@ def resolve_base(model: ModelConfig, artifact: Artifact | None = None) -> ModelS
         adapter=None,
         tokenizer=folder,
         chat_template=template,
-        digest=digest_of({"model": model_digest, "tokenizer": tokenizer, "chat_template": template}),
+        digest=digest_of(
+            {"model": model_digest, "tokenizer": tokenizer, "chat_template": template, "added_tokens": added}
+        ),
         base=model.path,
         model_digest=model_digest,
+        added_tokens=added,
     )
 
 
@@ -241,6 +245,13 @@ def _pinned_template(model: ModelConfig, artifact: Artifact) -> str:
             fix = "Leave out model.chat_template: evaluation and later stages use the artifact's own"
             raise BadInput(Problem(where="model.chat_template", what=what, fix=fix))
     return artifact.chat_template
+
+
+def _pinned_tokens(model: ModelConfig, artifact: Artifact) -> tuple[str, ...]:
+    if model.added_tokens and tuple(model.added_tokens) != artifact.added_tokens:
+        what = f"{artifact.path} was trained with {list(artifact.added_tokens)}, not with {model.added_tokens}"
+        raise BadInput(Problem(where="model.added_tokens", what=what, fix="Leave out model.added_tokens"))
+    return artifact.added_tokens
 
 
 def _read_template(where: str, path: Path) -> str:

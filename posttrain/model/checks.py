@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from posttrain.artifact import ModelSource, check_template
 from posttrain.errors import ArtifactDamaged
@@ -49,7 +50,15 @@ def _check_adapter(output: Path, parent: ModelSource) -> None:
 def _check_weights(output: Path, parent: ModelSource) -> None:
     with _tensors(output, "model*.safetensors") as tensors, _tensors(parent.model, "model*.safetensors") as before:
         _check_finite(output, tensors)
-        _check_changed(output, tensors, before, parent)
+        _check_changed(output, tensors, before, parent, _grown(output, parent))
+
+
+def _grown(output: Path, parent: ModelSource) -> tuple[int, int] | None:
+    """Rows of the embeddings before and after training, when the parent lacked tokens."""
+    if not parent.added_tokens:
+        return None
+    before, after = (AutoConfig.from_pretrained(folder).get_text_config() for folder in (parent.model, output))
+    return before.vocab_size, after.vocab_size
 
 
 @contextmanager
@@ -116,7 +125,13 @@ def _adapter_config(output: Path) -> dict[str, Any]:
         raise ArtifactDamaged(f"{output}: adapter_config.json describes no LoRA adapter: {error!r}") from None
 
 
-def _check_changed(output: Path, after: dict[str, Any], before: dict[str, Any], parent: ModelSource) -> None:
+def _check_changed(
+    output: Path,
+    after: dict[str, Any],
+    before: dict[str, Any],
+    parent: ModelSource,
+    grown: tuple[int, int] | None = None,
+) -> None:
     # a tied output projection may be stored on one side only
     differing = sorted(name for name in set(after) ^ set(before) if not name.endswith("lm_head.weight"))
     if differing:
@@ -124,6 +139,8 @@ def _check_changed(output: Path, after: dict[str, Any], before: dict[str, Any], 
     same = True
     for name in sorted(set(after) & set(before)):
         new, old = _read(after, name), _read(before, name)
+        if (old.shape[0], new.shape[0]) == grown:
+            new = new[: old.shape[0]]
         if new.shape != old.shape:
             raise ArtifactDamaged(
                 f"{output}: weight {name} has shape {tuple(new.shape)}, its parent's {tuple(old.shape)}"

@@ -24,6 +24,7 @@ from posttrain.config.schema import LoraSettings
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.model.base import weight_files
 from posttrain.model.quantisation import keep_layout, quantisation
+from posttrain.model.tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, refuse_known
 
 ADAPTER = "default"
 """Name of the trained adapter: the only one that trainers copy, save and reload without being told."""
@@ -40,16 +41,19 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer with its pinned chat template and a padding token; its vocabulary is unchanged."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(Problem(where=str(source.tokenizer), what=f"its tokenizer cannot be loaded: {error}")) from error
+    """The tokenizer with its pinned chat template, the added tokens, and an existing token that pads."""
+    tokenizer = stored_tokenizer(source)
+    add_tokens(tokenizer, source.added_tokens)
     tokenizer.chat_template = source.chat_template
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((token for token in PADDING if token in vocabulary), tokenizer.eos_token)
     return tokenizer
+
+
+def added_token_ids(source: ModelSource) -> list[int]:
+    """Ids of the tokens that the weights of ``source`` lack."""
+    return add_tokens(stored_tokenizer(source), source.added_tokens) if source.added_tokens else []
 
 
 def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
@@ -64,17 +68,20 @@ def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftMod
     """The model ready to train: its adapter ``default`` trainable, or else all weights, in float32 either way.
 
     With full weights and ``bfloat16``, the forward pass has to run under bfloat16 autocast. Raises BadInput when a
-    weight is not finite.
+    weight is not finite. The rows of added tokens beside an adapter are not trained on.
     """
     model = _load_weights(source, "float32" if source.adapter is None else dtype)
     if source.adapter is not None:
-        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER, is_trainable=True)
+        config = fold_token_rows(model, source.adapter)
+        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER, is_trainable=True, config=config)
     check_finite(model, source)
     return model
 
 
-def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
+def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
     """``model`` with a fresh adapter (LoRA, rsLoRA or DoRA) that changes nothing yet, seeded by ``seed``.
+
+    The rows of ``tokens`` in the embeddings, and in an output projection of its own, are trained as well.
 
     Raises BadInput when a target module does not exist or is the output projection.
     """
@@ -88,6 +95,7 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftMo
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         target_modules=targets,
+        trainable_token_indices={name: list(tokens) for name in embedding_layers(model)} if tokens else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -140,10 +148,27 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise BadInput(Problem(where=str(source.model), what=f"its weights lack {listed}", fix="Copy the model again"))
+    if source.added_tokens:
+        _add_rows(model, source)
     if quantised:
         keep_layout(model)
         return model
     return model.to(default_device())
+
+
+def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
+    if source.tokenizer == source.model:  # the base's own tokenizer; that of an artifact has the tokens
+        rows = model.get_input_embeddings().weight.shape[0]
+        refuse_known(source.added_tokens, stored_tokenizer(source), rows)
+    add_embeddings(model, added_token_ids(source))
+
+
+def stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer as its files describe it."""
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(Problem(where=str(source.tokenizer), what=f"its tokenizer cannot be loaded: {error}")) from error
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:

@@ -29,4 +29,13 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
     template = plan.model.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         problems.append(Problem(where="model.chat_template", what=f"there is no file {template}"))
-    return problems
+    return problems + _token_problems(plan.model.added_tokens)
+
+
+def _token_problems(tokens: Sequence[str]) -> list[Problem]:
+    """Added tokens that can be none: empty, with blanks at an end, or twice."""
+    bad = [token for token in tokens if not token or token != token.strip() or list(tokens).count(token) > 1]
+    return [
+        Problem(where="model.added_tokens", what=f"{token!r} is empty, has blanks at an end, or occurs twice")
+        for token in dict.fromkeys(bad)
+    ]

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from posttrain.artifact import TEMPLATE, TOKENIZER_CONFIG, ModelSource
 from posttrain.model.base import TOKENIZER_FILES, read_json
-from posttrain.model.loading import ADAPTER, DTYPES
+from posttrain.model.loading import ADAPTER, DTYPES, stored_tokenizer
 from posttrain.model.quantisation import save_quantisation
+from posttrain.model.tokens import add_tokens, token_rows
 
 SHARD_SIZE = "5GB"
 
@@ -51,9 +52,12 @@ def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
     # peft's own save_pretrained adds a model card and other adapters, asks the hub about the base, orders sets by hash
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
+    if parent.adapter is not None and config["trainable_token_indices"] is None:  # folded into the base for training
+        tensors |= token_rows(parent.adapter)
+        config["trainable_token_indices"] = LoraConfig.from_pretrained(parent.adapter).trainable_token_indices
     with disk_errors(output):
         save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=_as_json)
     (output / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_quantisation(model.get_base_model(), output)
@@ -79,6 +83,10 @@ def _copy_tokenizer(parent: ModelSource, output: Path) -> None:
     for name in TOKENIZER_FILES:
         if (parent.tokenizer / name).is_file():
             shutil.copyfile(parent.tokenizer / name, output / name)
+    if parent.added_tokens:
+        tokenizer = stored_tokenizer(parent)
+        add_tokens(tokenizer, parent.added_tokens)
+        tokenizer.save_pretrained(output)
     (output / TEMPLATE).write_bytes(parent.chat_template.encode())
     _drop_template(output / TOKENIZER_CONFIG)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from posttrain.config.schema import Method
 from posttrain.data.packing import PackedRow, PackingCounts
 from posttrain.errors import BadInput, Problem
-from posttrain.model.loading import check_finite, load_model, new_adapter
+from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.checkpoint import Position
 from posttrain.sft.config import SFTConfig
@@ -62,7 +62,7 @@ def policy(context: StageContext) -> PreTrainedModel | PeftModel:
     parent = replace(context.parent, quantization=NF4) if method is Method.qlora else context.parent
     base = load_model(parent, context.dtype)
     check_finite(base, parent)
-    return new_adapter(base, context.config.lora, context.seed)
+    return new_adapter(base, context.config.lora, context.seed, added_token_ids(parent))
 
 
 def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftModel) -> None:
@@ -74,7 +74,7 @@ def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftMod
             Problem(
                 where="model.path",
                 what=f"the tokenizer gives token {largest}, but the model has only {known} embeddings",
-                fix="Use the tokenizer that belongs to the model",
+                fix="Use the tokenizer that belongs to the model, or name its new tokens in model.added_tokens",
             )
         )
 
