@@ -73,13 +73,13 @@ def base_source(folder: Path, **settings: Any) -> ModelSource:
     return resolve_base(ModelConfig(path=str(folder), dtype=Dtype.float32, **settings))
 
 
-def published(output: Path, base: ModelSource, destination: Path) -> Artifact:
+def published(output: Path, base: ModelSource, destination: Path, dtype: str = "float32") -> Artifact:
     """What a stage left in ``output``, as the pipeline would publish it."""
     manifest = {
         "stage": "sft",
         "base": {"name": base.base, "digest": base.model_digest},
         "lineage": ["sft"],
-        "dtype": "float32",
+        "dtype": dtype,
         "quantization": quantization_of(output),
         **template_record(base.chat_template),
         "added_tokens": list(base.added_tokens),

@@ -1,0 +1,119 @@
+"""An adapter and its base as one set of full weights, published only when it computes what the adapter does.
+
+The sum is formed in float32 and rounded once, to the number format that the adapter was trained in. Under QLoRA the
+base is the quantised one, with its values as ordinary weights: the adapter was trained to correct those.
+"""
+
+# T = tokens of a prompt, V = vocabulary
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.artifact import Artifact, ModelSource, digest_of, publish
+from posttrain.errors import ArtifactDamaged
+from posttrain.model.checks import check_output
+from posttrain.model.loading import ADAPTER, added_token_ids, load_model, load_tokenizer
+from posttrain.model.probe import difference, random_ids
+from posttrain.model.quantisation import dequantised
+from posttrain.model.saving import save_model
+
+EXACT = 1e-4
+"""Largest difference of the sum in float32 (measured: up to 1e-6, with DoRA 3e-6)."""
+LIMITS = {"float32": EXACT, "bfloat16": 0.05}
+"""Largest difference of the published weights, by their number format: 8 bits move a weight by up to 0.4 %."""
+QUESTIONS = ("Hello!", "What is 17 + 25?", "Write one sentence about the sea.", "Name three colours.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Merged weights, and how far their logits are from the adapter's.
+
+    Differences are root mean squares over the logits of a few prompts, relative to the spread of the logits.
+    """
+
+    artifact: Artifact
+    exact: float
+    """Of the sum in float32, from the adapter on the same base in float32."""
+    published: float
+    """Of the weights as they are published and loaded, from the adapter as gates score it."""
+    limit: float
+    """What ``published`` may be."""
+
+
+def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
+    """Publish the weights of ``base`` with the adapter of ``artifact`` merged in, in ``destination``, which is new.
+
+    Raises ArtifactDamaged, and publishes nothing, when the merged weights compute something else than the adapter.
+    """
+    source, dtype = artifact.source(base), str(artifact.manifest["dtype"])
+    prompts = _prompts(source)
+    expected = _logits(load_model(source, dtype), prompts)
+    model, exact = _merged(source, dtype, prompts)
+    _check(exact, EXACT, "merged in float32")
+    draft = destination.with_name(f".{destination.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        save_model(model, source, draft, dtype)
+        check_output(draft, base)
+        whole = replace(source, model=draft, adapter=None, quantization=None, added_tokens=())
+        found = difference(_logits(load_model(whole, dtype), prompts), expected)
+        _check(found, LIMITS[dtype], f"saved in {dtype}")
+        record = _manifest(artifact, {"float32": exact, "published": found, "limit": LIMITS[dtype]})
+        return Merge(artifact=publish(draft, record, destination), exact=exact, published=found, limit=LIMITS[dtype])
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _merged(source: ModelSource, dtype: str, prompts: Sequence[torch.Tensor]) -> tuple[PreTrainedModel, float]:
+    """The merged model in float32, and its difference from the adapter on the same weights."""
+    plain = dequantised(load_model(replace(source, adapter=None), dtype)).float()
+    adapted = PeftModel.from_pretrained(plain, source.adapter, adapter_name=ADAPTER).eval()
+    expected = _logits(adapted, prompts)
+    model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return model, difference(_logits(model, prompts), expected)
+
+
+def _prompts(source: ModelSource) -> list[torch.Tensor]:
+    """Ids [1, T] of a few questions in the chat template, and of tokens from all over the vocabulary."""
+    tokenizer = load_tokenizer(source)
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in QUESTIONS
+    ]
+    ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+    return [*ids, random_ids(len(tokenizer), added_token_ids(source))]
+
+
+def _logits(model: Any, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        found = [model(input_ids=ids_BT.to(model.device), use_cache=False).logits[0] for ids_BT in prompts]
+    return torch.cat(found).float().cpu()
+
+
+def _check(found: float, limit: float, what: str) -> None:
+    if not found <= limit:
+        raise ArtifactDamaged(
+            f"the weights {what} compute something else than the adapter: their logits differ by {found:.1e} of the "
+            f"spread, at most {limit:.0e} is rounding; nothing was published"
+        )
+
+
+def _manifest(artifact: Artifact, differences: dict[str, float]) -> dict[str, Any]:
+    """That of the adapter, which is the parent; lineage and base stay what they are."""
+    kept = {key: value for key, value in artifact.manifest.items() if key not in ("format", "files", "digest")}
+    return kept | {
+        "parent_digest": artifact.digest,
+        "fingerprint": digest_of({"merge": artifact.digest}),
+        "quantization": None,
+        "merge": {"adapter": artifact.digest, "quantization": artifact.manifest["quantization"], **differences},
+    }
