@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def run_stage(stage: Stage, context: StageContext) -> bool:
-    """Import the stage's function and call it."""
+    """Import the stage's function and call it; it must have saved its result through the context."""
+    from posttrain.model.probe import PROBE
+
     module, _, name = stage.run.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error
     function(context)
+    if not (context.output / PROBE).exists():
+        raise PluginFailed(f"stage {stage.name!r} ended without context.save(model): nothing proves what it left")
     return True

@@ -107,7 +107,12 @@ class StageContext:
         return default_device()
 
     def save(self, model: Any) -> None:
-        """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``."""
+        """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.
+
+        What ``model`` computes is noted beside it: before publishing, the pipeline loads the result and compares.
+        """
+        from posttrain.model.probe import leave_probe
         from posttrain.model.saving import save_model
 
         save_model(model, self.parent, self.output, self.dtype)
+        leave_probe(model, self.parent, self.output)

@@ -64,6 +64,7 @@ def _published(job: Job, fingerprint: str) -> Artifact | None:
 
 def _train(job: Job, parent: ModelSource, records: Sequence[Record], fingerprint: str) -> Artifact:
     from posttrain.model.checks import check_output
+    from posttrain.model.reloading import check_reloaded
 
     draft = job.folder / ".draft"
     draft.mkdir()
@@ -83,6 +84,7 @@ def _train(job: Job, parent: ModelSource, records: Sequence[Record], fingerprint
     if done is not True:
         raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
     check_output(draft, parent)
+    check_reloaded(draft, parent, context.dtype)
     return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
 
 

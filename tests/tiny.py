@@ -16,6 +16,7 @@ from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, 
 from posttrain.config.schema import Dtype, Method, ModelConfig
 from posttrain.data.packing import PackedRow
 from posttrain.model.base import resolve_base
+from posttrain.model.probe import Probe
 from posttrain.sft.config import SFTConfig
 
 VOCABULARY = 128
@@ -84,6 +85,7 @@ def published(output: Path, base: ModelSource, destination: Path, dtype: str = "
         **template_record(base.chat_template),
         "added_tokens": list(base.added_tokens),
     }
+    Probe.take(output)
     return publish(output, manifest, destination)
 
 

@@ -38,7 +38,10 @@ def _check_adapter(output: Path, parent: ModelSource) -> None:
     with _tensors(output, ADAPTER_WEIGHTS) as tensors:
         _check_finite(output, tensors)
         _check_pairs(output, tensors)
-        if not any(torch.count_nonzero(_read(tensors, name)) for name in tensors if ".lora_B." in name):
+        others = [
+            name for name in tensors if ".lora_A." not in name
+        ]  # of DoRA and added tokens, which do not start at 0
+        if not any(torch.count_nonzero(_read(tensors, name)) for name in others):
             raise ArtifactDamaged(
                 f"{output}: the adapter changes nothing: every lora_B is zero; was the learning rate 0?"
             )
@@ -116,13 +119,16 @@ def _check_pairs(output: Path, tensors: dict[str, Any]) -> None:
 def _adapter_config(output: Path) -> dict[str, Any]:
     try:
         config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
-        return {
-            "r": config["r"],
-            "target_modules": config["target_modules"],
-            "rank_pattern": config.get("rank_pattern"),
-        }
+        found = {"r": config["r"], "target_modules": config["target_modules"]}
+        found |= {"rank_pattern": config.get("rank_pattern"), "modules_to_save": config.get("modules_to_save")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactDamaged(f"{output}: adapter_config.json describes no LoRA adapter: {error!r}") from None
+    if found["modules_to_save"]:
+        raise ArtifactDamaged(
+            f"{output}: the adapter holds whole copies of {found['modules_to_save']} (modules_to_save); "
+            "new tokens are trained with model.added_tokens"
+        )
+    return found
 
 
 def _check_changed(

@@ -22,7 +22,7 @@ from posttrain.artifact import Artifact, ModelSource, digest_of, publish
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
 from posttrain.model.loading import ADAPTER, added_token_ids, load_model, load_tokenizer
-from posttrain.model.probe import difference, random_ids
+from posttrain.model.probe import difference, logits, random_ids
 from posttrain.model.quantisation import dequantised
 from posttrain.model.saving import save_model
 
@@ -95,9 +95,7 @@ def _prompts(source: ModelSource) -> list[torch.Tensor]:
 
 
 def _logits(model: Any, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        found = [model(input_ids=ids_BT.to(model.device), use_cache=False).logits[0] for ids_BT in prompts]
-    return torch.cat(found).float().cpu()
+    return torch.cat([logits(model, ids_1T) for ids_1T in prompts])
 
 
 def _check(found: float, limit: float, what: str) -> None:

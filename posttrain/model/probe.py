@@ -4,12 +4,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
+from posttrain.artifact import ModelSource
+from posttrain.model.loading import added_token_ids
+
+PROBE = "probe.safetensors"
 LENGTH = 24
 """Tokens of a probe besides those that were added to the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few tokens, and the logits that the trained model gave them."""
+
+    ids: torch.Tensor
+    """[1, T]"""
+    logits: torch.Tensor
+    """[T, V] in float32."""
+
+    @classmethod
+    def take(cls, output: Path) -> Probe | None:
+        """The probe in a stage's ``output``, or None; its file is removed, for it is not part of the result."""
+        path = output / PROBE
+        if not path.exists():
+            return None
+        tensors = load_file(path)
+        path.unlink()
+        return cls(tensors["ids"], tensors["logits"])
+
+
+def leave_probe(model: Any, parent: ModelSource, output: Path) -> None:
+    """Write into ``output`` what ``model`` in memory computes, so that what is loaded from there can be held to it."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids_1T = random_ids(vocabulary, added_token_ids(parent))
+    save_file({"ids": ids_1T, "logits": logits(model, ids_1T)}, output / PROBE)
 
 
 def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:
@@ -19,8 +56,28 @@ def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:
     return torch.cat([ids_T, torch.tensor(list(added), dtype=ids_T.dtype)])[None]
 
 
+def logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of one row in float32 on the CPU, by plain attention whatever a trainer has put in its place."""
+    with torch.no_grad(), _plainly(model):
+        logits_TV: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits[0]
+    return logits_TV.float().cpu()
+
+
 def difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
     """Root mean square of the difference of logits, relative to the spread of the expected ones."""
     expected_TV = expected_TV.double()
     spread = (expected_TV - expected_TV.mean()).norm()
     return float((found_TV.double() - expected_TV).norm() / spread)
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    attention, training = causal.config._attn_implementation, model.training
+    causal.set_attn_implementation("eager")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        causal.set_attn_implementation(attention)
