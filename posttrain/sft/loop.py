@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +21,8 @@ from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.gradient import add_gradient, trained_tokens
-from posttrain.sft.precision import compute_dtype
+from posttrain.sft.lora import unfuse
+from posttrain.sft.precision import compute_dtype, computing_in
 from posttrain.sft.schedule import Schedule, make_optimizer
 from posttrain.stage import Progress
 
@@ -47,7 +49,10 @@ class Training:
         run is interrupted. Raises Interrupted when a stop is requested, with a checkpoint of the last step;
         ArtifactDamaged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
         """
-        self._prepare()
+        with self._prepared():
+            return self._train()
+
+    def _train(self) -> Position:
         optimizer = make_optimizer((p for p in self.model.parameters() if p.requires_grad), self.config)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -69,14 +74,19 @@ class Training:
         """Number format of the arithmetic."""
         return compute_dtype(self.config, self.dtype, self.model.device)
 
-    def _prepare(self) -> None:
-        if self.compute_dtype == "float32" and not getattr(causal_model(self.model), "is_quantized", False):
-            self.model.float()
-        self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
-        self.progress.note(f"attention: {install(self.model)}")
-        if self.config.gradient_checkpointing:
-            causal_model(self.model).activation_checkpointing_enable()
-        self.model.train()
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """The model as steps compute with it, and in the end as anyone else does."""
+        with computing_in(self.model, self.compute_dtype):
+            self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
+            self.progress.note(f"attention: {install(self.model)}")
+            if self.config.gradient_checkpointing:
+                causal_model(self.model).activation_checkpointing_enable()
+            self.model.train()
+            try:
+                yield
+            finally:
+                unfuse(self.model)
 
     def _identity(self) -> str:
         rows = sha256()

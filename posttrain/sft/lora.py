@@ -82,6 +82,13 @@ def fuse(model: torch.nn.Module) -> None:
             module.__class__ = FusedLinear
 
 
+def unfuse(model: torch.nn.Module) -> None:
+    """Give every layer peft's own forward pass again."""
+    for module in model.modules():
+        if type(module) is FusedLinear:
+            module.__class__ = Linear
+
+
 def _is_plain(layer: Linear) -> bool:
     return (
         type(layer.base_layer) is torch.nn.Linear

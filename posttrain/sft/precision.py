@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.model.loading import DTYPES
+from posttrain.sft.attention import causal_model
 from posttrain.sft.config import SFTConfig
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -21,3 +28,22 @@ def compute_dtype(config: SFTConfig, stored: str, device: torch.device) -> str:
     if stored == BFLOAT16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
         return FLOAT32
     return stored
+
+
+@contextmanager
+def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[None]:
+    """Hold the frozen weights of ``model`` as ``dtype``, and in the end as before: bfloat16 survives float32 exactly.
+
+    Trained weights are float32 anyway; quantised weights stay as they are.
+    """
+    if getattr(causal_model(model), "is_quantized", False):
+        yield
+        return
+    stored = {parameter: parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in stored:
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    try:
+        yield
+    finally:
+        for parameter, kind in stored.items():
+            parameter.data = parameter.data.to(kind)
