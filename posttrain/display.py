@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10
 """How often a progress line is printed where there is no terminal to draw on."""
-SHOWN = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
+SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
 
 
 class Display:
@@ -25,7 +26,7 @@ class Display:
 
     def line(self, stage: str, what: str, text: str) -> None:
         """Print one line about a stage."""
-        self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {text}")
+        self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {escape(text)}")
 
     def bar(self) -> Progress:
         """A bar that is drawn on a terminal only, and removed when it ends."""
@@ -157,7 +158,8 @@ def _is_kept(line: str, stage: str, done_steps: int) -> bool:
         row = json.loads(line)
     except ValueError:  # torn by a kill
         return False
-    return bool(row["stage"] != stage or row["step"] <= done_steps)
+    # what was measured before the first step is measured again when no step is kept
+    return bool(row["stage"] != stage or (done_steps and row["step"] <= done_steps))
 
 
 def _clock(seconds: float) -> str:

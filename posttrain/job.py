@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.artifact import ModelSource, digest_of
 from posttrain.config.schema import StageConfig
+from posttrain.data.reading import data_digest
 from posttrain.display import Display
 from posttrain.gate.catalogue import task_digests
 from posttrain.interrupts import Interrupts
@@ -90,9 +91,15 @@ def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -
     return f"{plan.recipe}-{digest_of([parent.digest, steps])[:12]}"
 
 
+def records_digest(step: Step) -> str:
+    """Digest of what a stage trains on, and of what it measures itself on if there is any."""
+    trained = data_digest(step.sources)
+    return digest_of([trained, data_digest(step.held_out)]) if step.held_out else trained
+
+
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
     """What a stage's training depends on besides its parent and its data. Its gate is not part of it."""
-    settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "gate")}
+    settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
     return {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
 
 

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.config.schema import OnFail
-from posttrain.data.reading import data_digest
 from posttrain.display import Display
 from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, Problem
 from posttrain.gate.spec import Verdict
 from posttrain.interrupts import Interrupts
-from posttrain.job import Job, run_name
+from posttrain.job import Job, records_digest, run_name
 from posttrain.judging import check_gates, judged
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan
@@ -41,7 +40,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         start = _start(plan)
         base = resolve_base(plan.model, start)
         parent = base if start is None else start.source(base)
-        digests = {step.name: data_digest(step.sources) for step in plan.steps}
+        digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         kinds = {step.name: step.stage.name for step in plan.steps}
         with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host, display):

@@ -33,6 +33,8 @@ class Step:
     stage: Stage
     config: StageConfig
     sources: tuple[Source, ...]
+    held_out: tuple[Source, ...]
+    """Sources of records that the stage measures itself on and does not train on."""
     tasks: Mapping[str, GateTask]
     """The gate's tasks, typed."""
     seed: int
@@ -207,35 +209,33 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     settings: StageConfig = _typed(config[name])
     stage = host.stages[settings.kind]
     problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
-    sources = _sources(name, config.data if settings.data is None else settings.data, problems)
+    sources = _sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
+    held_out = settings.held_out()
+    evaluated = () if held_out is None else _sources(f"{name}.eval_data", held_out, problems)
     tasks = _gate_tasks(name, settings.gate, problems)
     return Step(
-        name=name, stage=stage, config=settings, sources=sources, tasks=tasks, seed=config.seed,
-        origin=host.origin(stage.name),
+        name=name, stage=stage, config=settings, sources=sources, held_out=evaluated, tasks=tasks,
+        seed=config.seed, origin=host.origin(stage.name),
     )  # fmt: skip
 
 
-def _sources(name: str, data: Any, problems: list[Problem]) -> tuple[Source, ...]:
+def _sources(setting: str, data: Any, problems: list[Problem]) -> tuple[Source, ...]:
     """The sources of a stage: from a path, one source, or a list of either."""
     entries = data if isinstance(data, list) else [data]
     sources = []
     for index, entry in enumerate(entries):
-        where = f"{name}.data[{index}]" if isinstance(data, list) else f"{name}.data"
+        where = f"{setting}[{index}]" if isinstance(data, list) else setting
         given = {"path": entry} if isinstance(entry, str) else entry
         source = _conform(Source, given, where, problems)
         if source is not None:
             sources.append(source)
     if not sources and not problems:
-        problems.append(Problem(where=f"{name}.data", what="names no source", fix=f"Give {name}.data=FILE"))
+        problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
     for source in sources:
         if not source.weight > 0:
-            problems.append(
-                Problem(where=f"{name}.data", what=f"weight {source.weight} of {source.path} is not positive")
-            )
+            problems.append(Problem(where=setting, what=f"weight {source.weight} of {source.path} is not positive"))
         if source.limit is not None and source.limit < 1:
-            problems.append(
-                Problem(where=f"{name}.data", what=f"limit {source.limit} of {source.path} is not positive")
-            )
+            problems.append(Problem(where=setting, what=f"limit {source.limit} of {source.path} is not positive"))
     return tuple(sources)
 
 

@@ -37,6 +37,10 @@ class StageState:
     """Tokens seen in training."""
     seconds: float | None = None
     """Time spent training and evaluating, over all attempts."""
+    eval_loss: float | None = None
+    """Loss of the held-out records at the end, when there are any."""
+    warnings: list[str] = field(default_factory=list)
+    """What the stage found unusual without stopping."""
 
 
 @dataclass(kw_only=True)

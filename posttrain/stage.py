@@ -50,7 +50,10 @@ class Progress(Protocol):
         """Announce how many optimizer steps the stage takes and how many a checkpoint already holds."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report optimizer step ``step`` (from 1). ``tokens`` in metrics counts the step's tokens."""
+        """Report optimizer step ``step`` (from 1), or with 0 what was measured before the first.
+
+        ``tokens`` in metrics counts the step's tokens.
+        """
 
     def note(self, text: str) -> None:
         """Show one line to the user."""
@@ -68,6 +71,8 @@ class StageContext:
     """The verified weights to start from."""
     records: Sequence[Any]
     """Prepared records: Conversation, Text or Preference, as the stage asked for."""
+    held_out: Sequence[Any] = ()
+    """Records of the same shape that are measured on and never trained on."""
     seed: int
     """Seeds everything random in the stage."""
     dtype: str
@@ -81,6 +86,11 @@ class StageContext:
     """Empty folder for the result."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest (token counts, final loss): filled in by ``run``."""
+
+    def warn(self, text: str) -> None:
+        """Say what is unusual or went wrong without stopping the stage: at once, in the manifest and in the report."""
+        self.progress.note(f"warning: {text}")
+        self.metrics.setdefault("warnings", []).append(text)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The parent's tokenizer with its pinned chat template."""

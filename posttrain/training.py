@@ -6,21 +6,30 @@ import contextlib
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record, verify
 from posttrain.data.overlap import overlap
-from posttrain.data.reading import data_digest
 from posttrain.data.records import Record
 from posttrain.display import TrainingProgress
 from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
-from posttrain.job import Job, plain, versions
+from posttrain.job import Job, plain, records_digest, versions
+from posttrain.plan import Step
 from posttrain.plugins import CORE_ORIGIN
 from posttrain.stage import StageContext
 
 
-def trained(job: Job, parent: ModelSource, records: Sequence[Record]) -> Artifact:
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What a stage trains on, and what it measures itself on."""
+
+    trained: Sequence[Record]
+    held_out: Sequence[Record]
+
+
+def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
     """The stage's artifact: the one that this run already published, or a new one.
 
     Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
@@ -39,13 +48,20 @@ def trained(job: Job, parent: ModelSource, records: Sequence[Record]) -> Artifac
     job.state.state, job.state.digest = "trained", artifact.digest
     job.state.artifact = str(artifact.path.relative_to(job.run.path))
     job.state.tokens = artifact.manifest["metrics"].get("tokens")
+    job.state.eval_loss = artifact.manifest["metrics"].get("eval_loss")
+    job.state.warnings = artifact.manifest["metrics"].get("warnings", [])
     job.run.save()
     job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
     return artifact
 
 
 def _figures(artifact: Artifact) -> str:
-    texts = {"steps": "{:,} steps", "tokens": "{:,} tokens", "final_loss": "loss {:.3f}"}
+    texts = {
+        "steps": "{:,} steps",
+        "tokens": "{:,} tokens",
+        "final_loss": "loss {:.3f}",
+        "eval_loss": "held-out {:.3f}",
+    }
     found = artifact.manifest["metrics"]
     return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
 
@@ -62,7 +78,7 @@ def _published(job: Job, fingerprint: str) -> Artifact | None:
     return None
 
 
-def _train(job: Job, parent: ModelSource, records: Sequence[Record], fingerprint: str) -> Artifact:
+def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) -> Artifact:
     from posttrain.model.checks import check_output
     from posttrain.model.reloading import check_reloaded
 
@@ -72,8 +88,9 @@ def _train(job: Job, parent: ModelSource, records: Sequence[Record], fingerprint
     checkpoints.mkdir(parents=True, exist_ok=True)
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
     context = StageContext(
-        name=job.name, config=job.step.config, parent=parent, records=records, seed=job.step.seed,
-        dtype=job.plan.model.dtype.value, progress=progress, stop_requested=job.interrupts.requested,
+        name=job.name, config=job.step.config, parent=parent, records=records.trained,
+        held_out=records.held_out, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
+        stop_requested=job.interrupts.requested,
         checkpoints=checkpoints, output=draft,
     )  # fmt: skip
     try:
@@ -132,16 +149,15 @@ def _named_failures(job: Job) -> Iterator[None]:
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
 
 
-def read_records(job: Job) -> Sequence[Record]:
-    """The stage's training records, read before any stage trains so that bad data costs no training.
+def read_records(job: Job) -> Records:
+    """The stage's records, read before any stage trains so that bad data costs no training.
 
     Says how many rows the gate is to score that are trained on as well. Raises BadInput when the records are not those
     that the run is named after.
     """
-    records: Sequence[Record] | None = job.host.hook.load_records(step=job.step)
-    if records is None:
-        raise PluginFailed(f"no plugin reads the records of stage {job.name!r}")
-    if data_digest(job.step.sources) != job.data_digest:
+    held_out = replace(job.step, sources=job.step.held_out)
+    records = Records(trained=_read(job, job.step), held_out=_read(job, held_out) if held_out.sources else ())
+    if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
     for name, task in job.step.tasks.items():
@@ -149,4 +165,11 @@ def read_records(job: Job) -> Sequence[Record]:
         if shared:
             what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({task.data}) are trained on as well"
             job.display.line(job.name, "data", what)
+    return records
+
+
+def _read(job: Job, step: Step) -> Sequence[Record]:
+    records: Sequence[Record] | None = job.host.hook.load_records(step=step)
+    if records is None:
+        raise PluginFailed(f"no plugin reads the records of stage {job.name!r}")
     return records

@@ -22,6 +22,7 @@ from posttrain.data.packing import PackedRow
 from posttrain.errors import ArtifactDamaged, Interrupted
 from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.sft.batches import RowOrder
+from posttrain.sft.evaluation import Evaluation
 from posttrain.sft.loop import Training
 from posttrain.sft.schedule import Schedule, make_optimizer
 
@@ -45,6 +46,7 @@ def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **setti
     progress = settings.pop("progress", None) or Recorder()
     stop: Callable[[], bool] = settings.pop("stop_requested", lambda: False)
     seed, dtype = settings.pop("seed", 0), settings.pop("dtype", "float32")
+    evaluation = settings.pop("evaluation", None)
     config = sft_config(**{"compute_dtype": Dtype(dtype), **settings})
     return Training(
         model=model,
@@ -55,6 +57,7 @@ def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **setti
         progress=progress,
         stop_requested=stop,
         checkpoints=folder,
+        evaluation=evaluation or Evaluation(rows=(), refusals=0, config=config),
     )
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from posttrain import plugins
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateTask, Role
+from posttrain.data.counting import count_records
 from posttrain.plan import Plan, Step, make_plan
 
 
@@ -38,6 +39,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "plugin": step.origin,
             "data": [source.path for source in step.sources],
             "gate": sorted(step.tasks),
+            "advice": _advice(step),
         }
         for step in plan.steps
     ]
@@ -53,8 +55,13 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
         lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
         lines += [f"  gate   {line}" for line in _gate(step)]
+        lines += [f"  advice {line}" for line in _advice(step)]
         lines += [""]
     return lines[:-1]
+
+
+def _advice(step: Step) -> list[str]:
+    return [f"{step.name}.{line}" for line in step.config.advice(count_records(step.sources))]
 
 
 def _source_note(source: Any) -> str:

@@ -194,8 +194,16 @@ class StageConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     """The gate that decides about this stage's artifact: choose one with gate@<stage>.gate=NAME."""
 
+    def held_out(self) -> Any:
+        """Records to measure the stage on, in the form of ``data``; None for a kind that has no such setting."""
+        return None
+
     def problems(self) -> Sequence[tuple[str, str]]:
         """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        return ()
+
+    def advice(self, examples: int | None) -> Sequence[str]:
+        """Settings that are unusual for so many examples (None: unknown), each with what is usual and why."""
         return ()
 
 

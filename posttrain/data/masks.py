@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from posttrain.data.chat import Rendered
-from posttrain.data.records import Conversation, Document, Text
+from posttrain.data.records import Conversation, Document, Message, Text
+
+_TAG = re.compile(r"^<\w+>")
+"""The tag with which a generation prompt may begin the answer, such as that of thoughts; it is not trained then."""
 
 
 def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
@@ -32,7 +37,7 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
     """Every answer has to be trained as a whole with its stop token, and nothing else.
 
     Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only; where
-    the turn calls tools, the calls may stand between the two.
+    the turn calls tools, the calls may stand between the two. What users and the system say stands in untrained tokens.
     """
     answers = [message for message in record.messages if message["role"] == "assistant"]
     answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
@@ -49,8 +54,24 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
         if not special & set(run[end:]):
             return f"the stop token behind {content!r} is not trained"
         bare, wanted = _bare(tokenizer, run[:end]), _without_space(content)
-        if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted)):
+        begun = _TAG.sub("", wanted, count=1)
+        if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
             return f"{content!r} is not trained as a whole"
+    last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
+    asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, tokenizer)
+    return None if asked is None else f"{asked!r} stands among trained tokens alone, but is not for the model to write"
+
+
+def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: Any) -> str | None:
+    """The first content of a user or system turn that is in the text, but not in its untrained tokens."""
+    pairs = zip(rendered.ids, rendered.mask, strict=True)
+    context = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if not trained]
+    untrained, whole = [_bare(tokenizer, run) for run in context], _bare(tokenizer, rendered.ids)
+    for message in messages:
+        said = _without_space(message["content"])
+        told = message["role"] in ("user", "system") and said and said in whole
+        if told and not any(said in text for text in untrained):
+            return str(message["content"])
     return None
 
 

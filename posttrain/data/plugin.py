@@ -22,11 +22,13 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
     problems: list[Problem] = []
     for step in plan.steps:
         problems += _share_problems(step)
-        for source in step.sources:
-            try:
-                local_files(source.path)
-            except BadInput as error:
-                problems += [replace(problem, where=f"{step.name}.data: {problem.where}") for problem in error.problems]
+        for setting, sources in (("data", step.sources), ("eval_data", step.held_out)):
+            for source in sources:
+                try:
+                    local_files(source.path)
+                except BadInput as error:
+                    where = f"{step.name}.{setting}"
+                    problems += [replace(problem, where=f"{where}: {problem.where}") for problem in error.problems]
     return problems
 
 
@@ -40,6 +42,10 @@ def load_records(step: Step) -> Sequence[Record]:
 
 def _share_problems(step: Step) -> Iterator[Problem]:
     where = f"{step.name}.data"
+    for source in step.held_out:
+        if source.share is not None:
+            what = f"share {source.share} of {source.path} means nothing: held-out records are measured as they are"
+            yield Problem(where=f"{step.name}.eval_data", what=what, fix="Leave it out")
     shared = [source for source in step.sources if source.share is not None]
     for source in shared:
         if not 0 < (source.share or 0) < 1:

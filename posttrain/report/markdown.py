@@ -18,6 +18,7 @@ def markdown(report: RunReport) -> str:
         *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in report.rows),
         "",
         *(f"- **{stage}**: {reason}" for stage, reason in report.reasons),
+        *(f"- **{stage}**: {remark}" for stage, remark in report.remarks),
         "",
         "| stage | kind | state | artifact | digest | parent digest |",
         "|---|---|---|---|---|---|",

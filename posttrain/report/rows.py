@@ -23,6 +23,15 @@ class RunReport:
     reasons: list[tuple[str, str]]
     """Per stage, why its verdict is what it is."""
 
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """What else is to be known, by stage: the loss of held-out records, and warnings."""
+        found = []
+        for stage in self.state.stages:
+            held_out = [] if stage.eval_loss is None else [f"held-out loss {stage.eval_loss:.4f}"]
+            found += [(stage.name, text) for text in (*held_out, *stage.warnings)]
+        return found
+
 
 def read_report(path: Path) -> RunReport:
     """The report of the run in ``path``."""

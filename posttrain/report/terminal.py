@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from posttrain.report.rows import COLUMNS, RunReport
@@ -30,4 +31,6 @@ def print_report(report: RunReport, console: Console) -> None:
     console.print(table)
     for stage, reason in report.reasons:
         console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
+    for stage, remark in report.remarks:
+        console.print(f"[yellow]{stage}[/yellow]: {escape(remark)}", highlight=False)
     console.print(f"{report.path / 'report.md'}", style="dim", highlight=False)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from posttrain.config.schema import Dtype, LoraSettings, Method, Overlong
+from posttrain.sft.advice import Known, departures
 from posttrain.stage import StageConfig, from_recipe
 
 ALL_LINEAR = "all-linear"
@@ -26,6 +27,12 @@ class SFTConfig(StageConfig):
 
     data: Any = None
     """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""
+    eval_data: Any = None
+    """Held-out records, in the form of data: their loss is reported while training."""
+    eval_share: float = 0.0
+    """Share of the records that is held out instead and not trained. 0 trains all: the gate decides in any case."""
+    eval_steps: int | None = None
+    """Optimizer steps between two measurements of the held-out loss; once per epoch when absent."""
     train_on: TrainOn = TrainOn.all
     """Trained turns: all assistant turns, or the last of each conversation."""
     method: Method = from_recipe("variant.method")
@@ -62,6 +69,8 @@ class SFTConfig(StageConfig):
     """Added to Adam's denominator."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
+    neftune_alpha: float | None = None
+    """Noise on the embeddings while training (arXiv:2310.05914): 5 to 15, more for longer answers; none when absent."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
     checkpoint_steps: int = 50
@@ -71,9 +80,17 @@ class SFTConfig(StageConfig):
     loss_chunk: int = 1024
     """Trained tokens whose logits are held at once."""
 
+    def held_out(self) -> Any:
+        """The sources of held-out records."""
+        return self.eval_data
+
     def problems(self) -> Sequence[tuple[str, str]]:
         """Values outside their range, each as (setting, what is wrong)."""
-        return [*self._counts(), *self._ranges(), *self._lora()]
+        return [*self._counts(), *self._ranges(), *self._held_out(), *self._lora()]
+
+    def advice(self, examples: int | None) -> Sequence[str]:
+        """Departures from the field's recipe, as far as they show before the data is read."""
+        return departures(self, Known(examples=examples))
 
     def _counts(self) -> Iterator[tuple[str, str]]:
         for name in ("epochs", "per_device_batch_size", "gradient_accumulation", "checkpoint_steps", "loss_chunk"):
@@ -83,6 +100,16 @@ class SFTConfig(StageConfig):
             yield "max_steps", f"must be at least 1, not {self.max_steps}; leave it out to train whole epochs"
         if self.sequence_length < 2:
             yield "sequence_length", f"must be at least 2, not {self.sequence_length}: each token predicts the next"
+
+    def _held_out(self) -> Iterator[tuple[str, str]]:
+        if not 0.0 <= self.eval_share < 1.0:
+            yield "eval_share", f"must be at least 0 and below 1, not {self.eval_share}"
+        if self.eval_share and self.eval_data is not None:
+            yield "eval_share", "holds out records of data, but eval_data gives others: use one of the two"
+        if self.eval_steps is not None and self.eval_steps < 1:
+            yield "eval_steps", f"must be at least 1, not {self.eval_steps}; leave it out to measure once per epoch"
+        elif self.eval_steps is not None and not self.eval_share and self.eval_data is None:
+            yield "eval_steps", "measures nothing: nothing is held out. Give eval_data or eval_share, or leave it out"
 
     def _ranges(self) -> Iterator[tuple[str, str]]:
         infinity = float("inf")
@@ -95,6 +122,8 @@ class SFTConfig(StageConfig):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 yield name, f"must be at least 0 and below 1, not {getattr(self, name)}"
+        if self.neftune_alpha is not None and not 0.0 <= self.neftune_alpha < infinity:
+            yield "neftune_alpha", f"must be a finite number of at least 0, not {self.neftune_alpha}"
         for name in ("adam_eps", "max_grad_norm"):
             if not 0.0 < getattr(self, name) < infinity:
                 yield name, f"must be a finite number above 0, not {getattr(self, name)}"

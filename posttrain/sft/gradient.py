@@ -17,6 +17,7 @@ from posttrain.sft.attention import causal_model, packed_hidden
 from posttrain.sft.batches import Batch
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.loss import OutputHead, summed_cross_entropy
+from posttrain.sft.neftune import noisy_embeddings
 
 
 def trained_tokens(rows: Sequence[PackedRow]) -> int:
@@ -38,7 +39,8 @@ def add_gradient(
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(rows), size):
         batch = Batch.of(rows[start : start + size], causal.device)
-        with _precision(model, dtype, causal.device):
+        noise = noisy_embeddings(causal, batch.lengths, config.neftune_alpha)
+        with noise, precision(model, dtype, causal.device):
             hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
             loss = summed_cross_entropy(
                 head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk
@@ -48,7 +50,7 @@ def add_gradient(
     return float(total) / trained
 
 
-def _precision(model: PreTrainedModel | PeftModel, dtype: str, device: torch.device) -> AbstractContextManager[Any]:
+def precision(model: PreTrainedModel | PeftModel, dtype: str, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast for full fine-tuning in bfloat16, whose weights are float32; adapters have a bfloat16 base."""
     if dtype == "bfloat16" and not isinstance(model, PeftModel):
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -20,6 +20,7 @@ from posttrain.sft.attention import causal_model, install
 from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.sft.config import SFTConfig
+from posttrain.sft.evaluation import Evaluation
 from posttrain.sft.gradient import add_gradient, trained_tokens
 from posttrain.sft.lora import unfuse
 from posttrain.sft.precision import compute_dtype, computing_in
@@ -41,6 +42,8 @@ class Training:
     stop_requested: Callable[[], bool]
     """Asked after every step: whether to save and stop."""
     checkpoints: Path
+    evaluation: Evaluation
+    """Measures the held-out loss, without a trace in what is trained."""
 
     def run(self) -> Position:
         """Train to the end, from the newest checkpoint if there is one.
@@ -59,6 +62,8 @@ class Training:
             saved = CheckpointFolder(self.checkpoints, self._identity(), self.progress.note)
             position = self._resume(saved, optimizer)
             self.progress.start(self.order.total, position.step)
+            if position.step == 0 and (metrics := self._evaluated(0)):
+                self.progress.step(0, metrics)
             while position.step < self.order.total:
                 position = self._step(position.step + 1, optimizer)
                 self._save_or_stop(position, saved, optimizer)
@@ -90,7 +95,7 @@ class Training:
 
     def _identity(self) -> str:
         rows = sha256()
-        for row in self.rows:
+        for row in [*self.rows, *self.evaluation.rows]:
             rows.update(row.input_ids.tobytes() + row.mask.tobytes() + repr(row.lengths).encode())
         settings = {key: str(value) for key, value in asdict(self.config).items()}
         return digest_of(
@@ -102,7 +107,16 @@ class Training:
             return Position(step=0, loss=math.nan)
         position, state = found
         restore(self.model, optimizer, state)
+        self.evaluation.restore(state)
         return position
+
+    def _evaluated(self, step: int) -> dict[str, float]:
+        """The held-out loss after ``step``, when it is due there."""
+        if not self.evaluation.is_due(step, self.order):
+            return {}
+        metrics = self.evaluation.measure(step, self.model, self.compute_dtype)
+        self._check_finite(step, metrics["eval_loss"], name="held-out loss")
+        return metrics
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
         rows = [self.rows[index] for index in self.order.of_step(step)]
@@ -110,34 +124,34 @@ class Training:
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
         loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype)
         norm = self._clip()
-        self._check_finite(step, loss, norm)
+        self._check_finite(step, loss, name="loss")
+        self._check_finite(step, norm, name="gradient norm")
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(row.input_ids) for row in rows)
         metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
-        self.progress.step(step, metrics)
+        self.progress.step(step, metrics | self._evaluated(step))
         return Position(step=step, loss=loss)
 
     def _clip(self) -> float:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
-    def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not math.isfinite(value):
-                raise ArtifactDamaged(
-                    f"training diverged at step {step}: the {name} is {value}. Nothing was published. "
-                    f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
-                )
+    def _check_finite(self, step: int, value: float, *, name: str) -> None:
+        if not math.isfinite(value):
+            raise ArtifactDamaged(
+                f"training diverged at step {step}: the {name} is {value}. Nothing was published. "
+                f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
+            )
 
     def _save_or_stop(self, position: Position, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> None:
         if position.step == self.order.total:
             return
         stopped = self.stop_requested()
         if stopped or position.step % self.config.checkpoint_steps == 0:
-            saved.save(position, capture(self.model, optimizer))
+            saved.save(position, capture(self.model, optimizer) | self.evaluation.state())
         if stopped:
             raise Interrupted(
                 f"stopped after step {position.step} of {self.order.total}; the same command goes on from there"

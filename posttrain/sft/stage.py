@@ -9,27 +9,35 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
+from posttrain.data.markers import family_faults
 from posttrain.data.packing import PackedRow, PackingCounts
+from posttrain.data.records import Conversation
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
+from posttrain.sft.advice import Known, departures
+from posttrain.sft.attention import causal_model
 from posttrain.sft.checkpoint import Position
 from posttrain.sft.config import SFTConfig
+from posttrain.sft.examples import Example, evaluation_of, examples_of, hold_out, shared
 from posttrain.sft.loop import Training
-from posttrain.sft.rows import mixture, render
+from posttrain.sft.rows import mixture
 from posttrain.stage import StageContext
 
 
 def run(context: StageContext) -> None:
     """Render, pack, train, save."""
     config: SFTConfig = context.config
-    documents = render(context.records, context.renderer(), config)
-    mixed = mixture(context.records, documents, config, context.seed)
+    tokenizer = context.tokenizer()
+    examples, held_out = hold_out(examples_of(context.records, tokenizer, config), config.eval_share, context.seed)
+    held_out += examples_of(context.held_out, tokenizer, config)
+    evaluation = evaluation_of(held_out, config)
+    mixed = mixture([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
     for note in mixed.notes():
         context.progress.note(note)
     packing = mixed.packing
     model = policy(context)
-    check_vocabulary(packing.rows, model)
+    check_vocabulary([*packing.rows, *evaluation.rows], model)
     training = Training(
         model=model,
         rows=packing.rows,
@@ -39,10 +47,17 @@ def run(context: StageContext) -> None:
         progress=context.progress,
         stop_requested=context.stop_requested,
         checkpoints=context.checkpoints,
+        evaluation=evaluation,
     )
+    chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
+    unusual = departures(config, known(training, packing.counts, examples, held_out))
+    for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
+        context.warn(line)
     position = training.run()
-    context.metrics.update(figures(training, packing.counts, position))
+    context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
     context.metrics["sources"] = [portion.figures() for portion in mixed.portions]
+    for line in evaluation.warnings():
+        context.warn(line)
     context.save(model)
 
 
@@ -77,6 +92,27 @@ def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftMod
                 fix="Use the tokenizer that belongs to the model, or name its new tokens in model.added_tokens",
             )
         )
+
+
+def stop_tokens(model: PreTrainedModel | PeftModel) -> list[int | None]:
+    """The tokens at which the model's own generation settings stop."""
+    ends = causal_model(model).generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
+
+
+def known(training: Training, counts: PackingCounts, examples: Sequence[Example], held_out: Sequence[Example]) -> Known:
+    """What the rules of advice can judge once records are packed and the model is loaded."""
+    order, config = training.order, causal_model(training.model).config.get_text_config()
+    return Known(
+        examples=counts.packed,
+        passes=order.total / order.steps_per_epoch,
+        documents_per_step=counts.packed * min(1.0, order.per_step / order.rows),
+        truncated=counts.truncated / counts.packed,
+        refusals=sum(example.refusal for example in examples) / len(examples),
+        overlap=shared(examples, held_out),
+        parameters=sum(parameter.numel() for parameter in training.model.parameters()),
+        positions=getattr(config, "max_position_embeddings", None),
+    )
 
 
 def figures(training: Training, counts: PackingCounts, position: Position) -> dict[str, int | float]:

@@ -1,0 +1,290 @@
+"""The field's recipe as rules: where settings depart from it, they are named with the reason and never changed.
+
+Pure: settings and what is known about data and model, such as the number of examples, go in; sentences come out. What
+is not known is not judged: a plan says what it can, and the start of a stage the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from posttrain.config.schema import Method
+
+if TYPE_CHECKING:
+    from posttrain.sft.config import SFTConfig
+
+EPOCHS = ((50_000, 1), (10_000, 3), (1_000, 5), (0, 15))
+"""Examples from which on at most so many epochs are usual."""
+TINY = 1_000
+"""Examples below which a data set is easily learned by heart."""
+BIG = 1_000_000_000
+"""Parameters from which on activations are recomputed."""
+LONG = 8_192
+"""Tokens of a forward pass from which on they are, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known besides the settings; None is unknown."""
+
+    examples: int | None = None
+    """Records that are trained in one epoch."""
+    passes: float | None = None
+    """Epochs that are trained, ``max_steps`` taken into account."""
+    documents_per_step: float | None = None
+    """Documents in an optimizer step, of all rows and forward passes together."""
+    truncated: float | None = None
+    """Share of the records that are cut."""
+    refusals: float | None = None
+    """Share of the records whose answer is a refusal."""
+    overlap: int | None = None
+    """Held-out records that are trained as well."""
+    parameters: int | None = None
+    """Parameters of the model."""
+    positions: int | None = None
+    """Tokens of a document that the model was made for."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One setting, what is usual for it, and why."""
+
+    setting: str
+    usual: str
+    why: str
+    departure: Callable[[SFTConfig, Known], str | None]
+    """How the settings depart from what is usual; None when they do not, or it is not known."""
+
+
+def departures(config: SFTConfig, known: Known) -> list[str]:
+    """Every departure from what is usual: the setting as it is, what is usual, and why."""
+    found = [(rule, rule.departure(config, known)) for rule in RULES]
+    return [f"{rule.setting}: {what}; usual is {rule.usual}, because {rule.why}" for rule, what in found if what]
+
+
+def table() -> str:
+    """All rules as a Markdown table."""
+    rows = [f"| `{rule.setting}` | {rule.usual} | {rule.why} |" for rule in RULES]
+    return "\n".join(["| setting | usual | because |", "|---|---|---|", *rows])
+
+
+def usual_epochs(examples: int) -> int:
+    """The most epochs that are usual for so many examples."""
+    return next(epochs for least, epochs in EPOCHS if examples >= least)
+
+
+def _adapter_rate(config: SFTConfig, known: Known) -> str | None:
+    return None if config.method is Method.full else _outside(config.lr, 1e-4, 5e-4)
+
+
+def _full_rate(config: SFTConfig, known: Known) -> str | None:
+    return _outside(config.lr, 1e-6, 5e-5) if config.method is Method.full else None
+
+
+def _weight_decay(config: SFTConfig, known: Known) -> str | None:
+    return _outside(config.weight_decay, 0.0, 0.1)
+
+
+def _warmup(config: SFTConfig, known: Known) -> str | None:
+    return _outside(config.warmup_ratio, 0.01, 0.1)
+
+
+def _floor(config: SFTConfig, known: Known) -> str | None:
+    return _outside(config.min_lr_ratio, 0.0, 0.1)
+
+
+def _passes(config: SFTConfig, known: Known) -> float:
+    """Epochs that are trained, as far as that is known; ``max_steps`` may end within the first."""
+    if known.passes is not None:
+        return known.passes
+    return 1 if config.max_steps else config.epochs
+
+
+def _epochs(config: SFTConfig, known: Known) -> str | None:
+    passes = _passes(config, known)
+    if known.examples is None or passes <= usual_epochs(known.examples):
+        return None
+    return f"{passes:g} for {known.examples:,} examples"
+
+
+def _held_out(config: SFTConfig, known: Known) -> str | None:
+    if config.eval_share or config.eval_data is not None or _passes(config, known) <= 1:
+        return None
+    return f"nothing is held out from {_passes(config, known):g} epochs"
+
+
+def _overlap(config: SFTConfig, known: Known) -> str | None:
+    return f"{known.overlap:,} held-out records are trained as well" if known.overlap else None
+
+
+def _noise(config: SFTConfig, known: Known) -> str | None:
+    return _outside(config.neftune_alpha, 5, 15) if config.neftune_alpha else None
+
+
+def _no_noise(config: SFTConfig, known: Known) -> str | None:
+    if config.neftune_alpha or known.examples is None or known.examples >= TINY or _passes(config, known) <= 1:
+        return None
+    return f"none for {known.examples:,} examples seen {_passes(config, known):g} times"
+
+
+def _checkpointing(config: SFTConfig, known: Known) -> str | None:
+    if config.gradient_checkpointing:
+        return None
+    if known.parameters is not None and known.parameters >= BIG:
+        return f"off for {known.parameters / 1e9:.1f} billion parameters"
+    tokens = config.sequence_length * config.per_device_batch_size
+    return f"off for {tokens:,} tokens in a forward pass" if tokens >= LONG else None
+
+
+def _batch(config: SFTConfig, known: Known) -> str | None:
+    documents = known.documents_per_step
+    if documents is None and not config.packing:
+        documents = config.per_device_batch_size * config.gradient_accumulation
+    if documents is None or 32 <= documents <= 256:
+        return None
+    return f"an optimizer step sees {documents:.0f} documents"
+
+
+def _positions(config: SFTConfig, known: Known) -> str | None:
+    if known.positions is None or config.sequence_length <= known.positions:
+        return None
+    return f"{config.sequence_length:,} tokens for a model of {known.positions:,}"
+
+
+def _truncated(config: SFTConfig, known: Known) -> str | None:
+    return f"{known.truncated:.1%} of the records are cut" if (known.truncated or 0) > 0.01 else None
+
+
+def _rank(config: SFTConfig, known: Known) -> str | None:
+    return None if config.method is Method.full else _outside(config.lora.r, 8, 256)
+
+
+def _alpha(config: SFTConfig, known: Known) -> str | None:
+    if config.method is Method.full or config.lora.r <= config.lora.alpha <= 2 * config.lora.r:
+        return None
+    return f"{config.lora.alpha} at rank {config.lora.r}"
+
+
+def _dropout(config: SFTConfig, known: Known) -> str | None:
+    return None if config.method is Method.full else _outside(config.lora.dropout, 0.0, 0.1)
+
+
+def _targets(config: SFTConfig, known: Known) -> str | None:
+    targets = config.lora.target_modules
+    return None if config.method is Method.full or isinstance(targets, str) else f"{len(targets)} modules"
+
+
+def _packing(config: SFTConfig, known: Known) -> str | None:
+    return None if config.packing else "off"
+
+
+def _refusals(config: SFTConfig, known: Known) -> str | None:
+    return f"{known.refusals:.0%} of the answers are refusals" if (known.refusals or 0) > 0.1 else None
+
+
+def _outside(value: float | None, low: float, high: float) -> str | None:
+    return None if value is None or low <= value <= high else f"{value:g}"
+
+
+RULES = (
+    Rule(
+        "lr",
+        "1e-4 to 5e-4 for an adapter",
+        "adapters learn best at about ten times the rate of all weights (arXiv:2106.09685, LoRA Without Regret)",
+        _adapter_rate,
+    ),
+    Rule(
+        "lr",
+        "1e-6 to 5e-5 for all weights",
+        "higher rates overwrite what the base knows, and lower ones hardly move it in a few epochs",
+        _full_rate,
+    ),
+    Rule(
+        "epochs",
+        "at most 1 from 50,000 examples on, 3 from 10,000, 5 from 1,000, 15 below",
+        "large sets are learned in one pass, and after the first one the held-out loss tends to rise",
+        _epochs,
+    ),
+    Rule(
+        "eval_share",
+        "0.01 to 0.1, or eval_data, for more than one epoch",
+        "overfitting after the first epoch shows in the loss of held-out records alone",
+        _held_out,
+    ),
+    Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
+    Rule(
+        "gradient_accumulation",
+        "32 to 256 documents in an optimizer step",
+        "smaller steps follow the noise of single documents, and larger ones leave too few of them",
+        _batch,
+    ),
+    Rule(
+        "warmup_ratio",
+        "0.01 to 0.1",
+        "Adam's averages are noise in the first steps, and a longer warm-up leaves little at the peak",
+        _warmup,
+    ),
+    Rule(
+        "min_lr_ratio", "0 to 0.1", "a high rate at the end leaves the noise of the last steps in the weights", _floor
+    ),
+    Rule(
+        "weight_decay",
+        "0 to 0.1",
+        "stronger decay pulls weights away from the base rather than to the data",
+        _weight_decay,
+    ),
+    Rule(
+        "sequence_length",
+        "what the model was made for, or less",
+        "it has seen no position beyond and computes them badly",
+        _positions,
+    ),
+    Rule(
+        "sequence_length",
+        "long enough for 99 of 100 records",
+        "an answer that is cut has no end and no stop token to learn",
+        _truncated,
+    ),
+    Rule(
+        "packing",
+        "on",
+        "a row of one short document uses little of the device; packed documents do not see each other",
+        _packing,
+    ),
+    Rule(
+        "gradient_checkpointing",
+        "on from 1 billion parameters or 8,192 tokens in a forward pass on",
+        "kept activations then take more memory than the weights",
+        _checkpointing,
+    ),
+    Rule(
+        "neftune_alpha",
+        "5 to 15, or null",
+        "these are the values that the paper chooses from (arXiv:2310.05914)",
+        _noise,
+    ),
+    Rule(
+        "neftune_alpha",
+        "5 for fewer than 1,000 examples seen more than once",
+        "noise on the embeddings keeps few records from being learned by heart (arXiv:2310.05914)",
+        _no_noise,
+    ),
+    Rule("lora.r", "8 to 256", "less holds too little of the data, and more costs memory without a gain", _rank),
+    Rule("lora.alpha", "r to 2 r", "it multiplies the update, so that it acts like another learning rate", _alpha),
+    Rule("lora.dropout", "0 to 0.1", "more slows learning down within the few epochs of fine-tuning", _dropout),
+    Rule(
+        "lora.target_modules",
+        "all-linear",
+        "adapters on attention alone learn less, at the same number of parameters too (LoRA Without Regret)",
+        _targets,
+    ),
+    Rule(
+        "data",
+        "at most a tenth of refusals",
+        "a model that sees more of them learns to decline what it could answer",
+        _refusals,
+    ),
+)
+"""Every rule; docs/advice.md shows the same."""

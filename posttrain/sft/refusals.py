@@ -1,0 +1,38 @@
+"""Answers that decline what was asked, told by how they begin."""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.data.records import Conversation
+
+OPENING = 200
+"""Characters of an answer in which a refusal has to be said: further on, "I cannot" is about something else."""
+
+REFUSAL = re.compile(
+    r"\bI(?:['’]m| am| must| have to| will| would)?(?: (?:really|truly|very|afraid|sorry|but|that|,|I))*"
+    r" (?:cannot|can['’]t|can not|won['’]t|will not|not able to|unable to|not be able to|decline|refuse"
+    r"|(?:not|do not feel|don['’]t feel) comfortable)"
+    r"(?: (?:in good conscience|to|with|you|be|able|me|directly|fully|currently))*"
+    r" (?:help(?!\s+but)|assist|compl|fulfil|provid|answer|creat|writ|generat|shar|giv|support|discuss|engag|do that"
+    r"|do this|respond|offer|produc|participat|request|promot|instruct)"
+    r"|\bI must (?:respectfully )?(?:decline|refuse)\b"
+    r"|\bI(?:['’]m| am) (?:sorry|afraid),? (?:but )?(?:I )?(?:can['’]t|cannot|can not|won['’]t)\b(?! help but)"
+    r"|\bas an ai(?: language)?(?: model| assistant)?,? I (?:cannot|can['’]t|am not able|do not|don['’]t)\b",
+    re.IGNORECASE,
+)
+"""English ways to decline, after the phrases that arXiv:2307.15043 looks for; other languages are not recognised."""
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether ``answer`` begins by declining."""
+    return REFUSAL.search(answer[:OPENING]) is not None
+
+
+def refuses(record: Conversation) -> bool:
+    """Whether a trained answer of ``record`` is a refusal."""
+    return any(
+        is_refusal(str(message["content"] or ""))
+        for message in record.messages
+        if message["role"] == "assistant" and message.get("train", True)
+    )
