@@ -19,7 +19,7 @@ from datasets import Dataset, disable_progress_bars
 from trl import pack_dataset
 
 from posttrain.data.chat import Rendered
-from posttrain.data.packing import best_fit, pack
+from posttrain.data.packing import few_bins, pack
 
 CAPACITY = 4096
 MEDIAN, SPREAD = 400.0, 0.9
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"rows {len(packed) / packing.counts.rows:.4f}")
 
     many = drawn_lengths(options.lengths)
-    bins, seconds = timed(lambda: best_fit(many, CAPACITY))
+    bins, seconds = timed(lambda: few_bins(many, CAPACITY))
     print(f"{len(many):,} lengths into bins: {seconds:.2f} s, {sum(many) / (len(bins) * CAPACITY):.3%} filled")
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from posttrain.config.schema import Overlong
 from posttrain.data.chat import Rendered
+from posttrain.data.exact_fit import exact_fit
 from posttrain.data.overlong import NAMED, fit
-from posttrain.data.packing import Packing, best_fit, pack
+from posttrain.data.packing import Packing, best_fit, few_bins, pack
 from posttrain.errors import BadInput
 
 
@@ -218,11 +219,35 @@ def test_bins_are_few_nothing_is_lost_and_none_is_too_full(capacity: int, cuts: 
     for cut in cuts:
         borders = sorted({0, capacity, *(place for place in cut if place < capacity)})
         lengths += [end - start for start, end in pairwise(borders)]
-    bins = best_fit(lengths, capacity)
-    assert sorted(index for group in bins for index in group) == list(range(len(lengths)))
-    assert max(sum(lengths[index] for index in group) for group in bins) <= capacity
-    assert len(bins) <= 11 / 9 * len(cuts) + 1
-    assert bins == best_fit(lengths, capacity)
+    for put in (best_fit, exact_fit, few_bins):
+        bins = put(lengths, capacity)
+        assert sorted(index for group in bins for index in group) == list(range(len(lengths)))
+        assert max(sum(lengths[index] for index in group) for group in bins) <= capacity
+        assert bins == put(lengths, capacity)
+    assert len(few_bins(lengths, capacity)) <= len(best_fit(lengths, capacity)) <= 11 / 9 * len(cuts) + 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([7, 5, 3, 3, 2], [[7, 3], [5, 2, 3]]),  # one item fills the bin, two items do
+        ([6, 3, 2, 2, 1], [[6, 2, 2], [3, 1]]),  # of two pairs the more equal one, to save the short item
+        ([8, 1, 1], [[8, 1, 1]]),  # both items of one length
+        ([8, 1], [[8, 1]]),  # not the same item twice
+        ([4, 3, 3], [[4, 3, 3]]),
+        ([9, 8], [[9], [8]]),
+    ],
+)
+def test_exact_fit_leaves_no_gap_where_it_can(lengths: list[int], sizes: list[list[int]]) -> None:
+    assert [[lengths[index] for index in group] for group in exact_fit(lengths, 10)] == sizes
+
+
+@pytest.mark.parametrize("capacity", [1024, 2048, 4096])
+def test_lengths_that_are_much_alike_fill_the_slots_as_well(capacity: int) -> None:
+    """5,000 lengths like those of worked solutions, median 204: best fit alone leaves 0.6 to 1.8 % empty."""
+    lengths = np.random.default_rng(0).lognormal(np.log(204), 0.3, 5000).astype(int).clip(8, capacity).tolist()
+    assert sum(lengths) / (len(best_fit(lengths, capacity)) * capacity) < 0.995
+    assert sum(lengths) / (len(few_bins(lengths, capacity)) * capacity) >= 0.995
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096])
@@ -232,12 +257,12 @@ def test_chat_like_lengths_fill_the_slots(median: float, spread: float, capacity
     """5,000 log-normal lengths, those above the capacity cut: from short answers to long conversations."""
     drawn = np.random.default_rng(0).lognormal(np.log(median), spread, 5000)
     lengths = drawn.astype(int).clip(8, capacity).tolist()
-    assert sum(lengths) / (len(best_fit(lengths, capacity)) * capacity) >= 0.995
+    assert sum(lengths) / (len(few_bins(lengths, capacity)) * capacity) >= 0.995
 
 
 def test_a_million_lengths_take_seconds() -> None:
     lengths = np.random.default_rng(0).lognormal(6.0, 0.9, 1_000_000).astype(int).clip(8, 4096).tolist()
     began = time.process_time()
-    bins = best_fit(lengths, 4096)
+    bins = few_bins(lengths, 4096)
     assert time.process_time() - began < 15
     assert sum(map(len, bins)) == len(lengths)

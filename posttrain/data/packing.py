@@ -22,10 +22,14 @@ from numpy.typing import NDArray
 
 from posttrain.config.schema import Overlong
 from posttrain.data.chat import Rendered
+from posttrain.data.exact_fit import exact_fit
 from posttrain.data.overlong import Fitted, Piece, check_lengths, fit
 from posttrain.errors import BadInput, Problem
 
 IntArray = NDArray[np.int32]
+
+ENOUGH = 1.005
+"""Bins per bin that the items would fill without a gap: with fewer than this, nothing better is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,7 @@ def pack(
     packing: bool = True,
     overlong: Overlong = Overlong.truncate,
 ) -> Packing:
-    """Put documents into rows of at most ``sequence_length`` tokens, by best-fit decreasing.
+    """Put documents into rows of at most ``sequence_length`` tokens, as few rows as ``few_bins`` finds.
 
     The same documents always give the same rows.
 
@@ -138,13 +142,25 @@ def pack(
     pieces = [piece for document in fitted for piece in document.pieces]
     if not pieces:
         raise BadInput(_nothing_trained(documents, sequence_length))
-    groups = best_fit([len(piece.ids) for piece in pieces], sequence_length) if packing else _alone(len(pieces))
+    groups = few_bins([len(piece.ids) for piece in pieces], sequence_length) if packing else _alone(len(pieces))
     rows = [_row([pieces[index] for index in group]) for group in groups]
     return Packing(rows, _counts(fitted, rows, sequence_length))
 
 
+def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``lengths``, from 1 to the capacity, in bins: by best fit, or by exact fit if that is better.
+
+    Best fit leaves hardly a gap when items are much shorter than a bin. Where a few fill one, exact fit often does.
+    The same lengths always give the same bins.
+    """
+    bins = best_fit(lengths, capacity)
+    if len(bins) * capacity <= ENOUGH * sum(lengths):
+        return bins
+    return min(bins, exact_fit(lengths, capacity), key=len)
+
+
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``lengths`` in bins of ``capacity``: longest first, each into the fullest bin that still takes it.
+    """Indices of ``lengths`` in bins: longest first, each into the fullest bin that still takes it.
 
     Best-fit decreasing needs at most 11/9 of the best number of bins, plus one (Johnson 1973, "Near-optimal bin
     packing algorithms"). Bins are kept by the space left in them, so an item costs one search among the spaces
