@@ -305,35 +305,32 @@ def _posttrain(job: Job) -> Result:
     from posttrain.data.packing import pack
     from posttrain.data.records import Conversation
     from posttrain.model.base import resolve_base
-    from posttrain.model.loading import load_model, load_tokenizer, load_trainable, new_adapter
+    from posttrain.model.loading import load_tokenizer
     from posttrain.sft.config import SFTConfig
-    from posttrain.sft.loop import Training
+    from posttrain.sft.stage import run
+    from posttrain.stage import StageContext
 
     source = resolve_base(ModelConfig(path=job.model))
-    renderer = ChatRenderer(load_tokenizer(source))
-    documents = [
-        renderer.conversation(
-            Conversation(messages=({"role": "user", "content": row["question"]},
-                                   {"role": "assistant", "content": row["answer"]}), where=str(number))
-        )
+    records = [
+        Conversation(messages=({"role": "user", "content": row["question"]},
+                               {"role": "assistant", "content": row["answer"]}), where=str(number))
         for number, row in enumerate(_conversations(job))
     ]  # fmt: skip
-    rows = pack(documents, job.sequence_length).rows
+    renderer = ChatRenderer(load_tokenizer(source))
+    rows = pack([renderer.conversation(record) for record in records], job.sequence_length).counts.rows
     config = SFTConfig(
         data=None, method=Method[job.variant], lr=RATE, epochs=1, lora=LoraSettings(r=RANK, alpha=ALPHA, rslora=False),
-        sequence_length=job.sequence_length, gradient_accumulation=-(-len(rows) // job.steps),
+        sequence_length=job.sequence_length, gradient_accumulation=-(-rows // job.steps),
         gradient_checkpointing=job.gradient_checkpointing, checkpoint_steps=10**9,
     )  # fmt: skip
-    if job.variant == "full":
-        model = load_trainable(source, job.dtype)
-    else:
-        model = new_adapter(load_model(source, job.dtype), config.lora, seed=0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        Training(
-            model=model, rows=rows, config=config, seed=0, dtype=job.dtype, progress=clock,
-            stop_requested=lambda: False, checkpoints=Path(folder),
-        ).run()  # fmt: skip
+        output = Path(folder, "output")
+        output.mkdir()
+        run(StageContext(
+            name="sft", config=config, parent=source, records=records, seed=0, dtype=job.dtype, progress=clock,
+            stop_requested=lambda: False, checkpoints=Path(folder, "checkpoints"), output=output,
+        ))  # fmt: skip
     return Result(
         contender="posttrain", seconds=clock.seconds, steps=len(clock.steps),
         tokens=int(sum(step["tokens"] for step in clock.steps)),
