@@ -97,8 +97,9 @@ def write_adapter(context: StageContext) -> None:
 
 def task_verdict(state: State) -> TaskVerdict:
     return TaskVerdict(
-        task="some", metric="acc", role="lift", against="base", n=100, base=0.1, parent=0.1, candidate=0.6, lift=0.5,
-        low=0.4, high=0.6, state=state, reason="because",
+        task="some", metric="acc", filter="none", higher_is_better=True, questions="q" * 64, role="lift",
+        against="base", n=100, base=0.1, parent=0.1, candidate=0.6, lift=0.5, low=0.4, high=0.6, confidence=0.95,
+        threshold=0.0, state=state, reason="because",
     )  # fmt: skip
 
 

@@ -237,8 +237,9 @@ def test_the_json_holds_every_figure() -> None:
     record = json.loads(json.dumps(verdict_json(verdict), allow_nan=False))
     assert set(record) == {"state", "gated", "reason", "tasks"}
     means = {"base", "parent", "candidate"}
-    asked = {"task", "metric", "role", "against", "n"}
-    assert set(record["tasks"][0]) == {*asked, *means, "lift", "low", "high", "state", "reason"}
+    asked = {"task", "metric", "filter", "higher_is_better", "questions", "role", "against", "n"}
+    decided = {"lift", "low", "high", "confidence", "threshold", "state", "reason"}
+    assert set(record["tasks"][0]) == {*asked, *means, *decided}
     assert record["tasks"][0]["role"] == "lift"
 
 
@@ -249,3 +250,26 @@ def test_judging_and_checking_import_nothing_heavy() -> None:
     code = f"import sys, {imports}; print({heavy} & sys.modules.keys() or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_verdict_says_what_was_asked_and_what_decides() -> None:
+    (task,) = decide(binary(50, 100), binary(90, 100), replace(LIFT, min_lift=0.1), confidence=0.9).tasks
+    assert (task.filter, task.higher_is_better, task.confidence, task.threshold) == ("none", True, 0.9, 0.1)
+    (guard,) = decide(binary(50, 100), binary(90, 100), GUARD).tasks
+    assert guard.threshold == -0.02
+
+
+@pytest.mark.parametrize(
+    ("task", "n", "same"),
+    [
+        (LIFT, 100, True),
+        (GUARD, 100, True),  # what a gate asks of a score does not change the score
+        (LIFT, 99, False),
+        (replace(LIFT, num_fewshot=5), 100, False),
+        (replace(LIFT, chat=True), 100, False),
+    ],
+)
+def test_scores_are_comparable_when_the_same_was_asked(task: GateTask, n: int, same: bool) -> None:
+    (first,) = decide(binary(50, 100), binary(90, 100)).tasks
+    (second,) = decide(binary(10, n), binary(20, n), task).tasks
+    assert (first.questions == second.questions) is same

@@ -83,6 +83,11 @@ class TaskVerdict:
 
     task: str
     metric: str
+    filter: str
+    higher_is_better: bool
+    """Whether more is better in the scores; the lift and its bounds are turned around where it is not."""
+    questions: str
+    """SHA-256 over metric, filter and documents: scores with equal ones are comparable."""
     role: str
     against: Comparator
     n: int
@@ -92,6 +97,10 @@ class TaskVerdict:
     lift: float
     low: float
     high: float
+    confidence: float
+    """One-sided confidence of either bound."""
+    threshold: float
+    """What the lower bound has to exceed."""
     state: State
     reason: str
     """What decided, in words a person understands."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from posttrain.artifact import digest_of
 from posttrain.config.schema import Role
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import Comparator, DocumentScore, GateRequest, Scorecard, State, TaskVerdict, Verdict
@@ -70,6 +71,25 @@ class _Evidence:
         return "0" if float(text) == 0 else text.replace("-", "−")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """One task as every system was asked it."""
+
+    name: str
+    task: GateTask
+    filter: str
+    higher_is_better: bool
+    questions: str
+
+    @classmethod
+    def of(cls, name: str, task: GateTask, rows: Rows, higher_is_better: bool) -> _Asked:
+        """The task that ``rows``, of any of the systems, answer."""
+        used = next((row.filter for row in rows.values()), task.filter or "")
+        documents = [[row.doc_id, row.document_hash, row.target_hash] for _, row in sorted(rows.items())]
+        setting = [task.metric, used, task.num_fewshot, task.chat, documents]
+        return cls(name=name, task=task, filter=used, higher_is_better=higher_is_better, questions=digest_of(setting))
+
+
 def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     """What the gate says about the candidate.
 
@@ -84,10 +104,9 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     verdicts: list[TaskVerdict] = []
     for name, task in request.tasks.items():
         higher_is_better = _direction(name, scorecard)
-        scores = _matched_scores(request, name, task, table)
-        verdicts += [
-            _compare(name, task, against, scores, higher_is_better, request.gate.confidence) for against in comparators
-        ]
+        scores, candidate = _matched_scores(request, name, task, table)
+        asked = _Asked.of(name, task, candidate, higher_is_better)
+        verdicts += [_compare(asked, against, scores, request.gate.confidence) for against in comparators]
     return Verdict(state=_overall(verdicts), gated=True, tasks=tuple(verdicts), reason=_summary(verdicts))
 
 
@@ -127,12 +146,14 @@ def _direction(name: str, scorecard: Scorecard) -> bool:
     return scorecard.higher_is_better[name]
 
 
-def _matched_scores(request: GateRequest, name: str, task: GateTask, table: Table) -> dict[str, list[float]]:
-    """Each system's scores of one task, document by document in the same order."""
+def _matched_scores(
+    request: GateRequest, name: str, task: GateTask, table: Table
+) -> tuple[dict[str, list[float]], Rows]:
+    """Each system's scores of one task, document by document in the same order; and the candidate's rows."""
     rows = {system: _rows(name, task, system, table.get((name, system), {})) for system in request.systems}
     for system, found in rows.items():
         _require_same_questions(name, system, found, rows["candidate"])
-    return {system: _scores(name, task.metric, found) for system, found in rows.items()}
+    return {system: _scores(name, task.metric, found) for system, found in rows.items()}, rows["candidate"]
 
 
 def _rows(name: str, task: GateTask, system: str, by_filter: Mapping[str, Rows]) -> Rows:
@@ -166,23 +187,21 @@ def _scores(name: str, metric: str, rows: Rows) -> list[float]:
 
 
 def _compare(
-    name: str,
-    task: GateTask,
-    against: Comparator,
-    scores: Mapping[str, Sequence[float]],
-    higher_is_better: bool,
-    confidence: float,
+    asked: _Asked, against: Comparator, scores: Mapping[str, Sequence[float]], confidence: float
 ) -> TaskVerdict:
     new, old = scores["candidate"], scores[against]
     # Exchanging the systems turns a metric around: less is better becomes more is better.
-    better, worse = (new, old) if higher_is_better else (old, new)
-    evidence = _Evidence.of(better, worse, task, confidence)
+    better, worse = (new, old) if asked.higher_is_better else (old, new)
+    evidence = _Evidence.of(better, worse, asked.task, confidence)
     state = _state(evidence)
     means = {system: fmean(found) if found else 0.0 for system, found in scores.items()}
     return TaskVerdict(
-        task=name,
-        metric=task.metric,
-        role=task.role.value,
+        task=asked.name,
+        metric=asked.task.metric,
+        filter=asked.filter,
+        higher_is_better=asked.higher_is_better,
+        questions=asked.questions,
+        role=asked.task.role.value,
         against=against,
         n=evidence.n,
         base=means["base"],
@@ -191,6 +210,8 @@ def _compare(
         lift=evidence.lift,
         low=evidence.bounds.low,
         high=evidence.bounds.high,
+        confidence=confidence,
+        threshold=evidence.threshold,
         state=state,
         reason=_reason(state, evidence),
     )
