@@ -42,8 +42,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         parent = base if start is None else start.source(base)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
-        kinds = {step.name: step.stage.name for step in plan.steps}
-        with open_run(path, plan.recipe, kinds, plan.resolved) as directory, _closing(directory, host, display):
+        with open_run(path, plan) as directory, _closing(directory, host, display):
             if (tracker := WandbTracker.of(plan, path, display.console.print)) is not None:
                 host.manager.register(tracker)
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")

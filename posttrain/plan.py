@@ -52,6 +52,8 @@ class Plan:
     """What a recipe will do."""
 
     recipe: str
+    words: tuple[str, ...]
+    """The words of the command line that gave it."""
     model: ModelConfig
     steps: tuple[Step, ...]
     tracker: TrackerConfig
@@ -79,6 +81,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     problems += [*_number_problems(config), *_tracker_problems(config)]
     plan = Plan(
         recipe=composition.recipe,
+        words=composition.words,
         model=model,
         steps=tuple(step for step in steps if step is not None),
         tracker=_typed(config.tracker),

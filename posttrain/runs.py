@@ -7,16 +7,17 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from omegaconf import OmegaConf
 
 from posttrain.artifact import replace_text
 from posttrain.errors import Problem, RunLocked
+from posttrain.plan import Plan
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,10 @@ class RunState:
     """Content of run.json."""
 
     recipe: str
+    command: list[str] = field(default_factory=list)
+    """The command that was last given to run or continue it, in words."""
+    started: str | None = None
+    """When it was first started, in UTC."""
     state: str = "running"
     """running, done, refused, undecided, interrupted or failed."""
     stages: list[StageState] = field(default_factory=list)
@@ -76,18 +81,16 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def open_run(path: Path, recipe: str, kinds: Mapping[str, str], resolved: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """Create or continue the run in ``path``; ``kinds`` maps its stages to their kinds.
+def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
+    """Create or continue the run of a plan in ``path``.
 
     Raises RunLocked at once, naming the holder, when another process writes it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+") as lock:
         _lock(lock, path)
-        replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
-        former = {stage.name: stage for stage in _former(path).stages}
-        stages = [former.get(name, StageState(name=name, kind=kind)) for name, kind in kinds.items()]
-        run = RunDirectory(path, RunState(recipe=recipe, stages=stages))
+        replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved))))
+        run = RunDirectory(path, _state(path, plan))
         run.save()
         yield run
 
@@ -95,11 +98,19 @@ def open_run(path: Path, recipe: str, kinds: Mapping[str, str], resolved: Mappin
 def read_state(path: Path) -> RunState:
     """The state in a run.json."""
     raw = json.loads((path / "run.json").read_text())
-    return RunState(recipe=raw["recipe"], state=raw["state"], stages=[StageState(**stage) for stage in raw["stages"]])
+    return RunState(**{**raw, "stages": [StageState(**stage) for stage in raw["stages"]]})
 
 
-def _former(path: Path) -> RunState:
-    return read_state(path) if (path / "run.json").exists() else RunState(recipe="")
+def _state(path: Path, plan: Plan) -> RunState:
+    """The state of a run that begins or goes on: stages that it has been through keep theirs."""
+    former = read_state(path) if (path / "run.json").exists() else RunState(recipe=plan.recipe, started=_now())
+    known = {stage.name: stage for stage in former.stages}
+    stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]
+    return RunState(recipe=plan.recipe, command=["posttrain", *plan.words], started=former.started, stages=stages)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _lock(lock: IO[str], path: Path) -> None:
@@ -115,6 +126,5 @@ def _lock(lock: IO[str], path: Path) -> None:
         raise RunLocked(problem) from None
     lock.seek(0)
     lock.truncate()
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started},\n")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()},\n")
     lock.flush()

@@ -144,7 +144,11 @@ def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pyte
     monkeypatch.setattr("posttrain.plugins.load", lambda: host)
     assert main("recipe=mine", "--multirun", "sft.lr=1e-5,2e-5", *(f"{gate}" for gate in GATES)) == 0
     assert script.trained == ["sft", "dpo"] * 2
-    assert len(list(Path("runs").glob("mine-*/run.json"))) == 2
+    runs = [json.loads(path.read_text()) for path in Path("runs").glob("mine-*/run.json")]
+    assert sorted(run["command"][:3] for run in runs) == [
+        ["posttrain", "recipe=mine", "sft.lr=1e-05"],
+        ["posttrain", "recipe=mine", "sft.lr=2e-05"],
+    ]
     assert sorted(path.name for path in working_folder.iterdir() if path.is_dir()) == ["base", "recipes", "runs"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from fakes import Script, only_run, run_json, run_recipe, states, write_project
+from fakes import GATES, Script, only_run, run_json, run_recipe, states, write_project
 
 from posttrain import artifact, ledger
 from posttrain.artifact import verify
@@ -340,3 +340,12 @@ def test_a_gate_that_cannot_work_costs_no_training() -> None:
     with pytest.raises(BadInput, match=r"sft\.gate: its data set is out of reach\n.*dpo\.gate"):
         run_recipe(script, others=[Objecting()])
     assert script.trained == []
+
+
+def test_the_run_tells_when_it_began_and_the_command_that_makes_it_again() -> None:
+    run_recipe(Script(), "seed=1")
+    first = run_json()
+    assert first["command"] == ["posttrain", "recipe=mine", *GATES, "seed=1"]
+    run_recipe(Script(), "seed=1", "sft.gate.tasks.some.min_lift=0.1")
+    assert run_json()["started"] == first["started"]
+    assert run_json()["command"][-1] == "sft.gate.tasks.some.min_lift=0.1"

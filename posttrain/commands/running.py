@@ -55,8 +55,13 @@ def hydra_command(words: list[str]) -> int:
 
     def member(config: DictConfig) -> None:
         own = HydraConfig.get()
+        overrides = list(own.overrides.task)
+        folders = [source.path for source in own.runtime.config_sources if source.provider == "command-line"]
         found = Composition(
-            recipe=own.runtime.choices["recipe"], config=config, removed=removed_stages(own.overrides.task)
+            recipe=own.runtime.choices["recipe"],
+            config=config,
+            words=(*(word for folder in folders for word in ("--config-dir", folder)), *overrides),
+            removed=removed_stages(overrides),
         )
         try:
             run_plan(make_plan(found, host), host)

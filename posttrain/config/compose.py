@@ -25,6 +25,8 @@ class Composition:
 
     recipe: str
     config: DictConfig
+    words: tuple[str, ...]
+    """The words of the command line that gave it."""
     removed: frozenset[str]
     """Stage nodes taken out with ``~stage@name``."""
     problems: list[Problem] = field(default_factory=list)
@@ -52,7 +54,9 @@ def compose(host: Host, overrides: Sequence[str]) -> Composition:
                     raise BadInput(problems) from None
     recipe = str(config.hydra.runtime.choices.get("recipe"))
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return Composition(recipe=recipe, config=plain, removed=removed_stages(remaining), problems=problems)
+    return Composition(
+        recipe=recipe, config=plain, words=tuple(overrides), removed=removed_stages(remaining), problems=problems
+    )
 
 
 def removed_stages(overrides: Sequence[str]) -> frozenset[str]:
