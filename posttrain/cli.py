@@ -21,7 +21,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
                                                what is available; with a stage's name, its settings
   posttrain merge ADAPTER_DIR OUTPUT_DIR       write standalone weights of an adapter and its base, logits compared
-  posttrain report [RUN]                       print the final table of a run (the newest one below ./runs by default)
+  posttrain report [RUN]                       print the table of a run, the newest one below ./runs by default, and
+                                               write its report.html and report.md again
 
   --json             with plan and list: print JSON alone
   --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from posttrain.artifact import Artifact, ModelSource, replace_text
 from posttrain.display import EvaluationProgress
 from posttrain.errors import BadInput, PluginFailed
-from posttrain.gate.spec import GateRequest, TaskVerdict, Verdict
-from posttrain.gate.verdict import verdict_json
+from posttrain.gate.spec import GateRequest, Verdict
+from posttrain.gate.verdict import read_verdict, verdict_json
 from posttrain.job import Job
 
 
@@ -67,7 +67,4 @@ def _earlier(job: Job, key: str) -> Verdict | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    if record.get("gate_digest") != key:
-        return None
-    tasks = tuple(TaskVerdict(**task) for task in record["tasks"])
-    return Verdict(state=record["state"], gated=record["gated"], tasks=tasks, reason=record["reason"])
+    return read_verdict(path) if record.get("gate_digest") == key else None

@@ -85,6 +85,7 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     job.host.hook.stage_finished(stage=job.name, artifact=artifact, verdict=verdict)
     job.display.line(job.name, verdict.state.upper(), verdict.reason)
+    report.write(job.run.path)
 
 
 def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict) -> ModelSource:

@@ -1,41 +1,305 @@
+"""The reports of a run: what they show, that they survive what is missing, and that nothing in them can act."""
+
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from fakes import Script, only_run, run_recipe, task_verdict, write_project
+import pytest
+from fakes import GATES, Script, only_run, run_recipe, task_verdict, write_project
+from hypothesis import given
+from hypothesis import strategies as st
+from pages import Page, read_page
 
 from posttrain import report
+from posttrain.errors import BadInput, GateRefused, Interrupted, PluginFailed
+from posttrain.gate.scorecard import write_scorecard
+from posttrain.gate.spec import DocumentScore
+from posttrain.report.curves import marks, thinned
+from posttrain.stage import StageContext
+
+HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>"\'{{ 7 * 7 }} \ud800 \u202e'
 
 
-def report_of(folder: Path, **scores: float) -> str:
-    """The report of a run in which the SFT stage's verdict holds these figures."""
-    write_project(folder)
+@pytest.fixture
+def run(working_folder: Path) -> Path:
+    """The directory of a finished run of two stages."""
+    write_project(working_folder)
     run_recipe(Script())
-    path = only_run() / "stages/sft/verdict.json"
-    verdict = json.loads(path.read_text())
-    verdict["tasks"] = [vars(replace(task_verdict("pass"), **scores))]  # type: ignore[arg-type]
-    path.write_text(json.dumps(verdict))
-    report.write(only_run())
-    return (only_run() / "report.md").read_text()
+    return only_run()
 
 
-def test_shares_are_shown_in_points(working_folder: Path) -> None:
-    text = report_of(working_folder, base=0.25, parent=0.25, candidate=1.0, lift=0.75, low=0.7, high=0.8)
+def written(run: Path) -> Page:
+    report.write(run)
+    return read_page((run / "report.html").read_text())
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def set_tasks(run: Path, stage: str, **figures: Any) -> None:
+    """Let a stage's verdict hold one task with these figures."""
+    task = replace(task_verdict("pass"), **figures)
+    change(run / "stages" / stage / "verdict.json", tasks=[vars(task)])
+
+
+def answers(run: Path, stage: str, scores: Mapping[str, list[float]], text: str = "") -> None:
+    """Let a stage's scorecard hold these scores by system, and what each system answered."""
+    rows = [
+        DocumentScore(
+            system=system, digest=system, task="some", filter="none", doc_id=doc_id, document_hash="", request_hash="",
+            target_hash="", metrics={"acc": score}, response=f"{system} says {doc_id}", target=f"right {doc_id}",
+        )
+        for system, found in scores.items()
+        for doc_id, score in enumerate(found)
+    ]  # fmt: skip
+    path = run / "stages" / stage / "scorecard.jsonl"
+    write_scorecard(path, rows)
+    path.write_text(path.read_text().replace("says", f"says {json.dumps(text)[1:-1]}"))
+
+
+def markdown_of(run: Path, **figures: float) -> str:
+    set_tasks(run, "sft", **figures)
+    report.write(run)
+    return (run / "report.md").read_text()
+
+
+def test_shares_are_shown_in_points(run: Path) -> None:
+    text = markdown_of(run, base=0.25, parent=0.25, candidate=1.0, lift=0.75, low=0.7, high=0.8)
     assert "| sft | some (lift, n 100) | 25.0 | 25.0 | 100.0 | +75.0 [+70.0, +80.0] vs base | pass |" in text
 
 
-def test_other_scores_are_shown_as_they_are(working_folder: Path) -> None:
-    text = report_of(working_folder, base=-231.1, parent=-231.1, candidate=-215.5, lift=15.6, low=12.8, high=18.4)
+def test_other_scores_are_shown_as_they_are(run: Path) -> None:
+    text = markdown_of(run, base=-231.1, parent=-231.1, candidate=-215.5, lift=15.6, low=12.8, high=18.4)
     assert "| -231.1 | -231.1 | -215.5 | +15.6 [+12.8, +18.4] vs base | pass |" in text
 
 
-def test_a_report_can_be_made_of_a_run_that_has_not_ended(working_folder: Path) -> None:
-    write_project(working_folder)
-    run_recipe(Script())
-    state = json.loads((only_run() / "run.json").read_text())
+def test_a_report_can_be_made_of_a_run_that_has_not_ended(run: Path) -> None:
+    state = json.loads((run / "run.json").read_text())
     state["stages"][1] |= {"state": "pending", "verdict": None, "seconds": None, "tokens": None}
-    (only_run() / "run.json").write_text(json.dumps(state))
-    report.write(only_run())
-    assert "| dpo |  |  |  |  |  | pending |  |  |" in (only_run() / "report.md").read_text()
+    (run / "run.json").write_text(json.dumps(state))
+    page = written(run)
+    assert "| dpo |  |  |  |  |  | pending |  |  |" in (run / "report.md").read_text()
+    assert "Not judged: the stage is pending." in page.words
+
+
+def test_the_page_tells_the_verdict_first_and_then_everything_else(run: Path) -> None:
+    left = written(run).words
+    order = [
+        "mine done", "2 of 2 stages promoted", "sft promoted sft is a pass", "dpo promoted dpo is a pass",
+        "some lift, acc, n 100", "10.0 10.0 60.0", "+50.0 [+40.0, +60.0] against base", "needs > +0.0",
+        "Training sft", "Cost stage", "Documents that changed", "Lineage base", "Reproduce posttrain recipe=mine",
+    ]  # fmt: skip
+    for text in order:
+        assert text in left, text
+        left = left.partition(text)[2]
+
+
+def test_the_command_can_be_pasted_into_a_shell(run: Path) -> None:
+    command = next(line for line in map(str.strip, written(run).text.splitlines()) if line.startswith("posttrain rec"))
+    assert shlex.split(command) == ["posttrain", "recipe=mine", *GATES]
+
+
+def test_the_lineage_leads_from_the_base_through_every_stage(run: Path) -> None:
+    state = json.loads((run / "run.json").read_text())
+    lineage = written(run).words.rpartition("Lineage")[2]
+    base = json.loads((run / "stages/sft/artifact/manifest.json").read_text())["base"]["digest"]
+    for text in (base, *(stage["digest"] for stage in state["stages"]), "trained from base", "trained from sft"):
+        assert text in lineage
+
+
+def test_an_interval_is_drawn_where_its_figures_lie(run: Path) -> None:
+    set_tasks(run, "sft", low=0.4, lift=0.5, high=0.8, threshold=0.2)
+    plot = written(run).tags
+    start = next(index for index, (tag, found) in enumerate(plot) if found.get("class") == "interval good")
+    lines = [found for tag, found in plot[start : start + 20] if tag == "line"]
+    (threshold,) = [line for line in lines if line["class"] == "threshold"]
+    bounds = next(line for line in lines if line["class"] == "bounds")
+    dot = next(found for tag, found in plot[start:] if tag == "circle")
+    zero = next(line for line in lines if line["class"] == "zero")
+    places = [float(text.rstrip("%")) for text in (threshold["x1"], bounds["x1"], dot["cx"], bounds["x2"])]
+    origin = float(zero["x1"].rstrip("%"))
+    widths = [place - origin for place in places]
+    assert widths == pytest.approx([0.2 / 0.8 * widths[-1], 0.4 / 0.8 * widths[-1], 0.5 / 0.8 * widths[-1], widths[-1]])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.31, 0.69, [0.3, 0.4, 0.5, 0.6, 0.7]),
+        (0, 1e-4, [0, 5e-5, 1e-4]),
+        (12.01, 12.04, [12.01, 12.02, 12.03, 12.04]),
+        (2, 2, [1, 1.5, 2, 2.5, 3]),
+        (0, 0, [-0.5, 0, 0.5]),
+    ],
+)
+def test_marks(low: float, high: float, expected: list[float]) -> None:
+    assert marks(low, high) == expected
+
+
+def test_curves_hold_every_step(run: Path) -> None:
+    rows = [{"stage": "sft", "step": step, "loss": 4.0 / step, "lr": 1e-3, "tokens": 7} for step in range(1, 101)]
+    rows += [{"stage": "sft", "step": step, "eval_loss": 5.0 / step} for step in (50, 100)]
+    rows.append({"stage": "sft", "step": 101, "loss": float("nan"), "lr": 1e-3})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "sft", "st')
+    page = written(run)
+    (loss,), (held_out,) = page.all("polyline", data_name="loss"), page.all("polyline", data_name="eval_loss")
+    points = [tuple(map(float, point.split(","))) for point in loss["points"].split()]
+    assert len(points) == 100
+    assert [x for x, _ in points] == pytest.approx([1000 * step / 99 for step in range(100)], abs=0.06)
+    heights = [y for _, y in points]
+    assert heights == sorted(heights)  # a loss that falls is drawn downwards, and y grows downwards
+    assert len(held_out["points"].split()) == 2
+    assert not page.all("polyline", data_name="tokens")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500), st.integers(4, 60))
+def test_a_thinned_curve_keeps_its_peaks(values: list[float], most: int) -> None:
+    points = list(enumerate(values))
+    kept = thinned(points, most)
+    assert len(kept) <= max(most, 4)
+    assert kept == sorted(kept)
+    assert set(kept) <= set(points)
+    assert (min(value for _, value in kept), max(value for _, value in kept)) == (min(values), max(values))
+
+
+@given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
+def test_marks_are_round_and_reach_around_the_values(low: float, width: float) -> None:
+    found = marks(low, low + width)
+    slack = 1e-6 * max(abs(low), width) + 1e-29
+    assert found[0] <= low + slack
+    assert found[-1] >= low + width - slack
+    assert found == sorted(set(found))
+    assert 2 <= len(found) <= 7
+
+
+@pytest.mark.parametrize(("higher_is_better", "worse"), [(True, "candidate says  1"), (False, "candidate says  0")])
+def test_documents_that_got_worse_and_better_stand_side_by_side(run: Path, higher_is_better: bool, worse: str) -> None:
+    set_tasks(run, "sft", higher_is_better=higher_is_better)
+    answers(run, "sft", {"base": [0, 1, 1, 0], "candidate": [1, 0, 1, 0]})
+    (run / "stages/sft/questions.jsonl").write_text(
+        "".join(json.dumps({"task": "some", "doc_id": doc_id, "prompt": f"asked {doc_id}"}) + "\n" for doc_id in (0, 1))
+    )
+    words = written(run).words
+    assert "some against base: 1 worse, 1 better, 2 as good" in words
+    shown = words.partition("The 1 that got worse")[2].partition("The 1 that got better")[0]
+    number = worse[-1]
+    assert f"asked asked {number} expected right {number}" in shown
+    assert f"base says {number}" in shown.replace("  ", " ")
+    assert worse.replace("  ", " ") in shown
+
+
+def test_what_models_and_data_wrote_cannot_act(run: Path) -> None:
+    set_tasks(run, "sft", task="some", metric="acc")
+    answers(run, "sft", {"base": [1.0], "candidate": [0.0]}, HOSTILE)
+    change(run / "stages/sft/verdict.json", reason=HOSTILE)
+    change(run / "run.json", recipe=HOSTILE)
+    (run / "recipe.yaml").write_text("note: '</pre><script>alert(1)</script>'")
+    page = written(run)
+    assert page.words.count('<script>alert("1")</script>') >= 4
+    assert "{{ 7 * 7 }}" in page.words
+    isolated = [found for tag, found in page.tags if tag == "pre" and found.get("class") == "untrusted"]
+    assert isolated
+    assert "unicode-bidi: isolate" in page.styles
+
+
+def test_long_answers_are_cut_and_say_so(run: Path) -> None:
+    answers(run, "sft", {"base": [1.0], "candidate": [0.0]}, "x" * 10_000)
+    assert "more characters)" in written(run).words
+    assert len((run / "report.html").read_text()) < 60_000
+
+
+DAMAGE = {
+    "no verdict": ("stages/sft/verdict.json", None, "Not in this report: the verdict:"),
+    "torn verdict": ("stages/sft/verdict.json", '{"state": "pa', "does not hold a verdict"),
+    "odd verdict": ("stages/sft/verdict.json", '{"state": "pass", "tasks": [{}]}', "does not hold a verdict"),
+    "no manifest": ("stages/sft/artifact/manifest.json", None, "Not in this report: the manifest:"),
+    "torn manifest": ("stages/sft/artifact/manifest.json", "{", "Not in this report: the manifest:"),
+    "empty manifest": ("stages/sft/artifact/manifest.json", "{}", "Lineage base"),
+    "no metrics": ("metrics.jsonl", None, "metrics.jsonl holds no step of this stage"),
+    "metrics of zeros": ("metrics.jsonl", "\0" * 100, "metrics.jsonl holds no step of this stage"),
+    "no scorecard": ("stages/sft/scorecard.jsonl", None, "Not in this report: the answers:"),
+    "torn scorecard": ("stages/sft/scorecard.jsonl", "{", "is not a score"),
+    "torn questions": ("stages/sft/questions.jsonl", "{", "is not a question"),
+    "no recipe": ("recipe.yaml", None, "Reproduce"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_is_missing_is_said_and_the_rest_is_shown(run: Path, case: str) -> None:
+    name, content, expected = DAMAGE[case]
+    answers(run, "sft", {"base": [1.0], "candidate": [0.0]})
+    (run / name).unlink(missing_ok=True)
+    if content is not None:
+        (run / name).write_text(content)
+    words = written(run).words
+    assert expected in words
+    assert "dpo promoted dpo is a pass" in words
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"stages": []}', '{"recipe": "mine", "state": "done", "stages": [1]}'])
+def test_a_directory_whose_state_cannot_be_read_is_refused_by_name(run: Path, content: str) -> None:
+    (run / "run.json").write_text(content)
+    with pytest.raises(BadInput, match=r"run\.json"):
+        report.write(run)
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        (Interrupted("stopped"), "mine interrupted 1 of 2 stages promoted. The run was interrupted"),
+        (RuntimeError("out of <b>order</b>"), "RuntimeError: out of <b>order</b>"),
+    ],
+)
+def test_a_run_that_did_not_end_well_has_its_report(working_folder: Path, raised: Exception, shown: str) -> None:
+    write_project(working_folder)
+    script = Script()
+
+    def failing(context: StageContext) -> None:
+        if context.name == "dpo":
+            raise raised
+
+    script.during_training = failing
+    with pytest.raises((Interrupted, PluginFailed)):
+        run_recipe(script)
+    words = read_page((only_run() / "report.html").read_text()).words
+    assert shown in words
+    assert "sft promoted sft is a pass" in words
+
+
+def test_a_refusal_has_its_reason_at_the_top(working_folder: Path) -> None:
+    write_project(working_folder)
+    script = Script()
+    script.verdicts["sft"] = "fail"
+    with pytest.raises(GateRefused):
+        run_recipe(script)
+    words = read_page((only_run() / "report.html").read_text()).words
+    assert "mine refused 0 of 2 stages promoted. A gate refused an artifact" in words
+    assert "sft refused sft is a fail" in words
+
+
+def test_a_report_is_there_after_every_stage(working_folder: Path) -> None:
+    write_project(working_folder)
+    seen = []
+
+    def looking(context: StageContext) -> None:
+        if context.name == "dpo":
+            seen.append((only_run() / "report.html").read_text())
+
+    script = Script()
+    script.during_training = looking
+    run_recipe(script)
+    assert "sft promoted sft is a pass" in read_page(seen[0]).words
+
+
+def test_a_stage_without_a_gate_says_so(working_folder: Path) -> None:
+    write_project(working_folder)
+    script = Script()
+    run_recipe(script, "stages=[sft]")
+    change(only_run() / "stages/sft/verdict.json", tasks=[], gated=False, reason="the recipe switched this gate off")
+    assert "Promoted unseen: the recipe switched this gate off." in written(only_run()).words

@@ -25,6 +25,7 @@ def test_the_wheel_holds_code_plugins_configuration_and_recipes(wheel: Path) -> 
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names >= {
         "posttrain/cli.py",
+        "posttrain/report/templates/page.html",
         "posttrain_preference/dpo.py",
         "posttrain/_conf/config.yaml",
         "posttrain/_recipes/quickstart.yaml",

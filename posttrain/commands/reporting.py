@@ -1,4 +1,4 @@
-"""``posttrain report``: print the final table of a run again."""
+"""``posttrain report``: make the reports of a run again and print its final table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ ROOT = Path("runs")
 
 
 def report_command(words: list[str]) -> int:
-    """Print the table of the run given by directory or by name; of the newest run when none is given."""
+    """Report on the run given by directory or by name; on the newest run when none is given.
+
+    Raises BadInput when there is no such run, or its directory cannot be written.
+    """
     if len(words) > 1:
         raise BadInput(Problem(where=" ".join(words), what="one run at a time", fix="posttrain report RUN"))
     path = _find(words[0]) if words else _newest()
     report.show(path)
+    try:
+        report.write(path)
+    except OSError as error:
+        raise BadInput(Problem(where=str(path), what=f"the reports cannot be written: {error}")) from None
     return 0
 
 

@@ -12,7 +12,7 @@ from posttrain.gate.fingerprint import library_versions, tokenizer_digest
 from posttrain.gate.harness import Responder, answer, prepare
 from posttrain.gate.isolation import plain_generation, quiet, seeded
 from posttrain.gate.questions import PreparedTask
-from posttrain.gate.scorecard import write_scorecard
+from posttrain.gate.scorecard import write_questions, write_scorecard
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.systems import Loading, SharedWeights, by_weights
 
@@ -24,7 +24,7 @@ Job = tuple[str, str]
 
 
 def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
-    """Ask every system of the request the same questions, and write the scorecard.
+    """Ask every system of the request the same questions, and write the scorecard and the questions.
 
     Raises BadInput when a task cannot be loaded or compared, ArtifactDamaged when an answer is not finite.
     """
@@ -35,6 +35,7 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         tasks = [prepare(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
     rows = _Session(request, progress, loading, tokenizer, tasks).score()
     write_scorecard(request.scorecard, rows)
+    write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
     return Scorecard(rows=tuple(rows), higher_is_better={task.name: task.higher_is_better for task in tasks})
 
 

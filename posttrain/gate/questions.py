@@ -24,6 +24,11 @@ class Question:
     target_hash: str
     target: str
 
+    @property
+    def prompt(self) -> str:
+        """What the model reads before it answers; of several requests, the first one's."""
+        return str(self.requests[0].args[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTask:

@@ -1,4 +1,4 @@
-"""Scores on disk: one JSON line per system, task, filter and document."""
+"""Scores on disk, one JSON line per system, task, filter and document; and what was asked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.artifact import canonical, replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore
 
+if TYPE_CHECKING:
+    from posttrain.gate.questions import PreparedTask
+
+PROMPT_END = 2000
+"""Characters of a prompt that are kept: its end, which holds the question when examples come before it."""
 _FIELDS = {field.name for field in fields(DocumentScore)}
 _KINDS = {"doc_id": int, "metrics": dict}
 
@@ -30,6 +35,28 @@ def read_scorecard(path: Path) -> list[DocumentScore]:
         except ValueError as error:
             raise ArtifactDamaged(f"{path}:{number} is not a score: {error}") from None
     return rows
+
+
+def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
+    """Write the end of every question's prompt, for those who read the answers."""
+    lines = [
+        canonical({"task": task.name, "doc_id": question.doc_id, "prompt": question.prompt[-PROMPT_END:]})
+        for task in tasks
+        for question in task.questions
+    ]
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_questions(path: Path) -> dict[tuple[str, int], str]:
+    """The end of every prompt by task and document; raises ArtifactDamaged naming the line that is not one."""
+    prompts = {}
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
+        try:
+            row = json.loads(line)
+            prompts[str(row["task"]), int(row["doc_id"])] = str(row["prompt"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactDamaged(f"{path}:{number} is not a question: {error}") from None
+    return prompts
 
 
 def lines_of(text: str) -> list[str]:

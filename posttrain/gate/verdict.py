@@ -6,9 +6,11 @@ exceeds ``-max_drop``. What the sample cannot tell is undecided, and so is a gat
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +120,19 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "reason": verdict.reason,
         "tasks": [asdict(task) for task in verdict.tasks],
     }
+
+
+def read_verdict(path: Path) -> Verdict:
+    """The verdict in a verdict.json; raises ArtifactDamaged when the file does not hold one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        tasks = tuple(TaskVerdict(**task) for task in record["tasks"])
+        numbers = [value for task in tasks for value in asdict(task).values() if isinstance(value, float | int)]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError("a figure is not finite")
+        return Verdict(state=record["state"], gated=record["gated"], tasks=tasks, reason=record["reason"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactDamaged(f"{path} does not hold a verdict: {error}") from None
 
 
 def _comparators(request: GateRequest) -> list[Comparator]:

@@ -11,18 +11,22 @@ PLAIN_WIDTH = 140
 
 
 def write(path: Path) -> None:
-    """Write report.md into the directory of a run."""
+    """Write report.md and report.html into the directory of a run."""
     from posttrain.report.markdown import markdown
-    from posttrain.report.rows import read_report
+    from posttrain.report.page import page
+    from posttrain.report.run import read_report
 
-    replace_text(path / "report.md", markdown(read_report(path)))
+    found = read_report(path)
+    for name, text in (("report.md", markdown(found)), ("report.html", page(found))):
+        # A model may have written half a surrogate pair, which no encoding holds.
+        replace_text(path / name, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def show(path: Path) -> None:
     """Print the final table of the run in ``path`` on standard output."""
     from rich.console import Console
 
-    from posttrain.report.rows import read_report
+    from posttrain.report.run import read_report
     from posttrain.report.terminal import print_report
 
     console = Console()

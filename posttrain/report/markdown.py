@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from posttrain.report.rows import COLUMNS, RunReport
+from posttrain.report.rows import COLUMNS, reasons, remarks, table_rows
+from posttrain.report.run import RunReport
 from posttrain.runs import StageState
 
 
@@ -15,10 +16,10 @@ def markdown(report: RunReport) -> str:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "|".join("---" for _ in COLUMNS) + "|",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in report.rows),
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table_rows(report)),
         "",
-        *(f"- **{stage}**: {reason}" for stage, reason in report.reasons),
-        *(f"- **{stage}**: {remark}" for stage, remark in report.remarks),
+        *(f"- **{stage}**: {reason}" for stage, reason in reasons(report)),
+        *(f"- **{stage}**: {remark}" for stage, remark in remarks(report)),
         "",
         "| stage | kind | state | artifact | digest | parent digest |",
         "|---|---|---|---|---|---|",

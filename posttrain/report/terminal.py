@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from posttrain.report.rows import COLUMNS, RunReport
+from posttrain.report.rows import COLUMNS, reasons, remarks, table_rows
+from posttrain.report.run import RunReport
 
 COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "refused": "red", "undecided": "yellow"}
 RIGHT = ("base", "parent", "candidate", "tokens", "time")
@@ -21,7 +22,7 @@ def print_report(report: RunReport, console: Console) -> None:
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
     previous = None
-    for stage, *cells in report.rows:
+    for stage, *cells in table_rows(report):
         if previous not in (None, stage):
             table.add_section()
         colour = COLOURS.get(cells[5], "default")
@@ -29,8 +30,8 @@ def print_report(report: RunReport, console: Console) -> None:
         table.add_row("" if stage == previous else stage, *cells)
         previous = stage
     console.print(table)
-    for stage, reason in report.reasons:
+    for stage, reason in reasons(report):
         console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
-    for stage, remark in report.remarks:
+    for stage, remark in remarks(report):
         console.print(f"[yellow]{stage}[/yellow]: {escape(remark)}", highlight=False)
-    console.print(f"{report.path / 'report.md'}", style="dim", highlight=False)
+    console.print(f"{report.path / 'report.html'}", style="dim", highlight=False)

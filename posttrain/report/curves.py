@@ -1,0 +1,139 @@
+"""Charts of what a stage logged: their curves as points of an SVG, their ticks as positions beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain.report.run import StageReport
+
+WIDTH, HEIGHT = 1000, 300
+"""Size of the drawing in its own units; it is stretched to whatever room there is."""
+MOST_POINTS = 400
+"""Points of a curve that are drawn; of longer ones the lowest and the highest of every stretch."""
+TICKS = 4
+SMALLEST = 1e-30
+"""Values whose size is below this are drawn as zero."""
+COUNTERS = ("tokens", "trained_tokens", "tokens_per_second")
+"""What is logged at every step and says nothing about the course of the training."""
+MAIN = (("loss", "eval_loss"), ("lr",))
+"""The metrics of the charts that every stage is shown with; each other metric has a chart of its own."""
+
+Point = tuple[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """A labelled place on an axis."""
+
+    label: str
+    place: float
+    """In percent from the left, or from the top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One metric."""
+
+    name: str
+    points: str
+    """As a polyline takes them: ``x,y x,y``."""
+    dots: tuple[tuple[float, float], ...]
+    """Places in percent, for a curve of few points, which a line alone would hide."""
+    last: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Curves on common axes."""
+
+    curves: tuple[Curve, ...]
+    y_ticks: tuple[Tick, ...]
+    x_ticks: tuple[Tick, ...]
+
+    @property
+    def title(self) -> str:
+        """The names of its curves."""
+        return " and ".join(curve.name for curve in self.curves)
+
+
+def main_charts(stage: StageReport) -> list[Chart]:
+    """Loss, on training and on held-out records where they were measured, and learning rate."""
+    return [chart for names in MAIN if (chart := _chart(stage, names)) is not None]
+
+
+def further_charts(stage: StageReport) -> list[Chart]:
+    """Whatever else the stage logged."""
+    known = {*COUNTERS, *(name for names in MAIN for name in names)}
+    names = [name for name in stage.metrics if name not in known]
+    return [chart for name in names if (chart := _chart(stage, (name,))) is not None]
+
+
+def _chart(stage: StageReport, names: Sequence[str]) -> Chart | None:
+    series = {name: thinned(stage.metrics[name], MOST_POINTS) for name in names if stage.metrics.get(name)}
+    if not series:
+        return None
+    steps = [step for points in series.values() for step, _ in points]
+    values = [value for points in series.values() for _, value in points]
+    y_marks = marks(min(values), max(values))
+    x_axis = _Axis(min(steps), max(max(steps), min(steps) + 1))
+    y_axis = _Axis(y_marks[0], y_marks[-1])
+    x_marks = [
+        mark for mark in marks(x_axis.low, x_axis.high) if mark.is_integer() and x_axis.low <= mark <= x_axis.high
+    ]
+    return Chart(
+        curves=tuple(_curve(name, points, x_axis, y_axis) for name, points in series.items()),
+        y_ticks=tuple(Tick(label=f"{mark:.6g}", place=100 - y_axis.percent(mark)) for mark in y_marks),
+        x_ticks=tuple(Tick(label=f"{mark:,.0f}", place=x_axis.percent(mark)) for mark in x_marks),
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The values at the two ends of an axis."""
+
+    low: float
+    high: float
+
+    def percent(self, value: float) -> float:
+        """Where a value lies, from the low end."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+
+def _curve(name: str, points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> Curve:
+    places = [(x_axis.percent(step), 100 - y_axis.percent(value)) for step, value in points]
+    return Curve(
+        name=name,
+        points=" ".join(f"{x * WIDTH / 100:.1f},{y * HEIGHT / 100:.1f}" for x, y in places),
+        dots=tuple(places) if len(places) <= MOST_POINTS // 20 else (),
+        last=f"{points[-1][1]:.3g}",
+    )
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """At most ``most`` points that keep every peak: of each stretch of a longer curve, the lowest and the highest."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(len(points) / (most // 2))
+    stretches = [points[start : start + size] for start in range(0, len(points), size)]
+    kept = [{min(stretch, key=_value), max(stretch, key=_value)} for stretch in stretches]
+    return [point for chosen in kept for point in sorted(chosen)]
+
+
+def marks(low: float, high: float) -> list[float]:
+    """About four round numbers, the first not above ``low`` and the last not below ``high``."""
+    size = max(abs(low), abs(high))
+    if size < SMALLEST:
+        low, high = -0.5, 0.5
+    elif high - low <= 1e-6 * size:
+        low, high = low - size / 2, high + size / 2
+    rough = (high - low) / TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def _value(point: Point) -> float:
+    return point[1]

@@ -1,0 +1,89 @@
+"""Figures of a stage in words: what was trained on, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.report.run import RunReport, StageReport
+from posttrain.report.scores import clock
+
+DERIVED = ("epoch_tokens", "epoch_trained_tokens", "tokens", "trained_tokens")
+"""Metrics of the manifest that are shown as lengths, shares and costs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One line of the table of costs."""
+
+    stage: str
+    time: str
+    steps: str
+    tokens: str
+    tokens_per_second: str
+
+
+def costs(report: RunReport) -> list[Cost]:
+    """Time, steps and tokens of every stage, and of all of them."""
+    lines = [_cost(stage) for stage in report.stages]
+    seconds = [stage.state.seconds for stage in report.stages if stage.state.seconds is not None]
+    tokens = [stage.state.tokens for stage in report.stages if stage.state.tokens is not None]
+    total = Cost(
+        stage="all", time=clock(sum(seconds)), steps="", tokens=f"{sum(tokens):,}", tokens_per_second=""
+    )  # fmt: skip
+    return [*lines, total] if len(lines) > 1 and seconds else lines
+
+
+def _cost(stage: StageReport) -> Cost:
+    steps = stage.metrics.get("loss", [])
+    rates = stage.metrics.get("tokens_per_second", [])
+    return Cost(
+        stage=stage.name,
+        time=clock(stage.state.seconds),
+        steps=f"{steps[-1][0]:,}" if steps else "",
+        tokens=f"{stage.state.tokens:,}" if stage.state.tokens is not None else "",
+        tokens_per_second=f"{rates[-1][1]:,.0f}" if rates else "",
+    )
+
+
+def trained_share(stage: StageReport) -> float | None:
+    """Share of the tokens that the loss is taken on; None when the stage does not tell."""
+    tokens, trained = (_number(stage.figures, key) for key in ("epoch_tokens", "epoch_trained_tokens"))
+    return trained / tokens if tokens and trained is not None else None
+
+
+def data_figures(stage: StageReport) -> list[tuple[str, str]]:
+    """What the stage's data came to, by name; first lengths, then the manifest's other figures."""
+    figures = stage.figures
+    shown = [
+        (key.replace("_", " "), _text(value))
+        for key, value in figures.items()
+        if key not in DERIVED and isinstance(value, int | float | str)
+    ]
+    return [*_lengths(stage), *shown]
+
+
+def _lengths(stage: StageReport) -> list[tuple[str, str]]:
+    figures, config = stage.figures, stage.manifest.get("config")
+    tokens, records, rows = (_number(figures, key) for key in ("epoch_tokens", "records", "rows"))
+    longest = _number(config, "sequence_length") if isinstance(config, dict) else None
+    lines = []
+    if tokens is not None:
+        lines.append(("tokens per epoch", _text(tokens)))
+    if tokens is not None and records:
+        lines.append(("mean length of a record", f"{tokens / records:,.1f} tokens"))
+    if tokens is not None and rows and longest:
+        lines.append(("fill of the rows", f"{tokens / (rows * longest):.1%} of {longest:,.0f} tokens"))
+    return lines
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return value if isinstance(value, int | float) else None
+
+
+def _text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,75 @@
+"""The plot of a stage's lifts: every paired difference with its bounds, on one axis for all that share a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posttrain.gate.spec import TaskVerdict
+from posttrain.report.curves import Tick, marks
+from posttrain.report.scores import Scale, scale_of
+
+MARGIN = 4
+"""Percent of the plot's width that stay free on either side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """One comparison, with the places of its marks in percent of the plot's width."""
+
+    task: TaskVerdict
+    scale: Scale
+    low: float
+    lift: float
+    high: float
+    threshold: float
+    """What the lower bound has to lie right of."""
+    ticks: tuple[Tick, ...]
+
+    @property
+    def text(self) -> str:
+        """The lift with its bounds, in words."""
+        return self.scale.interval(self.task.lift, self.task.low, self.task.high)
+
+    @property
+    def required(self) -> str:
+        """What the gate asks, in words."""
+        return f"needs > {self.scale.change(self.task.threshold)}"
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """The score of every system."""
+        return {name: self.scale.score(getattr(self.task, name)) for name in ("base", "parent", "candidate")}
+
+
+def intervals(tasks: Sequence[TaskVerdict]) -> list[Interval]:
+    """A plot line per comparison; shares have one axis together, other scores one per task."""
+    return [_interval(task, [other for other in tasks if _axis(other) == _axis(task)]) for task in tasks]
+
+
+def _axis(task: TaskVerdict) -> str:
+    return "shares" if scale_of(task).factor == 100 else task.task
+
+
+def _interval(task: TaskVerdict, together: Sequence[TaskVerdict]) -> Interval:
+    scale = scale_of(task)
+    shown = [value for other in together for value in (other.low, other.high, other.lift, other.threshold)]
+    low, high = scale.factor * min(0, *shown), scale.factor * max(0, *shown)
+    width = high - low or 1.0
+
+    def place(value: float) -> float:
+        return round(MARGIN + (100 - 2 * MARGIN) * (value - low) / width, 2)
+
+    return Interval(
+        task=task,
+        scale=scale,
+        low=place(scale.factor * task.low),
+        lift=place(scale.factor * task.lift),
+        high=place(scale.factor * task.high),
+        threshold=place(scale.factor * task.threshold),
+        ticks=tuple(
+            Tick(label=f"{mark:+g}" if mark else "0", place=place(mark))
+            for mark in marks(low, high)
+            if low <= mark <= high
+        ),
+    )
