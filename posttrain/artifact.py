@@ -170,7 +170,7 @@ def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Arti
 
 def verify(path: Path) -> Artifact:
     """The artifact in ``path``, every byte checked against its manifest; raises ArtifactDamaged naming what differs."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if "chat_template" in manifest:  # a checkpoint has none
         check_template(path, manifest["chat_template"])
     expected = manifest["files"]
@@ -266,7 +266,8 @@ def _read_text(path: Path) -> str:
         raise ArtifactDamaged(f"{path} is damaged: {error}") from None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in ``path``, itself checked but not the files it lists; raises ArtifactDamaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         claimed = manifest["digest"]

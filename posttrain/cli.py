@@ -23,8 +23,13 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain merge ADAPTER_DIR OUTPUT_DIR       write standalone weights of an adapter and its base, logits compared
   posttrain report [RUN]                       print the table of a run, the newest one below ./runs by default, and
                                                write its report.html and report.md again
+  posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
+  posttrain ledger export|verify|rebuild       every lift ever recorded: print it, check that nothing was changed, make
+                                               it again from the runs
 
   --json             with plan and list: print JSON alone
+  --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
+  output_root=DIR    with leaderboard and ledger: the folder of runs (./runs by default)
   --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4
   --help, --version
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the tab key
@@ -86,10 +91,14 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
         from posttrain.commands.merge import merge_command as command
     elif word == "report":
         from posttrain.commands.reporting import report_command as command
+    elif word == "leaderboard":
+        from posttrain.commands.leaderboard import leaderboard_command as command
+    elif word == "ledger":
+        from posttrain.commands.ledger import ledger_command as command
     elif "=" in word or word.startswith(("-", "~", "+")):
         return None
     else:
-        commands = ("list", "plan", "tokens", "doctor", "merge", "report")
+        commands = ("list", "plan", "tokens", "doctor", "merge", "report", "leaderboard", "ledger")
         close = nearest(word, commands)
         fix = f"Did you mean {close}? " if close else ""
         raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))

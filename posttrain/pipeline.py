@@ -35,6 +35,7 @@ STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     """Run or continue a plan. Raises GateRefused or GateUndecided when a gate stops it; everything published stays."""
+    ledger.check(plan.output_root)
     interrupts = Interrupts()
     with interrupts.installed():
         start = _start(plan)
@@ -80,7 +81,10 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
     state = job.state
     state.state, state.verdict = STATES[verdict.state], verdict.state
     job.run.save()
-    ledger.record(job.plan.output_root, job.run.path.name, job.plan.recipe, job.name, artifact, verdict)
+    judgement = ledger.Judgement(
+        run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, artifact=artifact, verdict=verdict
+    )
+    ledger.record(job.plan.output_root, job.folder, judgement)
     if verdict.state == "pass":
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     job.host.hook.stage_finished(stage=job.name, artifact=artifact, verdict=verdict)

@@ -55,7 +55,7 @@ def test_every_stage_is_trained_judged_promoted_and_recorded() -> None:
     assert set(verdict["tasks"][0]) >= {
         "task", "metric", "role", "against", "n", "base", "parent", "candidate", "lift", "low", "high", "state",
     }  # fmt: skip
-    assert [row["stage"] for row in ledger.lifts(Path("runs"))] == ["sft", "dpo"]
+    assert [row.lift.stage for row in ledger.lifts(Path("runs"))] == ["sft", "dpo"]
     assert "+50.0 [+40.0, +60.0] vs base" in (directory.path / "report.md").read_text()
     assert not list(directory.path.rglob("checkpoints"))
 
@@ -82,7 +82,7 @@ def test_a_verdict_that_is_not_a_pass_stops_the_run(verdict: str, error: type[Po
     assert run_json()["state"] == state
     assert script.trained == ["sft"]
     assert verify(only_run() / "stages/sft/artifact")
-    assert [row["verdict"] for row in ledger.lifts(Path("runs"))] == [verdict]
+    assert [row.lift.verdict for row in ledger.lifts(Path("runs"))] == [verdict]
 
 
 def test_rollback_goes_on_from_the_parent() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +27,20 @@ from posttrain.stage import StageContext
 HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>"\'{{ 7 * 7 }} \ud800 \u202e'
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run of two stages has ended well."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(folder):
+        write_project(folder)
+        run_recipe(Script())
+    return folder
+
+
 @pytest.fixture
-def run(working_folder: Path) -> Path:
-    """The directory of a finished run of two stages."""
-    write_project(working_folder)
-    run_recipe(Script())
+def run(finished: Path, working_folder: Path) -> Path:
+    """The directory of that run, to do with it whatever a test likes."""
+    shutil.copytree(finished, working_folder, dirs_exist_ok=True)
     return only_run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-COMMANDS = ("doctor", "list", "merge", "plan", "report", "tokens")
+COMMANDS = ("doctor", "leaderboard", "ledger", "list", "merge", "plan", "report", "tokens")
 
 
 def complete(words: list[str]) -> int:
@@ -17,6 +17,11 @@ def complete(words: list[str]) -> int:
     arguments = typed[1:] if line.endswith(" ") else typed[1:-1]
     if not arguments:
         print("\n".join(name for name in COMMANDS if name.startswith(current)))
+    if arguments[:1] == ["ledger"]:
+        from posttrain.commands.ledger import ACTIONS
+
+        print("\n".join(name for name in ACTIONS if name.startswith(current)))
+        return 0
     if arguments[:1] and arguments[0] in COMMANDS:
         shorter = line.replace(f" {arguments[0]} ", " ", 1)
         os.environ["COMP_LINE"], os.environ["COMP_POINT"] = shorter, str(len(shorter))

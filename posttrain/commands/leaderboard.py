@@ -1,0 +1,110 @@
+"""``posttrain leaderboard``: every artifact of the ledger beside its base, ranked by task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.commands.words import understood
+from posttrain.errors import BadInput, Problem, suggest
+from posttrain.ledger import lifts
+from posttrain.report.ranking import Board, Entry, boards
+from posttrain.report.scores import Scale
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("artifact", "recipe", "lineage", "n", "score", "lift over base", "verdict")
+OTHER = "Other documents or settings than in the board above: its scores and these cannot be compared."
+
+
+def leaderboard_command(words: list[str]) -> int:
+    """Rank the artifacts recorded below an output root, by every task or by ``task=NAME``."""
+    given = understood("leaderboard", words, ("task", "output_root"), ("table", "markdown", "json"))
+    if given.plain:
+        fix = f"posttrain leaderboard task={given.plain[0]}"
+        raise BadInput(Problem(where=f"leaderboard {' '.join(given.plain)}", what="is not key=value", fix=fix))
+    found = _boards(Path(given.settings.get("output_root", "runs")), given.settings.get("task"))
+    if given.format == "json":
+        print(json.dumps([asdict(board) for board in found], indent=2))
+    elif given.format == "markdown":
+        print("\n".join(_markdown(found)))
+    else:
+        _print(found)
+    return 0
+
+
+def _boards(root: Path, task: str | None) -> list[Board]:
+    found = boards(row.lift for row in lifts(root))
+    if not found:
+        fix = "posttrain recipe=quickstart records some; output_root=DIR names another folder of runs"
+        raise BadInput(Problem(where=str(root), what="no lift is recorded there", fix=fix))
+    chosen = [board for board in found if task in (None, board.task)]
+    if not chosen:
+        raise BadInput(
+            Problem(
+                where=f"task={task}", what="has no score", fix=suggest(str(task), sorted({one.task for one in found}))
+            )
+        )
+    return chosen
+
+
+def _title(board: Board) -> str:
+    better = "" if board.higher_is_better else ", less is better"
+    return f"{board.task}: {board.metric}, {board.n:,} documents{better}"
+
+
+def _cells(entry: Entry, scale: Scale) -> tuple[str, ...]:
+    lift = ""
+    if entry.lift is not None and entry.low is not None and entry.high is not None:
+        lift = scale.interval(entry.lift, entry.low, entry.high)
+    score = scale.score(entry.score)
+    name = "/".join(entry.name.split("/")[-2:])  # of a path, what tells it from others
+    return (entry.digest[:8], name, entry.lineage, f"{entry.n:,}", score, lift, entry.verdict)
+
+
+def _print(found: Sequence[Board]) -> None:
+    """Tables on a terminal, or 80 columns wide elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for _, same_task in groupby(found, key=lambda board: (board.task, board.metric)):
+        for number, board in enumerate(same_task):
+            if number:
+                console.print(OTHER, style="yellow")
+            console.print(_table(board))
+
+
+def _table(board: Board) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_title(board)), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        table.add_column(
+            column,
+            justify="right" if column in ("n", "score") else "left",
+            overflow="fold",
+            no_wrap=column not in ("recipe", "lineage"),
+        )
+    for entry in board.entries:
+        cells = _cells(entry, board.scale)
+        table.add_row(*(Text(cell) for cell in cells), style="dim" if entry.lineage == "base" else None)
+    return table
+
+
+def _markdown(found: Sequence[Board]) -> list[str]:
+    lines: list[str] = []
+    for _, same_task in groupby(found, key=lambda board: (board.task, board.metric)):
+        for number, board in enumerate(same_task):
+            lines += ["", OTHER] if number else []
+            lines += ["", f"**{_title(board)}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+            for entry in board.entries:
+                cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(entry, board.scale))
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines[1:]

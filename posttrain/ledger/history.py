@@ -1,0 +1,46 @@
+"""A stage's own copy of its rows, from which the ledger can be rebuilt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from posttrain.artifact import canonical, replace_text
+from posttrain.errors import ArtifactDamaged
+from posttrain.ledger.lift import Lift, lift_from_json, same_finding
+
+NAME = "lifts.jsonl"
+
+
+def keep(folder: Path, entry: Sequence[Lift]) -> None:
+    """Write the rows of one verdict at the end, in place of a last one that says the same."""
+    path = folder / NAME
+    entries = read(path) if path.exists() else []
+    if entries and same_finding(entries[-1], entry):
+        entries = entries[:-1]
+    lines = [canonical(asdict(lift)) for each in [*entries, entry] for lift in each]
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read(path: Path) -> list[list[Lift]]:
+    """The rows of a stage, verdict by verdict; raises ArtifactDamaged naming the line that is not one."""
+    entries: list[list[Lift]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+        try:
+            lift = lift_from_json(json.loads(line)) if line else None
+        except ValueError as error:
+            raise ArtifactDamaged(f"{path}:{number} is not a lift: {error}") from None
+        if lift is None:
+            continue
+        if entries and entries[-1][0].recorded_at == lift.recorded_at:
+            entries[-1].append(lift)
+        else:
+            entries.append([lift])
+    return entries
+
+
+def histories(root: Path) -> list[Path]:
+    """The histories of every stage of every run below ``root``."""
+    return sorted(root.glob(f"*/stages/*/{NAME}"))

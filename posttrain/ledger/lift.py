@@ -1,0 +1,121 @@
+"""One lift: a task's paired difference between an artifact and what it was compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from posttrain.artifact import Artifact
+from posttrain.errors import PluginFailed
+from posttrain.gate.spec import TaskVerdict, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lift:
+    """One row of the ledger, without its place in the chain."""
+
+    recorded_at: str
+    """UTC with microseconds; no two verdicts of one ledger have the same."""
+    recorded_by: str
+    run: str
+    """Name of the run's directory."""
+    recipe: str
+    stage: str
+    lineage: str
+    """Kinds of the stages that the artifact has been through, in order: ``sft>dpo``."""
+    base_model: str
+    """The base weights as the recipe names them."""
+    base: str
+    """Digest of the base weights."""
+    parent: str
+    """Digest of what the artifact was trained from."""
+    artifact: str
+    """Digest of the judged artifact."""
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    questions: str
+    """Equal for scores that are comparable; see TaskVerdict."""
+    role: str
+    against: str
+    n: int
+    base_score: float
+    parent_score: float
+    candidate_score: float
+    lift: float
+    low: float
+    high: float
+    confidence: float
+    threshold: float
+    state: str
+    """pass, fail or undecided, of this task."""
+    verdict: str
+    """The same, of the whole gate."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is not of its type, so that equal rows have equal hashes."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), KINDS[field.name]
+            if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{field.name} is {value!r}, not {SPOKEN[kind]}")
+
+
+KINDS: dict[str, type] = {
+    field.name: {"str": str, "int": int, "float": float, "bool": bool}[str(field.type)] for field in fields(Lift)
+}
+"""Type of every field of a Lift."""
+SPOKEN: dict[type, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A verdict about an artifact, to be recorded."""
+
+    run: str
+    recipe: str
+    stage: str
+    artifact: Artifact
+    verdict: Verdict
+
+    def lifts(self, recorded_at: str, recorded_by: str) -> list[Lift]:
+        """Its rows; raises PluginFailed when a plugin's verdict holds something that is no figure of a lift."""
+        manifest = self.artifact.manifest
+        shared = {
+            "recorded_at": recorded_at, "recorded_by": recorded_by, "run": self.run, "recipe": self.recipe,
+            "stage": self.stage, "lineage": ">".join(manifest["lineage"]), "base_model": manifest["base"]["name"],
+            "base": manifest["base"]["digest"], "parent": manifest["parent_digest"], "artifact": self.artifact.digest,
+            "verdict": self.verdict.state,
+        }  # fmt: skip
+        try:
+            return [Lift(**shared, **_figures(task)) for task in self.verdict.tasks]
+        except (ValueError, TypeError) as error:
+            raise PluginFailed(f"the verdict about {self.stage} cannot be recorded: {error}") from None
+
+
+def lift_from_json(value: Any) -> Lift:
+    """A lift from its JSON value; raises ValueError when it has not exactly the fields of one."""
+    if not isinstance(value, dict) or set(value) != set(KINDS):
+        raise ValueError("it does not have the fields of a lift")
+    return Lift(**value)
+
+
+def same_finding(first: Sequence[Lift], second: Sequence[Lift]) -> bool:
+    """Whether two entries say the same, whoever recorded them when."""
+    return [_finding(lift) for lift in first] == [_finding(lift) for lift in second]
+
+
+def _finding(lift: Lift) -> dict[str, Any]:
+    return {key: value for key, value in asdict(lift).items() if key not in ("recorded_at", "recorded_by")}
+
+
+def _figures(task: TaskVerdict) -> dict[str, Any]:
+    """What a row takes from a task's verdict."""
+    numbers = {
+        "base_score": task.base, "parent_score": task.parent, "candidate_score": task.candidate, "lift": task.lift,
+        "low": task.low, "high": task.high, "confidence": task.confidence, "threshold": task.threshold,
+    }  # fmt: skip
+    named = ("task", "metric", "filter", "higher_is_better", "questions", "role", "against", "n", "state")
+    return {name: getattr(task, name) for name in named} | {key: float(value) for key, value in numbers.items()}
