@@ -90,6 +90,11 @@ def test_other_scores_are_shown_as_they_are(run: Path) -> None:
     assert "| -231.1 | -231.1 | -215.5 | +15.6 [+12.8, +18.4] vs base | pass |" in text
 
 
+def test_small_scores_keep_their_digits(run: Path) -> None:
+    text = markdown_of(run, base=1.9123, parent=1.82, candidate=1.7, lift=0.2123, low=-0.00001, high=0.4)
+    assert "| 1.912 | 1.82 | 1.7 | +0.2123 [-1e-05, +0.4] vs base | pass |" in text
+
+
 def test_a_report_can_be_made_of_a_run_that_has_not_ended(run: Path) -> None:
     state = json.loads((run / "run.json").read_text())
     state["stages"][1] |= {"state": "pending", "verdict": None, "seconds": None, "tokens": None}
@@ -103,7 +108,7 @@ def test_the_page_tells_the_verdict_first_and_then_everything_else(run: Path) ->
     left = written(run).words
     order = [
         "mine done", "2 of 2 stages promoted", "sft promoted sft is a pass", "dpo promoted dpo is a pass",
-        "some lift, acc, n 100", "10.0 10.0 60.0", "+50.0 [+40.0, +60.0] against base", "needs > +0.0",
+        "some lift, acc, n 100", "10.0 10.0 60.0", "+50.0 [+40.0, +60.0] against base, bounds at 95 %", "needs > +0.0",
         "Training sft", "Cost stage", "Documents that changed", "Lineage base", "Reproduce posttrain recipe=mine",
     ]  # fmt: skip
     for text in order:

@@ -42,6 +42,7 @@ class Curve:
     dots: tuple[tuple[float, float], ...]
     """Places in percent, for a curve of few points, which a line alone would hide."""
     last: str
+    """Its last value and step, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def _curve(name: str, points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> 
         name=name,
         points=" ".join(f"{x * WIDTH / 100:.1f},{y * HEIGHT / 100:.1f}" for x, y in places),
         dots=tuple(places) if len(places) <= MOST_POINTS // 20 else (),
-        last=f"{points[-1][1]:.3g}",
+        last=f"{points[-1][1]:.3g} at step {points[-1][0]:,}",
     )
 
 

@@ -39,6 +39,11 @@ class Comparison:
     better: Sequence[Change]
     same: int
 
+    @property
+    def compared(self) -> int:
+        """Documents that both systems answered."""
+        return len(self.worse) + len(self.better) + self.same
+
 
 def comparisons(tasks: Iterable[TaskVerdict], rows: Sequence[DocumentScore]) -> list[Comparison]:
     """The documents of every comparison of a verdict that the scorecard holds for both systems."""

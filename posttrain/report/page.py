@@ -16,7 +16,7 @@ from posttrain.report.curves import further_charts, main_charts
 from posttrain.report.documents import SHOWN, Comparison, comparisons, shortened
 from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
-from posttrain.report.run import RunReport, StageReport
+from posttrain.report.run import RunReport, StageReport, reason
 from posttrain.report.scores import clock
 
 TONES = {
@@ -92,11 +92,11 @@ def _documents(
     try:
         found = comparisons(stage.verdict.tasks, report.scores(stage))
     except (OSError, ArtifactDamaged) as error:
-        return [], {}, [f"the answers: {error}"]
+        return [], {}, [f"the answers: {reason(error)}"]
     try:
         return found, report.prompts(stage), []
     except (OSError, ArtifactDamaged) as error:
-        return found, {}, [f"the questions: {error}"]
+        return found, {}, [f"the questions: {reason(error)}"]
 
 
 def _base(stages: Sequence[StageReport]) -> Mapping[str, Any]:

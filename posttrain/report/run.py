@@ -81,16 +81,21 @@ def _stage(path: Path, state: StageState, metrics: Metrics) -> StageReport:
     try:
         verdict = read_verdict(folder / "verdict.json") if state.verdict is not None else None
     except (OSError, ArtifactDamaged) as error:
-        missing.append(f"the verdict: {error}")
+        missing.append(f"the verdict: {reason(error)}")
     try:
         manifest = _manifest(path / state.artifact / MANIFEST) if state.artifact is not None else {}
     except (OSError, ValueError) as error:
-        missing.append(f"the manifest: {error}")
+        missing.append(f"the manifest: {reason(error)}")
     if not metrics and state.digest is not None:
         missing.append("the curves: metrics.jsonl holds no step of this stage")
     return StageReport(
         state=state, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(folder), missing=tuple(missing)
     )
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be shown."""
+    return f"there is no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -21,12 +21,12 @@ class Scale:
 
     def score(self, value: float) -> str:
         """A score."""
-        return f"{self.factor * value:.1f}"
+        return f"{100 * value:.1f}" if self.factor == 100 else f"{value:.4g}"
 
     def change(self, value: float) -> str:
         """A difference, with its sign."""
-        text = f"{self.factor * value:+.1f}"
-        return "+0.0" if text == "-0.0" else text
+        text = f"{100 * value:+.1f}" if self.factor == 100 else f"{value:+.4g}"
+        return text.replace("-", "+") if float(text) == 0 else text
 
     def interval(self, lift: float, low: float, high: float) -> str:
         """A lift with its bounds."""
