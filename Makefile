@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint types contracts check clean
+.PHONY: install quickstart test lint types contracts check test-browser clean
 
 install: .venv/installed
 
@@ -29,6 +29,9 @@ contracts: install
 
 check: install
 	$(BIN)/pytest
+
+test-browser: install
+	$(BIN)/pytest tests/browser
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

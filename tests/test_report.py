@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from fakes import GATES, Script, only_run, run_recipe, task_verdict, write_proje
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import Page, read_page
+from test_cli import main
 
 from posttrain import report
 from posttrain.errors import BadInput, GateRefused, Interrupted, PluginFailed
@@ -224,6 +226,25 @@ def test_what_models_and_data_wrote_cannot_act(run: Path) -> None:
     assert "unicode-bidi: isolate" in page.styles
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(run: Path, scheme: int) -> None:
+    block = written(run).styles.split(":root {")[1 + scheme].partition("}")[0]
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+    pairs = [(ink, paper) for ink in ("ink", "quiet", "good", "bad", "warn", "first") for paper in ("paper", "panel")]
+    pairs += [(tone, f"{tone}-tint") for tone in ("good", "bad", "warn")]
+    pairs += [("ink", "good-tint"), ("ink", "bad-tint")]
+    for text, behind in pairs:
+        low, high = sorted((luminance(colours[text]), luminance(colours[behind])))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"{text} on {behind}"
+
+
 def test_long_answers_are_cut_and_say_so(run: Path) -> None:
     answers(run, "sft", {"base": [1.0], "candidate": [0.0]}, "x" * 10_000)
     assert "more characters)" in written(run).words
@@ -236,6 +257,10 @@ DAMAGE = {
     "odd verdict": ("stages/sft/verdict.json", '{"state": "pass", "tasks": [{}]}', "does not hold a verdict"),
     "no manifest": ("stages/sft/artifact/manifest.json", None, "Not in this report: the manifest:"),
     "torn manifest": ("stages/sft/artifact/manifest.json", "{", "Not in this report: the manifest:"),
+    "odd manifest": ("stages/sft/artifact/manifest.json", '{"base": 1, "metrics": [], "config": 2}', "is not told"),
+    "odd metrics": (
+        "metrics.jsonl", f'{{"stage": "sft", "step": 1, "loss": 1{"0" * 400}, "lr": true}}\n[]\n3', "holds no step",
+    ),
     "empty manifest": ("stages/sft/artifact/manifest.json", "{}", "Lineage base"),
     "no metrics": ("metrics.jsonl", None, "metrics.jsonl holds no step of this stage"),
     "metrics of zeros": ("metrics.jsonl", "\0" * 100, "metrics.jsonl holds no step of this stage"),
@@ -286,6 +311,24 @@ def test_a_run_that_did_not_end_well_has_its_report(working_folder: Path, raised
     words = read_page((only_run() / "report.html").read_text()).words
     assert shown in words
     assert "sft promoted sft is a pass" in words
+
+
+def test_the_command_makes_the_reports_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("report.html", "report.md"):
+        (run / name).unlink()
+    assert main("report") == 0
+    assert capsys.readouterr().out.rstrip().endswith(str(run / "report.html"))
+    read_page((run / "report.html").read_text())
+    assert (run / "report.md").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    assert main("report", run.name) == 2
+    captured = capsys.readouterr()
+    assert "mine: done" in captured.out
+    assert f"error: {run}: the reports cannot be written:" in captured.err
 
 
 def test_a_refusal_has_its_reason_at_the_top(working_folder: Path) -> None:

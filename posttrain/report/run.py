@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.gate.verdict import read_verdict
 from posttrain.runs import RunState, StageState, read_state
 
+LARGEST = 1e100
+"""Values of this size or more are no measurements, and are not drawn."""
 Metrics = Mapping[str, list[tuple[int, float]]]
 """Per metric of a stage, (step, value) in the order of logging."""
 
@@ -138,4 +139,4 @@ def _row(line: str) -> dict[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
