@@ -26,7 +26,7 @@ from posttrain.gate import plugin
 from posttrain.gate.checks import check_tasks
 from posttrain.gate.evaluate import evaluate
 from posttrain.gate.harness import _is_complete, load_leaves, preflight
-from posttrain.gate.scorecard import read_scorecard
+from posttrain.gate.scorecard import read_questions, read_scorecard
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 from posttrain.gate.systems import Loading, SharedWeights
 from posttrain.gate.verdict import judge
@@ -294,6 +294,9 @@ def test_every_system_is_asked_the_same(folder: Path, base: ModelSource, tmp_pat
     ]
     assert asked[0] == asked[1]
     assert len(set(asked[0].values())) == 48
+    prompts = read_questions(tmp_path / "questions.jsonl")
+    assert prompts.keys() == {(row.task, row.doc_id) for row in card.rows}
+    assert len(set(prompts.values())) == 48
 
 
 # --- Cache ------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import read_page
 
 from posttrain.artifact import verify
+from posttrain.ledger import audit
 
 COMMAND = [sys.executable, "-m", "posttrain", "recipe=quickstart"]
 PATIENCE = 600
@@ -80,6 +82,25 @@ def test_the_scorecard_holds_every_answer(clean: Path) -> None:
     rows = [json.loads(line) for line in (clean / "stages/dpo/scorecard.jsonl").read_text().split("\n") if line]
     assert {row["system"] for row in rows} == {"base", "parent", "candidate"}
     assert all(row["response"] for row in rows if row["system"] == "candidate" and row["task"] == "towns_sentences")
+
+
+def test_the_report_shows_what_the_run_did(clean: Path) -> None:
+    page = read_page((clean / "report.html").read_text())
+    assert {"loss", "lr"} <= {curve["data-name"] for curve in page.all("polyline")}
+    assert "2 of 2 stages promoted" in page.words
+    assert "posttrain recipe=quickstart" in page.words
+    assert "Not in this report" not in page.words
+    assert "<|im_start|>user" in page.words
+
+
+def test_the_ledger_holds_every_lift_and_its_runs_agree(clean: Path) -> None:
+    recorded = [(row["stage"], row["task"], row["against"]) for row in audit.verify(clean.parent)]
+    judged = [
+        (stage, task["task"], task["against"])
+        for stage in ("sft", "dpo")
+        for task in json.loads((clean / "stages" / stage / "verdict.json").read_text())["tasks"]
+    ]
+    assert recorded == judged
 
 
 def steps_logged(folder: Path, stage: str) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.cache import ScoreCache, score_key
-from posttrain.gate.scorecard import read_scorecard, write_scorecard
+from posttrain.gate.questions import PreparedTask, Question
+from posttrain.gate.scorecard import PROMPT_END, read_questions, read_scorecard, write_questions, write_scorecard
 from posttrain.gate.spec import DocumentScore
 
 KEY = score_key(system="abc", questions=[[0, "d", "r", "t"]])
@@ -48,6 +50,24 @@ def test_rows_come_back_without_the_names_of_a_run(cache: ScoreCache) -> None:
     assert cache.read(KEY, ASKED, ["none"]) is None
     cache.write(KEY, ROWS)
     assert cache.read(KEY, ASKED, ["none"]) == [replace(item, system="", task="") for item in ROWS]
+
+
+def test_of_a_long_prompt_the_end_is_kept(tmp_path: Path) -> None:
+    prompts = ["short \u2028 \N{SNOWMAN}", "example " * 1000 + "the question"]
+    questions = [
+        Question(
+            doc_id=doc_id, doc={}, leaf=None, requests=[SimpleNamespace(args=(prompt, {}))], document_hash="",
+            request_hash="", target_hash="", target="",
+        )
+        for doc_id, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    task = PreparedTask(
+        name="quiz", metric="acc", higher_is_better=True, leaves=[], filters=[], questions=questions, settings=None
+    )
+    write_questions(tmp_path / "questions.jsonl", [task])
+    found = read_questions(tmp_path / "questions.jsonl")
+    assert found == {("quiz", 0): prompts[0], ("quiz", 1): prompts[1][-PROMPT_END:]}
+    assert found["quiz", 1].endswith("the question")
 
 
 def test_another_key_finds_nothing(cache: ScoreCache) -> None:
