@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judgements import task_verdict
 from rich.console import Console
 from safetensors.numpy import save_file
 
 from posttrain import plugins
 from posttrain.config.compose import compose
 from posttrain.display import Display
-from posttrain.gate.spec import GateRequest, Scorecard, State, TaskVerdict, Verdict
+from posttrain.gate.spec import GateRequest, Scorecard, State, Verdict
 from posttrain.hookspecs import hookimpl
 from posttrain.pipeline import run
 from posttrain.plan import make_plan
@@ -93,14 +94,6 @@ def write_adapter(context: StageContext) -> None:
     (context.output / "adapter_config.json").write_text(json.dumps({"r": 2, "target_modules": ["layer"]}))
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copy(context.parent.tokenizer / name, context.output / name)
-
-
-def task_verdict(state: State) -> TaskVerdict:
-    return TaskVerdict(
-        task="some", metric="acc", filter="none", higher_is_better=True, questions="q" * 64, role="lift",
-        against="base", n=100, base=0.1, parent=0.1, candidate=0.6, lift=0.5, low=0.4, high=0.6, confidence=0.95,
-        threshold=0.0, state=state, reason="because",
-    )  # fmt: skip
 
 
 def scripted_host(script: Script, *others: object) -> Host:

@@ -12,40 +12,23 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Script, only_run, run_recipe, task_verdict, write_project
+from fakes import Script, only_run, run_recipe, write_project
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from judgements import ROOT, add
 
 from posttrain import cli
-from posttrain.artifact import Artifact, digest_of
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PluginFailed, PosttrainError
-from posttrain.gate.spec import State, Verdict
-from posttrain.ledger import Judgement, check, lifts, record, store
+from posttrain.ledger import Lift, check, lifts, store
 from posttrain.ledger.audit import rebuild, verify
+from posttrain.ledger.chain import faults, linked
+from posttrain.ledger.lift import KINDS
 from posttrain.ledger.store import records_in
-
-ROOT = Path("runs")
-
-
-def judgement(run: str = "run", stage: str = "sft", state: State = "pass", tasks: int = 2, **figures: Any) -> Judgement:
-    """A verdict about an artifact of a run."""
-    manifest = {
-        "digest": digest_of([run, stage]), "parent_digest": "parent", "lineage": ["sft"],
-        "base": {"name": "base", "digest": "weights"},
-    }  # fmt: skip
-    found = tuple(replace(task_verdict(state), task=f"task{number}", **figures) for number in range(tasks))
-    verdict = Verdict(state=state, gated=True, tasks=found, reason="because")
-    return Judgement(run=run, recipe="mine", stage=stage, artifact=Artifact(Path(), manifest), verdict=verdict)
-
-
-def add(run: str = "run", **settings: Any) -> None:
-    given = judgement(run, **settings)
-    folder = ROOT / given.run / "stages" / given.stage
-    folder.mkdir(parents=True, exist_ok=True)
-    record(ROOT, folder, given)
 
 
 def edit(*statements: str) -> None:
@@ -152,10 +135,31 @@ def test_whatever_is_done_to_a_past_row_is_found(case: str, capsys: pytest.Captu
     assert expected in message
 
 
+LIFTS = st.builds(
+    Lift,
+    **{name: st.floats(-1e9, 1e9) for name, kind in KINDS.items() if kind is float},
+    **{name: st.text(max_size=9) for name, kind in KINDS.items() if kind is str},
+    n=st.integers(0, 10**6),
+    higher_is_better=st.booleans(),
+)
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.binary(max_size=9))
+
+
+@given(st.lists(LIFTS, min_size=1, max_size=6), st.data())
+def test_no_value_of_no_row_can_be_another(found: list[Lift], data: st.DataObject) -> None:
+    rows = list(linked(found, None))
+    records = [{"seq": row.seq, **asdict(row.lift), "previous": row.previous, "hash": row.hash} for row in rows]
+    assert faults(records, len(rows)) == []
+    record = data.draw(st.sampled_from(records))
+    field = data.draw(st.sampled_from([*KINDS, "seq", "previous", "hash"]))
+    value = data.draw(VALUES.filter(lambda other: repr(other) != repr(record[field])))
+    assume(field != "seq" or isinstance(value, int))
+    record[field] = value
+    assert faults(records, len(rows))
+
+
 def forge() -> None:
     """Change a row and give every row after it a hash that fits."""
-    from posttrain.ledger.chain import linked
-
     rows = lifts(ROOT)
     changed = [replace(row.lift, lift=0.9) if row.seq == 3 else row.lift for row in rows]
     with store.writing(ROOT) as connection:
@@ -273,10 +277,10 @@ def test_a_writer_that_died_before_the_row_was_final_writes_it_once(monkeypatch:
     assert content() == before
 
 
-WRITERS, APPENDS, KILLED = 16, 8, (3, 11)
+WRITERS, APPENDS, KILLED = 16, 12, (3, 11)
 WRITER = """
 import sys
-from test_ledger import add
+from judgements import add
 for number in range(int(sys.argv[2])):
     add(f"run{sys.argv[1]}", lift=number / 1000)
     print(number, flush=True)

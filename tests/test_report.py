@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import GATES, Script, only_run, run_recipe, task_verdict, write_project
-from hypothesis import given
+from fakes import GATES, Script, only_run, run_recipe, write_project
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from judgements import task_verdict
 from pages import Page, read_page
 from test_cli import main
 
 from posttrain import report
 from posttrain.errors import BadInput, GateRefused, Interrupted, PluginFailed
 from posttrain.gate.scorecard import write_scorecard
-from posttrain.gate.spec import DocumentScore
+from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.report.curves import marks, thinned
+from posttrain.report.page import page
+from posttrain.report.run import RunReport, StageReport
+from posttrain.runs import RunState, StageState
 from posttrain.stage import StageContext
 
 HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>"\'{{ 7 * 7 }} \ud800 \u202e'
@@ -101,9 +105,9 @@ def test_a_report_can_be_made_of_a_run_that_has_not_ended(run: Path) -> None:
     state = json.loads((run / "run.json").read_text())
     state["stages"][1] |= {"state": "pending", "verdict": None, "seconds": None, "tokens": None}
     (run / "run.json").write_text(json.dumps(state))
-    page = written(run)
+    shown = written(run)
     assert "| dpo |  |  |  |  |  | pending |  |  |" in (run / "report.md").read_text()
-    assert "Not judged: the stage is pending." in page.words
+    assert "Not judged: the stage is pending." in shown.words
 
 
 def test_the_page_tells_the_verdict_first_and_then_everything_else(run: Path) -> None:
@@ -129,6 +133,38 @@ def test_the_lineage_leads_from_the_base_through_every_stage(run: Path) -> None:
     base = json.loads((run / "stages/sft/artifact/manifest.json").read_text())["base"]["digest"]
     for text in (base, *(stage["digest"] for stage in state["stages"]), "trained from base", "trained from sft"):
         assert text in lineage
+
+
+def test_a_run_that_started_from_an_artifact_names_it(run: Path) -> None:
+    sft = json.loads((run / "run.json").read_text())["stages"][0]["digest"]
+    script = Script()
+    other = run_recipe(script, "stages=[dpo]", f"start_from={run / 'stages/sft/artifact'}", "output_root=other").path
+    assert f"trained from artifact {sft}" in written(other).words
+
+
+@given(
+    st.text(),
+    st.text(),
+    st.text(),
+    st.tuples(*[st.floats(-1e6, 1e6)] * 7),
+    st.sampled_from(["pass", "fail", "undecided"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_whatever_a_verdict_says_the_page_is_well_formed(
+    task: str, metric: str, reason: str, numbers: tuple[float, ...], state: Any
+) -> None:
+    names = ("base", "parent", "candidate", "lift", "low", "high", "threshold")
+    judged = replace(task_verdict(state), task=task, metric=metric, **dict(zip(names, numbers, strict=True)))  # type: ignore[arg-type]
+    stage = StageReport(
+        state=StageState(name=task, kind=metric, verdict=state),
+        verdict=Verdict(state=state, gated=True, tasks=(judged,), reason=reason),
+        manifest={"base": {"name": reason}, "metrics": {metric: task}, "config": {"sequence_length": metric}},
+        metrics={metric: [(1, numbers[0])], "loss": list(enumerate(numbers))},
+    )
+    found = RunReport(path=Path(task), state=RunState(recipe=reason, command=[task, metric]), stages=(stage,))
+    shown = read_page(page(found))
+    assert len(shown.all("polyline", data_name="loss")[0]["points"].split()) == len(numbers)
+    assert len(shown.all("circle")) == 1
 
 
 def test_an_interval_is_drawn_where_its_figures_lie(run: Path) -> None:
@@ -165,15 +201,15 @@ def test_curves_hold_every_step(run: Path) -> None:
     rows += [{"stage": "sft", "step": step, "eval_loss": 5.0 / step} for step in (50, 100)]
     rows.append({"stage": "sft", "step": 101, "loss": float("nan"), "lr": 1e-3})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "sft", "st')
-    page = written(run)
-    (loss,), (held_out,) = page.all("polyline", data_name="loss"), page.all("polyline", data_name="eval_loss")
+    shown = written(run)
+    (loss,), (held_out,) = shown.all("polyline", data_name="loss"), shown.all("polyline", data_name="eval_loss")
     points = [tuple(map(float, point.split(","))) for point in loss["points"].split()]
     assert len(points) == 100
     assert [x for x, _ in points] == pytest.approx([1000 * step / 99 for step in range(100)], abs=0.06)
     heights = [y for _, y in points]
     assert heights == sorted(heights)  # a loss that falls is drawn downwards, and y grows downwards
     assert len(held_out["points"].split()) == 2
-    assert not page.all("polyline", data_name="tokens")
+    assert not shown.all("polyline", data_name="tokens")
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500), st.integers(4, 60))
@@ -218,12 +254,12 @@ def test_what_models_and_data_wrote_cannot_act(run: Path) -> None:
     change(run / "stages/sft/verdict.json", reason=HOSTILE)
     change(run / "run.json", recipe=HOSTILE)
     (run / "recipe.yaml").write_text("note: '</pre><script>alert(1)</script>'")
-    page = written(run)
-    assert page.words.count('<script>alert("1")</script>') >= 4
-    assert "{{ 7 * 7 }}" in page.words
-    isolated = [found for tag, found in page.tags if tag == "pre" and found.get("class") == "untrusted"]
+    shown = written(run)
+    assert shown.words.count('<script>alert("1")</script>') >= 4
+    assert "{{ 7 * 7 }}" in shown.words
+    isolated = [found for tag, found in shown.tags if tag == "pre" and found.get("class") == "untrusted"]
     assert isolated
-    assert "unicode-bidi: isolate" in page.styles
+    assert "unicode-bidi: isolate" in shown.styles
 
 
 def luminance(colour: str) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from fakes import Script, run_recipe, write_project
+from judgements import add
 from test_cli import complete
-from test_ledger import add, main
+from test_ledger import main
 
 from posttrain.ledger import lifts
 from posttrain.report.ranking import Board, boards

@@ -5,6 +5,7 @@ Whatever models and data wrote is untrusted: the template engine escapes it, and
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,29 @@ ENDINGS = {
 
 def page(report: RunReport) -> str:
     """The run as an HTML document, whatever of it there is; what is missing is said."""
+    names = {stage.state.digest: stage.name for stage in report.stages if stage.state.digest is not None}
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            state=report.state,
+            promoted=sum(stage.state.state == "promoted" for stage in report.stages),
+            ending=ENDINGS.get(report.state.state, ""),
+            seconds=sum(stage.state.seconds or 0 for stage in report.stages),
+            stages=[_stage(report, stage, names) for stage in report.stages],
+            costs=costs(report),
+            base=_base(report.stages),
+            versions=_versions(report.stages),
+            command=shlex.join(report.state.command),
+            recipe=_recipe(report),
+            most=SHOWN,
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("posttrain.report"),
         autoescape=True,
@@ -46,24 +70,10 @@ def page(report: RunReport) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"shortened": shortened, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
-    return environment.get_template("page.html").render(
-        report=report,
-        state=report.state,
-        promoted=sum(stage.state.state == "promoted" for stage in report.stages),
-        ending=ENDINGS.get(report.state.state, ""),
-        seconds=sum(stage.state.seconds or 0 for stage in report.stages),
-        stages=[_stage(report, stage) for stage in report.stages],
-        costs=costs(report),
-        base=_base(report.stages),
-        parents=_names(report.stages),
-        versions=_versions(report.stages),
-        command=shlex.join(report.state.command),
-        recipe=_recipe(report),
-        most=SHOWN,
-    )
+    return environment
 
 
-def _stage(report: RunReport, stage: StageReport) -> dict[str, Any]:
+def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows of one stage."""
     tasks = stage.verdict.tasks if stage.verdict is not None else ()
     documents, prompts, missing = _documents(report, stage)
@@ -71,6 +81,7 @@ def _stage(report: RunReport, stage: StageReport) -> dict[str, Any]:
         "name": stage.name,
         "report": stage,
         "state": stage.state,
+        "origin": _origin(stage, names),
         "verdict": stage.verdict,
         "intervals": intervals(tasks),
         "charts": main_charts(stage),
@@ -104,9 +115,12 @@ def _base(stages: Sequence[StageReport]) -> Mapping[str, Any]:
     return {"name": "the base model", "digest": "", **(found[0] if found else {})}
 
 
-def _names(stages: Sequence[StageReport]) -> Mapping[str, str]:
-    """What a digest of this run is the digest of."""
-    return {stage.state.digest: stage.name for stage in stages if stage.state.digest is not None}
+def _origin(stage: StageReport, names: Mapping[str, str]) -> str:
+    """What a stage was trained from: a stage of this run, the base, or an artifact of another run."""
+    parent, lineage = stage.state.parent_digest or "", stage.manifest.get("lineage")
+    if parent in names:
+        return names[parent]
+    return "base" if isinstance(lineage, list) and len(lineage) == 1 else f"artifact {parent}"
 
 
 def _versions(stages: Sequence[StageReport]) -> Mapping[str, Any]:

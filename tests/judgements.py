@@ -1,0 +1,39 @@
+"""Verdicts to be recorded, without a run; light, so that many processes can make them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import Artifact, digest_of
+from posttrain.gate.spec import State, TaskVerdict, Verdict
+from posttrain.ledger import Judgement, record
+
+ROOT = Path("runs")
+
+
+def task_verdict(state: State) -> TaskVerdict:
+    return TaskVerdict(
+        task="some", metric="acc", filter="none", higher_is_better=True, questions="q" * 64, role="lift",
+        against="base", n=100, base=0.1, parent=0.1, candidate=0.6, lift=0.5, low=0.4, high=0.6, confidence=0.95,
+        threshold=0.0, state=state, reason="because",
+    )  # fmt: skip
+
+
+def judgement(run: str = "run", stage: str = "sft", state: State = "pass", tasks: int = 2, **figures: Any) -> Judgement:
+    """A verdict about an artifact of a run."""
+    manifest = {
+        "digest": digest_of([run, stage]), "parent_digest": "parent", "lineage": ["sft"],
+        "base": {"name": "base", "digest": "weights"},
+    }  # fmt: skip
+    found = tuple(replace(task_verdict(state), task=f"task{number}", **figures) for number in range(tasks))
+    verdict = Verdict(state=state, gated=True, tasks=found, reason="because")
+    return Judgement(run=run, recipe="mine", stage=stage, artifact=Artifact(Path(), manifest), verdict=verdict)
+
+
+def add(run: str = "run", **settings: Any) -> None:
+    given = judgement(run, **settings)
+    folder = ROOT / given.run / "stages" / given.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    record(ROOT, folder, given)
