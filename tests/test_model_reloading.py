@@ -18,10 +18,10 @@ from test_sft_stage import context
 from tiny import base_source, published, tiny_tokenizer, write_base
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LoraSettings, Method
+from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.errors import ArtifactDamaged, PluginFailed
 from posttrain.model.checks import check_output
-from posttrain.model.loading import load_trainable
+from posttrain.model.loading import load_model, load_trainable
 from posttrain.model.probe import PROBE, leave_probe, logits
 from posttrain.model.reloading import check_reloaded
 from posttrain.runner import run_stage
@@ -79,6 +79,23 @@ def test_what_was_trained_is_published_without_its_probe(
     assert (output / PROBE).exists()
     check(output, base)
     assert not (output / PROBE).exists()
+
+
+@pytest.mark.parametrize("compute", [Dtype.float32, Dtype.bfloat16])
+@pytest.mark.parametrize("method", list(Method))
+def test_logits_in_memory_are_those_on_disk_whatever_was_computed_in(
+    base: ModelSource, tmp_path: Path, method: Method, compute: Dtype
+) -> None:
+    stage = context(base, tmp_path, method=method, lora=LORA, dtype="bfloat16", compute_dtype=compute, max_steps=2)
+    run(stage)
+    probe = load_file(stage.output / PROBE)
+    output = {"model": stage.output} if method is Method.full else {"adapter": stage.output}
+    quantization = "nf4" if method is Method.qlora else None
+    source = replace(base, **output, tokenizer=stage.output, quantization=quantization)
+    added = () if method is Method.full else base.added_tokens
+    model = load_model(replace(source, added_tokens=added), "bfloat16")
+    assert torch.equal(logits(model, probe["ids"]), probe["logits"])
+    check(stage.output, base, "bfloat16")
 
 
 def edit(output: Path, change: Callable[[Tensors], Tensors | None], name: str = "adapter_model.safetensors") -> None:

@@ -6,12 +6,25 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import GATES, Script, scripted_host, write_project
 from safetensors.torch import load_file
 from test_sft_stage import context, conversations
-from tiny import TEMPLATE, VOCABULARY, Killed, Recorder, base_source, published, tiny_tokenizer, write_base
+from tiny import (
+    TEMPLATE,
+    VOCABULARY,
+    Killed,
+    Recorder,
+    base_source,
+    documents_of,
+    packed_row,
+    published,
+    sft_config,
+    tiny_tokenizer,
+    write_base,
+)
 
 from posttrain.artifact import ModelSource
 from posttrain.config.compose import compose
@@ -24,6 +37,8 @@ from posttrain.model.loading import added_token_ids, load_model, load_tokenizer,
 from posttrain.model.saving import save_model
 from posttrain.model.tokens import embedding_layers
 from posttrain.plan import make_plan
+from posttrain.sft.attention import install
+from posttrain.sft.gradient import add_gradient
 from posttrain.sft.stage import run
 
 TOKENS = ("<think>", "</think>", "<|turn|>")
@@ -133,6 +148,27 @@ def test_gradients_reach_exactly_the_new_rows(base: ModelSource) -> None:
     for name, layer in layers.items():
         (gradient,) = [g for key, g in trained.items() if f".{name}." in key]
         assert torch.allclose(gradient, layer.weight.grad[128:], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loop_computes_the_gradient_of_the_models_own_forward_pass(base: ModelSource) -> None:
+    ids = np.array([4, 130, 5, 128, 6, 129, 7, 130], np.int32)
+    mask = np.array([0, 0, 0, 1, 1, 1, 1, 1], bool)
+    row, trained = packed_row([(ids, mask), (ids[::-1].copy(), mask)]), 10
+    loop, plain = (
+        new_adapter(load_model(base, "float32"), LoraSettings(r=4), seed=0, tokens=added_token_ids(base))
+        for _ in range(2)
+    )
+    install(loop)
+    add_gradient(loop, [row], trained, sft_config(), "float32")
+    for document in documents_of(row):
+        labels = torch.tensor(np.where(document.mask, document.input_ids, -100))[None].long()
+        out = plain(input_ids=torch.tensor(document.input_ids)[None].long(), labels=labels)
+        (out.loss * int(document.mask.sum()) / trained).backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in loop.named_parameters() if p.requires_grad}
+    assert sum("trainable_tokens" in name for name in found) == (1 if tied(base) else 2)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / (gradient.norm() + 1e-6)) < 1e-5, name
 
 
 def test_a_later_stage_trains_the_rest_of_the_adapter_on(base: ModelSource, tmp_path: Path) -> None:

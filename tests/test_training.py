@@ -100,7 +100,14 @@ def test_a_value_out_of_range_is_a_problem_by_name(setting: str, value: float) -
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("r", 0), ("alpha", 0), ("dropout", 1.0), ("target_modules", "q_proj"), ("target_modules", [])],
+    [
+        ("r", 0),
+        ("alpha", 0),
+        ("dropout", 1.0),
+        ("target_modules", "q_proj"),
+        ("target_modules", []),
+        ("target_modules", ["q_proj", "lm_head"]),
+    ],
 )
 def test_an_impossible_adapter_is_a_problem_by_name(setting: str, value: object) -> None:
     config = sft_config(lora=replace(LoraSettings(), **{setting: value}))

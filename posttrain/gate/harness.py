@@ -33,7 +33,7 @@ from posttrain.errors import ArtifactDamaged, BadInput, PosttrainError, Problem
 from posttrain.gate.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
 from posttrain.gate.checks import check_filter, unknown_metric, unsupported_aggregation
 from posttrain.gate.fingerprint import settings_of
-from posttrain.gate.isolation import quiet
+from posttrain.gate.isolation import quiet, tied_already
 from posttrain.gate.questions import PreparedTask, Question
 from posttrain.gate.spec import DocumentScore
 
@@ -255,7 +255,8 @@ class Responder(HFLM):
     """A loaded model that answers lm-eval's requests: silent, and watchful of what is not finite or does not fit."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        with tied_already(model):
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.cut = 0
         """How many prompts were longer than the model's context and lost their beginning."""
         self._unsound = torch.zeros((), dtype=torch.bool, device=self.device)

@@ -79,3 +79,13 @@ def plain_generation(model: Any, eos_token_id: int | None) -> Iterator[None]:
         yield
     finally:
         inner.generation_config = own
+
+
+@contextlib.contextmanager
+def tied_already(model: Any) -> Iterator[None]:
+    """Keep lm_eval from tying the weights of a loaded model again: with rows of added tokens beside them that fails."""
+    model.__dict__["tie_weights"] = lambda: None
+    try:
+        yield
+    finally:
+        del model.__dict__["tie_weights"]

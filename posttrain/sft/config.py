@@ -136,5 +136,7 @@ class SFTConfig(StageConfig):
             yield "lora.alpha", f"must be at least 1, not {self.lora.alpha}"
         if not 0.0 <= self.lora.dropout < 1.0:
             yield "lora.dropout", f"must be at least 0 and below 1, not {self.lora.dropout}"
+        if isinstance(targets, list) and "lm_head" in targets:
+            yield "lora.target_modules", "lm_head is the output projection, which carries no adapter"
         if targets != ALL_LINEAR and (isinstance(targets, str) or not targets):
             yield "lora.target_modules", f"must be {ALL_LINEAR} or a list of module names, not {targets!r}"

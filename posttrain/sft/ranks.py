@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
-from transformers import PreTrainedModel
 
 from posttrain.data.packing import PackedRow
 from posttrain.sft.config import SFTConfig
-from posttrain.sft.gradient import add_gradient, trained_tokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 RANKS = 2
 RESULT = "gradient.safetensors"
@@ -37,6 +40,9 @@ def gradient_of_ranks(
 
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of faster kernels
+    from posttrain.sft.gradient import add_gradient, trained_tokens
+
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
     model, rows, config = pickle.loads(task)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
