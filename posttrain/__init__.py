@@ -3,7 +3,7 @@
 This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else.
 """
 
-from posttrain.data.records import Conversation, Preference, Text
+from posttrain.data.records import Conversation, Feedback, Preference, Text
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
@@ -13,6 +13,7 @@ from posttrain.errors import (
     PluginFailed,
     PosttrainError,
     Problem,
+    suggest,
 )
 from posttrain.hookspecs import hookimpl
 from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
@@ -23,6 +24,7 @@ __all__ = [
     "ArtifactDamaged",
     "BadInput",
     "Conversation",
+    "Feedback",
     "GateRefused",
     "GateUndecided",
     "Interrupted",
@@ -38,4 +40,5 @@ __all__ = [
     "__version__",
     "from_recipe",
     "hookimpl",
+    "suggest",
 ]

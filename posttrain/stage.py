@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"]
 
-RECORD_SHAPES = ("conversations", "documents", "preferences")
+RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback")
 """The shapes of prepared records that a stage can ask for; documents are conversations and raw texts, mixed."""
 
 
@@ -70,7 +70,7 @@ class StageContext:
     parent: ModelSource
     """The verified weights to start from."""
     records: Sequence[Any]
-    """Prepared records: Conversation, Text or Preference, as the stage asked for."""
+    """Prepared records in the shape that the stage asked for; ``feedback`` is Feedback and Preference, mixed."""
     held_out: Sequence[Any] = ()
     """Records of the same shape that are measured on and never trained on."""
     seed: int

@@ -44,6 +44,7 @@ class Format(Enum):
     alpaca = "alpaca"
     sharegpt = "sharegpt"
     preference = "preference"
+    feedback = "feedback"
     text = "text"
 
 

@@ -25,7 +25,7 @@ def read_source(source: Source, shape: str) -> Iterator[Record]:
 
     Args:
         source: What to read.
-        shape: ``conversations``, ``documents`` or ``preferences``.
+        shape: One of RECORD_SHAPES.
 
     Raises:
         BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.

@@ -64,7 +64,19 @@ class Preference:
     tools: tuple[Tool, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """A prompt with one answer that was judged on its own."""
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    label: bool
+    """Whether the answer was judged good."""
+    where: str
+    tools: tuple[Tool, ...] = ()
+
+
 Document = Conversation | Text
 """What a stage that asks for documents gets."""
 
-Record = Document | Preference
+Record = Document | Preference | Feedback

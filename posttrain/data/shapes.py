@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.config.schema import Format
 from posttrain.data.calls import check_results, checked_tools
-from posttrain.data.records import Conversation, Message, Preference, Record, Text
+from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text
 from posttrain.data.refusal import refuse
 from posttrain.data.turns import check_order, checked_text, turn, turns
 
@@ -19,12 +19,18 @@ SHAPES = {
     Format.alpaca: "instruction, output [, input, system, history]",
     Format.sharegpt: "conversations (from, value) [, system]",
     Format.preference: "chosen, rejected [, prompt | conversations | messages | instruction, input]",
+    Format.feedback: "prompt, completion, label",
     Format.text: "text (only with format: text)",
 }
 """The keys of each shape."""
 
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
-SERVES = {"conversations": CHATS, "documents": (*CHATS, Format.text), "preferences": (Format.preference,)}
+SERVES = {
+    "conversations": CHATS,
+    "documents": (*CHATS, Format.text),
+    "preferences": (Format.preference,),
+    "feedback": (Format.feedback, Format.preference),
+}
 """The shapes in files that each shape of prepared records is made from."""
 
 
@@ -34,13 +40,15 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
     Args:
         row: Keys and values of the record; null counts as absent.
         form: Its shape, or ``auto`` to recognise it; raw text has to be asked for, as all of it is trained.
-        shape: What the stage needs: ``conversations``, ``documents`` or ``preferences``.
+        shape: What the stage needs: one of RECORD_SHAPES.
         where: ``file:line``, for errors and for the record.
 
     Raises:
         BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
     """
     known = recognise(row, where) if form is Format.auto else form
+    if shape == "feedback" and known is Format.prompt_completion:
+        known = Format.feedback
     if known not in SERVES[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
         refuse(where, what, f"Known for {shape}: {_listed(shape)}")
@@ -125,6 +133,17 @@ def _preference(row: Row, where: str) -> Preference:
     return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
 
+def _feedback(row: Row, where: str) -> Feedback:
+    label = row.get("label")
+    if not isinstance(label, bool):
+        refuse(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
+    prompt = _said(row.get("prompt"), "user", where, "prompt")
+    completion = _said(row.get("completion"), "assistant", where, "completion")
+    _check_side(prompt, completion, where, "completion")
+    tools = checked_tools(row.get("tools"), where)
+    return Feedback(prompt=tuple(prompt), completion=tuple(completion), label=label, where=where, tools=tools)
+
+
 def _text(row: Row, where: str) -> Text:
     return Text(text=checked_text(row.get("text"), where, "text"), where=where)
 
@@ -135,6 +154,7 @@ CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
     Format.alpaca: _alpaca,
     Format.sharegpt: _sharegpt,
     Format.preference: _preference,
+    Format.feedback: _feedback,
     Format.text: _text,
 }
 """How a row of each shape becomes a record."""
@@ -152,7 +172,7 @@ def _check_side(prompt: list[Message], side: list[Message], where: str, name: st
     if [message["role"] for message in side] != ["assistant"]:
         refuse(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
     if side[0].get("train") is False:
-        refuse(where, f"{name} is marked train: false, but preferences train both answers", "Remove train")
+        refuse(where, f"{name} is marked train: false, but every answer here is trained", "Remove train")
     check_order([*prompt, *side], where)
     if prompt[-1]["role"] == "assistant":
         refuse(where, f"the prompt ends with an assistant turn, so {name} answers nothing")
