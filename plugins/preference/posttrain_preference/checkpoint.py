@@ -84,7 +84,7 @@ def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
 def seen_tokens(checkpoint: Path) -> int:
     """How many tokens the steps up to the checkpoint saw."""
     history = json.loads((checkpoint / STATE).read_text())["log_history"]
-    return int(history[-1]["num_tokens"])
+    return int(history[-1]["tokens"])
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -1,25 +1,31 @@
 """Proof, before the first step, that a preference stage starts where it must: policy and reference are the SFT model.
 
-A wrong reference trains without complaint towards the wrong goal, so nothing is trained until two things hold:
+A wrong start trains without complaint towards the wrong goal, so nothing is trained until two things hold:
 
-1. The DPO loss of a real batch is ln 2: policy and reference agree.
-2. The reference gives the answers of that batch the log-probabilities that the SFT model gave them before the trainer
-   touched it, computed from the model's logits without any code of the trainer: what they agree on is the SFT model.
+1. The reference, where the loss has one, gives the answers of a real batch the log-probabilities that the SFT model
+   gave them before the trainer touched it, computed from the model's logits without any code of the trainer.
+2. The trainer's loss of that batch is the one that the SFT model has to have: a constant where policy and reference
+   agree, such as DPO's ln 2, and for the other losses the value that those log-probabilities give.
 """
 
-# B = 2: prompt with chosen answer, prompt with rejected answer; T = tokens, A = tokens of an answer, V = vocabulary
+# B = answers of a row, each after the prompt; T = tokens, A = tokens of an answer, V = vocabulary
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from posttrain import ArtifactDamaged
-from posttrain_preference.pairs import TokenPair
+from posttrain import ArtifactDamaged, StageContext
+from posttrain_preference.rows import TokenRow
+
+LogProbs = Sequence[Sequence[float]]
+"""For each row, the log-probability of each of its answers in nats, summed over the answer's tokens."""
+Start = Callable[[Any, Sequence[Any], LogProbs], float]
+"""The loss that training has to start with, from the stage's settings, a batch of rows and their log-probabilities."""
 
 LOSS_TOLERANCE = 1e-4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -30,59 +36,96 @@ rounded: bfloat16 has 8 significant bits, so a logit between 8 and 16 is off by 
 """
 
 
-def answer_log_probs(model: Any, rows: Sequence[TokenPair], autocast: bool) -> list[tuple[float, float]]:
-    """Log-probability of the chosen and of the rejected answer of each pair, in nats, summed over the answer's tokens.
+def frozen_copy(policy: Any) -> Any:
+    """The reference: ``policy`` as it is now, with every trained weight copied and every frozen one shared.
+
+    Given to TRL as a model of its own it needs no second adapter beside ``default``, which TRL copies only in part, and
+    is never loaded by the name that the policy's configuration happens to hold.
+    """
+    shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    copied = copy.deepcopy(policy, shared)
+    model = copied.get_base_model() if hasattr(copied, "get_base_model") else copied
+    return model.requires_grad_(False).eval()
+
+
+def readable_head(policy: Any) -> None:
+    """Let TRL read the output layer of ``policy``: peft's wrapper around one with trained tokens hides its bias."""
+    head = policy.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = head.token_adapter.base_layer.bias
+
+
+def row_log_probs(model: Any, rows: Sequence[TokenRow], autocast: bool) -> list[list[float]]:
+    """Log-probability of each answer of each row, in nats, summed over the answer's tokens.
 
     ``autocast``: compute in bfloat16, as training full weights does.
     """
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        sums = [_pair_log_probs(model, row) for row in rows]
+        sums = [_log_probs(model, row) for row in rows]
     model.train(training)
     return sums
 
 
-def prove_reference(
-    trainer: Any, rows: Sequence[TokenPair], expected: Sequence[tuple[float, float]], dtype: str
+def prove_start(
+    trainer: Any, rows: Sequence[TokenRow], expected: LogProbs, context: StageContext, start: Start
 ) -> None:
     """Check both claims on ``rows``, one batch; ``expected`` are the SFT model's log-probabilities of their answers.
 
     Raises ArtifactDamaged that says which claim fails, where, and by how much.
     """
     trainer.model.eval()
-    for row, (chosen, rejected) in zip(rows, expected, strict=True):
-        found = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, trainer.batch_of([row]))
-        _check(f"the chosen answer of {row.where}", len(row.chosen), chosen, found[0].item(), TOLERANCE[dtype])
-        _check(f"the rejected answer of {row.where}", len(row.rejected), rejected, found[1].item(), TOLERANCE[dtype])
-    with torch.no_grad(), trainer.accelerator.autocast():
-        loss = trainer.compute_loss(trainer.model, trainer.batch_of(rows)).item()
+    tolerance = TOLERANCE[context.dtype]
+    if trainer.ref_model is not None:
+        for row, log_probs in zip(rows, expected, strict=True):
+            _check_reference(row, log_probs, trainer.reference_log_probs(row), tolerance)
+    wanted = start(context.config, rows, expected)
+    found = trainer.loss_of(rows)
     trainer.model.train()
-    if not abs(loss - math.log(2)) <= LOSS_TOLERANCE:
+    allowed = LOSS_TOLERANCE * max(1.0, abs(wanted)) + _spread(context.config, rows, expected, start, tolerance)
+    if not abs(found - wanted) <= allowed:
         raise ArtifactDamaged(
-            f"the policy does not start at its reference: before the first step the DPO loss is {loss:.6f}, "
-            f"and it has to be ln 2 = {math.log(2):.6f} within {LOSS_TOLERANCE}; nothing was trained"
+            f"{context.name} does not start at the SFT model: before the first step its loss is {found:.6f}, "
+            f"and it has to be {wanted:.6f} within {allowed:.2g}; nothing was trained"
         )
 
 
-def _check(what: str, tokens: int, expected: float, found: float, tolerance: float) -> None:
-    if not abs(found - expected) <= tolerance * tokens:
-        raise ArtifactDamaged(
-            f"the reference is not the SFT model: it gives {what} the log-probability {found:.4f}, the SFT model gives "
-            f"{expected:.4f} ({tokens} tokens, allowed difference {tolerance * tokens:.4f}); nothing was trained"
-        )
+def _check_reference(row: TokenRow, expected: Sequence[float], found: Sequence[float], tolerance: float) -> None:
+    for (name, ids), wanted, given in zip(row.answers, expected, found, strict=True):
+        allowed = tolerance * len(ids)
+        if not abs(given - wanted) <= allowed:
+            raise ArtifactDamaged(
+                f"the reference is not the SFT model: it gives the {name} answer of {row.where} the log-probability "
+                f"{given:.4f}, the SFT model gives {wanted:.4f} ({len(ids)} tokens, allowed difference {allowed:.4f}); "
+                "nothing was trained"
+            )
 
 
-def _pair_log_probs(model: Any, row: TokenPair) -> tuple[float, float]:
-    sequences = [torch.tensor(row.prompt + answer, device=model.device) for answer in (row.chosen, row.rejected)]
+def _spread(settings: Any, rows: Sequence[TokenRow], expected: LogProbs, start: Start, tolerance: float) -> float:
+    """By how much the allowed difference of the log-probabilities can move the loss."""
+    moved = []
+    for first, second in ((1, 1), (1, 0), (0, 1)):  # downwards: a probability stays one
+        shifted = [
+            [
+                log_prob - share * tolerance * len(ids)
+                for share, log_prob, (_, ids) in zip((first, second), log_probs, row.answers, strict=False)
+            ]
+            for row, log_probs in zip(rows, expected, strict=True)
+        ]
+        moved.append(abs(start(settings, rows, shifted) - start(settings, rows, expected)))
+    return max(moved)
+
+
+def _log_probs(model: Any, row: TokenRow) -> list[float]:
+    sequences = [torch.tensor(row.prompt + ids, device=model.device) for _, ids in row.answers]
     ids_BT = pad_sequence(sequences, batch_first=True)
     mask_BT = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    chosen, rejected = (
+    return [
         _sum_log_probs(logits_TV, ids_T, len(row.prompt))
         for logits_TV, ids_T in zip(logits_BTV, sequences, strict=True)
-    )
-    return chosen, rejected
+    ]
 
 
 def _sum_log_probs(logits_TV: torch.Tensor, ids_T: torch.Tensor, prompt: int) -> float:

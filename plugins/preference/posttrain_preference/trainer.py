@@ -1,53 +1,85 @@
-"""TRL's DPO trainer, fed with our token ids and kept from writing anything but our checkpoints."""
+"""What the trainers of all preference stages share: they are fed token ids, and write nothing but our checkpoints."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import PrinterCallback, Trainer
 
-from posttrain import ArtifactDamaged, Progress, StageContext
+from posttrain import StageContext
 from posttrain_preference import checkpoint
-from posttrain_preference.pairs import TokenPair, TokenPairs
+from posttrain_preference.callbacks import Reporting, Stopping, require_finite, step_metrics
 
 
-class PairTrainer(DPOTrainer):
-    """DPO on pairs that are token ids already."""
+class TokenDataset(Dataset):
+    """Rows that are token ids already, so that there is nothing to map: no template, no tokenizer, no end token."""
 
+    def map(self, *unused: Any, **unused_too: Any) -> TokenDataset:
+        """The rows as they are."""
+        return self
+
+
+class StageTrainer(Trainer):
+    """Put before one of TRL's trainers: token ids in, exact checkpoints, our schedule, no telemetry."""
+
+    masks: ClassVar[Sequence[str]] = ("attention_mask",)
+    """Entries of a batch that mark the tokens which are seen."""
+    ref_model: Any = None
     lr_scheduler: Any
 
     def __init__(self, *args: Any, warmup_ratio: float, **kwargs: Any) -> None:
         self.warmup_ratio = warmup_ratio
+        self.tokens = 0
+        formats = {name: parameter.dtype for name, parameter in checkpoint.trained(kwargs["model"]).items()}
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        for name, parameter in checkpoint.trained(self.model).items():
+            # TRL rounds the adapters of a quantised model to bfloat16, in which small updates are lost
+            parameter.data = parameter.data.to(formats[name])
 
-    def _prepare_dataset(self, dataset: Dataset, *unused: Any) -> Dataset:
-        return dataset
-
-    def _send_telemetry(self) -> None:
-        """Nothing leaves this machine."""
-
-    def batch_of(self, rows: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
+    def batch_of(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """The batch that training makes of ``rows``, on the training device."""
-        columns = TokenPairs(rows=list(rows)).columns()
+        columns = self.columns(rows)
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         batch: dict[str, torch.Tensor] = self._prepare_inputs(self.data_collator(examples))
         return batch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def columns(self, rows: Sequence[Any]) -> dict[str, list[Any]]:
+        """The columns of ``rows`` that this trainer's collator reads."""
+        raise NotImplementedError
+
+    def reference_log_probs(self, row: Any) -> list[float]:
+        """Log-probability of each answer of ``row`` under the reference, as this trainer computes it."""
+        return [found.item() for found in self.compute_ref_log_probs(self.ref_model, self.batch_of([row]))]
+
+    def loss_of(self, rows: Sequence[Any]) -> float:
+        """The loss of ``rows`` as one batch."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return float(self.compute_loss(self.model, self.batch_of(rows)))
+
+    def figures(self) -> dict[str, Any]:
+        """What the manifest tells about the training."""
+        last = [entry for entry in self.state.log_history if "loss" in entry][-1]
+        margin = {name: value for name, value in step_metrics(last).items() if name == "rewards_margin"}
+        return {"steps": self.state.global_step, "final_loss": last["loss"], **margin, "tokens": self.tokens}
+
+    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; raises ArtifactDamaged at once when the loss is not finite."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        _require_finite("loss", loss.item(), self.state.global_step + 1)
+        self.tokens += sum(int(inputs[name].sum()) for name in self.masks)
+        loss: torch.Tensor = super().training_step(model, inputs, *rest, **more)
+        require_finite("loss", loss.item(), self.state.global_step + 1)
         return loss
+
+    def log(self, logs: dict[str, float], *rest: Any, **more: Any) -> None:
+        """Log with the number of tokens seen so far."""
+        super().log(logs | {"tokens": self.tokens}, *rest, **more)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up, then linear decay; no step has rate 0, as the first has in transformers' own."""
@@ -56,6 +88,12 @@ class PairTrainer(DPOTrainer):
         self.lr_scheduler = scheduler
         return scheduler
 
+    def _prepare_dataset(self, dataset: Dataset, *unused: Any) -> Dataset:
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves this machine."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # after the last step the result itself is saved
             folder = Path(self.args.output_dir)
@@ -63,75 +101,49 @@ class PairTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_weights(Path(resume_from_checkpoint), self.model)
-        self._total_train_tokens = checkpoint.seen_tokens(Path(resume_from_checkpoint))
+        self.tokens = checkpoint.seen_tokens(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         if path is not None:
             checkpoint.load_optimizer(Path(path), self.optimizer, self.lr_scheduler)
 
 
-class Reporting(TrainerCallback):
-    """Hands every optimizer step to the pipeline's progress."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.tokens = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Announce the steps."""
-        self.tokens = int(state.log_history[-1]["num_tokens"]) if state.log_history else 0
-        self.progress.start(state.max_steps, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **unused: Any) -> None:
-        """Report one step; raises ArtifactDamaged when its gradient is not finite."""
-        if "loss" not in logs:
-            return  # TRL's summary of the whole run
-        _require_finite("gradient norm", logs["grad_norm"], state.global_step)
-        seen = int(logs["num_tokens"])
-        self.progress.step(state.global_step, step_metrics(logs) | {"tokens": seen - self.tokens})
-        self.tokens = seen
-
-
-class Stopping(TrainerCallback):
-    """Ends training with a checkpoint after the step in which a stop was asked for."""
-
-    def __init__(self, stop_requested: Callable[[], bool]) -> None:
-        self.stop_requested = stop_requested
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> Any:
-        """Ask for both when a stop was requested."""
-        if self.stop_requested():
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-def step_metrics(logs: Mapping[str, float]) -> dict[str, float]:
-    """TRL's figures of one step under our names; margins and accuracies are means over the step's pairs."""
-    names = {
-        "loss": "loss",
-        "lr": "learning_rate",
-        "grad_norm": "grad_norm",
-        "rewards_margin": "rewards/margins",
-        "rewards_accuracy": "rewards/accuracies",
+def connections(context: StageContext, policy: Any) -> dict[str, Any]:
+    """What every trainer is given besides its rows and its configuration."""
+    return {
+        "model": policy,
+        "warmup_ratio": context.config.warmup_ratio,
+        "processing_class": context.tokenizer(),
+        "callbacks": [Reporting(context.progress), Stopping(context.stop_requested)],
     }
-    return {ours: logs[theirs] for ours, theirs in names.items()}
 
 
-def build_trainer(context: StageContext, pairs: TokenPairs, policy: Any, reference: Any | None) -> PairTrainer:
-    """A trainer of ``policy`` against ``reference``, or else against a frozen copy of its adapter, named ``ref``."""
-    tokenizer = context.tokenizer()
-    trainer = PairTrainer(
-        model=policy,
-        ref_model=reference,
-        args=_arguments(context, uses_autocast(context, policy)),
-        warmup_ratio=context.config.warmup_ratio,
-        train_dataset=Dataset.from_dict(pairs.columns()),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id or 0),
-        callbacks=[Reporting(context.progress), Stopping(context.stop_requested)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def arguments(context: StageContext, policy: Any) -> dict[str, Any]:
+    """The part of TRL's configuration that all stages share."""
+    settings = context.config
+    on_cpu = context.device().type == "cpu"
+    return {
+        "output_dir": str(context.checkpoints),
+        "beta": settings.beta,
+        "learning_rate": settings.lr,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.per_device_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "bf16": uses_autocast(context, policy),
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "seed": context.seed,
+        "save_strategy": "steps",
+        "save_steps": settings.checkpoint_steps,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+    }
 
 
 def uses_autocast(context: StageContext, policy: Any) -> bool:
@@ -139,42 +151,6 @@ def uses_autocast(context: StageContext, policy: Any) -> bool:
     return context.dtype == "bfloat16" and not isinstance(policy, PeftModel)
 
 
-def _arguments(context: StageContext, autocast: bool) -> DPOConfig:
-    settings = context.config
-    on_cpu = context.device().type == "cpu"
-    return DPOConfig(
-        output_dir=str(context.checkpoints),
-        beta=settings.beta,
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.per_device_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        max_length=None,
-        bf16=autocast,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        seed=context.seed,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to="none",
-        remove_unused_columns=False,
-    )
-
-
 def _relative_rate(warmup: int, total: int, done: int) -> float:
     """Learning rate of the step after ``done`` steps, relative to the peak."""
     return (done + 1) / warmup if done < warmup else (total - done) / (total - warmup)
-
-
-def _require_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise ArtifactDamaged(
-            f"training diverged at step {step}: the {what} is {value}. Nothing was published. "
-            "Lower lr or raise warmup_ratio"
-        )

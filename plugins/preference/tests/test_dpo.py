@@ -2,23 +2,16 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from posttrain_preference import dpo, register_stages
-from posttrain_preference.config import DPOSettings
-from posttrain_preference.pairs import TokenPairs, render_pairs
+from posttrain_preference import dpo, reference
+from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
-from posttrain_preference.reference import answer_log_probs, prove_reference
-from posttrain_preference.trainer import build_trainer
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from posttrain import ArtifactDamaged, BadInput, StageContext
 from posttrain.artifact import ModelSource
@@ -37,19 +30,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def progress(context: StageContext) -> Any:
     return context.progress
-
-
-def answer_log_probs_float64(parent: ModelSource, prompt: list[int], answer: list[int]) -> float:
-    """Log-probability of an answer under the model on disk, token by token, in float64."""
-    model: Any = LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float64)
-    if parent.adapter is not None:
-        model = PeftModel.from_pretrained(model, parent.adapter).merge_and_unload()
-    total = 0.0
-    for place in range(len(answer)):
-        with torch.no_grad():
-            logits = model.double()(torch.tensor([prompt + answer[:place]])).logits[0, -1]
-        total += float(logits[answer[place]] - torch.logsumexp(logits, 0))
-    return total
 
 
 # --- The reference --------------------------------------------------------------------------------------------------
@@ -74,42 +54,25 @@ def test_training_starts_at_ln_2_and_separates_the_answers(make_context: MakeCon
     assert rates == sorted(rates, reverse=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_reference_is_the_sft_model_in_float64(
-    make_context: MakeContext, parents: dict[str, ModelSource], kind: str
-) -> None:
-    context = make_context(kind)
+def started(context: StageContext) -> tuple[Any, list[Any], list[list[float]]]:
+    """A trainer before its first step, its first batch, and the SFT model's log-probabilities of that batch."""
     with quiet():
-        rows = render_pairs(context).rows[:2]
-        policy = context.policy()
-        expected = answer_log_probs(policy, rows, autocast=False)
-        trainer = build_trainer(context, TokenPairs(rows=rows), policy, dpo._reference(context, policy))
-        chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, trainer.batch_of(rows))
-    for index, row in enumerate(rows):
-        for answer, ours, theirs in ((row.chosen, 0, chosen), (row.rejected, 1, rejected)):
-            exact = answer_log_probs_float64(parents[kind], row.prompt, answer)
-            assert expected[index][ours] == pytest.approx(exact, abs=1e-4)
-            assert theirs[index].item() == pytest.approx(exact, abs=1e-4)
+        from posttrain_preference.dpo_trainer import build
+
+        pairs = render_pairs(context)
+        policy, rows = context.policy(), pairs.rows[:2]
+        expected = reference.row_log_probs(policy, rows, autocast=False)
+        return build(context, pairs, policy, reference.frozen_copy(policy)), rows, expected
 
 
-def test_the_frozen_copy_is_exact_for_every_kind_of_adapter_weight(make_context: MakeContext) -> None:
-    """LoRA on embeddings is stored under other names, and adapters may be held in another number format."""
-    base = make_context("full").policy()
-    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], use_dora=False, task_type="CAUSAL_LM")
-    policy = get_peft_model(base, lora)
-    for name, parameter in policy.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
-            parameter.data = parameter.data.to(torch.bfloat16)
-    policy.add_adapter("ref", lora)
-    dpo.freeze_reference(policy)
-    copied = [(name, tensor) for name, tensor in policy.named_parameters() if ".default" in name]
-    assert len(copied) == 2 + 2 * 2
-    for name, tensor in copied:
-        frozen = policy.get_parameter(name.replace(".default", ".ref"))
-        assert torch.equal(frozen, tensor)
-        assert frozen.dtype == tensor.dtype
-        assert not frozen.requires_grad
+def test_the_frozen_copy_shares_what_is_frozen_and_nothing_else(make_context: MakeContext) -> None:
+    policy = make_context("lora").policy()
+    copied = dict(reference.frozen_copy(policy).named_parameters())
+    for name, parameter in policy.get_base_model().named_parameters():
+        assert torch.equal(copied[name], parameter)
+        assert copied[name].dtype == parameter.dtype
+        assert not copied[name].requires_grad
+        assert (copied[name] is parameter) == (not parameter.requires_grad)
 
 
 def _shift(model: Any, part: str, size: float) -> None:
@@ -127,51 +90,60 @@ def _erase(model: Any, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sabotage",
+    ("kind", "sabotage"),
     [
-        lambda policy: _erase(policy, "lora_B.ref"),  # the base model
-        lambda policy: _shift(policy, "lora_B.ref", 1e-3),
-        lambda policy: (_erase(policy, "lora_B.ref"), _erase(policy, "lora_B.default")),  # both the base: ln 2 holds
+        ("lora", lambda policy, copied: _erase(copied, "lora_B")),  # the base model
+        ("lora", lambda policy, copied: _shift(copied, "lora_B", 1e-3)),
+        ("lora", lambda policy, copied: (_erase(copied, "lora_B"), _erase(policy, "lora_B"))),  # both: ln 2 holds
+        ("full", lambda policy, copied: _erase(copied, "layers.1.mlp")),
     ],
 )
-def test_a_wrong_reference_adapter_is_refused(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[Any], Any]
+def test_a_wrong_reference_is_refused(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, kind: str, sabotage: Callable[[Any, Any], Any]
 ) -> None:
-    context = make_context("lora")
-    monkeypatch.setattr(dpo, "freeze_reference", sabotage)
+    honest = reference.frozen_copy
+
+    def wrong(policy: Any) -> Any:
+        copied = honest(policy)
+        sabotage(policy, copied)
+        return copied
+
+    context = make_context(kind)
+    monkeypatch.setattr(reference, "frozen_copy", wrong)
     with pytest.raises(ArtifactDamaged, match=r"the reference is not the SFT model: .*pairs\.jsonl:1 "):
         dpo.run(context)
     assert not list(context.output.iterdir())
     assert not progress(context).steps
 
 
-def test_a_wrong_reference_model_is_refused(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = make_context("full")
-    honest = dpo._reference
+def test_a_configuration_that_names_another_model_changes_nothing(
+    make_context: MakeContext, parents: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a reference of its own, TRL loads the model that ``_name_or_path`` names: of merged weights, the base."""
+    honest = StageContext.policy
 
-    def other(context: StageContext, policy: Any) -> Any:
-        reference = honest(context, policy)
-        _erase(reference, "layers.1.mlp")
-        return reference
+    def named_wrongly(context: StageContext) -> Any:
+        policy = honest(context)
+        policy.config._name_or_path = str(parents["plain"].model)
+        return policy
 
-    monkeypatch.setattr(dpo, "_reference", other)
-    with pytest.raises(ArtifactDamaged, match="the reference is not the SFT model"):
-        dpo.run(context)
-    assert not list(context.output.iterdir())
+    plain, odd = make_context("full", folder="plain", max_steps=2), make_context("full", folder="odd", max_steps=2)
+    dpo.run(plain)
+    monkeypatch.setattr(StageContext, "policy", named_wrongly)
+    dpo.run(odd)
+    assert progress(odd).steps == progress(plain).steps
+    assert weights(odd.output).keys() == weights(plain.output).keys()
+    assert all(torch.equal(tensor, weights(plain.output)[name]) for name, tensor in weights(odd.output).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_that_left_its_reference_is_refused(make_context: MakeContext, kind: str) -> None:
     context = make_context(kind)
-    with quiet():
-        pairs = render_pairs(context)
-        policy = context.policy()
-        expected = answer_log_probs(policy, pairs.rows[:2], autocast=False)
-        trainer = build_trainer(context, pairs, policy, dpo._reference(context, policy))
-        prove_reference(trainer, pairs.rows[:2], expected, "float32")
-        _erase(policy, "lora_B.default" if kind == "lora" else "layers.1.mlp")
-        with pytest.raises(ArtifactDamaged, match=r"does not start at its reference: .* ln 2 = 0\.693147"):
-            prove_reference(trainer, pairs.rows[:2], expected, "float32")
+    trainer, rows, expected = started(context)
+    reference.prove_start(trainer, rows, expected, context, dpo.start)
+    _erase(trainer.model, "lora_B" if kind == "lora" else "layers.1.mlp")
+    with pytest.raises(ArtifactDamaged, match=r"does not start at the SFT model: .* be 0\.693147 within 0\.0001"):
+        reference.prove_start(trainer, rows, expected, context, dpo.start)
 
 
 # --- What is fed to the trainer -------------------------------------------------------------------------------------
@@ -182,9 +154,8 @@ def test_the_trainer_sees_exactly_the_rendered_ids(make_context: MakeContext) ->
     answers = ("the blue otter", "a clay town")
     context = make_context("lora", records=[(prompt, *answers)], per_device_batch_size=1)
     tokenizer = context.tokenizer()
-    with quiet():
-        trainer = build_trainer(context, render_pairs(context), context.policy(), None)
-        (batch,) = list(trainer.get_train_dataloader())
+    trainer, _, _ = started(context)
+    (batch,) = list(trainer.get_train_dataloader())
     text = "<|user|>{}<eos>\n<|assistant|>{}<eos>\n<|user|>{}<eos>\n<|assistant|>".format(*prompt)
     for row, answer in enumerate(answers):
         whole = tokenizer(f"{text}{answer}<eos>", add_special_tokens=False)["input_ids"]
@@ -207,7 +178,7 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeConte
     ("records", "where", "what"),
     [
         (3, "dpo.sequence_length", "each of the 3 pairs is longer than 4 tokens"),
-        ([], "dpo.data", "no preference pairs"),
+        ([], "dpo.data", "holds no pairs"),
         ([(["what is the flag"], "the red lace", "the red lace")], "pairs.jsonl:1", "the same"),
     ],
 )
@@ -250,15 +221,6 @@ def test_full_weights_keep_the_parents_configuration(
         assert json.loads((context.output / name).read_text()) == json.loads((parents["full"].model / name).read_text())
 
 
-def test_the_frozen_copy_is_gone_when_the_result_is_saved(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved: list[list[str]] = []
-    monkeypatch.setattr(StageContext, "save", lambda context, model: saved.append(list(model.peft_config)))
-    dpo.run(make_context("lora", max_steps=1))
-    assert saved == [["default"]]
-
-
 def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
     context = make_context("lora", epochs=1)
     dpo.run(context)
@@ -297,47 +259,3 @@ def test_divergence_stops_at_once(make_context: MakeContext) -> None:
         dpo.run(context)
     assert list(progress(context).steps) == [1]
     assert not list(context.output.iterdir())
-
-
-# --- Settings -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("beta", 0.0),
-        ("beta", math.nan),
-        ("lr", -1e-6),
-        ("lr", math.inf),
-        ("epochs", 0),
-        ("max_steps", 0),
-        ("per_device_batch_size", 0),
-        ("gradient_accumulation", 0),
-        ("warmup_ratio", 1.0),
-        ("warmup_ratio", -0.1),
-        ("sequence_length", 1),
-        ("max_grad_norm", 0.0),
-        ("checkpoint_steps", 0),
-    ],
-)
-def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
-    settings = DPOSettings(**{"lr": 5e-6, name: value})
-    assert [problem[0] for problem in settings.problems()] == [name]
-
-
-def test_the_defaults_have_no_problems() -> None:
-    assert list(DPOSettings(lr=5e-6).problems()) == []
-
-
-def test_the_stage_is_registered() -> None:
-    (stage,) = register_stages()
-    module, _, function = stage.run.partition(":")
-    assert (stage.name, stage.parent, stage.records) == ("dpo", "sft", "preferences")
-    assert getattr(sys.modules[module], function) is dpo.run
-    assert stage.config is DPOSettings
-
-
-def test_listing_the_stage_imports_no_heavy_library() -> None:
-    heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets'}"
-    code = f"import sys, posttrain_preference, posttrain_preference.dpo; sys.exit(bool({heavy} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

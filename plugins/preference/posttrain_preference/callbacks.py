@@ -1,0 +1,71 @@
+"""Between transformers' training loop and the pipeline: every step reported, a requested stop obeyed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+from posttrain import ArtifactDamaged, Progress
+
+METRICS = {
+    "loss": "loss",
+    "lr": "learning_rate",
+    "grad_norm": "grad_norm",
+    "rewards_margin": "rewards/margins",
+    "rewards_accuracy": "rewards/accuracies",
+    "nll": "nll_loss",
+    "kl": "kl",
+}
+"""TRL's figures of one step by our names; those of the rewards are means over the step's rows."""
+
+
+class Reporting(TrainerCallback):
+    """Hands every optimizer step to the pipeline's progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Announce the steps."""
+        self.tokens = state.log_history[-1]["tokens"] if state.log_history else 0
+        self.progress.start(state.max_steps, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **unused: Any) -> None:
+        """Report one step; raises ArtifactDamaged when its gradient is not finite."""
+        if "loss" not in logs:
+            return  # TRL's summary of the whole run
+        require_finite("gradient norm", logs["grad_norm"], state.global_step)
+        seen = int(logs["tokens"])
+        self.progress.step(state.global_step, step_metrics(logs) | {"tokens": seen - self.tokens})
+        self.tokens = seen
+
+
+class Stopping(TrainerCallback):
+    """Ends training with a checkpoint after the step in which a stop was asked for."""
+
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
+        self.stop_requested = stop_requested
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> Any:
+        """Ask for both when a stop was requested."""
+        if self.stop_requested():
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def step_metrics(logs: Mapping[str, float]) -> dict[str, float]:
+    """Those of our figures that the trainer has."""
+    return {ours: logs[theirs] for ours, theirs in METRICS.items() if theirs in logs}
+
+
+def require_finite(what: str, value: float, step: int) -> None:
+    """Raise ArtifactDamaged when a figure of ``step`` is NaN or infinite."""
+    if not math.isfinite(value):
+        raise ArtifactDamaged(
+            f"training diverged at step {step}: the {what} is {value}. Nothing was published. "
+            "Lower lr or raise warmup_ratio"
+        )

@@ -1,0 +1,151 @@
+"""Answers that were judged good or bad as token ids, in an order in which both kinds share every batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain import BadInput, Conversation, Feedback, Preference, Problem, StageContext
+from posttrain_preference.rows import Answer, TokenRows, fitting
+
+BALANCE = (1.0, 4 / 3)
+"""Good answers times their weight over bad ones times theirs: the range that works (arXiv:2402.01306, Eq. 8)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """A prompt and one judged answer as token ids; the answer ends with the end-of-turn token."""
+
+    prompt: list[int]
+    completion: list[int]
+    label: bool
+    """Whether the answer was judged good."""
+    where: str
+    """File and line of the record, for messages."""
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The one answer."""
+        return (("good" if self.label else "bad", self.completion),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(TokenRows[TokenAnswer]):
+    """The judged answers in training order: whole batches, the last one filled up from the beginning."""
+
+    repeated: int
+    """How many answers at the end are repeated from the beginning."""
+
+    def figures(self) -> dict[str, int]:
+        """What the manifest tells about them."""
+        answers = len(self.rows) - self.repeated
+        good = sum(row.label for row in self.rows[:answers])
+        return {"answers": answers, "good": good, "repeated": self.repeated, "dropped": self.dropped}
+
+
+def render_feedback(context: StageContext) -> Judged:
+    """Render every judged answer, and each preference as a good and a bad one, and mix the two kinds.
+
+    Raises BadInput when a record cannot be rendered, when none is left, or when all were judged the same.
+    """
+    found = fitting(context, _rendered(context), "answers")
+    _require_both(context, found.rows)
+    _advise(context, found.rows)
+    ordered = interleaved(found.rows, context.seed)
+    size = context.config.per_device_batch_size
+    repeated = -len(ordered) % size
+    filled = [ordered[place % len(ordered)] for place in range(len(ordered) + repeated)]
+    return Judged(noun=found.noun, rows=filled, dropped=found.dropped, repeated=repeated)
+
+
+def interleaved(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
+    """Both kinds spread evenly over the whole order, each shuffled by ``seed``.
+
+    Any ``n`` neighbours hold both kinds as soon as the rarer kind's share is at least 1 in ``n``.
+    """
+    generator = random.Random(f"feedback/{seed}")
+    placed: list[tuple[int, bool, TokenAnswer]] = []
+    for label in (True, False):
+        kind = [row for row in rows if row.label is label]
+        generator.shuffle(kind)
+        others = len(rows) - len(kind)  # (place + 1/2) / len(kind) of the way, times twice the product of both counts
+        placed += [((2 * place + 1) * others, label, row) for place, row in enumerate(kind)]
+    return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
+
+
+def feedback_columns(rows: Sequence[TokenAnswer], size: int, mismatched: bool) -> dict[str, list[Any]]:
+    """The columns that TRL's collator of judged answers reads.
+
+    ``mismatched`` adds to each prompt the answer before its own in the batch of ``size`` rows: from such pairs KTO
+    estimates the KL divergence between policy and reference.
+    """
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [row.prompt for row in rows],
+        "completion_ids": [row.completion for row in rows],
+        "label": [row.label for row in rows],
+    }
+    if mismatched:
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        columns["KL_completion_ids"] = [batch[place - 1].completion for batch in batches for place in range(len(batch))]
+    return columns
+
+
+def _rendered(context: StageContext) -> Iterator[TokenAnswer]:
+    renderer = context.renderer()
+    for record in context.records:
+        if isinstance(record, Preference):
+            pair = renderer.preference(record)
+            yield TokenAnswer(pair.prompt, pair.chosen, True, record.where)
+            yield TokenAnswer(pair.prompt, pair.rejected, False, record.where)
+        else:
+            yield _judged(renderer, record)
+
+
+def _judged(renderer: Any, record: Feedback) -> TokenAnswer:
+    """The ids of the last turn are those that SFT would train."""
+    chat = Conversation(messages=(*record.prompt, *record.completion), where=record.where, tools=record.tools)
+    rendered = renderer.conversation(chat, last_only=True)
+    start = rendered.mask.index(True)
+    end = start + sum(rendered.mask)
+    return TokenAnswer(rendered.ids[:start], rendered.ids[start:end], record.label, record.where)
+
+
+def _require_both(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
+    labels = {row.label for row in rows}
+    if len(labels) == 2:
+        return
+    word = "good" if labels.pop() else "bad"
+    raise BadInput(
+        Problem(
+            where=f"{context.name}.data",
+            what=f"all {len(rows)} answers were judged {word}, so there is nothing to tell apart",
+            fix="Add answers with the other label, or use preferences",
+        )
+    )
+
+
+def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
+    """Tell the user when one kind outweighs the other, or is too rare to be in every batch."""
+    settings = context.config
+    good = sum(row.label for row in rows)
+    bad = len(rows) - good
+    least, most = BALANCE
+    if not least <= good * settings.desirable_weight / (bad * settings.undesirable_weight) <= most:
+        context.progress.note(
+            f"{good} answers are good and {bad} bad: set {context.name}.desirable_weight between "
+            f"{_rounded(least * bad / good * settings.undesirable_weight)} and "
+            f"{_rounded(most * bad / good * settings.undesirable_weight)}, or undesirable_weight between "
+            f"{_rounded(good / bad * settings.desirable_weight / most)} and "
+            f"{_rounded(good / bad * settings.desirable_weight / least)}"
+        )
+    if min(good, bad) * settings.per_device_batch_size < len(rows):
+        context.progress.note(
+            f"some batches hold only {'good' if good > bad else 'bad'} answers: with {good} good and {bad} bad ones, "
+            f"set {context.name}.per_device_batch_size to at least {-(-len(rows) // min(good, bad))}"
+        )
+
+
+def _rounded(weight: float) -> str:
+    return f"{weight:.3g}"
