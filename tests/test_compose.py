@@ -165,9 +165,9 @@ def test_a_recipe_that_needs_a_failed_plugin_says_so(
 
     from posttrain import plugins
 
-    broken = plugins.load([EntryPoint(name="kto", value="no_such_module", group=plugins.GROUP)])
-    text = problems(broken, "recipe=quickstart", "+stage@kto=kto")
-    assert "plugin kto" in text
+    broken = plugins.load([EntryPoint(name="mine", value="no_such_module", group=plugins.GROUP)])
+    text = problems(broken, "recipe=quickstart", "+stage@mine=mine")
+    assert "plugin mine" in text
     assert "failed to load" in text
 
 

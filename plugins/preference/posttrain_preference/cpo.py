@@ -10,7 +10,7 @@ from posttrain_preference.config import CPOSettings, SimPOSettings
 from posttrain_preference.dpo import nll
 from posttrain_preference.orpo import softplus
 from posttrain_preference.pairs import TokenPair, render_pairs
-from posttrain_preference.quiet import quiet
+from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.stage import train
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ def run(context: StageContext) -> None:
     ArtifactDamaged when the policy is not the SFT model, Interrupted when the run was asked to stop.
     """
     with quiet():
-        from posttrain_preference.free_trainer import build_cpo
-
+        with muted():
+            from posttrain_preference.free_trainer import build_cpo
         train(context, render_pairs(context), build_cpo, start, referenced=False)
 
 
 def run_simpo(context: StageContext) -> None:
     """The same with SimPO's loss: log-probabilities per token, a target margin, and no likelihood beside them."""
     with quiet():
-        from posttrain_preference.free_trainer import build_simpo
-
+        with muted():
+            from posttrain_preference.free_trainer import build_simpo
         train(context, render_pairs(context), build_simpo, start_simpo, referenced=False)
 
 

@@ -9,7 +9,7 @@ from posttrain import StageContext
 from posttrain_preference.config import DPOSettings
 from posttrain_preference.losses import AT_REFERENCE, SFT
 from posttrain_preference.pairs import TokenPair, render_pairs
-from posttrain_preference.quiet import quiet
+from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.stage import train
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def run(context: StageContext) -> None:
     ArtifactDamaged when the reference is not the SFT model, Interrupted when the run was asked to stop.
     """
     with quiet():
-        from posttrain_preference.dpo_trainer import build
-
+        with muted():
+            from posttrain_preference.dpo_trainer import build
         train(context, render_pairs(context), build, start, referenced=True)
 
 

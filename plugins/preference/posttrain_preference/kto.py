@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain import StageContext
 from posttrain_preference.config import KTOSettings
 from posttrain_preference.feedback import TokenAnswer, render_feedback
-from posttrain_preference.quiet import quiet
+from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.stage import train
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def run(context: StageContext) -> None:
     asked to stop.
     """
     with quiet():
-        from posttrain_preference.kto_trainer import build
-
+        with muted():
+            from posttrain_preference.kto_trainer import build
         train(context, render_feedback(context), build, start, referenced=True)
 
 

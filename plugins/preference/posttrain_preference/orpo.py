@@ -10,7 +10,7 @@ from posttrain import StageContext
 from posttrain_preference.config import ORPOSettings
 from posttrain_preference.dpo import nll
 from posttrain_preference.pairs import TokenPair, render_pairs
-from posttrain_preference.quiet import quiet
+from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.stage import train
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def run(context: StageContext) -> None:
     ArtifactDamaged when the policy is not the SFT model, Interrupted when the run was asked to stop.
     """
     with quiet():
-        from posttrain_preference.free_trainer import build_orpo
-
+        with muted():
+            from posttrain_preference.free_trainer import build_orpo
         train(context, render_pairs(context), build_orpo, start, referenced=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,4 +19,11 @@ def quiet() -> Iterator[None]:
         for logger in map(logging.getLogger, TALKATIVE):
             undo.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
+        yield
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Hide standard output, too: some libraries print there, while they are imported, what they find installed."""
+    with contextlib.redirect_stdout(io.StringIO()):
         yield

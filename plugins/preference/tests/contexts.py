@@ -6,11 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
 from posttrain_preference import config, cpo, dpo, kto, orpo
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posttrain import Feedback, Preference, StageContext
 from posttrain.artifact import ModelSource
@@ -64,6 +60,9 @@ class RecordedProgress:
 
 def write_tokenizer(folder: Path) -> int:
     """One token per word; returns the size of the vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, "\n", *WORDS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
@@ -88,6 +87,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def write_parent(folder: Path, kind: str) -> ModelSource:
     """A random Llama with random weights, or with a random adapter on it, in place of an SFT model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     size = write_tokenizer(folder / "base")
     config = LlamaConfig(
@@ -114,10 +117,15 @@ def write_parent(folder: Path, kind: str) -> ModelSource:
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         peft.save_pretrained(folder / "sft", save_embedding_layers=False)
+    return parent_source(folder)
+
+
+def parent_source(folder: Path) -> ModelSource:
+    """The parent that was written to ``folder``."""
     return ModelSource(
         name="sft",
         model=folder / "base",
-        adapter=folder / "sft" if kind != "full" else None,
+        adapter=folder / "sft" if (folder / "sft").exists() else None,
         tokenizer=folder / "base",
         chat_template=TEMPLATE,
         digest="0" * 64,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contexts import RUN
 from posttrain_preference import dpo
 
 from posttrain import Interrupted, StageContext
@@ -18,6 +19,44 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def progress(context: StageContext) -> Any:
     return context.progress
+
+
+class Killed(BaseException):
+    """The process died here."""
+
+
+@pytest.mark.parametrize("name", list(RUN))
+def test_killed_at_every_step_a_stage_ends_with_the_same_bytes(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings: dict[str, Any] = {"stage": name, "records": 4, "epochs": 2, "checkpoint_steps": 1}
+    settings |= {"per_device_batch_size": 4, "gradient_accumulation": 1} if name == "kto" else {}
+    whole = make_context(folder="whole", **settings)
+    RUN[name](whole)
+    total = progress(whole).started[0]
+    seen: dict[int, Any] = {}
+    for died in range(1, total + 1):
+        killed = make_context(folder="killed", **settings)
+        monkeypatch.setattr(killed.progress, "step", dying_at(died, killed.progress.step))
+        with pytest.raises(Killed):
+            RUN[name](killed)
+        assert progress(killed).started == (total, max(died - 2, 0))
+        seen |= progress(killed).steps
+    resumed = make_context(folder="killed", **settings)
+    RUN[name](resumed)
+    assert total >= 2
+    assert content(resumed.output) == content(whole.output)
+    assert seen | progress(resumed).steps == progress(whole).steps
+    assert resumed.metrics == whole.metrics
+
+
+def dying_at(last: int, report: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
+    def step(step: int, metrics: Any) -> None:
+        if step == last:
+            raise Killed
+        report(step, metrics)
+
+    return step
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

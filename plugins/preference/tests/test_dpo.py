@@ -247,12 +247,6 @@ def test_the_seed_decides_every_byte(make_context: MakeContext) -> None:
     assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
 
 
-def test_nothing_is_printed(make_context: MakeContext, capfd: pytest.CaptureFixture[str]) -> None:
-    for kind in KINDS:
-        dpo.run(make_context(kind, folder=kind, max_steps=2, checkpoint_steps=1))
-    assert capfd.readouterr() == ("", "")
-
-
 def test_divergence_stops_at_once(make_context: MakeContext) -> None:
     context = make_context("full", lr=1e30, max_grad_norm=1e30)
     with pytest.raises(ArtifactDamaged, match=r"diverged at step 2: the loss is nan.*Lower lr"):

@@ -1,0 +1,90 @@
+"""Nothing of TRL reaches the user, and nothing leaves the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contexts import RUN, SETTINGS
+from posttrain_preference import register_stages
+
+from posttrain import StageContext
+from posttrain.artifact import ModelSource
+
+MakeContext = Callable[..., StageContext]
+
+FRESH = """
+import sys
+from pathlib import Path
+from contexts import RUN, build_context, parent_source
+assert "transformers" not in sys.modules
+for name in RUN:
+    context = build_context(Path(name), parent_source(Path(sys.argv[1])), stage=name, max_steps=2, checkpoint_steps=1)
+    RUN[name](context)
+"""
+"""Every stage, in a process in which nothing is imported yet."""
+
+
+def test_nothing_is_printed_by_a_process_that_imports_trl(tmp_path: Path, parents: dict[str, ModelSource]) -> None:
+    command = [sys.executable, "-W", "always::FutureWarning", "-c", FRESH, str(parents["lora"].model.parent)]
+    environment = {"PYTHONPATH": ":".join(sys.path), "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", list(RUN))
+def test_nothing_is_printed(make_context: MakeContext, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    RUN[name](make_context("full", stage=name, max_steps=2, checkpoint_steps=1))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", list(RUN))
+def test_nothing_is_sent(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from trl.trainer import base_trainer
+
+    sent: list[Any] = []
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda **message: sent.append(message))
+    monkeypatch.delenv("CI", raising=False)
+    built: list[Any] = []
+    monkeypatch.setattr("posttrain_preference.stage._run", lambda context, trainer: built.append(trainer))
+    with pytest.raises(IndexError):  # nothing was trained, so there is nothing to tell about
+        RUN[name](make_context("lora", stage=name))
+    assert sent == []
+    base_trainer._BaseTrainer._send_telemetry(built[0])  # what TRL would have done
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize("name", list(RUN))
+def test_only_checkpoints_and_the_result_are_written(make_context: MakeContext, name: str) -> None:
+    context = make_context("lora", stage=name, max_steps=2, checkpoint_steps=1)
+    RUN[name](context)
+    assert {path.name for path in context.checkpoints.iterdir()} == {"step-1"}
+    assert {path.name for path in context.output.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_the_stages_are_registered() -> None:
+    stages = {stage.name: stage for stage in register_stages()}
+    assert list(stages) == list(RUN)
+    for name, stage in stages.items():
+        module, _, function = stage.run.partition(":")
+        assert getattr(sys.modules[module], function) is RUN[name]
+        assert stage.config is SETTINGS[name]
+        assert stage.parent == "sft"
+        assert stage.records == ("feedback" if name == "kto" else "preferences")
+
+
+def test_listing_the_stages_imports_no_heavy_library() -> None:
+    heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets'}"
+    modules = "posttrain_preference, posttrain_preference.dpo, posttrain_preference.kto, posttrain_preference.cpo"
+    code = f"import sys, {modules}; sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
