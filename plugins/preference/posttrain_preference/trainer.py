@@ -37,12 +37,13 @@ class StageTrainer(Trainer):
     def __init__(self, *args: Any, warmup_ratio: float, **kwargs: Any) -> None:
         self.warmup_ratio = warmup_ratio
         self.tokens = 0
-        formats = {name: parameter.dtype for name, parameter in checkpoint.trained(kwargs["model"]).items()}
+        given = {name: parameter.data for name, parameter in checkpoint.trained(kwargs["model"]).items()}
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         for name, parameter in checkpoint.trained(self.model).items():
-            # TRL rounds the adapters of a quantised model to bfloat16, in which small updates are lost
-            parameter.data = parameter.data.to(formats[name])
+            # TRL rounds the adapters of a quantised model to bfloat16: it would leave the reference at once, and small
+            # updates would be lost
+            parameter.data = given[name]
 
     def batch_of(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """The batch that training makes of ``rows``, on the training device."""

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from contexts import ADAPTERS, build_context, write_parent
+from posttrain_preference.quiet import quiet
 
 from posttrain import StageContext
 from posttrain.artifact import ModelSource
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """TRL imported once, and left out of every later garbage collection: each trainer starts with one."""
+    with quiet():
+        for name in ("dpo", "kto", "free"):
+            importlib.import_module(f"posttrain_preference.{name}_trainer")
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

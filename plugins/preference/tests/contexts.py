@@ -79,8 +79,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dora": {"use_dora": True},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
-    "tokens": {"trainable_token_indices": [3, 4]},
-    "tied_tokens": {"trainable_token_indices": [3, 4]},
+    "tokens": {"trainable_token_indices": {"model.embed_tokens": [3, 4], "lm_head": [3, 4]}},
+    "tied_tokens": {"trainable_token_indices": {"model.embed_tokens": [3, 4]}},
 }
 """Settings of every kind of adapter that an SFT artifact may hold."""
 

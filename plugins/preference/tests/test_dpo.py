@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contexts import RUN
 from posttrain_preference import dpo, reference
 from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
@@ -174,20 +176,42 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeConte
     assert progress(context).notes == ["dropped 2 pairs longer than 40 tokens"]
 
 
+@pytest.mark.parametrize("stage", list(RUN))
 @pytest.mark.parametrize(
     ("records", "where", "what"),
     [
-        (3, "dpo.sequence_length", "each of the 3 pairs is longer than 4 tokens"),
-        ([], "dpo.data", "holds no pairs"),
-        ([(["what is the flag"], "the red lace", "the red lace")], "pairs.jsonl:1", "the same"),
+        (3, "{}.sequence_length", r"each of the \d {} is longer than 4 tokens"),
+        ([], "{}.data", "holds no {}"),
+        ([(["what is the flag"], "the red lace", "the red lace")], r"pairs\.jsonl:1", "the same"),
     ],
 )
-def test_nothing_to_train_on_is_bad_input(make_context: MakeContext, records: Any, where: str, what: str) -> None:
-    with pytest.raises(BadInput) as caught:
-        dpo.run(make_context(records=records, sequence_length=4))
-    (problem,) = caught.value.problems
-    assert problem.where == where
-    assert what in problem.what
+def test_nothing_to_train_on_is_bad_input(
+    make_context: MakeContext, stage: str, records: Any, where: str, what: str
+) -> None:
+    noun = "answers" if stage == "kto" else "pairs"
+    with pytest.raises(BadInput, match=f"{where.format(stage)}: .*{what.format(noun)}"):
+        RUN[stage](make_context(stage=stage, records=records, sequence_length=4))
+
+
+@pytest.mark.parametrize("stage", list(RUN))
+def test_a_template_without_a_stop_token_is_refused(
+    make_context: MakeContext, parents: dict[str, ModelSource], stage: str
+) -> None:
+    """Answers would be taught not to end, and TRL says nothing."""
+    endless = replace(parents["lora"], chat_template=parents["lora"].chat_template.replace("<eos>", ""))
+    context = replace(make_context(stage=stage), parent=endless)
+    with pytest.raises(BadInput, match=r"pairs\.jsonl:1.*stop token"):
+        RUN[stage](context)
+
+
+def test_a_prompt_that_ends_otherwise_than_the_conversation_goes_on_keeps_its_end(
+    make_context: MakeContext, parents: dict[str, ModelSource]
+) -> None:
+    """TRL drops the end of such a prompt, here ``no``, from what is trained."""
+    template = parents["lora"].chat_template.replace("<|assistant|>{% endif %}", "<|assistant|>no {% endif %}")
+    context = replace(make_context(records=2), parent=replace(parents["lora"], chat_template=template))
+    with pytest.raises(BadInput, match=r"pairs\.jsonl:1"):
+        dpo.run(context)
 
 
 # --- The result -----------------------------------------------------------------------------------------------------

@@ -37,12 +37,6 @@ def test_nothing_is_printed_by_a_process_that_imports_trl(tmp_path: Path, parent
 
 
 @pytest.mark.parametrize("name", list(RUN))
-def test_nothing_is_printed(make_context: MakeContext, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    RUN[name](make_context("full", stage=name, max_steps=2, checkpoint_steps=1))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("name", list(RUN))
 def test_nothing_is_sent(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from trl.trainer import base_trainer
 
