@@ -1,4 +1,4 @@
-"""Contrastive and simple preference optimisation (arXiv:2401.08417, arXiv:2405.14734), stacked on the SFT artifact."""
+"""Contrastive preference optimisation (arXiv:2401.08417), stacked on the SFT artifact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain import StageContext
-from posttrain_preference.config import CPOSettings, SimPOSettings
+from posttrain_preference.config import CPOSettings
 from posttrain_preference.dpo import nll
 from posttrain_preference.orpo import softplus
 from posttrain_preference.pairs import TokenPair, render_pairs
@@ -29,27 +29,10 @@ def run(context: StageContext) -> None:
         train(context, render_pairs(context), build_cpo, start, referenced=False)
 
 
-def run_simpo(context: StageContext) -> None:
-    """The same with SimPO's loss: log-probabilities per token, a target margin, and no likelihood beside them."""
-    with quiet():
-        with muted():
-            from posttrain_preference.free_trainer import build_simpo
-        train(context, render_pairs(context), build_simpo, start_simpo, referenced=False)
-
-
 def start(settings: CPOSettings, rows: Sequence[TokenPair], log_probs: LogProbs) -> float:
     """The contrast of chosen and rejected answers plus cpo_alpha times the likelihood of the chosen ones."""
     contrasts = [_contrast(settings, row, *pair) for row, pair in zip(rows, log_probs, strict=True)]
     return sum(contrasts) / len(rows) + settings.cpo_alpha * nll(rows, log_probs)
-
-
-def start_simpo(settings: SimPOSettings, rows: Sequence[TokenPair], log_probs: LogProbs) -> float:
-    """Minus the log-sigmoid of the difference in reward beyond the target margin."""
-    margins = [
-        settings.beta * (chosen / len(row.chosen) - rejected / len(row.rejected)) - settings.gamma
-        for row, (chosen, rejected) in zip(rows, log_probs, strict=True)
-    ]
-    return sum(softplus(-margin) for margin in margins) / len(rows)
 
 
 def _contrast(settings: CPOSettings, row: TokenPair, chosen: float, rejected: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain_preference import config, cpo, dpo, kto, orpo
+from posttrain_preference import config, cpo, dpo, kto, orpo, simpo
 
 from posttrain import Feedback, Preference, StageContext
 from posttrain.artifact import ModelSource
@@ -18,7 +18,7 @@ RUN: dict[str, Callable[[StageContext], None]] = {
     "kto": kto.run,
     "orpo": orpo.run,
     "cpo": cpo.run,
-    "simpo": cpo.run_simpo,
+    "simpo": simpo.run,
 }
 SETTINGS: dict[str, type[config.PreferenceSettings]] = {
     "dpo": config.DPOSettings,

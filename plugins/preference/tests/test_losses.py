@@ -280,7 +280,7 @@ def test_the_start_of_kto_counts_the_weights_of_its_batch() -> None:
 
 def test_how_far_log_probabilities_may_be_off_is_how_far_the_loss_may_be() -> None:
     rows = [TokenPair([1], [2, 3], [4, 5, 6, 7], "here")]
-    from posttrain_preference.cpo import start_simpo
+    from posttrain_preference.simpo import start as start_simpo
 
     settings = SimPOSettings(lr=1.0, beta=2.0, gamma=0.0)
     spread = reference._spread(settings, rows, [[-2.0, -4.0]], start_simpo, 0.01)

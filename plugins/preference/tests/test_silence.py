@@ -79,6 +79,6 @@ def test_the_stages_are_registered() -> None:
 
 def test_listing_the_stages_imports_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets'}"
-    modules = "posttrain_preference, posttrain_preference.dpo, posttrain_preference.kto, posttrain_preference.cpo"
+    modules = "posttrain_preference, posttrain_preference.dpo, posttrain_preference.kto, posttrain_preference.simpo"
     code = f"import sys, {modules}; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
