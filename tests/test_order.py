@@ -130,7 +130,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(host: Host, overrides: S
     [
         (["dpo.data=feedback.jsonl"], "the record has the shape prompt_completion, but the stage needs preferences"),
         ([*KTO, "kto.data=train.jsonl"], "label must be true or false, not None"),
-        (["sft.data=pairs.jsonl"], "the record has the shape preference, but the stage needs conversations"),
+        (["sft.data=pairs.jsonl"], "the record has the shape preference, but the stage needs documents"),
         (["sft.data=feedback.jsonl"], "label is false: the answer was judged bad"),
     ],
 )
@@ -154,6 +154,25 @@ def test_stages_are_stacked_each_on_the_one_before() -> None:
     assert losses("dpo")[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses("kto")[0] == pytest.approx(0.5, abs=1e-4)
     assert losses("dpo2")[0] == pytest.approx(25, abs=1e-3)  # against what kto left, not against SFT
+
+
+@pytest.mark.usefixtures("tiny_base")
+@pytest.mark.parametrize(
+    "made",
+    [
+        ["sft.method=full"],
+        ["sft.method=qlora"],
+        ["sft.lora.dora=true"],
+        ["sft.lora.rslora=false"],
+        ["model.added_tokens=['<|new|>']"],
+    ],
+    ids=["full", "qlora", "dora", "plain", "tokens"],
+)
+def test_every_artifact_that_sft_makes_is_stacked_upon(made: list[str]) -> None:
+    trained(*made, *KTO, "kto.gradient_accumulation=1", "kto.per_device_batch_size=3", "kto.lr=1e-3")
+    assert states() == {"sft": "promoted", "dpo": "promoted", "kto": "promoted"}
+    assert losses("dpo")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses("kto")[0] == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.usefixtures("tiny_base")

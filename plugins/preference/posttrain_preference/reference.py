@@ -48,13 +48,6 @@ def frozen_copy(policy: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def readable_head(policy: Any) -> None:
-    """Let TRL read the output layer of ``policy``: peft's wrapper around one with trained tokens hides its bias."""
-    head = policy.get_output_embeddings()
-    if not hasattr(head, "bias"):
-        head.bias = head.token_adapter.base_layer.bias
-
-
 def row_log_probs(model: Any, rows: Sequence[TokenRow], autocast: bool) -> list[list[float]]:
     """Log-probability of each answer of each row, in nats, summed over the answer's tokens.
 

@@ -31,14 +31,13 @@ def train(context: StageContext, rows: TokenRows[Any], build: Build, start: Star
         ArtifactDamaged: The policy or the reference is not the SFT model.
         Interrupted: The run was asked to stop.
     """
-    from posttrain_preference.reference import frozen_copy, prove_start, readable_head, row_log_probs
+    from posttrain_preference.reference import frozen_copy, prove_start, row_log_probs
     from posttrain_preference.trainer import uses_autocast
 
     policy = context.policy()
     configs = [(holder, name, copy.deepcopy(value)) for holder, name, value in _configs(policy)]
     first = rows.rows[: context.config.per_device_batch_size]
     expected = row_log_probs(policy, first, uses_autocast(context, policy))
-    readable_head(policy)
     trainer = build(context, rows, policy, frozen_copy(policy) if referenced else None)
     prove_start(trainer, first, expected, context, start)
     _run(context, trainer)

@@ -78,6 +78,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"use_rslora": True},
     "plain": {},
     "dora": {"use_dora": True},
+    "qlora": {},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "tokens": {"trainable_token_indices": {"model.embed_tokens": [3, 4], "lm_head": [3, 4]}},
     "tied_tokens": {"trainable_token_indices": {"model.embed_tokens": [3, 4]}},
@@ -131,6 +132,7 @@ def parent_source(folder: Path) -> ModelSource:
         digest="0" * 64,
         base="some/base",
         model_digest="1" * 64,
+        quantization="nf4" if folder.name.startswith("qlora") else None,
     )
 
 

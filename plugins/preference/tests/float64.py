@@ -9,14 +9,21 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from posttrain.artifact import ModelSource
+from posttrain.model.quantisation import dequantised, quantisation
 
 
 def model_on_disk(parent: ModelSource) -> Any:
     """The model of ``parent`` in float64, with its adapter beside the weights."""
-    model: Any = LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float64)
+    model: Any = _quantised(parent) if parent.quantization else LlamaForCausalLM.from_pretrained(parent.model)
     if parent.adapter is not None:
-        model = PeftModel.from_pretrained(model, parent.adapter, autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(model, parent.adapter)
     return model.double().eval()
+
+
+def _quantised(parent: ModelSource) -> Any:
+    """The values that the weights of 4 bits stand for."""
+    settings = {"quantization_config": quantisation("nf4", torch.float32), "device_map": "cpu"}
+    return dequantised(LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
 
 
 def log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

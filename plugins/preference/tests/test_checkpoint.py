@@ -25,11 +25,12 @@ class Killed(BaseException):
     """The process died here."""
 
 
-@pytest.mark.parametrize("name", list(RUN))
+@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in RUN), ("dpo", "qlora"), ("orpo", "qlora")])
 def test_killed_at_every_step_a_stage_ends_with_the_same_bytes(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    settings: dict[str, Any] = {"stage": name, "records": 4, "epochs": 2, "checkpoint_steps": 1}
+    settings: dict[str, Any] = {"kind": kind, "stage": name, "records": 4, "epochs": 2, "checkpoint_steps": 1}
+    settings |= {"dtype": "bfloat16"} if kind == "qlora" else {}
     settings |= {"per_device_batch_size": 4, "gradient_accumulation": 1} if name == "kto" else {}
     whole = make_context(folder="whole", **settings)
     RUN[name](whole)

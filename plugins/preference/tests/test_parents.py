@@ -15,7 +15,7 @@ from float64 import log_probs, model_on_disk
 from posttrain_preference import reference, stage
 from safetensors.torch import load_file
 
-from posttrain import StageContext
+from posttrain import ArtifactDamaged, StageContext
 from posttrain.artifact import ModelSource
 
 MakeContext = Callable[..., StageContext]
@@ -64,7 +64,7 @@ def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
     before, after = weights(parent), weights(context.output)
     assert before.keys() == after.keys()
     assert all(before[key].shape == after[key].shape for key in before)
-    assert all(not torch.equal(before[key], after[key]) for key in before if "token_adapter" not in key)
+    assert all(not torch.equal(before[key], after[key]) for key in before if "token_adapter" not in key)  # stays
     assert all(path.is_file() for path in context.output.iterdir())  # no folder of a second adapter
     if kind != "full":
         assert (
@@ -77,18 +77,16 @@ def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
 def test_a_policy_that_is_not_the_parent_is_refused(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    from posttrain import ArtifactDamaged
+    honest = reference.prove_start
 
-    honest = reference.readable_head
-
-    def moved(policy: Any) -> None:
-        honest(policy)
+    def of_another_policy(trainer: Any, *rest: Any) -> None:
         with torch.no_grad():
-            for key, parameter in policy.named_parameters():
+            for key, parameter in trainer.model.named_parameters():
                 if "lora_B" in key or (kind == "full" and "mlp" in key):
                     parameter.zero_()
+        honest(trainer, *rest)
 
-    monkeypatch.setattr(reference, "readable_head", moved)
+    monkeypatch.setattr(reference, "prove_start", of_another_policy)
     context = make_context(kind, stage=name)
     with pytest.raises(ArtifactDamaged, match="the SFT model"):
         RUN[name](context)
@@ -115,11 +113,11 @@ def test_adapters_on_weights_of_4_bits_stay_as_they_are(
     assert {p.dtype for p in policies[0].parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", ["tokens", "tied_tokens", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "tied_tokens", "qlora"])
 def test_the_gradient_of_every_kind_of_adapter_reaches_its_weights(
     make_context: MakeContext, parents: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """TRL's fused output layer reads merged weights of trained tokens; its gradient is compared with float64's."""
+    """TRL's fused output layer computes log-probabilities in chunks, and their gradient itself."""
     seen: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(stage, "_run", lambda context, trainer: seen.update(gradients(trainer, spy.rows)))
     spy = Spy(monkeypatch)

@@ -61,6 +61,7 @@ def test_only_checkpoints_and_the_result_are_written(make_context: MakeContext, 
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "probe.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     }
