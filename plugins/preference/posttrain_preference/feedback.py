@@ -134,7 +134,7 @@ def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
     least, most = BALANCE
     if not least <= good * settings.desirable_weight / (bad * settings.undesirable_weight) <= most:
         context.progress.note(
-            f"{good} answers are good and {bad} bad: set {context.name}.desirable_weight between "
+            f"good answers: {good}, bad ones: {bad}; set {context.name}.desirable_weight between "
             f"{_rounded(least * bad / good * settings.undesirable_weight)} and "
             f"{_rounded(most * bad / good * settings.undesirable_weight)}, or undesirable_weight between "
             f"{_rounded(good / bad * settings.desirable_weight / most)} and "
@@ -142,7 +142,7 @@ def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
         )
     if min(good, bad) * settings.per_device_batch_size < len(rows):
         context.progress.note(
-            f"some batches hold only {'good' if good > bad else 'bad'} answers: with {good} good and {bad} bad ones, "
+            f"some batches hold only {'good' if good > bad else 'bad'} answers (good: {good}, bad: {bad}): "
             f"set {context.name}.per_device_batch_size to at least {-(-len(rows) // min(good, bad))}"
         )
 

@@ -201,7 +201,7 @@ def judged(make_context: MakeContext, good: int, bad: int, **settings: Any) -> l
 
 def test_weights_are_advised_when_one_kind_outweighs_the_other(make_context: MakeContext) -> None:
     (note,) = judged(make_context, 2, 6, per_device_batch_size=4)
-    assert "2 answers are good and 6 bad: set kto.desirable_weight between 3 and 4" in note
+    assert "good answers: 2, bad ones: 6; set kto.desirable_weight between 3 and 4" in note
     assert "or undesirable_weight between 0.25 and 0.333" in note
     assert not judged(make_context, 2, 6, per_device_batch_size=4, desirable_weight=3.5)
     assert not judged(make_context, 2, 6, per_device_batch_size=4, undesirable_weight=0.3)
@@ -210,7 +210,7 @@ def test_weights_are_advised_when_one_kind_outweighs_the_other(make_context: Mak
 
 def test_a_kind_too_rare_for_every_batch_is_told(make_context: MakeContext) -> None:
     (note,) = judged(make_context, 8, 2, per_device_batch_size=4, undesirable_weight=3.5)
-    assert "some batches hold only good answers: with 8 good and 2 bad ones" in note
+    assert "some batches hold only good answers (good: 8, bad: 2): " in note
     assert "kto.per_device_batch_size to at least 5" in note
     assert not judged(make_context, 8, 2, per_device_batch_size=5, undesirable_weight=3.5)
 
