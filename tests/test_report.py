@@ -398,3 +398,14 @@ def test_a_stage_without_a_gate_says_so(working_folder: Path) -> None:
     run_recipe(script, "stages=[sft]")
     change(only_run() / "stages/sft/verdict.json", tasks=[], gated=False, reason="the recipe switched this gate off")
     assert "Promoted unseen: the recipe switched this gate off." in written(only_run()).words
+
+
+def test_warnings_and_the_held_out_loss_are_in_every_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = json.loads((run / "run.json").read_text())
+    state["stages"][0] |= {"warnings": ["the loss [sft] rises again after step 3"], "eval_loss": 1.25}
+    change(run / "run.json", stages=state["stages"])
+    page_words = written(run).words
+    report.show(run)
+    for text in (page_words, (run / "report.md").read_text(), capsys.readouterr().out):
+        assert "held-out loss 1.2500" in text
+        assert "the loss [sft] rises again after step 3" in text

@@ -19,7 +19,7 @@ def markdown(report: RunReport) -> str:
         *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table_rows(report)),
         "",
         *(f"- **{stage}**: {reason}" for stage, reason in reasons(report)),
-        *(f"- **{stage}**: {remark}" for stage, remark in remarks(report)),
+        *(f"- **{stage.name}**: {remark}" for stage in report.state.stages for remark in remarks(stage)),
         "",
         "| stage | kind | state | artifact | digest | parent digest |",
         "|---|---|---|---|---|---|",

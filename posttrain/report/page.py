@@ -17,6 +17,7 @@ from posttrain.report.curves import further_charts, main_charts
 from posttrain.report.documents import SHOWN, Comparison, comparisons, shortened
 from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
+from posttrain.report.rows import remarks
 from posttrain.report.run import RunReport, StageReport, reason
 from posttrain.report.scores import clock
 
@@ -90,6 +91,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
         "data": data_figures(stage),
         "documents": documents,
         "prompts": prompts,
+        "remarks": remarks(stage.state),
         "missing": [*stage.missing, *missing],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from posttrain.gate.spec import TaskVerdict
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock, scale_of
+from posttrain.runs import StageState
 
 COLUMNS = ("stage", "task", "base", "parent", "candidate", "lift", "verdict", "tokens", "time")
 
@@ -19,13 +20,10 @@ def reasons(report: RunReport) -> list[tuple[str, str]]:
     return [(stage.name, stage.verdict.reason) for stage in report.stages if stage.verdict is not None]
 
 
-def remarks(report: RunReport) -> list[tuple[str, str]]:
-    """What else is to be known, by stage: the loss of held-out records, and warnings."""
-    found = []
-    for stage in report.state.stages:
-        held_out = [] if stage.eval_loss is None else [f"held-out loss {stage.eval_loss:.4f}"]
-        found += [(stage.name, text) for text in (*held_out, *stage.warnings)]
-    return found
+def remarks(stage: StageState) -> list[str]:
+    """What else is to be known of a stage: the loss of held-out records, and warnings."""
+    held_out = [] if stage.eval_loss is None else [f"held-out loss {stage.eval_loss:.4f}"]
+    return [*held_out, *stage.warnings]
 
 
 def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:

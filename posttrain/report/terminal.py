@@ -32,6 +32,7 @@ def print_report(report: RunReport, console: Console) -> None:
     console.print(table)
     for stage, reason in reasons(report):
         console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
-    for stage, remark in remarks(report):
-        console.print(f"[yellow]{stage}[/yellow]: {escape(remark)}", highlight=False)
+    for each in report.state.stages:
+        for remark in remarks(each):
+            console.print(f"[yellow]{each.name}[/yellow]: {escape(remark)}", highlight=False)
     console.print(f"{report.path / 'report.html'}", style="dim", highlight=False)
