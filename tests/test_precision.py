@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from posttrain.config.schema import Dtype, Method
 from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.checkpoint import Position
+from posttrain.sft.examples import evaluation_of
 from posttrain.sft.loop import Training
 from posttrain.sft.lora import FusedLinear
 from posttrain.sft.precision import compute_dtype, computing_in
@@ -41,14 +43,14 @@ def test_the_processor_decides_unless_the_recipe_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
-    assert compute_dtype(sft_config(compute_dtype=asked), stored, device) == expected
+    assert compute_dtype(sft_config(compute_dtype=asked), stored, SimpleNamespace(device=device)) == expected  # type: ignore[arg-type]
 
 
 def run(model: Any, folder: Path, asked: Dtype, progress: Recorder, **settings: Any) -> Position:
     """Two steps on weights stored in bfloat16."""
+    config = sft_config(compute_dtype=asked, max_steps=2, **settings)
     return Training(
-        model=model, rows=packed_rows([2, 2, 2, 2]), config=sft_config(compute_dtype=asked, max_steps=2, **settings),
-        seed=0, dtype="bfloat16", progress=progress, stop_requested=lambda: False, checkpoints=folder / "checkpoints",
+        model=model, rows=packed_rows([2, 2, 2, 2]), config=config, evaluation=evaluation_of([], config), seed=0, dtype="bfloat16", progress=progress, stop_requested=lambda: False, checkpoints=folder / "checkpoints",
     ).run()  # fmt: skip
 
 
@@ -90,5 +92,6 @@ def test_quantised_weights_keep_their_format(tmp_path: Path) -> None:
     source = replace(base_source(write_base(tmp_path / "base", hidden_size=64)), quantization=NF4)
     model = load_model(source, "bfloat16")
     kinds = [parameter.dtype for parameter in model.parameters()]
+    assert compute_dtype(sft_config(compute_dtype=Dtype.float32), "bfloat16", model) == "bfloat16"
     with computing_in(model, "float32"):
         assert [parameter.dtype for parameter in model.parameters()] == kinds

@@ -77,7 +77,7 @@ class Training:
     @property
     def compute_dtype(self) -> str:
         """Number format of the arithmetic."""
-        return compute_dtype(self.config, self.dtype, self.model.device)
+        return compute_dtype(self.config, self.dtype, self.model)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -16,16 +16,18 @@ from posttrain.sft.config import SFTConfig
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
-def compute_dtype(config: SFTConfig, stored: str, device: torch.device) -> str:
-    """What forward and backward passes on weights stored as ``stored`` are computed in.
+def compute_dtype(config: SFTConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
+    """What forward and backward passes of ``model``, whose weights are stored as ``stored``, are computed in.
 
     A CPU without matrix tiles gains nothing from bfloat16: its products of it are slower than those of float32, which
     are also more precise (docs/decisions.md has the figures). The rule asks for the processor, not for a timing, so
-    that two runs on a machine always compute the same.
+    that two runs on a machine always compute the same. Quantised weights are multiplied in ``stored``.
     """
+    if _quantised(model):
+        return stored
     if config.compute_dtype is not None:
         return config.compute_dtype.value
-    if stored == BFLOAT16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+    if stored == BFLOAT16 and model.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
         return FLOAT32
     return stored
 
@@ -36,10 +38,8 @@ def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[Non
 
     Trained weights are float32 anyway; quantised weights stay as they are.
     """
-    if getattr(causal_model(model), "is_quantized", False):
-        yield
-        return
-    stored = {parameter: parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    frozen = [] if _quantised(model) else [each for each in model.parameters() if not each.requires_grad]
+    stored = {parameter: parameter.dtype for parameter in frozen}
     for parameter in stored:
         parameter.data = parameter.data.to(DTYPES[dtype])
     try:
@@ -47,3 +47,7 @@ def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[Non
     finally:
         for parameter, kind in stored.items():
             parameter.data = parameter.data.to(kind)
+
+
+def _quantised(model: PreTrainedModel | PeftModel) -> bool:
+    return bool(getattr(causal_model(model), "is_quantized", False))
