@@ -50,8 +50,16 @@ def run(model: Any, folder: Path, asked: Dtype, progress: Recorder, **settings: 
     """Two steps on weights stored in bfloat16."""
     config = sft_config(compute_dtype=asked, max_steps=2, **settings)
     return Training(
-        model=model, rows=packed_rows([2, 2, 2, 2]), config=config, evaluation=evaluation_of([], config), seed=0, dtype="bfloat16", progress=progress, stop_requested=lambda: False, checkpoints=folder / "checkpoints",
-    ).run()  # fmt: skip
+        model=model,
+        rows=packed_rows([2, 2, 2, 2]),
+        config=config,
+        evaluation=evaluation_of([], config),
+        seed=0,
+        dtype="bfloat16",
+        progress=progress,
+        stop_requested=lambda: False,
+        checkpoints=folder / "checkpoints",
+    ).run()
 
 
 def trained(folder: Path, method: Method, asked: Dtype, progress: Recorder) -> dict[str, torch.Tensor]:
