@@ -120,7 +120,7 @@ def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[
         state = "interrupted"
         raise _disk_full(error, directory) from error
     finally:
-        directory.state.state = state
+        directory.state.end(state)
         _leave(directory, display)
         host.hook.run_finished(directory=directory.path, state=state)
 

@@ -27,7 +27,7 @@ class StageState:
     name: str
     kind: str
     state: str = "pending"
-    """pending, running, trained, promoted, refused or undecided."""
+    """pending, running, trained, promoted, refused, undecided; interrupted or failed in training."""
     artifact: str | None = None
     """Directory of the artifact, relative to the run's."""
     digest: str | None = None
@@ -56,6 +56,13 @@ class RunState:
     state: str = "running"
     """running, done, refused, undecided, interrupted or failed."""
     stages: list[StageState] = field(default_factory=list)
+
+    def end(self, state: str) -> None:
+        """The run ends as ``state``, and with it the stage that was being trained."""
+        self.state = state
+        for stage in self.stages:
+            if stage.state == "running":
+                stage.state = state
 
     def stage(self, name: str) -> StageState:
         """The state of one stage."""

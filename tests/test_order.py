@@ -188,7 +188,7 @@ def test_a_run_that_died_in_any_stage_is_finished_by_the_same_command(monkeypatc
             patch.setattr(f"posttrain_preference.{kind}_trainer.{DYING[kind]}.figures", dying(Killed))
             with pytest.raises(Killed):
                 trained(*command)
-        assert states()[kind] == "running"
+        assert states()[kind] == "failed"
     trained(*command)
     assert states() == {"sft": "promoted", "dpo": "promoted", "kto": "promoted"}
     wanted = {str(p.relative_to(clean.parent)): p.read_bytes() for p in clean.parent.rglob("artifact/*")}

@@ -228,7 +228,7 @@ def test_a_full_disk_while_publishing_loses_nothing() -> None:
     script.during_training = full
     with pytest.raises(Interrupted, match="No space left on device"):
         run_recipe(script)
-    assert states() == {"sft": "promoted", "dpo": "running"}
+    assert states() == {"sft": "promoted", "dpo": "interrupted"}
     again = Script()
     run_recipe(again)
     assert again.trained == ["dpo"]
