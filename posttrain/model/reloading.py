@@ -80,6 +80,7 @@ def check_tensors(output: Path, parent: ModelSource) -> None:
 def _implied_shapes(output: Path, parent: ModelSource) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of an adapter with this configuration on the base, without loading weights."""
     config = LoraConfig.from_pretrained(output)
+    config.base_model_name_or_path = None  # peft warns of any other than the model's, which has no name here
     added = added_token_ids(parent)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(parent.model))
