@@ -47,6 +47,11 @@ def register_config() -> Sequence[Path]:  # type: ignore[empty-body]
     """Folders that hold ``conf/`` and ``recipes/`` of this plugin."""
 
 
+@hookspec
+def register_eval_tasks() -> Sequence[Path]:  # type: ignore[empty-body]
+    """Folders of lm-eval task files (``*.yaml``); gates may use the names of these tasks, before lm-eval's own."""
+
+
 # --- Plan: before anything is loaded or written ---------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ Pure: nothing is loaded but the recipe, nothing is written, torch is not importe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     sources = _sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
     held_out = settings.held_out()
     evaluated = () if held_out is None else _sources(f"{name}.eval_data", held_out, problems)
-    tasks = _gate_tasks(name, settings.gate, problems)
+    tasks = gate_tasks(f"{name}.gate", settings.gate, host, problems)
     return Step(
         name=name, stage=stage, config=settings, sources=sources, held_out=evaluated, tasks=tasks,
         seed=config.seed, origin=host.origin(stage.name),
@@ -242,10 +242,10 @@ def _sources(setting: str, data: Any, problems: list[Problem]) -> tuple[Source, 
     return tuple(sources)
 
 
-def _gate_tasks(name: str, gate: GateConfig, problems: list[Problem]) -> dict[str, GateTask]:
-    where = f"{name}.gate"
+def gate_tasks(where: str, gate: GateConfig, host: Host, problems: list[Problem]) -> dict[str, GateTask]:
+    """The tasks of a gate, typed, those of plugins by their files; what is wrong is added to ``problems``."""
     if gate.enabled and not gate.tasks:
-        fix = f"Choose a gate: gate@{name}.gate=NAME (or +gate@{name}.gate=NAME); gate none promotes unseen"
+        fix = f"Choose a gate: gate@{where}=NAME (or +gate@{where}=NAME); gate none promotes unseen"
         problems.append(Problem(where=where, what="asks for no task", fix=fix))
     if not 0.5 < gate.confidence < 1:
         problems.append(Problem(where=f"{where}.confidence", what=f"{gate.confidence} is not between 0.5 and 1"))
@@ -257,7 +257,13 @@ def _gate_tasks(name: str, gate: GateConfig, problems: list[Problem]) -> dict[st
     for key, task in tasks.items():
         if task is not None and task.max_drop < 0:
             problems.append(Problem(where=f"{where}.tasks.{key}.max_drop", what=f"{task.max_drop} is negative"))
-    return {key: task for key, task in tasks.items() if task is not None}
+    return {key: _with_file(key, task, host) for key, task in tasks.items() if task is not None}
+
+
+def _with_file(name: str, task: GateTask, host: Host) -> GateTask:
+    """A task that a plugin brings is known by its file from here on."""
+    path = host.tasks.get(task.task or name)
+    return task if path is None else replace(task, task=str(path))
 
 
 def _conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -28,6 +29,8 @@ ESSENTIAL = tuple(
 )
 """The product's own hook implementations; they cannot be blocked."""
 BUILT_IN = "built in"
+TASK_NAME = re.compile(r"""^task:[ ]*["']?([\w.:-]+)["']?[ ]*(?:#.*)?$""", re.MULTILINE)
+"""The line of a task file that names the task; read without a YAML parser, which would slow down every command."""
 CORE_ORIGIN = f"posttrain {__version__}"
 
 
@@ -51,6 +54,8 @@ class Host:
     manager: pluggy.PluginManager
     stages: dict[str, Stage] = field(default_factory=dict)
     folders: dict[str, list[Path]] = field(default_factory=dict)
+    tasks: dict[str, Path] = field(default_factory=dict)
+    """The files of the plugins' own lm-eval tasks, by the task's name."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
 
     @property
@@ -107,11 +112,12 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
         host.manager.register(plugin, name)
         _check_hook_names(host.manager, plugin)
         stages = _ask(host.manager, plugin, "register_stages")
-        folders = _ask(host.manager, plugin, "register_config")
+        folders = _folders(host.manager, plugin, "register_config")
+        tasks = _task_files(_folders(host.manager, plugin, "register_eval_tasks"))
         for stage in stages:
             _check_stage(host, stage)
-        if not all(isinstance(folder, Path) for folder in folders):
-            raise PluginFailed("register_config must return paths")
+        if taken := sorted(tasks.keys() & host.tasks.keys()):
+            raise PluginFailed(f"the task {taken[0]!r} is already registered: {host.tasks[taken[0]]}")
     except Exception as error:
         if host.manager.has_plugin(name):
             host.manager.unregister(name=name)
@@ -119,6 +125,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
         return
     host.stages |= {stage.name: stage for stage in stages}
     host.folders[name] = folders
+    host.tasks |= tasks
     host.plugins[name] = PluginInfo(
         name=name, origin=origin, state="loaded", stages=tuple(stage.name for stage in stages)
     )
@@ -133,6 +140,27 @@ def _ask(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Any]:
     others = [other for other in manager.get_plugins() if other is not plugin]
     answers = manager.subset_hook_caller(hook, others).__call__()
     return [item for answer in answers for item in answer]
+
+
+def _folders(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Path]:
+    folders = _ask(manager, plugin, hook)
+    if not all(isinstance(folder, Path) for folder in folders):
+        raise PluginFailed(f"{hook} must return paths")
+    return folders
+
+
+def _task_files(folders: Iterable[Path]) -> dict[str, Path]:
+    """The task files of some folders by the names of their tasks; files without one are there to be included."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise PluginFailed(f"register_eval_tasks names {folder}, which is no folder")
+        for path in sorted(folder.glob("*.yaml")):
+            if name := TASK_NAME.search(path.read_text(encoding="utf-8")):
+                if name[1] in found:
+                    raise PluginFailed(f"{path} and {found[name[1]]} both define the task {name[1]!r}")
+                found[name[1]] = path.resolve()
+    return found
 
 
 def _check_api(plugin: object) -> None:

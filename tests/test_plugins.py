@@ -3,12 +3,17 @@ from __future__ import annotations
 import sys
 import types
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain import plugins
+from posttrain.config.schema import GateConfig
+from posttrain.errors import Problem
+from posttrain.gate.checks import check_tasks
 from posttrain.hookspecs import hookimpl
+from posttrain.plan import gate_tasks
 from posttrain.stage import Stage, StageConfig
 
 
@@ -126,3 +131,53 @@ def test_one_plugin_cannot_take_the_name_of_another(monkeypatch: pytest.MonkeyPa
     host = plugins.load([first, second])
     assert host.plugins["same"].stages == ("one",)
     assert [info.reason for info in host.failures()] == ["the name 'same' is taken"]
+
+
+TASK_FILE = "task: {name}  # a comment\ndataset_path: json\nmetric_list:\n  - {{metric: acc, aggregation: mean}}\n"
+
+
+def bringing_tasks(*folders: Path) -> Any:
+    @hookimpl
+    def register_eval_tasks() -> Any:
+        return list(folders)
+
+    return register_eval_tasks
+
+
+def test_tasks_of_a_plugin_are_known_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "polite.yaml").write_text(TASK_FILE.format(name="polite"))
+    (tmp_path / "common.yaml").write_text("dataset_path: json\n")  # to be included
+    host = plugins.load([entry("mine", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path))])
+    assert host.tasks == {"polite": tmp_path / "polite.yaml"}
+    gate = GateConfig(
+        tasks={
+            "polite": {"role": "lift", "metric": "acc"},
+            "again": {"role": "guard", "metric": "acc", "task": "polite"},
+            "gsm8k": {"role": "guard", "metric": "exact_match"},
+        }
+    )
+    problems: list[Problem] = []
+    found = gate_tasks("sft.gate", gate, host, problems)
+    assert {name: task.task for name, task in found.items()} == {
+        "polite": str(tmp_path / "polite.yaml"),
+        "again": str(tmp_path / "polite.yaml"),
+        "gsm8k": None,
+    }
+    del found["gsm8k"]
+    assert [*problems, *check_tasks(found)] == []
+
+
+def test_a_task_is_registered_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "polite.yaml").write_text(TASK_FILE.format(name="polite"))
+    first = entry("first", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "one"))
+    second = entry("second", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "two"))
+    twice = entry("twice", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "two", tmp_path / "two"))
+    absent = entry("absent", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "three"))
+    host = plugins.load([first, second])
+    assert host.tasks == {"polite": tmp_path / "one" / "polite.yaml"}
+    assert "'polite' is already registered" in host.plugins["second"].reason
+    reasons = [info.reason for info in plugins.load([twice, absent]).failures()]
+    assert "three, which is no folder" in reasons[0]
+    assert "both define the task 'polite'" in reasons[1]
