@@ -16,8 +16,8 @@ from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.checkpoint import Position
 from posttrain.sft.examples import evaluation_of
+from posttrain.sft.fused import is_fused
 from posttrain.sft.loop import Training
-from posttrain.sft.lora import FusedLinear
 from posttrain.sft.precision import compute_dtype, computing_in
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -93,7 +93,7 @@ def test_after_training_the_model_is_as_anyone_loads_it(tmp_path: Path) -> None:
     assert run(model, tmp_path, Dtype.float32, Recorder()).step == 2
     after = {name.replace(".base_layer", ""): part for name, part in model.get_base_model().state_dict().items()}
     assert all(torch.equal(after[name], part) and after[name].dtype == part.dtype for name, part in before.items())
-    assert not [module for module in model.modules() if isinstance(module, FusedLinear)]
+    assert not [module for module in model.modules() if is_fused(module)]
 
 
 def test_quantised_weights_keep_their_format(tmp_path: Path) -> None:

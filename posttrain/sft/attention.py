@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import BadInput, Problem
 from posttrain.sft import kernels
+from posttrain.sft.fused import fuse
 from posttrain.sft.kernels import Choice, Documents
-from posttrain.sft.lora import fuse
 
 
 def install(model: PreTrainedModel | PeftModel) -> Choice:

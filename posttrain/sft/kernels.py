@@ -165,7 +165,7 @@ def document_attention(
             query_BNTH.split(lengths, 2), key_BKTH.split(lengths, 2), value_BKTH.split(lengths, 2), strict=True
         )
     ]
-    return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+    return torch.cat([piece_BNLH.transpose(1, 2) for piece_BNLH in attended], 1), None
 
 
 def row_mask(causal: PreTrainedModel, documents: Documents) -> torch.Tensor | dict[str, torch.Tensor]:

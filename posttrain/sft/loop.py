@@ -21,8 +21,8 @@ from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.evaluation import Evaluation
+from posttrain.sft.fused import unfuse
 from posttrain.sft.gradient import add_gradient, trained_tokens
-from posttrain.sft.lora import unfuse
 from posttrain.sft.precision import compute_dtype, computing_in
 from posttrain.sft.schedule import Schedule, make_optimizer
 from posttrain.stage import Progress

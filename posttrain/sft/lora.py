@@ -53,45 +53,27 @@ class LoraProduct(torch.autograd.Function):
         return grad_TI, None, None, grad_a_RI, grad_b_OR, None
 
 
-class FusedLinear(Linear):
-    """peft's LoRA layer with LoraProduct as its forward pass, wherever that computes the same."""
-
-    def forward(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The outputs for ``inputs`` [..., I] as [..., O]."""
-        if self.disable_adapters or self.merged or self.active_adapters != [ADAPTER] or args or kwargs:
-            result: torch.Tensor = super().forward(inputs, *args, **kwargs)
-            return result
-        outputs_TO: torch.Tensor = LoraProduct.apply(
-            inputs.reshape(-1, inputs.shape[-1]),
-            self.base_layer.weight,
-            self.base_layer.bias,
-            self.lora_A[ADAPTER].weight,
-            self.lora_B[ADAPTER].weight,
-            self.scaling[ADAPTER],
-        )
-        return outputs_TO.view(*inputs.shape[:-1], -1)
+def lora_forward(layer: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What a plain LoRA layer computes, for ``inputs`` [..., I] as [..., O]; anything else is left to peft."""
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER] or args or kwargs:
+        result: torch.Tensor = type(layer).forward(layer, inputs, *args, **kwargs)
+        return result
+    outputs_TO: torch.Tensor = LoraProduct.apply(
+        inputs.reshape(-1, inputs.shape[-1]),
+        layer.base_layer.weight,
+        layer.base_layer.bias,
+        layer.lora_A[ADAPTER].weight,
+        layer.lora_B[ADAPTER].weight,
+        layer.scaling[ADAPTER],
+    )
+    return outputs_TO.view(*inputs.shape[:-1], -1)
 
 
-def fuse(model: torch.nn.Module) -> None:
-    """Make every plain LoRA layer of ``model`` a FusedLinear.
-
-    Layers with dropout, a variant such as DoRA, a quantised weight or a bias of the adapter's own keep peft's way.
-    """
-    for module in model.modules():
-        if type(module) is Linear and _is_plain(module):
-            module.__class__ = FusedLinear
-
-
-def unfuse(model: torch.nn.Module) -> None:
-    """Give every layer peft's own forward pass again."""
-    for module in model.modules():
-        if type(module) is FusedLinear:
-            module.__class__ = Linear
-
-
-def _is_plain(layer: Linear) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether ``layer`` is a LoRA layer without dropout, variant such as DoRA, bias of its own or quantised weight."""
     return (
-        type(layer.base_layer) is torch.nn.Linear
+        type(layer) is Linear
+        and type(layer.base_layer) is torch.nn.Linear
         and not layer.base_layer.weight.requires_grad
         and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant
