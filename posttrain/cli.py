@@ -20,6 +20,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain doctor recipe=NAME [...]           prove on the recipe's model and data that the SFT gradient is right
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
                                                what is available; with a stage's name, its settings
+  posttrain gate adapter=DIR gate=NAME [baseline=FILE|DIR] [junit=FILE] [markdown=FILE]
+                                               judge any adapter or model, for CI; --update-baseline writes FILE
   posttrain merge ADAPTER_DIR OUTPUT_DIR       write standalone weights of an adapter and its base, logits compared
   posttrain report [RUN]                       print the table of a run, the newest one below ./runs by default, and
                                                write its report.html and report.md again
@@ -87,6 +89,8 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
         from posttrain.commands.tokens import tokens_command as command
     elif word == "doctor":
         from posttrain.commands.doctor import doctor_command as command
+    elif word == "gate":
+        from posttrain.commands.gate import gate_command as command
     elif word == "merge":
         from posttrain.commands.merge import merge_command as command
     elif word == "report":
@@ -98,7 +102,7 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
     elif "=" in word or word.startswith(("-", "~", "+")):
         return None
     else:
-        commands = ("list", "plan", "tokens", "doctor", "merge", "report", "leaderboard", "ledger")
+        commands = ("list", "plan", "tokens", "doctor", "gate", "merge", "report", "leaderboard", "ledger")
         close = nearest(word, commands)
         fix = f"Did you mean {close}? " if close else ""
         raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))

@@ -73,7 +73,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     used = ["seed", "output_root", "stages", "start_from", "model", "tracker", *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
-    broken = [problem for key in used for problem in _unresolved(config, key)]
+    broken = [problem for key in used for problem in unresolved(config, key)]
     if broken or problems:
         raise BadInput(problems + broken)
     model = _typed(config.model)
@@ -155,7 +155,7 @@ def _core_problems(names: list[str], kinds: list[str], start_from: str | None, h
     ]
 
 
-def _unresolved(config: DictConfig, key: str) -> list[Problem]:
+def unresolved(config: DictConfig, key: str) -> list[Problem]:
     """Missing values, dangling interpolations and wrong types below a key."""
     problems = []
     for path in _leaves(config, key):

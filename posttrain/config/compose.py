@@ -15,15 +15,18 @@ from posttrain.config.paths import shipped
 from posttrain.errors import BadInput, Problem
 from posttrain.plugins import Host
 
+PRIMARY = {"recipe": "config", "gate": "gating"}
+"""The file below conf/ that a composition starts from, by what is chosen in it."""
 MOST_PROBLEMS = 20
 """Composing again after each problem has to stop somewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """A recipe with its overrides applied, and what is wrong with it."""
+    """A recipe, or a gate for one adapter, with its overrides applied, and what is wrong with it."""
 
     recipe: str
+    """The name that was chosen."""
     config: DictConfig
     words: tuple[str, ...]
     """The words of the command line that gave it."""
@@ -32,8 +35,8 @@ class Composition:
     problems: list[Problem] = field(default_factory=list)
 
 
-def compose(host: Host, overrides: Sequence[str]) -> Composition:
-    """The recipe that ``overrides`` name. Raises BadInput when nothing could be composed at all."""
+def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Composition:
+    """The ``recipe`` or ``gate`` that ``overrides`` choose. Raises BadInput when nothing could be composed at all."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of ending the process
     sources.register(host)
     sources.RecipeSource.dropped = set()
@@ -42,7 +45,7 @@ def compose(host: Host, overrides: Sequence[str]) -> Composition:
     with hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain"):
         while True:
             try:
-                config = hydra.compose("config", remaining, return_hydra_config=True)
+                config = hydra.compose(PRIMARY[choice], remaining, return_hydra_config=True)
                 break
             except (HydraException, OSError) as error:
                 fault = explain.fault(error, remaining, host)
@@ -52,7 +55,7 @@ def compose(host: Host, overrides: Sequence[str]) -> Composition:
                 problems.append(fault.problem)
                 if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
                     raise BadInput(problems) from None
-    recipe = str(config.hydra.runtime.choices.get("recipe"))
+    recipe = str(config.hydra.runtime.choices.get(choice))
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return Composition(
         recipe=recipe, config=plain, words=tuple(overrides), removed=removed_stages(remaining), problems=problems

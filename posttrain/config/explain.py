@@ -56,7 +56,7 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
 
 def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) -> bool:
     """Whether a setting is given that the gate leaves at its default: Hydra only knows those that its file names."""
-    match = re.fullmatch(r"\w+\.gate\.tasks\.[^.]+\.(\w+)", _key(override))
+    match = re.fullmatch(r"(?:\w+\.)?gate\.tasks\.[^.]+\.(\w+)", _key(override))
     exists = cause is not None and isinstance(cause.parent_node, DictConfig) and "role" in cause.parent_node
     return bool(match and exists and match[1] in {field.name for field in fields(GateTask)})
 
@@ -72,7 +72,7 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
             f"note: plugin {p.name} ({p.origin}) failed to load: {p.reason}" for p in failures
         )
     problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
-    return Fault(problem=problem, override=override, fatal=group == "recipe")
+    return Fault(problem=problem, override=override, fatal=group == "recipe" or _key(override or "") == "gate")
 
 
 def _options(group: str) -> list[str]:
@@ -118,7 +118,7 @@ def settings_of(path: str, host: Host, cause: OmegaConfBaseException | None = No
     node = cause.parent_node if cause is not None and cause.parent_node is not None else None
     if node is not None:
         keys = [str(key) for key in node]
-        return [key for key in keys if key != "hydra"] if path else sorted({*ROOT, *keys} - {"hydra"})
+        return [key for key in keys if key != "hydra"]
     if not path:
         return [*ROOT, *host.stages]
     kind: Any = NODES.get(path.split(".")[0]) or (host.stages[path].config if path in host.stages else None)

@@ -21,6 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from posttrain.config.gating import Gating
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.schema import ModelConfig, Source, TrackerConfig
 from posttrain.errors import BadInput, Problem
@@ -36,6 +37,7 @@ def register(host: Host) -> None:
     """Make every stage, recipe and group of the host known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=OmegaConf.create({key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}))
+    store.store(name="gating_schema", node=Gating)
     for stage in host.stages.values():
         store.store(group="stage", name=stage.name, node=stage.config(kind=stage.name))
     OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from posttrain.artifact import digest_of
 from posttrain.gate.cache import ScoreCache, score_key
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
 from posttrain.gate.harness import Responder, answer, prepare
@@ -36,7 +37,11 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
     rows = _Session(request, progress, loading, tokenizer, tasks).score()
     write_scorecard(request.scorecard, rows)
     write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
-    return Scorecard(rows=tuple(rows), higher_is_better={task.name: task.higher_is_better for task in tasks})
+    return Scorecard(
+        rows=tuple(rows),
+        higher_is_better={task.name: task.higher_is_better for task in tasks},
+        settings={task.name: digest_of(task.settings) for task in tasks},
+    )
 
 
 class _Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -75,6 +75,8 @@ class Scorecard:
     rows: tuple[DocumentScore, ...]
     higher_is_better: Mapping[str, bool]
     """Direction of each task's metric, by the task's name in the gate."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 over how each task asks and scores, by the task's name in the gate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
     source = _saved(output, parent)
     if source.adapter is not None:
         check_tensors(output, parent)
-    found_TV, parents_TV = _compared(source, parent, dtype, probe.ids)
+    found_TV, parents_TV = compared(source, parent, dtype, probe.ids)
     error, change = difference(found_TV, probe.logits), difference(parents_TV, probe.logits)
     if not error <= min(LIMITS[dtype], SHARE * change):
         raise ArtifactDamaged(
@@ -59,25 +59,37 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
 
 def check_tensors(output: Path, parent: ModelSource) -> None:
     """Raise ArtifactDamaged naming the first tensor of an adapter that is missing, not implied, or of another form."""
+    for name, kind in sorted(check_names(output, parent).items()):
+        if kind != "F32":
+            raise ArtifactDamaged(f"{output}: {name} is saved as {kind}, and adapters are trained in float32")
+
+
+def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, str]:
+    """The number format of every tensor of an adapter, by name.
+
+    Raises ArtifactDamaged naming the first one that is missing, not implied by the adapter's configuration on the
+    parent's base, or of another shape: peft loads what fits and leaves out the rest. With ``embeddings``, those of the
+    base may be among them, as peft saves them on its own where they are adapted.
+    """
     expected = _implied_shapes(output, parent)
+    allowed = _implied_shapes(output, parent, embeddings=True) if embeddings else expected
     with safe_open(output / ADAPTER_WEIGHTS, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     for names, what in (
         (expected.keys() - found.keys(), "lacks"),
-        (found.keys() - expected.keys(), "has no place for"),
+        (found.keys() - allowed.keys(), "has no place for"),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ArtifactDamaged(f"{output}: the adapter {what} {min(names)}{more}")
-    for name, (shape, kind) in sorted(found.items()):
-        if shape != expected[name]:
-            raise ArtifactDamaged(f"{output}: {name} has shape {shape}, on {parent.base} it is {expected[name]}")
-        if kind != "F32":
-            raise ArtifactDamaged(f"{output}: {name} is saved as {kind}, and adapters are trained in float32")
+    for name, (shape, _) in sorted(found.items()):
+        if shape != allowed[name]:
+            raise ArtifactDamaged(f"{output}: {name} has shape {shape}, on {parent.base} it is {allowed[name]}")
+    return {name: kind for name, (_, kind) in found.items()}
 
 
-def _implied_shapes(output: Path, parent: ModelSource) -> dict[str, tuple[int, ...]]:
+def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of an adapter with this configuration on the base, without loading weights."""
     config = LoraConfig.from_pretrained(output)
     config.base_model_name_or_path = None  # peft warns of any other than the model's, which has no name here
@@ -87,7 +99,7 @@ def _implied_shapes(output: Path, parent: ModelSource) -> dict[str, tuple[int, .
         if added and max(added) >= model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
         adapted = get_peft_model(model, config, adapter_name=ADAPTER)
-    state = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
+    state = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=embeddings)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -97,7 +109,7 @@ def _saved(output: Path, parent: ModelSource) -> ModelSource:
     return replace(parent, model=output, adapter=None, tokenizer=output, quantization=None, added_tokens=())
 
 
-def _compared(
+def compared(
     source: ModelSource, parent: ModelSource, dtype: str, ids_1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, V] of the saved model and of its parent, on weights quantised alike."""

@@ -11,13 +11,14 @@ PLAIN_WIDTH = 140
 
 
 def write(path: Path) -> None:
-    """Write report.md and report.html into the directory of a run."""
+    """Write report.md, report.html and junit.xml into the directory of a run."""
+    from posttrain.report.junit import junit
     from posttrain.report.markdown import markdown
     from posttrain.report.page import page
     from posttrain.report.run import read_report
 
     found = read_report(path)
-    for name, text in (("report.md", markdown(found)), ("report.html", page(found))):
+    for name, text in (("report.md", markdown(found)), ("report.html", page(found)), ("junit.xml", junit(found))):
         # A model may have written half a surrogate pair, which no encoding holds.
         replace_text(path / name, text.encode("utf-8", "replace").decode("utf-8"))
 

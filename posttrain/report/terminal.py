@@ -15,6 +15,12 @@ RIGHT = ("base", "parent", "candidate", "tokens", "time")
 
 
 def print_report(report: RunReport, console: Console) -> None:
+    """Print the table of a run, and where the whole report is."""
+    print_table(report, console)
+    console.print(f"{report.path / 'report.html'}", style="dim", highlight=False)
+
+
+def print_table(report: RunReport, console: Console) -> None:
     """Print the table of a run with the reason of every verdict; shares are in points of 100."""
     table = Table(
         title=f"{report.state.recipe}: {report.state.state}", title_justify="left", header_style="bold", box=SIMPLE
@@ -35,4 +41,3 @@ def print_report(report: RunReport, console: Console) -> None:
     for each in report.state.stages:
         for remark in remarks(each):
             console.print(f"[yellow]{each.name}[/yellow]: {escape(remark)}", highlight=False)
-    console.print(f"{report.path / 'report.html'}", style="dim", highlight=False)

@@ -1,0 +1,159 @@
+"""``posttrain gate``: one gate about an adapter or a model that is there already, for CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from posttrain import environment, plugins
+from posttrain.artifact import replace_text
+from posttrain.config.compose import compose
+from posttrain.config.gating import Gating
+from posttrain.config.schema import GateTask, OnFail
+from posttrain.errors import BadInput, GateRefused, GateUndecided, PosttrainError, Problem
+from posttrain.gate.checks import check_tasks
+from posttrain.gating import Outcome, gate, is_scores
+from posttrain.plan import gate_tasks, unresolved
+from posttrain.plugins import Host
+
+if TYPE_CHECKING:
+    from posttrain.report.run import RunReport
+
+SUMMARY = "GITHUB_STEP_SUMMARY"
+"""Names the file that GitHub shows with a job."""
+RUN_STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
+
+
+def gate_command(words: list[str]) -> int:
+    """Judge, print the table, and write what was asked for; raises GateRefused and GateUndecided after that."""
+    host = plugins.load()
+    name, gating, tasks = gated(host, _overrides(words))
+    environment.prepare()
+    from posttrain.display import Display
+
+    try:
+        outcome = gate(name, gating, tasks, host, Display())
+    except PosttrainError as error:
+        _tell_error(name, gating, error)
+        raise
+    report = _report(name, outcome)
+    _print(report)
+    _tell(gating, report, outcome)
+    return _code(gating, outcome)
+
+
+def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask]]:
+    """The gate's name, the settings and the gate's tasks; raises BadInput with every problem of them."""
+    composition = compose(host, words, "gate")
+    config, problems = composition.config, list(composition.problems)
+    problems += [problem for key in map(str, config) for problem in unresolved(config, key)]
+    if problems:
+        raise BadInput(problems)
+    gating: Gating = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Gating), config))  # type: ignore[assignment]
+    tasks = gate_tasks("gate", gating.gate, host, problems)
+    problems += _contradictions(gating)
+    problems += [Problem(where=f"gate.{p.where}", what=p.what, fix=p.fix) for p in check_tasks(tasks)]
+    if problems:
+        raise BadInput(problems)
+    return composition.recipe, gating, tasks
+
+
+def _overrides(words: list[str]) -> list[str]:
+    """The command's words as overrides: its flag, and folders of gates of the user's own."""
+    overrides, waiting = [], iter(words)
+    for word in waiting:
+        if word == "--update-baseline":
+            overrides.append("update_baseline=true")
+        elif word in ("--config-dir", "-cd"):
+            folder = Path(next(waiting, ""))
+            if not folder.is_dir():
+                raise BadInput(Problem(where=f"gate {word}", what=f"there is no directory {folder}"))
+            overrides.append(f"hydra.searchpath=['file://{folder.resolve()}']")
+        elif "=" not in word:
+            fix = "posttrain gate adapter=DIR gate=NAME [baseline=FILE|DIR] [--update-baseline] [--config-dir DIR]"
+            raise BadInput(Problem(where=f"gate {word}", what="is not key=value", fix=fix))
+        else:
+            overrides.append(word)
+    return overrides
+
+
+def _contradictions(gating: Gating) -> list[Problem]:
+    problems = []
+    if not gating.gate.enabled:
+        problems.append(Problem(where="gate", what="this gate is switched off", fix="Choose one that asks something"))
+    if gating.update_baseline and (gating.baseline is None or not is_scores(gating.baseline)):
+        what = "there is no file to write the scores to"
+        problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))
+    return problems
+
+
+def _report(name: str, outcome: Outcome) -> RunReport:
+    """The outcome in the form of a run's report, with the candidate as its only stage."""
+    from posttrain.report.run import RunReport, StageReport
+    from posttrain.runs import RunState, StageState
+
+    verdict, candidate = outcome.verdict, outcome.candidate
+    stage = StageState(name=candidate.source.name, kind="gate", state=RUN_STATES[verdict.state], verdict=verdict.state)
+    ended = "done" if verdict.state == "pass" else stage.state
+    return RunReport(
+        path=outcome.folder,
+        state=RunState(recipe=name, state=ended, stages=[stage]),
+        stages=(StageReport(state=stage, verdict=verdict),),
+    )
+
+
+def _print(report: RunReport) -> None:
+    from rich.console import Console
+
+    from posttrain.report import PLAIN_WIDTH
+    from posttrain.report.terminal import print_table
+
+    console = Console()
+    print_table(report, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _tell(gating: Gating, report: RunReport, outcome: Outcome) -> None:
+    """Write the verdict for those who read files."""
+    from posttrain.report.junit import junit
+    from posttrain.report.summary import summary
+
+    _write(gating.junit, junit(report))
+    _summarise(gating, summary(report, outcome.rows))
+
+
+def _tell_error(name: str, gating: Gating, error: PosttrainError) -> None:
+    """Write that there is no verdict, and why."""
+    from posttrain.report.junit import junit_error
+    from posttrain.report.summary import refusal
+
+    _write(gating.junit, junit_error(name, error))
+    _summarise(gating, refusal(name, gating.adapter, str(error), error.exit_code))
+
+
+def _summarise(gating: Gating, text: str) -> None:
+    _write(gating.markdown, text)
+    if path := os.environ.get(SUMMARY):
+        with Path(path).open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+
+def _write(path: str | None, text: str) -> None:
+    if path is not None:
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+
+
+def _code(gating: Gating, outcome: Outcome) -> int:
+    """0 for a pass; a verdict that the gate only warns of is one, too."""
+    verdict, settings = outcome.verdict, gating.gate
+    policy = settings.on_fail if verdict.state == "fail" else settings.on_undecided
+    if verdict.state == "pass" or policy is OnFail.warn:
+        return 0
+    error = GateRefused if verdict.state == "fail" else GateUndecided
+    raise error(f"{outcome.candidate.path}: {verdict.reason}")

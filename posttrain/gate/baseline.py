@@ -1,0 +1,206 @@
+"""Scores that are committed beside the code: what an adapter has to keep, without the adapter.
+
+A baseline is a small JSON file, one line per document, so that a change of it can be reviewed::
+
+    {"format": 1, "gate": "quickstart", "sha256": "...", "adapter": "adapters/v1", "digest": "...",
+     "asked": {"base": "...", "chat_template": "...", "tokenizer": "...", "dtype": "float32", "versions": ...},
+     "tasks": {"facts": {"metric": "acc", "filter": "none", "higher_is_better": true, "settings": "...",
+                         "base": 0.1, "score": 0.9,
+                         "documents": [[0, "5a7c...", 0.0, 1.0], ...]}}}
+
+A document holds its number, a hash of document, requests and target, the base's score and the adapter's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from posttrain.artifact import canonical, digest_of, replace_text
+from posttrain.errors import BadInput, Problem
+from posttrain.gate.spec import DocumentScore, Scorecard
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateTask
+
+FORMAT = 1
+UPDATE = "--update-baseline makes it again from the adapter that you give"
+HASH = 16
+"""Hexadecimal digits of a document's hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What is said about the scores of a baseline."""
+
+    gate: str
+    adapter: str
+    """The adapter, as the command line named it."""
+    digest: str
+    """Content digest of the adapter."""
+    asked: Mapping[str, Any]
+    """Everything that is the same for all of its tasks and that scores depend on."""
+    tasks: Mapping[str, Mapping[str, Any]]
+
+
+def baseline_of(
+    gate: str, adapter: str, asked: Mapping[str, Any], tasks: Mapping[str, GateTask], scorecard: Scorecard
+) -> Baseline:
+    """The baseline in the scores of the systems ``base`` and ``candidate``."""
+    chosen = {name: _by_document(name, task, scorecard) for name, task in tasks.items()}
+    digest = next(row.digest for row in scorecard.rows if row.system == "candidate")
+    entries = {name: _entry(name, tasks[name], rows, scorecard) for name, rows in chosen.items()}
+    return Baseline(gate=gate, adapter=adapter, digest=digest, asked=asked, tasks=entries)
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write a baseline in one step: keys in order, a line per document."""
+    record = {"format": FORMAT, **vars(baseline)}
+    record["sha256"] = digest_of(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, _lines(record) + "\n")
+
+
+def read_baseline(path: Path) -> Baseline:
+    """The baseline in a file; raises BadInput when it is not there, or is not as it was written."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        claimed = record.pop("sha256")
+        version = record.pop("format")
+        if version != FORMAT:
+            raise BadInput(Problem(where=str(path), what=f"has format {version}, not {FORMAT}", fix=UPDATE))
+        if digest_of({"format": version, **record}) != claimed:
+            raise BadInput(Problem(where=str(path), what="was changed after it was written", fix=UPDATE))
+        return Baseline(**record)
+    except FileNotFoundError:
+        fix = "--update-baseline writes it from an adapter that passes against its base"
+        raise BadInput(Problem(where=str(path), what="there is no such baseline", fix=fix)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(Problem(where=str(path), what=f"is no baseline: {error}", fix=UPDATE)) from None
+
+
+def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any]) -> None:
+    """Raise BadInput with everything that would be asked otherwise than it was for the baseline."""
+    problems = []
+    for key in sorted(baseline.asked.keys() | asked.keys()):
+        then, now = baseline.asked.get(key), asked.get(key)
+        if then != now:
+            what = f"another {key.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
+            problems.append(Problem(where=str(path), what=what, fix=f"The scores cannot be compared; {UPDATE}"))
+    if problems:
+        raise BadInput(problems)
+
+
+def with_baseline(path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard) -> Scorecard:
+    """The candidate's scores, with those of ``base`` and of the baseline, as ``parent``, from the file.
+
+    Raises BadInput where the baseline did not answer what the candidate answered.
+    """
+    rows = list(scorecard.rows)
+    problems = []
+    for name, task in tasks.items():
+        candidate = _system(name, task, scorecard, "candidate")
+        entry = baseline.tasks.get(name)
+        if what := _difference(entry, name, task, candidate, scorecard):
+            problems.append(Problem(where=f"{path}: {name}", what=what, fix=f"The task changed; {UPDATE}"))
+        elif entry is not None:
+            for doc_id, _, base, score in entry["documents"]:
+                rows.append(_row(candidate[doc_id], "base", task.metric, base, ""))
+                rows.append(_row(candidate[doc_id], "parent", task.metric, score, baseline.digest))
+    if problems:
+        raise BadInput(problems)
+    return replace(scorecard, rows=tuple(rows))
+
+
+def _difference(
+    entry: Mapping[str, Any] | None,
+    name: str,
+    task: GateTask,
+    candidate: Mapping[int, DocumentScore],
+    scorecard: Scorecard,
+) -> str | None:
+    """What a baseline holds that is not what the candidate was asked."""
+    if entry is None:
+        return "the baseline has no scores of this task"
+    now = _entry_head(name, task, candidate, scorecard)
+    for key, value in now.items():
+        if entry.get(key) != value:
+            return f"another {key}: {_shown(entry.get(key))} then, {_shown(value)} now"
+    hashes = {doc_id: hashed for doc_id, hashed, _, _ in entry["documents"]}
+    asked = {doc_id: _hash(row) for doc_id, row in candidate.items()}
+    differing = [doc_id for doc_id in sorted(hashes.keys() | asked.keys()) if hashes.get(doc_id) != asked.get(doc_id)]
+    if differing:
+        return f"{len(differing)} of its documents are other ones, or are asked otherwise, such as {differing[0]}"
+    scores = [score for document in entry["documents"] for score in document[2:]]
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        return "a score is not a finite number"
+    return None
+
+
+def _by_document(name: str, task: GateTask, scorecard: Scorecard) -> dict[int, tuple[DocumentScore, DocumentScore]]:
+    base, candidate = (_system(name, task, scorecard, system) for system in ("base", "candidate"))
+    return {doc_id: (base[doc_id], row) for doc_id, row in sorted(candidate.items())}
+
+
+def _system(name: str, task: GateTask, scorecard: Scorecard, system: str) -> dict[int, DocumentScore]:
+    return {
+        row.doc_id: row
+        for row in scorecard.rows
+        if row.system == system and row.task == name and task.filter in (None, row.filter)
+    }
+
+
+def _entry(
+    name: str, task: GateTask, rows: Mapping[int, tuple[DocumentScore, DocumentScore]], scorecard: Scorecard
+) -> dict[str, Any]:
+    documents = [
+        [doc_id, _hash(row), base.metrics[task.metric], row.metrics[task.metric]]
+        for doc_id, (base, row) in rows.items()
+    ]
+    head = _entry_head(name, task, {doc_id: row for doc_id, (_, row) in rows.items()}, scorecard)
+    means = {
+        "base": round(fmean(base.metrics[task.metric] for base, _ in rows.values()), 6),
+        "score": round(fmean(row.metrics[task.metric] for _, row in rows.values()), 6),
+    }
+    return {**head, **means, "documents": documents}
+
+
+def _entry_head(name: str, task: GateTask, rows: Mapping[int, DocumentScore], scorecard: Scorecard) -> dict[str, Any]:
+    return {
+        "metric": task.metric,
+        "filter": next((row.filter for row in rows.values()), task.filter),
+        "higher_is_better": scorecard.higher_is_better[name],
+        "settings": scorecard.settings[name],
+    }
+
+
+def _hash(row: DocumentScore) -> str:
+    return digest_of([row.document_hash, row.request_hash, row.target_hash])[:HASH]
+
+
+def _row(like: DocumentScore, system: str, metric: str, score: float, digest: str) -> DocumentScore:
+    return replace(like, system=system, digest=digest, metrics={metric: float(score)}, response="")
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical(value)
+    return text[:HASH] if len(text) == 64 else text
+
+
+def _lines(record: Mapping[str, Any]) -> str:
+    """JSON with a line per document and an indented line per other value."""
+    documents: dict[str, Sequence[Any]] = {}
+    outline = json.loads(canonical(record))
+    for name, entry in outline["tasks"].items():
+        documents[name] = entry["documents"]
+        entry["documents"] = f"\0{name}"
+    text = json.dumps(outline, indent=1, sort_keys=True, ensure_ascii=False)
+    for name, rows in documents.items():
+        listed = ",\n".join(f"    {canonical(row)}" for row in rows)
+        text = text.replace(json.dumps(f"\0{name}", ensure_ascii=False), f"[\n{listed}\n   ]", 1)
+    return text

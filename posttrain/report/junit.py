@@ -1,0 +1,113 @@
+"""Verdicts as JUnit XML: a test case for every comparison, with failure and error told apart.
+
+A failure is what a gate said: refused or undecided. An error is what kept it from saying anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from posttrain.errors import PosttrainError
+from posttrain.gate.spec import TaskVerdict
+from posttrain.report.run import RunReport, StageReport
+from posttrain.report.scores import scale_of
+
+FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that no XML document can hold."""
+UNDECIDED_ENDS = ("done", "refused", "undecided")
+"""States of a run that ended by what its gates said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One test case."""
+
+    name: str
+    outcome: str | None = None
+    """``failure``, ``error`` or ``skipped``; None for a pass."""
+    kind: str = ""
+    message: str = ""
+    output: str = ""
+
+
+def junit(report: RunReport) -> str:
+    """The verdicts of a run: a test suite for each stage, a case for each task and each system it was compared with."""
+    return _document(report.state.recipe, [(stage, list(_cases(report, stage))) for stage in report.stages])
+
+
+def junit_error(name: str, error: PosttrainError) -> str:
+    """One test case for a gate that could not judge, or that refused before it asked anything."""
+    kind = "failure" if error.exit_code in (3, 4) else "error"
+    case = Case(name="gate", outcome=kind, kind=type(error).__name__, message=str(error))
+    return _document(name, [(None, [case])])
+
+
+def _cases(report: RunReport, stage: StageReport) -> Iterable[Case]:
+    if stage.error is not None:
+        yield Case(name="stage", outcome="error", kind="PluginFailed", message=stage.error)
+    elif stage.verdict is not None and stage.verdict.tasks:
+        yield from map(_case, stage.verdict.tasks)
+    elif stage.verdict is not None:
+        yield _untasked(stage)
+    elif stage.state.state == "pending" or report.state.state in UNDECIDED_ENDS:
+        yield Case(name="stage", outcome="skipped", message="the run stopped before this stage")
+    else:
+        yield Case(name="stage", outcome="error", kind=report.state.state, message=f"the run is {report.state.state}")
+
+
+def _case(task: TaskVerdict) -> Case:
+    name = f"{task.role} {task.task} against {task.against}"
+    scale = scale_of(task)
+    shown = (
+        f"{task.metric} {scale.score(task.candidate)}, {scale.interval(task.lift, task.low, task.high)}, n {task.n:,}"
+    )
+    if task.state == "pass":
+        return Case(name=name, output=shown)
+    kind = "refused" if task.state == "fail" else "undecided"
+    return Case(name=name, outcome="failure", kind=kind, message=task.reason, output=shown)
+
+
+def _untasked(stage: StageReport) -> Case:
+    """A verdict without tasks: of a gate that was switched off, or of one that asked nothing."""
+    assert stage.verdict is not None
+    if stage.verdict.state == "pass":
+        return Case(name="gate", outcome="skipped", message=stage.verdict.reason)
+    return Case(name="gate", outcome="failure", kind=stage.verdict.state, message=stage.verdict.reason)
+
+
+def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]]) -> str:
+    counts = _counts([case for _, cases in suites for case in cases])
+    root = ElementTree.Element("testsuites", {"name": _clean(name), **counts})
+    for stage, cases in suites:
+        title = name if stage is None else f"{name}.{stage.name}"
+        suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(title), **_counts(cases)})
+        if stage is not None and stage.state.seconds is not None:
+            suite.set("time", str(stage.state.seconds))
+        for case in cases:
+            _append(suite, title, case)
+    ElementTree.indent(root)
+    text: str = ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _append(suite: ElementTree.Element, title: str, case: Case) -> None:
+    element = ElementTree.SubElement(suite, "testcase", classname=_clean(title), name=_clean(case.name))
+    if case.outcome is not None:
+        outcome = ElementTree.SubElement(element, case.outcome, message=_clean(case.message))
+        if case.kind:
+            outcome.set("type", _clean(case.kind))
+    if case.output:
+        ElementTree.SubElement(element, "system-out").text = _clean(case.output)
+
+
+def _counts(cases: list[Case]) -> dict[str, str]:
+    outcomes = [case.outcome for case in cases]
+    numbers = {"tests": len(cases), "failures": outcomes.count("failure"), "errors": outcomes.count("error")}
+    return {name: str(number) for name, number in {**numbers, "skipped": outcomes.count("skipped")}.items()}
+
+
+def _clean(text: str) -> str:
+    return FORBIDDEN.sub("\ufffd", text)
