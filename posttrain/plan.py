@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from posttrain.config.compose import Composition
 from posttrain.config.explain import ROOT
-from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Source, StageConfig, Tracker, TrackerConfig
+from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Role, Source, StageConfig, Tracker, TrackerConfig
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.plugins import Host
 from posttrain.stage import Stage
@@ -247,17 +247,17 @@ def gate_tasks(where: str, gate: GateConfig, host: Host, problems: list[Problem]
     if gate.enabled and not gate.tasks:
         fix = f"Choose a gate: gate@{where}=NAME (or +gate@{where}=NAME); gate none promotes unseen"
         problems.append(Problem(where=where, what="asks for no task", fix=fix))
-    if not 0.5 < gate.confidence < 1:
-        problems.append(Problem(where=f"{where}.confidence", what=f"{gate.confidence} is not between 0.5 and 1"))
-    if not gate.against or not set(gate.against) <= {"base", "parent"}:
-        problems.append(Problem(where=f"{where}.against", what=f"{gate.against} must name base, parent or both"))
-    if gate.batch_size < 1:
-        problems.append(Problem(where=f"{where}.batch_size", what=f"{gate.batch_size} is not positive"))
-    tasks = {key: _conform(GateTask, value, f"{where}.tasks.{key}", problems) for key, value in gate.tasks.items()}
-    for key, task in tasks.items():
-        if task is not None and task.max_drop < 0:
-            problems.append(Problem(where=f"{where}.tasks.{key}.max_drop", what=f"{task.max_drop} is negative"))
-    return {key: _with_file(key, task, host) for key, task in tasks.items() if task is not None}
+    problems += [Problem(where=f"{where}.{key}", what=what) for key, what in gate.problems()]
+    conformed = {key: _conform(GateTask, value, f"{where}.tasks.{key}", problems) for key, value in gate.tasks.items()}
+    tasks = {key: task for key, task in conformed.items() if task is not None}
+    problems += [
+        Problem(where=f"{where}.tasks.{name}.{key}", what=what)
+        for name, task in tasks.items()
+        for key, what in task.problems()
+    ]
+    if gate.pooled_max_drop is not None and not any(task.role is Role.guard for task in tasks.values()):
+        problems.append(Problem(where=f"{where}.pooled_max_drop", what="the gate has no guard to pool"))
+    return {name: _with_file(name, task, host) for name, task in tasks.items()}
 
 
 def _with_file(name: str, task: GateTask, host: Host) -> GateTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,13 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from posttrain.gate.statistics import (
-    Bounds,
-    documents_needed,
-    paired_bounds,
-    paired_t_bounds,
-    tango_bounds,
-)
+from posttrain.gate.statistics import Bounds, exact_share_bounds, mean_bounds, mean_error, tango_bounds
 
 TWO_SIDED_95 = 0.975
 
@@ -105,27 +100,81 @@ def test_impossible_confidence_is_refused(confidence: float) -> None:
         tango_bounds(1, 2, 10, confidence)
 
 
-def test_the_t_interval_is_that_of_scipy() -> None:
-    differences = np.random.default_rng(1).normal(0.1, 0.4, size=37)
-    bounds = paired_t_bounds(differences.tolist(), 1.0, 0.95)
-    reference = stats.ttest_1samp(differences, 0).confidence_interval(0.90)
+def interval(values: Sequence[float], confidence: float = 0.95, clusters: Sequence[int] | None = None) -> Bounds:
+    mean = float(np.mean(values))
+    return mean_bounds(mean, mean_error(values, clusters), float(np.abs(values).max()), confidence)
+
+
+def test_the_interval_of_symmetric_values_is_that_of_scipy() -> None:
+    half = np.random.default_rng(1).normal(0, 0.4, size=20)
+    values = 0.1 + np.concatenate([half, -half])
+    bounds = interval(values.tolist())
+    reference = stats.ttest_1samp(values, 0).confidence_interval(0.90)
     assert (bounds.low, bounds.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
 
 
+def test_skewness_widens_the_interval_on_its_side_only() -> None:
+    values = -np.random.default_rng(2).lognormal(size=60)
+    bounds, reference = interval(values.tolist()), stats.ttest_1samp(values, 0).confidence_interval(0.90)
+    assert bounds.low < reference.low - 0.02
+    assert bounds.high == pytest.approx(reference.high)
+    mirrored = interval((-values).tolist())
+    assert (mirrored.low, mirrored.high) == (pytest.approx(-bounds.high), pytest.approx(-bounds.low))
+
+
+def test_the_skewness_corrected_bound_solves_halls_equation() -> None:
+    values = -np.random.default_rng(2).lognormal(size=60)
+    n, skewness, spread = len(values), float(stats.skew(values)), float(values.std(ddof=1))
+    w = (values.mean() - interval(values.tolist()).low) / spread
+    transformed = w + skewness * w**2 / 3 + skewness**2 * w**3 / 27 + skewness / (6 * n)
+    assert transformed == pytest.approx(stats.t.ppf(0.95, n - 1) / math.sqrt(n))
+
+
 @pytest.mark.parametrize("n", [1, 2, 30])
-def test_equal_differences_are_not_certainty(n: int) -> None:
-    bounds = paired_bounds([0.5] * n, [0.4] * n, 0.95)
+def test_equal_values_are_not_certainty(n: int) -> None:
+    bounds = mean_bounds(0.1, mean_error([0.1] * n), 0.5, 0.95)
     assert bounds.low < 0.1 < bounds.high
 
 
-def test_scores_of_zero_and_one_take_the_score_interval() -> None:
-    new, old = [1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0]
-    assert paired_bounds(new, old, 0.95) == tango_bounds(2, 1, 5, 0.95)
+def test_clusters_take_the_error_of_their_means_when_they_are_equally_large() -> None:
+    generator = np.random.default_rng(3)
+    values = (generator.normal(size=(20, 1)) + generator.normal(size=(20, 5)) / 4).ravel()
+    clusters = np.repeat(np.arange(20), 5).tolist()
+    error = mean_error(values.tolist(), clusters)
+    means = values.reshape(20, 5).mean(axis=1)
+    assert (error.standard, error.groups) == (pytest.approx(stats.sem(means)), 20)
+    assert error.standard > 1.8 * mean_error(values.tolist()).standard
 
 
-def test_pairs_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        paired_bounds([1.0, 0.0], [1.0], 0.95)
+def test_clusters_of_different_size_take_the_sandwich_of_least_squares() -> None:
+    """The cluster-robust variance of an intercept, with the sums written out as matrices."""
+    generator = np.random.default_rng(4)
+    clusters = generator.integers(0, 9, size=50)
+    values = generator.normal(size=50) + clusters
+    design, residuals = np.ones((50, 1)), values - values.mean()
+    meat = sum(
+        np.outer(score, score) for g in set(clusters) for score in [design[clusters == g].T @ residuals[clusters == g]]
+    )
+    bread = np.linalg.inv(design.T @ design)
+    variance = (9 / 8 * bread @ meat @ bread).item()
+    assert mean_error(values.tolist(), clusters.tolist()).standard == pytest.approx(math.sqrt(variance))
+
+
+def test_documents_that_each_have_their_own_source_are_not_clustered() -> None:
+    values = np.random.default_rng(5).normal(size=30).tolist()
+    assert mean_error(values, range(30)) == mean_error(values)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 12), (3, 12), (12, 12), (997, 1000)])
+def test_shares_take_the_exact_interval_of_scipy(right: int, n: int) -> None:
+    bounds = exact_share_bounds(right, n, 0.95)
+    reference = stats.binomtest(right, n).proportion_ci(0.90, method="exact")
+    assert (bounds.low, bounds.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
+
+
+def test_impossible_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="impossible counts: 4 right among 3"):
+        exact_share_bounds(4, 3, 0.95)
 
 
 @functools.cache
@@ -145,17 +194,3 @@ def test_false_passes_are_as_rare_as_promised(n: int, discordance: float, differ
     passes = sum(low(int(a), int(b), n) > difference for a, b, _ in tables)
     noise = 3 * math.sqrt(0.05 * 0.95 / trials)
     assert passes / trials <= 0.05 + 0.005 + noise  # lattice of the counts: up to .054 at n = 100
-
-
-def test_documents_needed_matches_the_closed_form() -> None:
-    """Discordance of 10 % and a lift of 2 points ask for about 1,540 documents."""
-    differences = [1.0] * 60 + [-1.0] * 40 + [0.0] * 900
-    assert documents_needed(differences, 0.0, 0.95) == pytest.approx(1540, abs=5)
-    assert documents_needed(differences, 0.02, 0.95) is None
-
-
-@pytest.mark.parametrize("margin", [0.01, 0.02, 0.05])
-def test_documents_needed_without_discordance_pass_a_guard(margin: float) -> None:
-    needed = documents_needed([0.0] * 10, -margin, 0.95)
-    assert needed is not None
-    assert tango_bounds(0, 0, needed, 0.95).low > -margin >= tango_bounds(0, 0, needed - 2, 0.95).low

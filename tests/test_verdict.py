@@ -6,77 +6,15 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
+from gates import GUARD, LIFT, binary, card, decide, request, rows
 
-from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.config.schema import GateTask, Role
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
+from posttrain.gate.spec import DocumentScore, Scorecard
 from posttrain.gate.verdict import judge, verdict_json
-
-LIFT = GateTask(role=Role.lift, metric="acc")
-GUARD = GateTask(role=Role.guard, metric="acc", max_drop=0.02)
-
-
-def source(name: str) -> ModelSource:
-    return ModelSource(
-        name=name,
-        model=Path("model"),
-        adapter=None,
-        tokenizer=Path("model"),
-        chat_template="",
-        digest=name,
-        base="model",
-        model_digest="weights",
-    )
-
-
-def request(task: GateTask = LIFT, systems: Sequence[str] = ("base", "candidate"), **gate: Any) -> GateRequest:
-    return GateRequest(
-        stage="sft",
-        gate=GateConfig(**gate),
-        tasks={"quiz": task},
-        systems={name: source(name) for name in systems},
-        dtype="float32",
-        cache=Path("cache"),
-        scorecard=Path("scorecard.jsonl"),
-    )
-
-
-def rows(system: str, scores: Sequence[float], task: str = "quiz", filter_name: str = "none") -> list[DocumentScore]:
-    return [
-        DocumentScore(
-            system=system,
-            digest=system,
-            task=task,
-            filter=filter_name,
-            doc_id=doc_id,
-            document_hash=f"d{doc_id}",
-            request_hash=f"r{doc_id}",
-            target_hash=f"t{doc_id}",
-            metrics={"acc": score},
-            response="",
-            target="",
-        )
-        for doc_id, score in enumerate(scores)
-    ]
-
-
-def card(*parts: list[DocumentScore], higher_is_better: bool = True) -> Scorecard:
-    return Scorecard(rows=tuple(row for part in parts for row in part), higher_is_better={"quiz": higher_is_better})
-
-
-def binary(right: int, n: int) -> list[float]:
-    return [1.0] * right + [0.0] * (n - right)
-
-
-def decide(base: Sequence[float], candidate: Sequence[float], task: GateTask = LIFT, **gate: Any) -> Verdict:
-    return judge(request(task, **gate), card(rows("base", base), rows("candidate", candidate)))
 
 
 @pytest.mark.parametrize(("right", "state"), [(80, "pass"), (52, "undecided"), (20, "fail")])
@@ -176,6 +114,11 @@ BASE, CANDIDATE = rows("base", binary(0, 50)), rows("candidate", binary(50, 50))
         ([*BASE, replace(CANDIDATE[0], target_hash="x"), *CANDIDATE[1:]], "differ in the target_hash of document 0"),
         ([*BASE, replace(CANDIDATE[0], metrics={"acc": math.nan}), *CANDIDATE[1:]], "no finite acc for document 0"),
         ([*BASE, replace(CANDIDATE[0], metrics={}), *CANDIDATE[1:]], "no finite acc for document 0"),
+        (
+            [replace(row, digest="an older base") for row in BASE] + CANDIDATE,
+            "scores of base are those of an older bas",
+        ),
+        ([*BASE, replace(CANDIDATE[0], digest="old"), *CANDIDATE[1:]], "of candidate are those of old.* stale"),
         (rows("base", [0.0], filter_name="a") + rows("candidate", [1.0], filter_name="b"), "differ in the filter"),
         (BASE + CANDIDATE + rows("base", [0.0], filter_name="b"), "scored under several filters"),
     ],
@@ -183,6 +126,22 @@ BASE, CANDIDATE = rows("base", binary(0, 50)), rows("candidate", binary(50, 50))
 def test_scores_that_do_not_match_are_refused(scores: list[DocumentScore], complaint: str) -> None:
     with pytest.raises(ArtifactDamaged, match=complaint):
         judge(request(), card(scores))
+
+
+def test_a_part_of_the_documents_is_refused() -> None:
+    part = Scorecard(rows=(*BASE, *CANDIDATE), higher_is_better={"quiz": True}, documents={"quiz": 51})
+    with pytest.raises(ArtifactDamaged, match="50 documents are scored, not 51"):
+        judge(request(), part)
+    assert judge(request(), replace(part, documents={"quiz": 50})).state == "pass"
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_direction_that_the_scores_contradict_is_refused(stated: bool) -> None:
+    parts = card(BASE, CANDIDATE, higher_is_better=not stated)
+    with pytest.raises(ArtifactDamaged, match=f"higher_is_better={stated}"):
+        judge(request(replace(LIFT, higher_is_better=stated)), parts)
+    agreed = judge(request(replace(LIFT, higher_is_better=not stated)), parts)
+    assert agreed.state == ("fail" if stated else "pass")
 
 
 def test_a_scorecard_without_direction_is_refused() -> None:
@@ -217,7 +176,7 @@ def test_an_undecided_lift_says_what_would_decide_it() -> None:
         (80, LIFT, "lift +30.00 points, and its lower bound"),
         (20, LIFT, "lift −30.00 points, and even its upper bound"),
         (20, GUARD, "lies below −2.00"),
-        (50, GUARD, "cannot be told from a change of −2.00 points; about"),
+        (50, GUARD, "at n = 100 a drop of 2.00 points cannot be told from 0; about 134 documents would do"),
         (49, LIFT, "if the change is what it seems, more documents would refuse it"),
     ],
 )
@@ -225,6 +184,15 @@ def test_reasons_name_what_decided(right: int, task: GateTask, words: str) -> No
     verdict = decide(binary(50, 100), binary(right, 100), task)
     assert words in verdict.tasks[0].reason
     assert "quiz against base" in verdict.reason or verdict.state == "pass"
+
+
+def test_an_undecided_guard_says_what_would_decide_it() -> None:
+    base = [1.0] * 10 + [0.0] * 10 + [1.0] * 80 + [0.0] * 100
+    candidate = [0.0] * 10 + [1.0] * 10 + [1.0] * 80 + [0.0] * 100
+    assert decide(base, candidate, GUARD).tasks[0].reason == (
+        "change 0 points, but its lower bound −3.87 does not exceed −2.00: "
+        "at n = 200 a drop of 2.00 points cannot be told from 0; about 1,580 documents would do"
+    )
 
 
 def test_scores_that_are_no_fractions_are_shown_as_they_are() -> None:
@@ -239,12 +207,13 @@ def test_the_json_holds_every_figure() -> None:
     means = {"base", "parent", "candidate"}
     asked = {"task", "metric", "filter", "higher_is_better", "questions", "role", "against", "n"}
     decided = {"lift", "low", "high", "confidence", "threshold", "state", "reason"}
-    assert set(record["tasks"][0]) == {*asked, *means, *decided}
+    found = {"method", "adjusted_low", "bootstrap_low", "bootstrap_high"}
+    assert set(record["tasks"][0]) == {*asked, *means, *decided, *found}
     assert record["tasks"][0]["role"] == "lift"
 
 
 def test_judging_and_checking_import_nothing_heavy() -> None:
-    modules = ["plugin", "spec", "checks", "verdict", "statistics", "scorecard", "cache"]
+    modules = ["plugin", "spec", "checks", "verdict", "power", "sequential", "scorecard", "cache"]
     imports = ", ".join(f"posttrain.gate.{module}" for module in modules)
     heavy = "{'torch', 'numpy', 'scipy', 'transformers', 'datasets', 'peft', 'lm_eval'}"
     code = f"import sys, {imports}; print({heavy} & sys.modules.keys() or '')"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain import plugins
 from posttrain.config.compose import compose
-from posttrain.config.schema import GateTask, Role
+from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.data.counting import count_records
 from posttrain.plan import Plan, Step, make_plan
 
@@ -93,13 +93,21 @@ def _gate(step: Step) -> list[str]:
         return ["none: the artifact is promoted unseen"]
     policy = f"on fail {gate.on_fail.value}, on undecided {gate.on_undecided.value}"
     head = f"against {' and '.join(gate.against)} at {gate.confidence:.0%} confidence, {policy}"
-    return [head, *_asked(step.tasks)]
+    return [head, *_asked(gate, step.tasks)]
 
 
-def _asked(tasks: Mapping[str, GateTask]) -> list[str]:
-    return [
-        f"{task.role.value} {name} {task.metric}: lower bound "
-        + (f"> {task.min_lift:+.3f}" if task.role is Role.lift else f"> {-task.max_drop:+.3f}")
+def _asked(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[str]:
+    lines = [
+        f"{task.role.value} {name} {task.metric}: {_demand(gate, task)}"
         + (f", {task.limit} documents" if task.limit else "")
         for name, task in tasks.items()
     ]
+    if gate.pooled_max_drop is not None:
+        lines.append(f"all guards together, equal weight: lower bound > {-gate.pooled_max_drop:+.3f}")
+    return lines
+
+
+def _demand(gate: GateConfig, task: GateTask) -> str:
+    if task.role is Role.limit:
+        return f"bound of the score better than {task.threshold:g}"
+    return f"lower bound > {task.min_lift if task.role is Role.lift else -gate.allowed_drop(task):+.3f}"

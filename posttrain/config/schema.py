@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isfinite
 from typing import Any
 
 MISSING: Any = "???"
 """Default of a setting that the recipe must give."""
+MAX_DROP = 0.02
+"""How much a guard may lose unless its task says."""
+MAX_DROP_IN_POOL = 0.1
+"""The same where the pool of guards is held to less: a limit for catastrophes."""
+MOST_LOOKS = 20
 
 
 def from_recipe(key: str) -> Any:
@@ -68,6 +74,14 @@ class Role(Enum):
 
     lift = "lift"
     guard = "guard"
+    limit = "limit"
+
+
+class Sequential(Enum):
+    """How a gate may decide before all documents are scored."""
+
+    none = "none"
+    obrien_fleming = "obrien_fleming"
 
 
 class OnFail(Enum):
@@ -141,25 +155,46 @@ class GateTask:
     """What a gate asks of one lm-eval task."""
 
     role: Role = MISSING
-    """lift: must improve. guard: must not get worse."""
+    """lift: must improve. guard: must not get worse. limit: must be better than a threshold of its own."""
     metric: str = MISSING
     """The task's metric that is compared."""
     filter: str | None = None
     """The task's filter; needed when it has several."""
+    higher_is_better: bool | None = None
+    """Whether more of the metric is better, for a task that does not say; one that says otherwise is refused."""
     task: str | None = None
     """Registered lm-eval name or path of a YAML file, when it differs from the key of this entry."""
     data: str | None = None
     """JSON, JSONL or Parquet file with the documents, instead of the task's own data set."""
     min_lift: float = 0.0
     """A lift passes when the lower bound of the paired difference exceeds this."""
-    max_drop: float = 0.02
-    """A guard passes when the lower bound of the paired difference exceeds minus this."""
+    max_drop: float | None = None
+    """A guard passes when the lower bound of the paired difference exceeds minus this; 0.02, or 0.1 in a pool."""
+    threshold: float | None = None
+    """A limit passes when the bound of the candidate's own score is better than this."""
+    cluster: str | None = None
+    """Field of the documents that names their source, where several share one: bounds then hold over sources."""
     limit: int | None = None
     """Score a seeded sample of so many documents."""
     num_fewshot: int | None = None
     """Examples in the prompt; the task's own number when absent."""
     chat: bool | None = None
     """Wrap prompts in the chat template; by default for tasks that generate, not for log-likelihoods."""
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        used = {Role.lift: "min_lift", Role.guard: "max_drop", Role.limit: "threshold"}
+        given = {"min_lift": self.min_lift or None, "max_drop": self.max_drop, "threshold": self.threshold}
+        idle = [key for key, value in given.items() if value is not None and key != used[self.role]]
+        found = [(key, f"a {self.role.value} has no {key}") for key in idle]
+        if self.role is Role.limit and self.threshold is None:
+            found.append(("threshold", "a limit needs a threshold"))
+        for key, value in given.items():
+            if value is not None and not isfinite(value):
+                found.append((key, f"{value} is not finite"))
+            elif value is not None and value < 0 and key != "threshold":
+                found.append((key, f"{value} is negative"))
+        return found
 
 
 @dataclass(kw_only=True)
@@ -172,8 +207,14 @@ class GateConfig:
     """Tasks by name; see GateTask."""
     against: list[str] = field(default_factory=lambda: ["base", "parent"])
     """What the candidate is compared with."""
+    pooled_max_drop: float | None = None
+    """All guards whose scores are shares, taken together with equal weight, may drop so much; see max_drop."""
     confidence: float = 0.95
     """One-sided confidence of the bounds."""
+    sequential: Sequential = Sequential.none
+    """obrien_fleming looks at the scores several times and stops as soon as they decide; see docs/gates.md."""
+    looks: int = 5
+    """How many times a sequential gate looks."""
     on_fail: OnFail = OnFail.stop
     """stop, rollback (go on from the parent) or warn (go on from the candidate)."""
     on_undecided: OnFail = OnFail.stop
@@ -181,7 +222,28 @@ class GateConfig:
     batch_size: int = 16
     """Requests scored at once."""
     seed: int = 0
-    """Seeds samples of documents and few-shot examples."""
+    """Seeds samples of documents, few-shot examples, the order of documents and resampling."""
+
+    def allowed_drop(self, task: GateTask) -> float:
+        """How much a guard may lose."""
+        if task.max_drop is not None:
+            return task.max_drop
+        return MAX_DROP if self.pooled_max_drop is None else MAX_DROP_IN_POOL
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        found = []
+        if not 0.5 < self.confidence < 1:
+            found.append(("confidence", f"{self.confidence} is not between 0.5 and 1"))
+        if not self.against or not set(self.against) <= {"base", "parent"}:
+            found.append(("against", f"{self.against} must name base, parent or both"))
+        if self.pooled_max_drop is not None and not 0 <= self.pooled_max_drop < 1:
+            found.append(("pooled_max_drop", f"{self.pooled_max_drop} is not between 0 and 1"))
+        if self.batch_size < 1:
+            found.append(("batch_size", f"{self.batch_size} is not positive"))
+        if not 1 <= self.looks <= MOST_LOOKS:
+            found.append(("looks", f"{self.looks} is not between 1 and {MOST_LOOKS}"))
+        return found
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from posttrain.gate.sequential import Look
+
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.config.schema import GateConfig, GateTask
 
 State = Literal["pass", "fail", "undecided"]
-Comparator = Literal["base", "parent"]
+Comparator = Literal["base", "parent", "threshold"]
+"""What the candidate is compared with; a limit compares it with a threshold."""
 
 
 class GateProgress(Protocol):
@@ -77,11 +80,20 @@ class Scorecard:
     """Direction of each task's metric, by the task's name in the gate."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 over how each task asks and scores, by the task's name in the gate."""
+    documents: Mapping[str, int] = field(default_factory=dict)
+    """How many documents each task has, scored or not yet; a scorecard that holds fewer is refused."""
+    clusters: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """The source of every document, for the tasks whose documents share sources."""
+    look: Look = Look()
+    """Which look of a sequential gate the scores are for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskVerdict:
-    """One task compared with one system. Scores are means over documents; lift is oriented: more is better."""
+    """One task compared with one system, or with a threshold; or all guards together.
+
+    Scores are means over documents. The lift is oriented: more is better; a limit's is the distance from its threshold.
+    """
 
     task: str
     metric: str
@@ -106,6 +118,13 @@ class TaskVerdict:
     state: State
     reason: str
     """What decided, in words a person understands."""
+    method: str = ""
+    """How the bounds are found."""
+    adjusted_low: float | None = None
+    """The lower bound with Holm's correction, which decides among several lifts; None for one alone."""
+    bootstrap_low: float | None = None
+    """The lower bound by the bootstrap, beside that of scores that are not only right or wrong; it does not decide."""
+    bootstrap_high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

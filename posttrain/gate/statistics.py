@@ -1,23 +1,20 @@
-"""Confidence bounds for the mean difference of paired scores. Imports no torch.
+"""Confidence bounds of means, shares and paired differences. Imports no torch.
 
-Every bound is one-sided: with ``confidence`` 0.95 the true difference lies above ``low`` in 95 % of samples, and
-below ``high`` in 95 % of samples.
+Every bound is one-sided: with ``confidence`` 0.95 the true value lies above ``low`` in 95 % of samples, and below
+``high`` in 95 % of samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
-
-POWER = 0.8
-"""Chance of deciding that ``documents_needed`` plans for."""
+from statistics import NormalDist, fmean
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lower and upper one-sided confidence bound of a difference."""
+    """Lower and upper one-sided confidence bound."""
 
     low: float
     high: float
@@ -35,58 +32,124 @@ def tango_bounds(wins: int, losses: int, n: int, confidence: float) -> Bounds:
     """
     if n < 1 or wins < 0 or losses < 0 or wins + losses > n:
         raise ValueError(f"impossible counts: {wins} wins and {losses} losses among {n} pairs")
-    z = _quantile(confidence)
+    z = normal_quantile(confidence)
     return Bounds(_tango_low(wins, losses, n, z), -_tango_low(losses, wins, n, z))
 
 
-def paired_t_bounds(differences: Sequence[float], scale: float, confidence: float) -> Bounds:
-    """Bounds for the mean of paired differences, by Student's t on n - 1 degrees of freedom.
+def exact_share_bounds(right: int, n: int, confidence: float) -> Bounds:
+    """Bounds for a share of which ``right`` of ``n`` documents were seen; their error never exceeds the promised one.
 
-    Source: E. Miller, Adding error bars to evals, arXiv:2411.00640. Differences that are all equal carry no
-    estimate of their variance, and would give an interval without width; it gets the width of the score interval
-    without discordant pairs instead, -/+ z^2 / (n + z^2), in units of ``scale``: the largest size that a score has.
+    Source: C. J. Clopper, E. S. Pearson, Biometrika 26 (1934) 404-413. Raises ValueError when the counts are
+    impossible.
     """
-    n = len(differences)
-    if n < 1:
-        raise ValueError("no differences")
-    mean = fmean(differences)
-    if len(set(differences)) == 1:
-        z = _quantile(confidence)
-        half = z * z / (n + z * z) * scale
-    else:
-        half = _student_quantile(confidence, n - 1) * stdev(differences) / math.sqrt(n)
-    return Bounds(mean - half, mean + half)
+    from scipy.special import betaincinv
+
+    if n < 1 or not 0 <= right <= n:
+        raise ValueError(f"impossible counts: {right} right among {n} documents")
+    error = 1 - _checked(confidence)
+    low = betaincinv(right, n - right + 1, error) if right else 0.0
+    high = betaincinv(right + 1, n - right, 1 - error) if right < n else 1.0
+    return Bounds(float(low), float(high))
 
 
-def paired_bounds(new: Sequence[float], old: Sequence[float], confidence: float) -> Bounds:
-    """Bounds for the mean of ``new - old``, pair by pair: Tango's when every score is 0 or 1, Student's t otherwise."""
-    pairs = list(zip(new, old, strict=True))
-    if is_binary(new) and is_binary(old):
-        wins = sum(1 for after, before in pairs if after > before)
-        losses = sum(1 for after, before in pairs if after < before)
-        return tango_bounds(wins, losses, len(pairs), confidence)
-    scale = max(abs(score) for pair in pairs for score in pair)
-    return paired_t_bounds([after - before for after, before in pairs], scale, confidence)
+@dataclass(frozen=True)
+class MeanError:
+    """How far a mean may lie from the true one."""
+
+    standard: float
+    """Standard error; 0 when the values hold no variance."""
+    skewness: float
+    """Of the independent groups' contributions."""
+    groups: int
+    """Independent groups of values."""
 
 
-def is_binary(scores: Sequence[float]) -> bool:
-    """Whether every score is 0 or 1."""
-    return set(scores) <= {0.0, 1.0}
+def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> MeanError:
+    """The error of the mean of ``values``; values of one cluster may depend on each other.
 
-
-def documents_needed(differences: Sequence[float], threshold: float, confidence: float) -> int | None:
-    """How many documents would lift the lower bound over ``threshold`` in four of five samples.
-
-    Takes the observed mean and variance for the true ones: n = (z_confidence + z_power)^2 s^2 / (mean - threshold)^2.
-    None when the observed mean does not exceed the threshold, so that no number would do.
+    With residual sums u_g over the values of cluster g, the variance is G / (G - 1) sum u_g^2 / n^2. Without clusters
+    every value is its own, and this is the usual s^2 / n. Sources: E. Miller, Adding error bars to evals,
+    arXiv:2411.00640; A. C. Cameron, D. L. Miller, A practitioner's guide to cluster-robust inference, Journal of Human
+    Resources 50 (2015) 317-372, equation 12.
     """
-    gap = fmean(differences) - threshold
-    if gap <= 0:
-        return None
-    z = _quantile(confidence)
-    if len(set(differences)) == 1:
-        return math.ceil(z * z * (1 - gap) / gap) + 1 if gap < 1 else 1
-    return math.ceil(((z + _quantile(POWER)) * stdev(differences) / gap) ** 2)
+    mean = fmean(values)
+    residuals: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
+        residuals.setdefault(cluster, []).append(value - mean)
+    groups, sums = len(residuals), [math.fsum(found) for found in residuals.values()]
+    squares = math.fsum(found**2 for found in sums)
+    if groups == 1 or len(set(values)) == 1 or squares == 0:
+        return MeanError(0.0, 0.0, groups)
+    skewness = math.fsum(found**3 for found in sums) / groups / (squares / groups) ** 1.5
+    return MeanError(math.sqrt(groups / (groups - 1) * squares) / len(values), skewness, groups)
+
+
+def mean_bounds(mean: float, error: MeanError, scale: float, confidence: float) -> Bounds:
+    """Bounds for a mean by Student's t on G - 1 degrees of freedom, wider where the values are skewed.
+
+    The t interval errs when values are skewed: with rare large losses its lower bound lies too high. Hall's
+    transformation takes the skewness out; either bound is the wider one of both, because the transformation alone errs
+    for symmetric values with heavy tails. Source: P. Hall, On the removal of skewness by transformation, JRSS B 54
+    (1992) 221-228.
+
+    Values that are all equal carry no estimate of their variance, and would give an interval without width; it gets
+    the width of the score interval without discordant pairs instead, -/+ z^2 / (n + z^2), in units of ``scale``: the
+    largest size that a score has.
+    """
+    if error.standard == 0:
+        half = equal_half_width(error.groups, confidence) * scale
+        return Bounds(mean - half, mean + half)
+    t, root = _student_quantile(confidence, error.groups - 1), math.sqrt(error.groups)
+    below = max(t, root * _unskewed(t / root, error.skewness, error.groups))
+    above = max(t, root * _unskewed(t / root, -error.skewness, error.groups))
+    return Bounds(mean - below * error.standard, mean + above * error.standard)
+
+
+def _unskewed(quantile: float, skewness: float, groups: int) -> float:
+    """The value that Hall's transformation w + s w^2 / 3 + s^2 w^3 / 27 + s / (6 G) takes to ``quantile``."""
+    if abs(skewness) < 1e-6:
+        return quantile
+    return 3 / skewness * (math.cbrt(1 + skewness * (quantile - skewness / (6 * groups))) - 1)
+
+
+def equal_half_width(n: int, confidence: float) -> float:
+    """How far the bound of a paired difference lies from it when all of the ``n`` pairs are equal."""
+    z = normal_quantile(confidence)
+    return z * z / (n + z * z)
+
+
+def equal_documents(gap: float, scale: float, confidence: float) -> int:
+    """How many equal pairs bring that distance below ``gap``."""
+    z = normal_quantile(confidence)
+    return math.ceil(z * z * (scale - gap) / gap) + 1 if gap < scale else 1
+
+
+def restricted_spread(win: float, loss: float, difference: float) -> float:
+    """Standard deviation of a pair, were the difference ``difference``, where wins and losses have these shares.
+
+    The most likely share of losses, given the difference, is the larger root of 2 q^2 + b q + c = 0.
+    """
+    b = (2 - win + loss) * difference - win - loss
+    c = -loss * difference * (1 - difference)
+    most_likely = (math.sqrt(max(b * b - 8 * c, 0.0)) - b) / 4
+    return math.sqrt(max(2 * most_likely + difference * (1 - difference), 0.0))
+
+
+def normal_quantile(confidence: float) -> float:
+    """The standard normal quantile of a one-sided confidence. Raises ValueError outside [0.5, 1)."""
+    return NormalDist().inv_cdf(_checked(confidence))
+
+
+def _checked(confidence: float) -> float:
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must lie in [0.5, 1), not {confidence}")
+    return confidence
+
+
+def _student_quantile(confidence: float, degrees: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, _checked(confidence)))
 
 
 def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
@@ -106,23 +169,6 @@ def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
 
 def _tango_statistic(wins: int, losses: int, n: int, difference: float) -> float:
     """Score statistic of a hypothesised difference in the open interval (-1, 1)."""
-    # The maximum-likelihood probability of a loss, given the difference, is the larger root of a q^2 + b q + c = 0.
-    a = 2 * n
-    b = (2 * n - wins + losses) * difference - wins - losses
-    c = -losses * difference * (1 - difference)
-    loss = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
-    variance = n * (2 * loss + difference * (1 - difference))
+    spread = restricted_spread(wins / n, losses / n, difference)
     distance = wins - losses - n * difference
-    return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
-
-
-def _quantile(confidence: float) -> float:
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must lie in [0.5, 1), not {confidence}")
-    return NormalDist().inv_cdf(confidence)
-
-
-def _student_quantile(confidence: float, degrees: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, confidence))
+    return distance / math.sqrt(n) / spread if spread > 0 else math.copysign(math.inf, distance)

@@ -1,0 +1,201 @@
+"""What a gate compares: the candidate with other systems on every task, with thresholds, and on all guards together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from posttrain.artifact import digest_of
+from posttrain.config.schema import Role
+from posttrain.gate.evidence import Evidence, Pool, beside, paired
+from posttrain.gate.multiple import LowAt, holm
+from posttrain.gate.sequential import Look, hopeless
+from posttrain.gate.spec import Comparator, State
+from posttrain.gate.statistics import Bounds
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateConfig
+    from posttrain.gate.matching import Answered
+
+POOL = "guards"
+"""Name of all guards together."""
+POOLED = "mean of tasks"
+"""Their metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One question that the gate asks of the scores."""
+
+    name: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    questions: str
+    role: Role
+    against: Comparator
+    evidence: Evidence | None
+    """None when there are no documents."""
+    threshold: float
+    """What the lower bound of the evidence has to exceed."""
+    limit: float | None = None
+    """The threshold of a limit, on the scale of the scores."""
+    means: Mapping[str, float]
+    """Mean score of every system."""
+    fractions: bool
+    """Whether the scores lie between 0 and 1, so that changes are shown in percentage points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The answer."""
+
+    state: State
+    bounds: Bounds
+    confidence: float
+    """Of either bound: at an early look, as much as it takes for all looks to have the gate's."""
+    family: int = 1
+    """Lifts that are corrected for together."""
+    adjusted_low: float | None = None
+    hopeless: bool = False
+    """Whether a sequential gate need not go on, as this is not going to pass."""
+
+
+def comparisons(gate: GateConfig, tasks: Sequence[Answered], against: Sequence[Comparator]) -> list[Comparison]:
+    """Every question, task by task; the pooled guards come last."""
+    found = []
+    for task in tasks:
+        if task.task.role is Role.limit:
+            found.append(_limit(task))
+        else:
+            found += [_paired(gate, task, system) for system in against]
+    guards = [task for task in tasks if task.task.role is Role.guard and task.fractions]
+    if gate.pooled_max_drop is not None and guards:
+        found += [_pooled(gate.pooled_max_drop, guards, system) for system in against]
+    return found
+
+
+def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
+    """The answer to every question; lifts over the same system are corrected for together."""
+    alone = [_alone(comparison, confidence, look) for comparison in asked]
+    for system in {comparison.against for comparison in asked}:
+        lifts = [i for i, each in enumerate(asked) if each.role is Role.lift and each.against == system]
+        if len(lifts) > 1:
+            for i, decision in zip(lifts, _together([asked[i] for i in lifts], confidence, look), strict=True):
+                alone[i] = decision
+    return alone
+
+
+def _paired(gate: GateConfig, task: Answered, system: Comparator) -> Comparison:
+    asked = task.task
+    threshold = asked.min_lift if asked.role is Role.lift else -gate.allowed_drop(asked)
+    return _comparison(task, against=system, evidence=_difference(task, system), threshold=threshold)
+
+
+def _difference(task: Answered, system: Comparator) -> Evidence | None:
+    new, old = task.scores["candidate"], task.scores[system]
+    # Exchanging the systems turns a metric around: less is better becomes more is better.
+    better, worse = (new, old) if task.higher_is_better else (old, new)
+    return paired(better, worse, task.clusters) if new else None
+
+
+def _limit(task: Answered) -> Comparison:
+    scores, limit = task.scores["candidate"], task.task.threshold
+    if limit is None:
+        raise ValueError(f"{task.name} is a limit without a threshold")
+    evidence = beside(scores, limit, higher_is_better=task.higher_is_better, clusters=task.clusters) if scores else None
+    return _comparison(task, against="threshold", evidence=evidence, threshold=0.0, limit=limit)
+
+
+def _comparison(
+    task: Answered, *, against: Comparator, evidence: Evidence | None, threshold: float, limit: float | None = None
+) -> Comparison:
+    return Comparison(
+        name=task.name,
+        metric=task.task.metric,
+        filter=task.filter,
+        higher_is_better=task.higher_is_better,
+        questions=task.questions,
+        role=task.task.role,
+        against=against,
+        evidence=evidence,
+        threshold=threshold,
+        limit=limit,
+        means={system: fmean(found) if found else 0.0 for system, found in task.scores.items()},
+        fractions=task.fractions,
+    )
+
+
+def _pooled(allowed: float, guards: Sequence[Answered], system: Comparator) -> Comparison:
+    """All guards together, so that a small loss on each does not add up to a large one that no guard sees."""
+    parts = [part for task in guards if (part := _difference(task, system)) is not None]
+    return Comparison(
+        name=POOL,
+        metric=POOLED,
+        filter="",
+        higher_is_better=True,
+        questions=digest_of([task.questions for task in guards]),
+        role=Role.guard,
+        against=system,
+        evidence=Pool(parts) if len(parts) == len(guards) else None,
+        threshold=-allowed,
+        means={name: fmean(_share(task, name) for task in guards) for name in guards[0].scores},
+        fractions=True,
+    )
+
+
+def _share(task: Answered, system: str) -> float:
+    """Mean score of a system, oriented so that more is better."""
+    scores = task.scores[system]
+    mean = fmean(scores) if scores else 0.0
+    return mean if task.higher_is_better else 1 - mean
+
+
+def _alone(comparison: Comparison, confidence: float, look: Look) -> Decision:
+    nominal, evidence = look.nominal(confidence), comparison.evidence
+    if evidence is None:
+        return Decision(state="undecided", bounds=Bounds(0.0, 0.0), confidence=nominal)
+    bounds = evidence.bounds(nominal)
+    return Decision(
+        state=_state(comparison, bounds, passed=bounds.low > comparison.threshold),
+        bounds=bounds,
+        confidence=nominal,
+        hopeless=hopeless(evidence, comparison.threshold, look, confidence),
+    )
+
+
+def _together(lifts: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
+    """The answers to several lifts; documents must be there for each."""
+    alone = [_alone(lift, confidence, look) for lift in lifts]
+    lows = [_low_at(lift.evidence, look) for lift in lifts]
+    claims = holm(lows, [lift.threshold for lift in lifts], confidence)
+    return [
+        replace(
+            decision,
+            state=_state(lift, decision.bounds, passed=claim.passed),
+            family=len(lifts),
+            adjusted_low=None if lift.evidence is None else claim.low,
+        )
+        for lift, decision, claim in zip(lifts, alone, claims, strict=True)
+    ]
+
+
+def _low_at(evidence: Evidence | None, look: Look) -> LowAt:
+    """The lower bound as a function of the confidence that all looks have together."""
+    if evidence is None:
+        return lambda confidence: -math.inf
+    return lambda confidence: evidence.bounds(look.nominal(confidence)).low
+
+
+def _state(comparison: Comparison, bounds: Bounds, *, passed: bool) -> State:
+    if passed:
+        return "pass"
+    if comparison.evidence is None:
+        return "undecided"
+    threshold = comparison.threshold
+    # A lift has to exceed its threshold; a guard that is no worse than its limit is not refused.
+    refused = bounds.high <= threshold if comparison.role is Role.lift else bounds.high < threshold
+    return "fail" if refused else "undecided"
