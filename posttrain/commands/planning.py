@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -12,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain import plugins
 from posttrain.config.compose import compose
-from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
 from posttrain.data.counting import count_records
+from posttrain.gate.outlook import DISCORDANCES, HOPED, Outlook
+from posttrain.gate.outlook import outlooks as gate_outlooks
 from posttrain.plan import Plan, Step, make_plan
 
 
@@ -39,11 +40,18 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "plugin": step.origin,
             "data": [source.path for source in step.sources],
             "gate": sorted(step.tasks),
+            "power": _power_json(step),
             "advice": _advice(step),
         }
         for step in plan.steps
     ]
     return {"recipe": plan.recipe, "stages": stages, "config": plan.resolved}
+
+
+def _power_json(step: Step) -> dict[str, Any]:
+    """Documents and chances to pass of every task by assumed discordance; empty where the gate is off."""
+    found = gate_outlooks(step.gate, step.tasks) if step.gate.enabled else []
+    return {each.name: {"documents": each.documents, "chances": each.chances} for each in found}
 
 
 def _text(plan: Plan, config: DictConfig) -> list[str]:
@@ -93,21 +101,51 @@ def _gate(step: Step) -> list[str]:
         return ["none: the artifact is promoted unseen"]
     policy = f"on fail {gate.on_fail.value}, on undecided {gate.on_undecided.value}"
     head = f"against {' and '.join(gate.against)} at {gate.confidence:.0%} confidence, {policy}"
-    return [head, *_asked(gate, step.tasks)]
+    if gate.sequential is not Sequential.none:
+        head += f", decided at the first of {gate.looks} looks that can"
+    outlooks = gate_outlooks(gate, step.tasks)
+    asked = [*step.tasks, *(outlook.name for outlook in outlooks[len(step.tasks) :])]
+    lines = [_asked(gate, name, step.tasks.get(name), each) for name, each in zip(asked, outlooks, strict=True)]
+    if any(each.chances for each in outlooks):
+        shares = " or ".join(f"{share:.0%}" for share in DISCORDANCES)
+        lines.append(f"these are chances if {shares} of the documents are right under one system alone")
+    return [head, *lines, *(f"warning: {_warning(each)}" for each in outlooks if each.hopeless)]
 
 
-def _asked(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[str]:
-    lines = [
-        f"{task.role.value} {name} {task.metric}: {_demand(gate, task)}"
-        + (f", {task.limit} documents" if task.limit else "")
-        for name, task in tasks.items()
-    ]
-    if gate.pooled_max_drop is not None:
-        lines.append(f"all guards together, equal weight: lower bound > {-gate.pooled_max_drop:+.3f}")
-    return lines
+def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:
+    """What the gate asks of a task, or of all guards together, of how many documents, and how likely it is to pass."""
+    demand = name
+    if task is not None:
+        demand = f"{task.role.value} {name} {task.metric}: {_demand(gate, task)}"
+    elif gate.pooled_max_drop is not None:
+        demand = f"{name}: lower bound > {-gate.pooled_max_drop:+.3f}"
+    counted = "" if outlook.documents is None else f", {outlook.documents:,} documents"
+    return f"{demand}{counted}; {_power(outlook)}"
 
 
 def _demand(gate: GateConfig, task: GateTask) -> str:
     if task.role is Role.limit:
         return f"bound of the score better than {task.threshold:g}"
     return f"lower bound > {task.min_lift if task.role is Role.lift else -gate.allowed_drop(task):+.3f}"
+
+
+def _power(outlook: Outlook) -> str:
+    if not outlook.chances:
+        unknown = "the spread of its scores" if outlook.documents else "the number of its documents"
+        return f"power unknown, as {unknown} is"
+    return f"{_supposed(outlook)} passes with {' or '.join(f'{chance:.0%}' for chance in outlook.chances)}"
+
+
+def _supposed(outlook: Outlook) -> str:
+    """What the chances are of."""
+    if outlook.role is Role.guard:
+        return "an unchanged model"
+    return f"{'a lift' if outlook.role is Role.lift else 'a score'} {100 * HOPED:g} points better"
+
+
+def _warning(outlook: Outlook) -> str:
+    """Why a gate is hopeless, and what would help."""
+    told = f"{outlook.name} is hopeless: {_supposed(outlook)} passes with {max(outlook.chances):.0%} at best"
+    if outlook.needed:
+        return f"{told}; about {outlook.needed:,} documents would do"
+    return f"{told}; more documents, a larger max_drop or pooled_max_drop would help"
