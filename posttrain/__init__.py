@@ -16,6 +16,8 @@ from posttrain.errors import (
     suggest,
 )
 from posttrain.hookspecs import hookimpl
+from posttrain.sft.config import FineTuneConfig, TrainOn
+from posttrain.sft.refusals import declines
 from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
 from posttrain.version import __version__
 
@@ -25,6 +27,7 @@ __all__ = [
     "BadInput",
     "Conversation",
     "Feedback",
+    "FineTuneConfig",
     "GateRefused",
     "GateUndecided",
     "Interrupted",
@@ -37,7 +40,9 @@ __all__ = [
     "StageConfig",
     "StageContext",
     "Text",
+    "TrainOn",
     "__version__",
+    "declines",
     "from_recipe",
     "hookimpl",
     "suggest",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from posttrain.artifact import ModelSource
     from posttrain.data.chat import ChatRenderer
+    from posttrain.data.records import Document
 
 __all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"]
 
@@ -115,6 +116,17 @@ class StageContext:
         from posttrain.model.loading import default_device
 
         return default_device()
+
+    def finetune(self, records: Sequence[Document]) -> None:
+        """Train ``policy()`` on the answers of ``records`` with SFT's loop and save it.
+
+        ``config`` has to be a FineTuneConfig. Masks, packing, progress, held-out loss and exact resume are those of
+        SFT, and so are the figures in ``metrics``. Raises BadInput when the records cannot be trained on, Interrupted
+        when the run was asked to stop.
+        """
+        from posttrain.sft.stage import finetune
+
+        finetune(self, records, StageContext.policy)
 
     def save(self, model: Any) -> None:
         """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.

@@ -12,15 +12,17 @@ import chat_templates
 import pytest
 from chat_templates import CHATML, GEMMA, LLAMA3, MISTRAL, THINKING_PROMPT, ZEPHYR, make_tokenizer
 from test_sft_stage import context, conversations
-from tiny import TEMPLATE, base_source, tiny_llama, write_base
+from tiny import TEMPLATE, base_source, tiny_llama, tiny_tokenizer, write_base
 
 from posttrain.artifact import ModelSource
 from posttrain.config.paths import shipped
-from posttrain.config.schema import LoraSettings, Method
+from posttrain.config.schema import Format, LoraSettings, Method
 from posttrain.data.chat import ChatRenderer, Rendered
 from posttrain.data.markers import family_faults
 from posttrain.data.masks import mask_fault
 from posttrain.data.records import Conversation
+from posttrain.data.shapes import to_record
+from posttrain.data.spans import Template
 from posttrain.errors import BadInput
 from posttrain.sft.config import TrainOn
 from posttrain.sft.refusals import is_refusal, refuses
@@ -267,6 +269,18 @@ def test_an_answer_that_is_context_is_no_refusal() -> None:
     record = Conversation(messages=({"role": "user", "content": "x"}, declined), where="a:1")
     assert refuses(record)
     assert not refuses(replace(record, messages=(record.messages[0], {**declined, "train": False})))
+
+
+def test_what_the_record_says_about_a_refusal_wins_and_the_template_never_sees_it() -> None:
+    row = {"messages": [{"role": "user", "content": "x"}, {**answer("Nein, das tue ich nicht."), "refuses": True}]}
+    record = to_record(row, Format.auto, "conversations", "a:1")
+    assert isinstance(record, Conversation)
+    assert refuses(record)
+    said = {**answer("I cannot help with that."), "refuses": False}
+    assert not refuses(replace(record, messages=(record.messages[0], said)))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.keys() | join(' ') }}. {% endfor %}"
+    assert Template(tokenizer).render(record) == "role content. role content. "
 
 
 # --- 6. Tokens that the model has no embeddings for -------------------------------------------------------------------

@@ -134,6 +134,11 @@ def said(role: Any, content: Any = "x") -> dict[str, Any]:
         ([{**USER, "train": True}, ANSWER], r"turn 1 of messages \(user\): train is true, but only assistant turns"),
         ([USER, {**ANSWER, "train": "no"}], r"turn 2 .*: train must be true or false, not 'no'"),
         ([USER, {**ANSWER, "train": 0}], "train must be true or false, not 0"),
+        ([USER, {**ANSWER, "refuses": "yes"}], r"turn 2 .*: refuses must be true or false, not 'yes'"),
+        (
+            [{**USER, "refuses": True}, ANSWER],
+            r"turn 1 of messages \(user\): refuses is true, but only assistant turns",
+        ),
         ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], "only an assistant turn can have tool_calls"),
         ([USER, said("assistant", None) | {"tool_calls": []}], "content must be a string, not null"),
         ([USER, {**ANSWER, "tool_calls": "f"}], "tool_calls must be a list, not 'f'"),

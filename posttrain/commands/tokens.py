@@ -23,7 +23,7 @@ from posttrain.data.packing import PackedRow, Packing
 from posttrain.data.shares import Portion
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.rows import mixture, render
 
 ALL = "--all"
@@ -47,7 +47,7 @@ def tokens_command(words: list[str]) -> int:
     environment.prepare()
     page = Page(Console(soft_wrap=True, highlight=False), _tokenizer(plan))
     for step in plan.steps:
-        if isinstance(step.config, SFTConfig):
+        if isinstance(step.config, FineTuneConfig):
             page.show(step, step.config, None if ALL in words else COUNTED)
     return 0
 
@@ -65,7 +65,7 @@ class Page:
     console: Console
     tokenizer: Any
 
-    def show(self, step: Step, config: SFTConfig, count: int | None) -> None:
+    def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
         """Print a stage; with ``count``, from so many records of each source at most."""
         sources = [_limited(source, count) for source in step.sources]
         found = [r for r in mix(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]

@@ -10,7 +10,8 @@ Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}`` and whatever else the chat template reads.
 
 Calls of tools are ``tool_calls: [{"type": "function", "function": {"name": "...", "arguments": {...}}}]``; beside them
-content may be empty. ``train: false`` on an assistant turn keeps it as context; the template is not shown this key.
+content may be empty. ``train: false`` on an assistant turn keeps it as context, and ``refuses`` says whether it is a
+refusal; the template is shown neither key.
 """
 
 Tool = Mapping[str, Any]

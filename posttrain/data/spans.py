@@ -27,6 +27,9 @@ from posttrain.data.patience import patience
 from posttrain.data.records import Conversation, Message
 from posttrain.data.refusal import refuse
 
+OURS = ("train", "refuses")
+"""The keys of a message that are said to posttrain, not to the template."""
+
 SECONDS = 5
 """Computing time that a template may take for one conversation; templates of published models take a thousandth."""
 SIZE, SIZE_PER_CHARACTER = 1_000_000, 10
@@ -99,7 +102,7 @@ class Template:
 
     def render(self, chat: Conversation, *, prompt: bool = False, template: str | None = None) -> str:
         """The text of a conversation; with ``prompt`` followed by the generation prompt."""
-        messages = [{key: value for key, value in message.items() if key != "train"} for message in chat.messages]
+        messages = [{key: value for key, value in message.items() if key not in OURS} for message in chat.messages]
         tools = [dict(tool) for tool in chat.tools] or None
         options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template, "tools": tools}
         try:

@@ -100,6 +100,7 @@ def _message(entry: Any, where: str, name: str) -> Message:
 def _spoken(role: str, content: Any, extra: dict[str, Any], where: str, name: str) -> Message:
     """The message; only calls may stand in for content, and only a tool may say nothing."""
     _check_train(role, extra.get("train"), where, name)
+    _check_refuses(role, extra.get("refuses"), where, name)
     calls = checked_calls(extra.pop("tool_calls", None), where, name)
     if calls and role != "assistant":
         refuse(where, f"{name}: only an assistant turn can have tool_calls")
@@ -116,6 +117,13 @@ def _check_train(role: str, train: Any, where: str, name: str) -> None:
         refuse(where, f"{name}: train must be true or false, not {shown(train)}")
     if train and role != "assistant":
         refuse(where, f"{name}: train is true, but only assistant turns can be trained", "Remove train")
+
+
+def _check_refuses(role: str, refuses: Any, where: str, name: str) -> None:
+    if refuses is not None and not isinstance(refuses, bool):
+        refuse(where, f"{name}: refuses must be true or false, not {shown(refuses)}")
+    if refuses and role != "assistant":
+        refuse(where, f"{name}: refuses is true, but only assistant turns can refuse", "Remove refuses")
 
 
 def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str, name: str) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from posttrain.data.packing import PackedRow
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 
 IGNORED = -100
 """Target of a token that is not trained."""
@@ -57,7 +57,7 @@ class RowOrder:
     seed: int
 
     @classmethod
-    def from_config(cls, config: SFTConfig, rows: int, seed: int) -> RowOrder:
+    def from_config(cls, config: FineTuneConfig, rows: int, seed: int) -> RowOrder:
         """The order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
         per_step = config.per_device_batch_size * config.gradient_accumulation
         total = config.epochs * -(-rows // per_step)

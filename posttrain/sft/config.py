@@ -1,4 +1,4 @@
-"""Settings of supervised fine-tuning."""
+"""Settings of supervised fine-tuning, and of the loop that it shares with other stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.config.schema import Dtype, LoraSettings, Method, Overlong
 from posttrain.sft.advice import Known, departures
-from posttrain.stage import StageConfig, from_recipe
+from posttrain.stage import MISSING, StageConfig, from_recipe
 
 ALL_LINEAR = "all-linear"
 
@@ -22,11 +22,9 @@ class TrainOn(Enum):
 
 
 @dataclass(kw_only=True)
-class SFTConfig(StageConfig):
-    """Supervised fine-tuning on the assistant turns of conversations, or on raw text."""
+class FineTuneConfig(StageConfig):
+    """How SFT's loop trains: the settings of every stage that calls ``StageContext.finetune``."""
 
-    data: Any = None
-    """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""
     eval_data: Any = None
     """Held-out records, in the form of data: their loss is reported while training."""
     eval_share: float = 0.0
@@ -35,11 +33,7 @@ class SFTConfig(StageConfig):
     """Optimizer steps between two measurements of the held-out loss; once per epoch when absent."""
     train_on: TrainOn = TrainOn.all
     """Trained turns: all assistant turns, or the last of each conversation."""
-    method: Method = from_recipe("variant.method")
-    """full trains every weight, lora an adapter, qlora an adapter on weights of 4 bits (arXiv:2305.14314)."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    """The adapter, when the method is not full."""
-    lr: float = from_recipe("variant.sft.lr")
+    lr: float = MISSING
     """Peak learning rate."""
     epochs: int = 2
     """Passes over the records."""
@@ -86,11 +80,11 @@ class SFTConfig(StageConfig):
 
     def problems(self) -> Sequence[tuple[str, str]]:
         """Values outside their range, each as (setting, what is wrong)."""
-        return [*self._counts(), *self._ranges(), *self._held_out(), *self._lora()]
+        return [*self._counts(), *self._ranges(), *self._held_out()]
 
-    def advice(self, examples: int | None) -> Sequence[str]:
-        """Departures from the field's recipe, as far as they show before the data is read."""
-        return departures(self, Known(examples=examples))
+    def unusual(self, known: Known) -> Sequence[str]:
+        """Departures from what is usual, each with the reason; a kind without rules has none."""
+        return ()
 
     def _counts(self) -> Iterator[tuple[str, str]]:
         for name in ("epochs", "per_device_batch_size", "gradient_accumulation", "checkpoint_steps", "loss_chunk"):
@@ -127,6 +121,32 @@ class SFTConfig(StageConfig):
         for name in ("adam_eps", "max_grad_norm"):
             if not 0.0 < getattr(self, name) < infinity:
                 yield name, f"must be a finite number above 0, not {getattr(self, name)}"
+
+
+@dataclass(kw_only=True)
+class SFTConfig(FineTuneConfig):
+    """Supervised fine-tuning on the assistant turns of conversations, or on raw text."""
+
+    data: Any = None
+    """Training records: a path or hub name, one source, or a list of sources; the recipe's own data when absent."""
+    method: Method = from_recipe("variant.method")
+    """full trains every weight, lora an adapter, qlora an adapter on weights of 4 bits (arXiv:2305.14314)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapter, when the method is not full."""
+    lr: float = from_recipe("variant.sft.lr")
+    """Peak learning rate."""
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Values outside their range, each as (setting, what is wrong)."""
+        return [*super().problems(), *self._lora()]
+
+    def advice(self, examples: int | None) -> Sequence[str]:
+        """Departures from the field's recipe, as far as they show before the data is read."""
+        return self.unusual(Known(examples=examples))
+
+    def unusual(self, known: Known) -> Sequence[str]:
+        """Departures from the field's recipe."""
+        return departures(self, known)
 
     def _lora(self) -> Iterator[tuple[str, str]]:
         targets = self.lora.target_modules

@@ -23,7 +23,7 @@ from posttrain.data.packing import PackedRow, best_fit
 from posttrain.sft.attention import causal_model, packed_hidden
 from posttrain.sft.batches import Batch, RowOrder
 from posttrain.sft.checkpoint import State
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.gradient import precision
 from posttrain.sft.loss import OutputHead
 
@@ -71,7 +71,7 @@ class Evaluation:
     """One document each, with at least one trained token; refusals stand last."""
     refusals: int
     """How many of them, at the end, are refusals."""
-    config: SFTConfig
+    config: FineTuneConfig
     first: Measured | None = field(default=None, init=False)
     lowest: Measured | None = field(default=None, init=False)
     last: Measured | None = field(default=None, init=False)
@@ -169,7 +169,7 @@ class Evaluation:
 
 @torch.no_grad()
 def document_losses(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: SFTConfig, dtype: str
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, dtype: str
 ) -> torch.Tensor:
     """Summed loss of the trained tokens of each row, [D] in float64 on the CPU, in evaluation mode.
 

@@ -13,7 +13,7 @@ from posttrain.data.overlong import fit
 from posttrain.data.packing import PackedRow, pack
 from posttrain.data.records import Conversation, Document, Text
 from posttrain.errors import BadInput, Problem
-from posttrain.sft.config import SFTConfig, TrainOn
+from posttrain.sft.config import FineTuneConfig, TrainOn
 from posttrain.sft.evaluation import Evaluation
 from posttrain.sft.refusals import refuses
 from posttrain.sft.rows import render
@@ -37,7 +37,7 @@ class Example:
         return tuple(self.rendered.ids)
 
 
-def examples_of(records: Sequence[Document], tokenizer: Any, config: SFTConfig) -> list[Example]:
+def examples_of(records: Sequence[Document], tokenizer: Any, config: FineTuneConfig) -> list[Example]:
     """Render ``records``. Raises BadInput when one cannot be rendered, or its mask is not that of its answers."""
     last_only = config.train_on is TrainOn.last
     rendered = render(records, ChatRenderer(tokenizer), config)
@@ -63,7 +63,7 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
     count = max(1, round(share * len(distinct)))
     if count == len(distinct):
         what = f"holds out all of {count} different records"
-        raise BadInput(Problem(where="sft.eval_share", what=what, fix="Hold out less, or give eval_data"))
+        raise BadInput(Problem(where="eval_share", what=what, fix="Hold out less, or give eval_data"))
     chosen = set(random.Random(f"eval/{seed}").sample(sorted(distinct), count))
     trained = [example for example in examples if example.ids not in chosen]
     return trained, [example for ids, example in distinct.items() if ids in chosen]
@@ -75,16 +75,16 @@ def shared(trained: Iterable[Example], held_out: Iterable[Example]) -> int:
     return sum(example.ids in known for example in held_out)
 
 
-def evaluation_of(held_out: Sequence[Example], config: SFTConfig) -> Evaluation:
+def evaluation_of(held_out: Sequence[Example], config: FineTuneConfig) -> Evaluation:
     """The evaluation on ``held_out``, cut as in training; raises BadInput when none of them has a trained token."""
     answers, refusals = (_rows([each for each in held_out if each.refusal is kind], config) for kind in (False, True))
     if held_out and not (answers or refusals):
         what = f"no trained token in {len(held_out)} held-out records, cut to {config.sequence_length} tokens"
-        raise BadInput(Problem(where="sft.eval_data", what=what, fix="Raise sft.sequence_length"))
+        raise BadInput(Problem(where="eval_data", what=what, fix="Raise sequence_length"))
     return Evaluation(rows=[*answers, *refusals], refusals=len(refusals), config=config)
 
 
-def _rows(examples: Sequence[Example], config: SFTConfig) -> list[PackedRow]:
+def _rows(examples: Sequence[Example], config: FineTuneConfig) -> list[PackedRow]:
     """A row for each example, or piece of one, in which something is trained."""
     length, overlong = config.sequence_length, config.overlong
     usable = [each.rendered for each in examples if fit(each.rendered, length, overlong).trained]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from posttrain.data.packing import PackedRow
 from posttrain.sft.attention import causal_model, packed_hidden
 from posttrain.sft.batches import Batch
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.loss import OutputHead, summed_cross_entropy
 from posttrain.sft.neftune import noisy_embeddings
 
@@ -26,7 +26,7 @@ def trained_tokens(rows: Sequence[PackedRow]) -> int:
 
 
 def add_gradient(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: SFTConfig, dtype: str
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: FineTuneConfig, dtype: str
 ) -> float:
     """Add the gradient of the summed loss of ``rows`` over ``trained`` to the parameters; returns that loss.
 

@@ -19,7 +19,7 @@ from posttrain.errors import ArtifactDamaged, Interrupted
 from posttrain.sft.attention import causal_model, install
 from posttrain.sft.batches import RowOrder
 from posttrain.sft.checkpoint import CheckpointFolder, Position, capture, restore
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.evaluation import Evaluation
 from posttrain.sft.fused import unfuse
 from posttrain.sft.gradient import add_gradient, trained_tokens
@@ -34,7 +34,7 @@ class Training:
 
     model: PreTrainedModel | PeftModel
     rows: Sequence[PackedRow]
-    config: SFTConfig
+    config: FineTuneConfig
     seed: int
     dtype: str
     """Number format in which the weights are stored: ``float32`` or ``bfloat16``."""

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from posttrain.model.loading import DTYPES
 from posttrain.sft.attention import causal_model
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
-def compute_dtype(config: SFTConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
+def compute_dtype(config: FineTuneConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
     """What forward and backward passes of ``model``, whose weights are stored as ``stored``, are computed in.
 
     A CPU without matrix tiles gains nothing from bfloat16: its products of it are slower than those of float32, which

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
 from posttrain.data.packing import PackedRow
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,7 +26,7 @@ RESULT = "gradient.safetensors"
 
 
 def gradient_of_ranks(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: SFTConfig
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig
 ) -> dict[str, torch.Tensor]:
     """The gradient of the mean loss over all ranks' trained tokens, by parameter name, in float32.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from posttrain.data.records import Conversation
+from posttrain.data.records import Conversation, Message
 
 OPENING = 200
 """Characters of an answer in which a refusal has to be said: further on, "I cannot" is about something else."""
@@ -29,10 +29,13 @@ def is_refusal(answer: str) -> bool:
     return REFUSAL.search(answer[:OPENING]) is not None
 
 
+def declines(message: Message) -> bool:
+    """Whether an assistant turn is a refusal: as its key ``refuses`` says, else by how its content begins."""
+    said = message.get("refuses")
+    return is_refusal(str(message["content"] or "")) if said is None else bool(said)
+
+
 def refuses(record: Conversation) -> bool:
     """Whether a trained answer of ``record`` is a refusal."""
-    return any(
-        is_refusal(str(message["content"] or ""))
-        for message in record.messages
-        if message["role"] == "assistant" and message.get("train", True)
-    )
+    answers = [message for message in record.messages if message["role"] == "assistant"]
+    return any(declines(message) for message in answers if message.get("train", True))

@@ -10,7 +10,7 @@ from posttrain.data.overlong import fit
 from posttrain.data.packing import Packing, pack
 from posttrain.data.records import Document
 from posttrain.data.shares import Portion, Size, by_share, portions
-from posttrain.sft.config import SFTConfig, TrainOn
+from posttrain.sft.config import FineTuneConfig, TrainOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Mixture:
         yield from self.packing.counts.notes()
 
 
-def render(records: Sequence[Document], renderer: ChatRenderer, config: SFTConfig) -> list[Rendered]:
+def render(records: Sequence[Document], renderer: ChatRenderer, config: FineTuneConfig) -> list[Rendered]:
     """The records as token ids with the mask of what the settings train."""
     last_only = config.train_on is TrainOn.last
     return [renderer.document(record, last_only=last_only) for record in records]
 
 
-def mixture(records: Sequence[Document], documents: Sequence[Rendered], config: SFTConfig, seed: int) -> Mixture:
+def mixture(records: Sequence[Document], documents: Sequence[Rendered], config: FineTuneConfig, seed: int) -> Mixture:
     """The rows that a stage trains on, from all records of its sources and what they were rendered into.
 
     Raises:
@@ -46,6 +46,6 @@ def mixture(records: Sequence[Document], documents: Sequence[Rendered], config: 
     return Mixture(packing, portions(records, sizes, taken))
 
 
-def _size(document: Rendered, config: SFTConfig) -> Size:
+def _size(document: Rendered, config: FineTuneConfig) -> Size:
     fitted = fit(document, config.sequence_length, config.overlong)
     return Size(fitted.tokens, fitted.trained)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Schedule:
     """Share of the peak that the cosine runs towards."""
 
     @classmethod
-    def from_config(cls, config: SFTConfig, total: int) -> Schedule:
+    def from_config(cls, config: FineTuneConfig, total: int) -> Schedule:
         """The schedule of a run of ``total`` optimizer steps."""
         warmup = math.ceil(config.warmup_ratio * total)
         return cls(peak=config.lr, total=total, warmup=warmup, floor=config.min_lr_ratio)
@@ -37,7 +37,7 @@ class Schedule:
         return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: SFTConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: FineTuneConfig) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
     trained = list(parameters)
     groups = [

@@ -1,9 +1,10 @@
-"""Supervised fine-tuning as a stage."""
+"""Supervised fine-tuning: as a stage, and as what other stages do with conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -11,32 +12,45 @@ from transformers import PreTrainedModel
 from posttrain.config.schema import Method
 from posttrain.data.markers import family_faults
 from posttrain.data.packing import PackedRow, PackingCounts
-from posttrain.data.records import Conversation
+from posttrain.data.records import Conversation, Document
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
-from posttrain.sft.advice import Known, departures
+from posttrain.sft.advice import Known
 from posttrain.sft.attention import causal_model
 from posttrain.sft.checkpoint import Position
-from posttrain.sft.config import SFTConfig
+from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.examples import Example, evaluation_of, examples_of, hold_out, shared
 from posttrain.sft.loop import Training
 from posttrain.sft.rows import mixture
 from posttrain.stage import StageContext
 
+Model: TypeAlias = PreTrainedModel | PeftModel
+
 
 def run(context: StageContext) -> None:
-    """Render, pack, train, save."""
-    config: SFTConfig = context.config
+    """Train on the stage's records, from the base or from what an earlier SFT left."""
+    finetune(context, context.records, policy)
+
+
+def finetune(context: StageContext, records: Sequence[Document], load: Callable[[StageContext], Model]) -> None:
+    """Render, pack, train, save; ``load`` gives the model to train. The context's config is a FineTuneConfig.
+
+    Raises:
+        BadInput: A record cannot be rendered or does not fit the model, or nothing is trained.
+        Interrupted: A stop was requested; a checkpoint holds the last step.
+        ArtifactDamaged: The loss or the gradient is not finite.
+    """
+    config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()
-    examples, held_out = hold_out(examples_of(context.records, tokenizer, config), config.eval_share, context.seed)
+    examples, held_out = hold_out(examples_of(records, tokenizer, config), config.eval_share, context.seed)
     held_out += examples_of(context.held_out, tokenizer, config)
     evaluation = evaluation_of(held_out, config)
     mixed = mixture([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
     for note in mixed.notes():
         context.progress.note(note)
     packing = mixed.packing
-    model = policy(context)
+    model = load(context)
     check_vocabulary([*packing.rows, *evaluation.rows], model)
     training = Training(
         model=model,
@@ -50,7 +64,7 @@ def run(context: StageContext) -> None:
         evaluation=evaluation,
     )
     chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
-    unusual = departures(config, known(training, packing.counts, examples, held_out))
+    unusual = config.unusual(known(training, packing.counts, examples, held_out))
     for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
         context.warn(line)
     position = training.run()
@@ -61,7 +75,7 @@ def run(context: StageContext) -> None:
     context.save(model)
 
 
-def policy(context: StageContext) -> PreTrainedModel | PeftModel:
+def policy(context: StageContext) -> Model:
     """The model to train: a fresh adapter, on quantised weights or not, the parent's adapter, or all weights."""
     method: Method = context.config.method
     if method is Method.full and context.parent.adapter is not None:
@@ -80,7 +94,7 @@ def policy(context: StageContext) -> PreTrainedModel | PeftModel:
     return new_adapter(base, context.config.lora, context.seed, added_token_ids(parent))
 
 
-def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftModel) -> None:
+def check_vocabulary(rows: Sequence[PackedRow], model: Model) -> None:
     """Raise BadInput when the tokenizer knows tokens that the model does not."""
     largest = max(int(row.input_ids.max()) for row in rows)
     known = model.get_input_embeddings().weight.shape[0]
@@ -94,7 +108,7 @@ def check_vocabulary(rows: Sequence[PackedRow], model: PreTrainedModel | PeftMod
         )
 
 
-def stop_tokens(model: PreTrainedModel | PeftModel) -> list[int | None]:
+def stop_tokens(model: Model) -> list[int | None]:
     """The tokens at which the model's own generation settings stop."""
     ends = causal_model(model).generation_config.eos_token_id
     return list(ends) if isinstance(ends, list) else [ends]

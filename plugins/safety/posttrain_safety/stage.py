@@ -1,0 +1,23 @@
+"""The safety stage: mix both kinds of answers, say which words of requests trigger refusals, fine-tune the parent."""
+
+from __future__ import annotations
+
+from posttrain import StageContext
+from posttrain_safety.config import SafetySettings
+from posttrain_safety.mixing import Kinds, Mix
+
+
+def run(context: StageContext) -> None:
+    """Train the parent's adapter, or its full weights, on refusals and helpful answers.
+
+    Raises BadInput when one of the two kinds is missing, and otherwise as ``StageContext.finetune`` does.
+    """
+    settings: SafetySettings = context.config
+    kinds = Kinds.of(context.records, settings, context.name)
+    mix = Mix.of(kinds, settings.refusal_share, context.seed)
+    for note in mix.notes():
+        context.progress.note(note)
+    for line in mix.warnings(settings.epochs):
+        context.warn(line)
+    context.metrics["mix"] = mix.figures()
+    context.finetune(mix.records)

@@ -1,0 +1,99 @@
+"""The stage itself: from the parent that it is given to an artifact, exactly, also when it was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posttrain_safety import stage
+from records import helpful, refusals, settings
+from tiny import Killed, Recorder, base_source, sft_config, write_base
+
+from posttrain import BadInput, Interrupted, StageContext
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import Method
+from posttrain.model.checks import check_output
+from posttrain.sft.stage import run as run_sft
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    """What SFT left: an adapter, or full weights."""
+    folder = tmp_path_factory.mktemp("models")
+    base = base_source(write_base(folder / "base"))
+    found = {}
+    for method in (Method.lora, Method.full):
+        context = make(base, folder / method.value, config=sft_config(method=method), records=helpful(4))
+        run_sft(context)
+        trained: dict[str, Any] = {"adapter": context.output} if method is Method.lora else {"model": context.output}
+        found[method.value] = replace(base, name="sft", tokenizer=context.output, **trained)
+    return found
+
+
+def make(parent: ModelSource, folder: Path, **given: Any) -> StageContext:
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    fields: dict[str, Any] = {
+        "name": "safety",
+        "config": settings(),
+        "records": [*refusals(4), *helpful(12)],
+        "seed": 0,
+        "dtype": "float32",
+        "progress": Recorder(),
+        "stop_requested": lambda: False,
+    }
+    return StageContext(parent=parent, checkpoints=folder / "checkpoints", output=folder / "output", **(fields | given))
+
+
+def files(context: StageContext) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in context.output.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_parent_is_trained_on_and_learns(parents: dict[str, ModelSource], tmp_path: Path, kind: str) -> None:
+    context = make(parents[kind], tmp_path, config=settings(epochs=4))
+    stage.run(context)
+    check_output(context.output, parents[kind])
+    assert (context.output / "adapter_model.safetensors").exists() == (kind == "lora")
+    steps = context.progress.steps  # type: ignore[attr-defined]
+    assert {"loss", "lr", "grad_norm", "tokens", "trained_tokens"} <= set(steps[1])
+    assert context.metrics["final_loss"] < steps[1]["loss"]
+    assert context.metrics["mix"]["refusals"] == {"records": 4, "taken": 8}
+    assert context.metrics["records"] == 16
+    assert "refusals: 8 of 16 records, drawn from 4, each 2.0 times" in context.progress.notes  # type: ignore[attr-defined]
+    assert any("4 refusals are trained 8.0 times each" in line for line in context.metrics["warnings"])
+
+
+def test_killed_or_stopped_anywhere_it_ends_with_the_same_bytes(
+    parents: dict[str, ModelSource], tmp_path: Path
+) -> None:
+    clean = make(parents["lora"], tmp_path / "clean")
+    stage.run(clean)
+    total = clean.metrics["steps"]
+    assert total > 2
+    for fail_at in range(2, total):
+        folder = tmp_path / str(fail_at)
+        with pytest.raises(Killed):
+            stage.run(make(parents["lora"], folder, progress=Recorder(fail_at)))
+        with pytest.raises(Interrupted):
+            stage.run(make(parents["lora"], folder, stop_requested=lambda: True))
+        again = make(parents["lora"], folder)
+        stage.run(again)
+        assert files(again) == files(clean)
+        assert again.metrics == clean.metrics
+
+
+def test_one_kind_alone_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    nowhere = ModelSource(
+        name="sft",
+        model=tmp_path,
+        adapter=None,
+        tokenizer=tmp_path,
+        chat_template="",
+        digest="",
+        base="",
+        model_digest="",
+    )
+    with pytest.raises(BadInput, match="no helpful answer"):
+        stage.run(make(nowhere, tmp_path, records=refusals(3)))
