@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from posttrain import StageContext
 from posttrain_safety.config import SafetySettings
+from posttrain_safety.exchanges import exchanges
 from posttrain_safety.mixing import Kinds, Mix
+from posttrain_safety.triggers import audit
 
 
 def run(context: StageContext) -> None:
@@ -15,9 +17,10 @@ def run(context: StageContext) -> None:
     settings: SafetySettings = context.config
     kinds = Kinds.of(context.records, settings, context.name)
     mix = Mix.of(kinds, settings.refusal_share, context.seed)
-    for note in mix.notes():
+    audited = audit(exchange for record in context.records for exchange in exchanges(record, settings))
+    for note in (*mix.notes(), audited.note()):
         context.progress.note(note)
-    for line in mix.warnings(settings.epochs):
+    for line in (*mix.warnings(settings.epochs), *audited.warnings()):
         context.warn(line)
-    context.metrics["mix"] = mix.figures()
+    context.metrics.update(mix=mix.figures(), audit=audited.figures())
     context.finetune(mix.records)

@@ -61,8 +61,21 @@ def test_the_parent_is_trained_on_and_learns(parents: dict[str, ModelSource], tm
     assert context.metrics["final_loss"] < steps[1]["loss"]
     assert context.metrics["mix"]["refusals"] == {"records": 4, "taken": 8}
     assert context.metrics["records"] == 16
+    assert context.metrics["audit"]["triggers"] == []
     assert "refusals: 8 of 16 records, drawn from 4, each 2.0 times" in context.progress.notes  # type: ignore[attr-defined]
     assert any("4 refusals are trained 8.0 times each" in line for line in context.metrics["warnings"])
+
+
+def test_triggers_are_named_at_the_start_and_in_the_manifest(parents: dict[str, ModelSource], tmp_path: Path) -> None:
+    context = make(parents["lora"], tmp_path, records=[*refusals(9), *helpful(9)])
+    stage.run(context)
+    assert context.metrics["audit"]["triggers"] == [{"words": word, "refused": 9, "answered": 0} for word in TRIGGERS]
+    lines = [f'the word "{word}" occurs in 9 refused requests' for word in TRIGGERS]
+    assert [any(line in warning for warning in context.metrics["warnings"]) for line in lines] == [True] * 4
+    assert context.progress.started == (context.metrics["steps"], 0)  # type: ignore[attr-defined]
+
+
+TRIGGERS = ["do", "harm", "how", "i"]
 
 
 def test_killed_or_stopped_anywhere_it_ends_with_the_same_bytes(
