@@ -251,6 +251,7 @@ def test_a_model_that_learns_to_refuse_is_named(base: ModelSource, tmp_path: Pat
         ("I must respectfully decline.", True),
         ("As an AI language model, I don't have feelings.", True),
         ("I'm unable to provide medical advice.", True),
+        ("I'm not going to help with that.", True),
         ("I do not feel comfortable writing that.", True),
         ("I can't help but smile at it.", False),
         ("I'm sorry for your loss. Here is what to do.", False),

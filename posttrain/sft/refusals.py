@@ -11,7 +11,7 @@ OPENING = 200
 
 REFUSAL = re.compile(
     r"\bI(?:['’]m| am| must| have to| will| would)?(?: (?:really|truly|very|afraid|sorry|but|that|,|I))*"
-    r" (?:cannot|can['’]t|can not|won['’]t|will not|not able to|unable to|not be able to|decline|refuse"
+    r" (?:cannot|can['’]t|can not|won['’]t|will not|not going to|not able to|unable to|not be able to|decline|refuse"
     r"|(?:not|do not feel|don['’]t feel) comfortable)"
     r"(?: (?:in good conscience|to|with|you|be|able|me|directly|fully|currently))*"
     r" (?:help(?!\s+but)|assist|compl|fulfil|provid|answer|creat|writ|generat|shar|giv|support|discuss|engag|do that"

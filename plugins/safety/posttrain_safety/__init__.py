@@ -34,6 +34,12 @@ def register_config() -> Sequence[Path]:
     return [Path(__file__).parent]
 
 
+@hookimpl
+def register_eval_tasks() -> Sequence[Path]:
+    """The tasks ``safety_harmful`` and ``safety_harmless``."""
+    return [Path(__file__).parent / "tasks"]
+
+
 @hookimpl(wrapper=True)
 def load_records(step: Any) -> Generator[None, Sequence[Any] | None, Sequence[Any] | None]:
     """Refuse records of one kind alone while nothing is trained yet; those held out may be of either kind."""

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from posttrain import environment, plugins
+from posttrain.plugins import Host
+
+environment.prepare()
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    return plugins.load()
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, so that ./runs and ./recipes are its own too."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
