@@ -130,7 +130,7 @@ class _Run:
             committed = read_baseline(scores)
             baseline = replace(self.candidate.source, name=scores.name, digest=committed.digest)
             alone = replace(request, systems={"candidate": self.candidate.source})
-            scorecard = with_baseline(scores, committed, self.tasks, self._evaluate(alone))
+            scorecard = with_baseline(scores, committed, self.tasks, self._evaluate(alone), self.candidate.base.digest)
         verdict = self._judged(request, scorecard, baseline)
         folder = request.scorecard.parent
         replace_text(folder / "verdict.json", json.dumps(verdict_json(verdict), indent=2) + "\n")

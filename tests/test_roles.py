@@ -218,9 +218,8 @@ def test_scores_that_are_not_right_or_wrong_have_bootstrap_bounds_beside_those_t
         (GateTask(role=Role.limit, metric="acc"), ("threshold", "a limit needs a threshold")),
         (replace(LIMIT, threshold=float("nan")), ("threshold", "nan is not finite")),
         (replace(LIFT, threshold=0.5), ("threshold", "a lift has no threshold")),
-        (replace(LIFT, max_drop=0.1), ("max_drop", "a lift has no max_drop")),
         (replace(GUARD, min_lift=0.1), ("min_lift", "a guard has no min_lift")),
-        (replace(LIFT, min_lift=-0.1), ("min_lift", "-0.1 is negative")),
+        (replace(GUARD, max_drop=-0.1), ("max_drop", "-0.1 is negative")),
         (replace(GUARD, max_drop=float("nan")), ("max_drop", "nan is not finite")),
         (replace(GUARD, max_drop=float("inf")), ("max_drop", "inf is not finite")),
     ],
@@ -229,7 +228,9 @@ def test_settings_that_contradict_a_role_are_named(task: GateTask, problem: tupl
     assert problem in task.problems()
 
 
-@pytest.mark.parametrize("task", [LIFT, GUARD, LIMIT, replace(LIMIT, threshold=-3.0)])
+@pytest.mark.parametrize(
+    "task", [LIFT, GUARD, LIMIT, replace(LIMIT, threshold=-3.0), replace(LIFT, min_lift=-1.0, max_drop=0.1)]
+)
 def test_settings_of_a_role_are_no_problem(task: GateTask) -> None:
     assert not task.problems()
 

@@ -185,14 +185,15 @@ class GateTask:
         """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
         used = {Role.lift: "min_lift", Role.guard: "max_drop", Role.limit: "threshold"}
         given = {"min_lift": self.min_lift or None, "max_drop": self.max_drop, "threshold": self.threshold}
-        idle = [key for key, value in given.items() if value is not None and key != used[self.role]]
+        # against a baseline, posttrain gate takes every task for a guard
+        idle = [key for key, value in given.items() if value is not None and key not in ("max_drop", used[self.role])]
         found = [(key, f"a {self.role.value} has no {key}") for key in idle]
         if self.role is Role.limit and self.threshold is None:
             found.append(("threshold", "a limit needs a threshold"))
         for key, value in given.items():
             if value is not None and not isfinite(value):
                 found.append((key, f"{value} is not finite"))
-            elif value is not None and value < 0 and key != "threshold":
+            elif value is not None and value < 0 and key == "max_drop":
                 found.append((key, f"{value} is negative"))
         return found
 

@@ -96,10 +96,13 @@ def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any])
         raise BadInput(problems)
 
 
-def with_baseline(path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard) -> Scorecard:
+def with_baseline(
+    path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard, base: str
+) -> Scorecard:
     """The candidate's scores, with those of ``base`` and of the baseline, as ``parent``, from the file.
 
-    Raises BadInput where the baseline did not answer what the candidate answered.
+    ``base`` is the digest of the base, which the file was made with. Raises BadInput where the baseline did not answer
+    what the candidate answered.
     """
     rows = list(scorecard.rows)
     problems = []
@@ -109,8 +112,8 @@ def with_baseline(path: Path, baseline: Baseline, tasks: Mapping[str, GateTask],
         if what := _difference(entry, name, task, candidate, scorecard):
             problems.append(Problem(where=f"{path}: {name}", what=what, fix=f"The task changed; {UPDATE}"))
         elif entry is not None:
-            for doc_id, _, base, score in entry["documents"]:
-                rows.append(_row(candidate[doc_id], "base", task.metric, base, ""))
+            for doc_id, _, base_score, score in entry["documents"]:
+                rows.append(_row(candidate[doc_id], "base", task.metric, base_score, base))
                 rows.append(_row(candidate[doc_id], "parent", task.metric, score, baseline.digest))
     if problems:
         raise BadInput(problems)
