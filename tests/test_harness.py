@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gated import Log
 from lm_eval.evaluator import evaluate as reference_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import base_source, tiny_llama, write_base
+from peft import PeftModel
+from quizzes import LIKELIHOOD, SCORING, quiz_row, save_adapter, write_quizzes
+from tiny import base_source, write_base
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, GateTask, Role
@@ -34,108 +36,11 @@ from posttrain.model.loading import load_model, load_tokenizer
 
 SEED = 7
 
-GENERATE = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: data/quiz.jsonl, train: data/train.jsonl}}
-test_split: test
-training_split: train
-fewshot_split: train
-num_fewshot: {shots}
-output_type: generate_until
-doc_to_text: "Q: {{{{question}}}}\\nA:"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 12}}
-filter_list:
-  - name: first
-    filter:
-      - {{function: regex, regex_pattern: "([a-z0-9])"}}
-      - {{function: take_first}}
-  - name: whole
-    filter:
-      - {{function: take_first}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-
-CHOOSE = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: data/quiz.jsonl, train: data/train.jsonl}}
-test_split: test
-training_split: train
-fewshot_split: train
-num_fewshot: {shots}
-output_type: multiple_choice
-doc_to_text: "Q: {{{{question}}}}\\nA:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-
-LIKELIHOOD = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: data/quiz.jsonl}}
-test_split: test
-num_fewshot: {shots}
-output_type: loglikelihood
-doc_to_text: "{{{{question}}}}"
-doc_to_target: " {{{{answer}}}}"
-process_results: !function scoring.likelihood
-metric_list:
-  - {{metric: surprise, aggregation: mean, higher_is_better: false}}
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-
-SCORING = """
-def likelihood(doc, results):
-    (value, greedy), = results
-    return {"surprise": -value, "acc": float(greedy)}
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, two adapters with random weights, and task files with their data."""
-    root = tmp_path_factory.mktemp("gate")
-    write_base(root / "base")
-    for seed, name in enumerate(("candidate", "parent"), start=1):
-        save_adapter(root / name, seed)
-    data = root / "data"
-    data.mkdir()
-    generator = random.Random(0)
-    for name, count in (("quiz", 24), ("train", 30)):
-        rows = [quiz_row(generator, index) for index in range(count)]
-        (data / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (root / "scoring.py").write_text(SCORING)
-    for shots in (0, 2):
-        for kind, text in (("generate", GENERATE), ("choose", CHOOSE), ("likelihood", LIKELIHOOD)):
-            name = f"{kind}{shots}"
-            (root / f"{name}.yaml").write_text(text.format(name=name, shots=shots if kind != "likelihood" else 0))
-    return root
-
-
-def quiz_row(generator: random.Random, index: int) -> dict[str, Any]:
-    words = ["".join(generator.choices("abcdefgh", k=generator.randint(1, 6))) for _ in range(5)]
-    return {"question": f"{index} {words[0]}", "answer": words[1][0], "choices": words[1:], "label": index % 4}
-
-
-def save_adapter(path: Path, seed: int, fill: float | None = None) -> None:
-    """A LoRA adapter that changes every layer; with ``fill``, all of B has that value."""
-    model = get_peft_model(
-        tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5)
-    )
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.5) if fill is None else torch.nn.init.constant_(parameter, fill)
-    model.save_pretrained(path)
+    return write_quizzes(tmp_path_factory.mktemp("gate"))
 
 
 @pytest.fixture(scope="module")
@@ -145,20 +50,6 @@ def base(folder: Path) -> ModelSource:
 
 def adapted(base: ModelSource, path: Path) -> ModelSource:
     return replace(base, name=path.name, adapter=path, digest=f"digest of {path.name}")
-
-
-@dataclass
-class Log:
-    """A GateProgress that remembers."""
-
-    notes: list[str] = field(default_factory=list)
-    steps: list[tuple[str, str, int, int]] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def advance(self, system: str, task: str, done: int, total: int) -> None:
-        self.steps.append((system, task, done, total))
 
 
 @dataclass
