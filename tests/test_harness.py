@@ -27,7 +27,7 @@ from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate import plugin
 from posttrain.gate.checks import check_tasks
 from posttrain.gate.evaluate import evaluate
-from posttrain.gate.harness import _is_complete, load_leaves, preflight
+from posttrain.gate.harness.tasks import _is_complete, load_leaves, preflight
 from posttrain.gate.scorecard import read_questions, read_scorecard
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 from posttrain.gate.systems import Loading, SharedWeights
@@ -255,6 +255,103 @@ def test_a_damaged_entry_is_scored_again_and_said_so(folder: Path, base: ModelSo
     assert "not used" in log.notes[0]
 
 
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """The process died here."""
+
+
+@dataclass
+class Fatal(Log):
+    """Dies when so many blocks more have been asked of a model."""
+
+    asked: list[int] = field(default_factory=list)
+    more: int = 1
+
+    def __post_init__(self) -> None:
+        self.last = len(self.asked) + self.more
+
+    def advance(self, system: str, task: str, done: int, total: int) -> None:
+        if len(self.asked) == self.last:
+            raise Killed
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many requests each call to the model held."""
+    calls: list[int] = []
+
+    def counting(kind: str) -> None:
+        original = getattr(HFLM, kind)
+
+        def answered(self: Any, requests: Any, disable_tqdm: bool = False) -> Any:
+            calls.append(len(requests))
+            return original(self, requests, disable_tqdm=disable_tqdm)
+
+        monkeypatch.setattr(HFLM, kind, answered)
+
+    for kind in ("generate_until", "loglikelihood"):
+        counting(kind)
+    return calls
+
+
+def test_an_evaluation_killed_at_any_block_asks_no_block_twice(
+    folder: Path, base: ModelSource, tmp_path: Path, asked: list[int]
+) -> None:
+    tasks = {name: gate_task(folder, name) for name in ("generate2", "choose2", "likelihood0")}
+    systems = two_systems(folder, base)
+    whole, _, _ = run(make_request(folder, tmp_path / "a", systems, tasks))
+    blocks, asked[:] = list(asked), []
+    request = make_request(folder, tmp_path / "b", systems, tasks)
+    assert len(blocks) == 2 * 3 * 3  # systems, tasks, and blocks of 8 of 24 documents
+    for _ in blocks:
+        with pytest.raises(Killed):
+            evaluate(request, Fatal(asked=asked), CountingLoader().loading())
+    again, _, _ = run(request)
+    assert again == whole
+    assert asked == blocks
+    assert not list((tmp_path / "b" / "cache").glob("*.part"))
+
+
+def test_a_block_that_was_not_kept_is_asked_again(
+    folder: Path, base: ModelSource, tmp_path: Path, asked: list[int]
+) -> None:
+    request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": gate_task(folder, "choose2")})
+    whole, _, _ = run(replace(request, cache=tmp_path / "a"))
+    asked.clear()
+    with pytest.raises(Killed):
+        evaluate(request, Fatal(asked=asked, more=2), CountingLoader().loading())
+    (kept,) = (tmp_path / "cache").glob("*.part")
+    first, second = (line for line in kept.read_text().splitlines() if line)
+    for torn in (first + "\n" + second[:-30], first.replace("-", "-1", 1) + "\n" + second, "", first + first, "[]"):
+        kept.write_text(torn)
+        asked.clear()
+        again, _, _ = run(request)
+        assert again == whole
+        assert len(asked) == 3 - sum(line in (first, second) for line in torn.split("\n"))
+        for entry in (tmp_path / "cache").iterdir():
+            entry.unlink()
+
+
+def test_questions_are_asked_by_length_and_answered_in_order(
+    folder: Path, base: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    original = HFLM._model_call
+
+    def watched(self: Any, inps: torch.Tensor, **options: Any) -> Any:
+        lengths.append(inps.shape[1])
+        return original(self, inps, **options)
+
+    monkeypatch.setattr(HFLM, "_model_call", watched)
+    request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": gate_task(folder, "likelihood0")})
+    card, _, _ = run(request)
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 1
+    assert [row.doc_id for row in card.rows] == list(range(24))
+
+
 # --- Traps ------------------------------------------------------------------------------------------------------------
 
 
@@ -350,13 +447,13 @@ def test_systems_on_other_weights_are_loaded_one_after_the_other(
     _, loader, log = run(make_request(folder, tmp_path, systems, {"choose0": gate_task(folder, "choose0")}))
     assert [source.model_digest for source in loader.loaded] == [base.model_digest, "other"]
     assert [source.adapter for source in loader.loaded] == [None, None]
-    assert [step[0] for step in log.steps] == ["base", "parent", "candidate"]
+    assert list(dict.fromkeys(step[0] for step in log.steps)) == ["base", "parent", "candidate"]
 
 
 def test_progress_counts_documents(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": gate_task(folder, "choose0")}, batch_size=2)
     _, _, log = run(request)
-    assert log.steps == [("candidate", "quiz", done, 24) for done in (8, 16, 24)]
+    assert log.steps == [("candidate", "quiz", done, 24) for done in range(2, 26, 2)]
 
 
 def test_prompts_that_do_not_fit_are_mentioned(folder: Path, tmp_path: Path) -> None:
@@ -605,8 +702,8 @@ def test_a_group_is_pooled(folder: Path, base: ModelSource, tmp_path: Path, monk
         text = (folder / f"{name}.yaml").read_text()
         (tasks / "family" / f"{name}.yaml").write_text(text.replace("data/", f"{folder}/data/"))
     (tasks / "family" / "both.yaml").write_text("group: both\ntask: [choose0, choose2]\n")
-    monkeypatch.setattr("posttrain.gate.harness.tasks_folder", lambda: tasks)
-    monkeypatch.setattr("posttrain.gate.harness.registered", lambda: {"both": tasks / "family" / "both.yaml"})
+    monkeypatch.setattr("posttrain.gate.harness.tasks.tasks_folder", lambda: tasks)
+    monkeypatch.setattr("posttrain.gate.harness.tasks.registered", lambda: {"both": tasks / "family" / "both.yaml"})
     both = GateTask(role=Role.lift, metric="acc")
     card, _, _ = run(make_request(folder, tmp_path, {"candidate": base}, {"both": both}))
     parts = {name: gate_task(folder, name) for name in ("choose0", "choose2")}

@@ -1,6 +1,7 @@
 """Scores kept by content: a system that was asked exactly this before is not asked again.
 
     <cache>/<key>.jsonl       a header {"key", "sha256"}, then one row per filter and document
+    <cache>/<key>.part        the answers of a scoring that has not ended, block by block
 
 The key covers everything that the scores depend on (see ``score_key``), never a name. The file is trusted when its
 header holds the key and the hash of the rows, and the rows answer the documents that are asked.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.artifact import canonical, digest_of, replace_text
+from posttrain.gate.blocks import Blocks
 from posttrain.gate.scorecard import lines_of, row_from_json, row_line
 
 if TYPE_CHECKING:
@@ -54,6 +56,10 @@ class ScoreCache:
         body = "".join(f"{row_line(replace(row, system='', task=''))}\n" for row in rows)
         header = canonical({"key": key, "sha256": hashlib.sha256(body.encode()).hexdigest()})
         replace_text(self._path(key), f"{header}\n{body}")
+
+    def blocks(self, key: str, size: int) -> Blocks:
+        """What a scoring under ``key`` that has not ended has answered, in blocks of ``size`` documents."""
+        return Blocks(self._folder / f"{key}.part", key, size)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.jsonl"

@@ -22,7 +22,7 @@ def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:
     """Every problem of the tasks that their YAML files show; ``where`` starts with ``tasks.<name>``.
 
     What a file does not show (a registered group, a metric taken from lm-eval's defaults, a data set on the hub) is
-    checked by ``posttrain.gate.harness.preflight``, which imports lm_eval.
+    checked by ``posttrain.gate.harness.tasks.preflight``, which imports lm_eval.
     """
     return [problem for name, task in tasks.items() for problem in _check_task(f"tasks.{name}", name, task)]
 

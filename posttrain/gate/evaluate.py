@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from posttrain.artifact import digest_of
 from posttrain.gate.cache import ScoreCache, score_key
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
-from posttrain.gate.harness import Responder, answer, prepare
+from posttrain.gate.harness.requests import prepare
+from posttrain.gate.harness.responder import Answers, Responder
+from posttrain.gate.harness.scoring import answer
 from posttrain.gate.isolation import plain_generation, quiet, seeded
 from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_questions, write_scorecard
@@ -122,14 +124,17 @@ class _Session:
                 key = self._keys[system, task.name]
                 if key not in self._rows:
                     self._rows[key] = self._answers(task, responder, system, source.digest)
-                    self._cache.write(key, self._rows[key])
 
-    def _answers(self, task: PreparedTask, responder: Responder, system: str, digest: str) -> list[DocumentScore]:
+    def _answers(self, task: PreparedTask, responder: Answers, system: str, digest: str) -> list[DocumentScore]:
         responder.cut = 0
-        with seeded(self._request.gate.seed):
-            rows = answer(task, responder, system, digest, partial(self._progress.advance, system, task.name))
+        gate, key = self._request.gate, self._keys[system, task.name]
+        blocks = self._cache.blocks(key, gate.batch_size)
+        report = partial(self._progress.advance, system, task.name)
+        rows = answer(task, responder, blocks, system, digest, gate.seed, report)
         if responder.cut:
             self._progress.note(f"{responder.cut} prompts of {task.name} did not fit {system} and lost their beginning")
+        self._cache.write(key, rows)
+        blocks.remove()
         return rows
 
     def _task(self, name: str) -> PreparedTask:

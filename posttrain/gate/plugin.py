@@ -31,7 +31,7 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 def check_gate(step: Step) -> Sequence[Problem]:
     """Load the tasks as scoring will: their data must be there, and their metric a mean over documents."""
     from posttrain.errors import BadInput
-    from posttrain.gate.harness import preflight
+    from posttrain.gate.harness.tasks import preflight
 
     if not step.gate.enabled:
         return []

@@ -29,6 +29,11 @@ class Question:
         """What the model reads before it answers; of several requests, the first one's."""
         return str(self.requests[0].args[0])
 
+    @property
+    def length(self) -> int:
+        """Characters of the longest request: what is alike in length is asked together, with little padding."""
+        return max(sum(len(text) for text in request.args if isinstance(text, str)) for request in self.requests)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTask:

@@ -1,0 +1,5 @@
+"""The only importer of lm_eval: its tasks, the requests of their documents, the models that answer, the scores.
+
+lm_eval's own ``evaluate`` is not used: it would build few-shot prompts anew for each system, score NaN as a wrong
+answer, and print.
+"""
