@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.data.chat import ChatRenderer
     from posttrain.data.records import Document
+    from posttrain.sft.checkpoint import CheckpointFolder, Position
 
 __all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"]
 
@@ -127,6 +128,33 @@ class StageContext:
         from posttrain.sft.stage import finetune
 
         finetune(self, records, StageContext.policy)
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Position:
+        """Put the newest sound checkpoint into model, optimizer and torch's generator of random numbers.
+
+        Returns the step and the loss that it was saved with: step 0 when there is none. Damaged ones are passed over.
+        """
+        from posttrain.sft.checkpoint import Position, restore
+
+        if (found := self._checkpoints().newest()) is None:
+            return Position(step=0, loss=float("nan"))
+        position, state = found
+        restore(model, optimizer, state)
+        return position
+
+    def checkpoint(self, step: int, loss: float, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Save what going on after ``step`` needs: trained weights, optimizer, torch's random numbers.
+
+        It is there whole or not at all; the newest two are kept. Raises OSError when the disk refuses.
+        """
+        from posttrain.sft.checkpoint import Position, capture
+
+        self._checkpoints().save(Position(step=step, loss=loss), capture(model, optimizer))
+
+    def _checkpoints(self) -> CheckpointFolder:
+        from posttrain.sft.checkpoint import CheckpointFolder
+
+        return CheckpointFolder(self.checkpoints, identity=self.name, note=self.progress.note)
 
     def save(self, model: Any) -> None:
         """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.

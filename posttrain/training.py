@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.job import Job, plain, records_digest, versions
 from posttrain.plan import Step
 from posttrain.plugins import CORE_ORIGIN
+from posttrain.process import ProcessState
 from posttrain.stage import StageContext
 
 
@@ -93,11 +95,16 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
         stop_requested=job.interrupts.requested,
         checkpoints=checkpoints, output=draft,
     )  # fmt: skip
+    before = ProcessState.now()
     try:
         with job.interrupts.deferred():
             done = job.host.hook.run_stage(stage=job.step.stage, context=context)
     finally:
         progress.stop()
+        moved = os.getcwd() if os.getcwd() != before.directory else None
+        before.restore()  # a stage may seed what it likes; whatever comes next draws the same numbers all the same
+    if moved is not None:
+        raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} changed the working directory to {moved}")
     if done is not True:
         raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
     check_output(draft, parent)

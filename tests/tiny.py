@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record
 from posttrain.config.schema import Dtype, Method, ModelConfig
@@ -18,55 +14,11 @@ from posttrain.data.packing import PackedRow
 from posttrain.model.base import resolve_base
 from posttrain.model.probe import Probe
 from posttrain.sft.config import SFTConfig
+from posttrain.testing import Recorder as PlainRecorder
+from posttrain.testing import tiny_llama, tiny_tokenizer, write_base
+from posttrain.testing.tiny import TEMPLATE, VOCABULARY
 
-VOCABULARY = 128
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character, and the chat markers."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|end|>",
-        additional_special_tokens=SPECIAL[:3],
-        chat_template=TEMPLATE,
-    )
-
-
-def tiny_llama(**settings: Any) -> LlamaForCausalLM:
-    """Two layers of width 32 with grouped queries; weights large enough for attention to matter."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.2,
-            "max_position_embeddings": 512,
-            "bos_token_id": None,
-            "eos_token_id": 3,
-            **settings,
-        }
-    )
-    return LlamaForCausalLM(config)
-
-
-def write_base(folder: Path, **settings: Any) -> Path:
-    """A model directory with weights, configuration and tokenizer."""
-    tiny_llama(**settings).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+__all__ = ["TEMPLATE", "tiny_llama", "tiny_tokenizer", "write_base"]
 
 
 def base_source(folder: Path, **settings: Any) -> ModelSource:
@@ -129,25 +81,17 @@ def sft_config(**settings: Any) -> SFTConfig:
     return SFTConfig(**{**quick, **settings})
 
 
-class Recorder:
+class Recorder(PlainRecorder):
     """A Progress that keeps what it is told, and can fail at a step."""
 
     def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
         self.fail_at = fail_at
-        self.started: tuple[int, int] = (0, 0)
-        self.steps: dict[int, Mapping[str, float]] = {}
-        self.notes: list[str] = []
-
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
-        self.started = (total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if step == self.fail_at:
             raise Killed
-        self.steps[step] = metrics
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+        super().step(step, metrics)
 
 
 class Killed(Exception):

@@ -1,0 +1,129 @@
+"""A folder with all that one stage needs to be run by the real pipeline: base, SFT artifact, records, recipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain import environment, plugins
+from posttrain.testing.evaluator import FakeEvaluator
+
+if TYPE_CHECKING:
+    from posttrain.plan import Plan
+    from posttrain.plugins import Host
+    from posttrain.runs import RunDirectory
+
+RECIPE = "conformance"
+WORDS = ("red", "blue", "green", "clay", "ash", "elm", "ivy", "oak")
+TASK = "task: some\ndataset_path: json\nmetric_list:\n  - {metric: acc, aggregation: mean}\n"
+
+
+def example_records(shape: str) -> list[dict[str, Any]]:
+    """Eight invented records in a shape that a stage can ask for, as a file holds them."""
+    if shape == "preferences":
+        return [{"prompt": f"a {word}", "chosen": f"the {word}", "rejected": f"no {word}"} for word in WORDS]
+    if shape == "feedback":
+        return [
+            {"prompt": f"a {word}", "completion": word, "label": index % 2 == 0} for index, word in enumerate(WORDS)
+        ]
+    return [{"prompt": f"a {word}", "completion": f"the {word}"} for word in WORDS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """One kind of stage in a recipe of its own, stacked on a tiny SFT artifact, or on the base if it asks for that."""
+
+    folder: Path
+    kind: str
+    settings: Mapping[str, Any]
+    """Settings of the stage, besides its data and its gate."""
+    records: Sequence[Any] | None = None
+    """What its file holds; None for ``example_records``."""
+    full: bool = False
+    """Whether the SFT artifact holds full weights instead of an adapter."""
+
+    def write(self) -> Project:
+        """Write everything into the folder."""
+        from posttrain.testing.tiny import write_base, write_sft
+
+        environment.prepare()
+        base = write_base(self.folder / "base")
+        stage = plugins.load().stages[self.kind]
+        if stage.parent != "base":
+            write_sft(self.folder / "sft", base, full=self.full)
+        (self.folder / "some.yaml").write_text(TASK, encoding="utf-8")
+        self.write_records(example_records(stage.records) if self.records is None else self.records)
+        recipes = self.folder / "recipes"
+        recipes.mkdir()
+        (recipes / f"{RECIPE}.yaml").write_text(self._recipe(stage.parent), encoding="utf-8")
+        return self
+
+    def write_records(self, records: Sequence[Any], name: str = "records.jsonl") -> Path:
+        """Write a file of records beside the recipe."""
+        path = self.folder / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return path
+
+    def words(self, *overrides: str) -> list[str]:
+        """The words of a command line that name the recipe."""
+        return [f"recipe={RECIPE}", *overrides]
+
+    def plan(self, host: Host, *overrides: str) -> Plan:
+        """The plan of the recipe."""
+        from posttrain.config.compose import compose
+        from posttrain.plan import make_plan
+
+        with self.recipes_found():
+            return make_plan(compose(host, self.words(*overrides)), host)
+
+    def run(self, output: Path, *overrides: str, also: Sequence[object] = ()) -> RunDirectory:
+        """Run or continue the recipe below ``output``, with a fake gate and ``also`` beside the installed plugins.
+
+        Raises what the pipeline raises; without a gate in ``overrides`` the stage is promoted unseen.
+        """
+        from rich.console import Console
+
+        from posttrain.display import Display
+        from posttrain.pipeline import run
+
+        host = plugins.load()
+        host.manager.unregister(name="gate.plugin")
+        for plugin in (FakeEvaluator(), *also):
+            host.manager.register(plugin)
+        plan = self.plan(host, f"output_root={output}", *overrides)
+        return run(plan, host, Display(Console(file=io.StringIO(), width=200)))
+
+    def gated(self) -> list[str]:
+        """Overrides that give the stage a gate with one task."""
+        task = f"{{role: lift, metric: acc, task: '{self.folder / 'some.yaml'}'}}"
+        return [f"{self.kind}.gate.enabled=true", f"+{self.kind}.gate.tasks.some={task}"]
+
+    @contextmanager
+    def recipes_found(self) -> Iterator[None]:
+        """Make the recipe known to whatever composes inside, in this process and in those that it starts."""
+        before = os.environ.get("POSTTRAIN_RECIPES")
+        os.environ["POSTTRAIN_RECIPES"] = str(self.folder / "recipes")
+        try:
+            yield
+        finally:
+            del os.environ["POSTTRAIN_RECIPES"]
+            if before is not None:
+                os.environ["POSTTRAIN_RECIPES"] = before
+
+    def _recipe(self, parent: str) -> str:
+        import yaml
+
+        content: dict[str, Any] = {
+            "defaults": [{f"/stage@{self.kind}": self.kind}, {f"/gate@{self.kind}.gate": "none"}, "_self_"],
+            "model": {"path": str(self.folder / "base"), "dtype": "float32"},
+            self.kind: {"data": str(self.folder / "records.jsonl"), **self.settings},
+        }
+        if parent != "base":
+            content["start_from"] = str(self.folder / "sft")
+        return yaml.safe_dump(content, sort_keys=False)

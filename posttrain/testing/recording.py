@@ -1,0 +1,27 @@
+"""A Progress that keeps what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class Recorder:
+    """Keeps what a stage reports: its number of steps, each step's metrics, its notes."""
+
+    def __init__(self) -> None:
+        self.started: tuple[int, int] = (0, 0)
+        """Steps in all, and steps that a checkpoint already held."""
+        self.steps: dict[int, Mapping[str, float]] = {}
+        self.notes: list[str] = []
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Keep both."""
+        self.started = (total_steps, done_steps)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the step's metrics."""
+        self.steps[step] = dict(metrics)
+
+    def note(self, text: str) -> None:
+        """Keep the line."""
+        self.notes.append(text)

@@ -1,0 +1,113 @@
+"""A tiny random Llama, a tokenizer with a token per character, and an SFT artifact of the two; all of it seeded."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character, and the chat markers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *string.printable])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[:3],
+        chat_template=TEMPLATE,
+    )
+
+
+def tiny_llama(**settings: Any) -> LlamaForCausalLM:
+    """Two layers of width 32 with grouped queries; weights large enough for attention to matter.
+
+    ``settings`` replace those of the LlamaConfig.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.2,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": 3,
+            **settings,
+        }
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_base(folder: Path, **settings: Any) -> Path:
+    """A model directory with weights, configuration and tokenizer; returns ``folder``."""
+    tiny_llama(**settings).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_sft(folder: Path, base: Path, *, full: bool = False) -> Artifact:
+    """An artifact in ``folder`` that has been through SFT, as far as its manifest tells: random weights on ``base``.
+
+    It holds a LoRA adapter, or with ``full`` all weights.
+    """
+    from posttrain.config.schema import Dtype, LoraSettings, ModelConfig
+    from posttrain.model.base import resolve_base
+    from posttrain.model.loading import load_model, new_adapter
+    from posttrain.model.saving import save_model
+
+    source = resolve_base(ModelConfig(path=str(base), dtype=Dtype.float32))
+    model = load_model(source, "float32")
+    model = model if full else new_adapter(model, LoraSettings(r=4, alpha=8), seed=0)
+    _disturb(model)
+    draft = folder.with_name(f".{folder.name}")
+    draft.mkdir(parents=True)
+    save_model(model, source, draft, "float32")
+    return publish(draft, _manifest(source, draft), folder)
+
+
+def _disturb(model: Any) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or not hasattr(model, "peft_config"):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def _manifest(base: ModelSource, output: Path) -> dict[str, Any]:
+    return {
+        "stage": "sft",
+        "base": {"name": base.base, "digest": base.model_digest},
+        "lineage": ["sft"],
+        "dtype": "float32",
+        "quantization": quantization_of(output),
+        **template_record(base.chat_template),
+        "added_tokens": [],
+        "metrics": {},
+    }
