@@ -28,6 +28,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
   posttrain ledger export|verify|rebuild       every lift ever recorded: print it, check that nothing was changed, make
                                                it again from the runs
+  posttrain new-plugin NAME                    write a distribution with a stage of your own, its tests and its recipe
 
   --json             with plan and list: print JSON alone
   --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
@@ -99,10 +100,12 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
         from posttrain.commands.leaderboard import leaderboard_command as command
     elif word == "ledger":
         from posttrain.commands.ledger import ledger_command as command
+    elif word == "new-plugin":
+        from posttrain.commands.new_plugin import new_plugin_command as command
     elif "=" in word or word.startswith(("-", "~", "+")):
         return None
     else:
-        commands = ("list", "plan", "tokens", "doctor", "gate", "merge", "report", "leaderboard", "ledger")
+        commands = ("list", "plan", "tokens", "doctor", "gate", "merge", "report", "leaderboard", "ledger", "new-plugin")
         close = nearest(word, commands)
         fix = f"Did you mean {close}? " if close else ""
         raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))

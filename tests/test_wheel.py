@@ -26,13 +26,16 @@ def test_the_wheel_holds_code_plugins_configuration_and_recipes(wheel: Path) -> 
     assert names >= {
         "posttrain/cli.py",
         "posttrain/report/templates/page.html",
+        "posttrain/commands/templates/plugin/pyproject.toml.j2",
+        "posttrain/commands/templates/plugin/.github/workflows/test.yml.j2",
+        "posttrain/testing/conformance.py",
         "posttrain_preference/dpo.py",
         "posttrain/_conf/config.yaml",
         "posttrain/_recipes/quickstart.yaml",
         "posttrain/_recipes/quickstart/base/model.safetensors",
         "posttrain/_recipes/quickstart/tasks/towns_questions.jsonl",
     }
-    assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
+    assert not [name for name in names if "__pycache__" in name or ("/tests/" in name and not name.endswith(".j2"))]
 
 
 def test_an_unpacked_wheel_lists_and_plans(wheel: Path, working_folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-COMMANDS = ("doctor", "gate", "leaderboard", "ledger", "list", "merge", "plan", "report", "tokens")
+COMMANDS = ("doctor", "gate", "leaderboard", "ledger", "list", "merge", "new-plugin", "plan", "report", "tokens")
 
 
 def complete(words: list[str]) -> int:

@@ -38,12 +38,15 @@ def register(host: Host) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=OmegaConf.create({key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}))
     store.store(name="gating_schema", node=Gating)
-    for stage in host.stages.values():
-        store.store(group="stage", name=stage.name, node=stage.config(kind=stage.name))
-    OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
+    conf = conf_folders(plugin_folders)
+    for stage in host.stages.values():
+        store.store(group="settings", name=stage.name, node=stage.config(kind=stage.name))
+        if not any((folder / "stage" / f"{stage.name}.yaml").exists() for folder in conf):  # it starts from settings
+            store.store(group="stage", name=stage.name, node=stage.config(kind=stage.name))
+    OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
-    RecipeSearchPath.conf = conf_folders(plugin_folders)[1:]
+    RecipeSearchPath.conf = conf[1:]
     plugins = Plugins.instance()
     for plugin in (RecipeSource, RecipeSearchPath):
         plugins.register(plugin)

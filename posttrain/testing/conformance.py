@@ -110,12 +110,13 @@ class StageConformance:
         self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
     ) -> None:
         project, _ = self._clean(tmp_path_factory)
-        own = {f"refused[{index}]": records for index, records in enumerate(self.refused)}
+        own = {f"file {number} of refused": records for number, records in enumerate(self.refused, start=1)}
         for name, records in {**BAD_RECORDS, **own}.items():
             path = project.write_records(records, f"{name.replace(' ', '_')}.jsonl")
-            steps = AtStep(0, int)
+            steps, data = AtStep(0, int), f"{self.kind}.data='{path}'"
+            project.plan(plugins.load(), data)  # the refusal is of what the file holds
             try:
-                project.run(tmp_path / path.stem, f"{self.kind}.data='{path}'", also=[steps])
+                project.run(tmp_path / path.stem, data, also=[steps])
             except BadInput:
                 assert not steps.seen, f"{name}: {len(steps.seen)} steps were trained before the refusal"
                 continue

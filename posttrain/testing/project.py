@@ -120,9 +120,9 @@ class Project:
         import yaml
 
         content: dict[str, Any] = {
-            "defaults": [{f"/stage@{self.kind}": self.kind}, {f"/gate@{self.kind}.gate": "none"}, "_self_"],
+            "defaults": [{f"/stage@{self.kind}": self.kind}, "_self_"],
             "model": {"path": str(self.folder / "base"), "dtype": "float32"},
-            self.kind: {"data": str(self.folder / "records.jsonl"), **self.settings},
+            self.kind: {"data": str(self.folder / "records.jsonl"), "gate": {"enabled": False}, **self.settings},
         }
         if parent != "base":
             content["start_from"] = str(self.folder / "sft")
