@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint types contracts check test-browser clean
+.PHONY: install quickstart test lint types contracts check test-browser docs clean
 
 install: .venv/installed
 
@@ -32,6 +32,9 @@ check: install
 
 test-browser: install
 	$(BIN)/pytest tests/browser
+
+docs: install
+	$(BIN)/python docs/hooks.py
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
