@@ -105,8 +105,9 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
     elif "=" in word or word.startswith(("-", "~", "+")):
         return None
     else:
-        commands = ("list", "plan", "tokens", "doctor", "gate", "merge", "report", "leaderboard", "ledger", "new-plugin")
-        close = nearest(word, commands)
+        from posttrain.commands.completion import COMMANDS
+
+        close = nearest(word, COMMANDS)
         fix = f"Did you mean {close}? " if close else ""
         raise BadInput(Problem(where=word, what="is not a command", fix=f"{fix}posttrain --help shows all of them"))
     return command
