@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.artifact import digest_of
 from posttrain.gate.cache import ScoreCache, score_key
+from posttrain.gate.declared import clusters
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
 from posttrain.gate.harness.requests import prepare
 from posttrain.gate.harness.responder import Answers, Responder
@@ -18,6 +19,7 @@ from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_questions, write_scorecard
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.systems import Loading, SharedWeights, by_weights
+from posttrain.gate.verdict import looks_of, settled
 
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
@@ -36,14 +38,23 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
     tokenizer = loading.tokenizer(request.systems["candidate"])
     with seeded(request.gate.seed):
         tasks = [prepare(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
-    rows = _Session(request, progress, loading, tokenizer, tasks).score()
-    write_scorecard(request.scorecard, rows)
-    write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
-    return Scorecard(
-        rows=tuple(rows),
+    scorecard = Scorecard(
+        rows=(),
         higher_is_better={task.name: task.higher_is_better for task in tasks},
         settings={task.name: digest_of(task.settings) for task in tasks},
+        documents={task.name: len(task.questions) for task in tasks},
+        clusters=clusters(request.tasks, tasks),
     )
+    for look in looks_of(request):
+        new = [task.at(look, request.gate.seed, scorecard.clusters.get(task.name)) for task in tasks]
+        rows = _Session(request, progress, loading, tokenizer, [task for task in new if task.questions]).score()
+        scorecard = replace(scorecard, rows=(*scorecard.rows, *rows), look=look)
+        if not look.last and settled(request, scorecard):
+            progress.note(f"the gate is settled at look {look.number} of {look.of}: no more documents are scored")
+            break
+    write_scorecard(request.scorecard, scorecard.rows)
+    write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
+    return scorecard
 
 
 class _Session:

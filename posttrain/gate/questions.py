@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from posttrain.gate.sequential import Look, fresh
 
 if TYPE_CHECKING:
     from posttrain.gate.cache import Asked
@@ -47,6 +49,11 @@ class PreparedTask:
     questions: Sequence[Question]
     settings: Any
     """What the tasks' files say, as JSON values without paths, with the source of their functions."""
+
+    def at(self, look: Look, seed: int, clusters: Mapping[int, str] | None) -> PreparedTask:
+        """The task with the questions that are asked at one look for the first time."""
+        chosen = fresh([question.doc_id for question in self.questions], look, seed, clusters)
+        return replace(self, questions=[question for question in self.questions if question.doc_id in chosen])
 
     @property
     def asked(self) -> Asked:

@@ -73,6 +73,12 @@ def portion(
     return set(shuffled[: portion_size(len(shuffled), look)])
 
 
+def fresh(documents: Sequence[int], look: Look, seed: int, clusters: Mapping[int, Hashable] | None = None) -> set[int]:
+    """The documents that are asked at a look for the first time."""
+    earlier = Look(look.number - 1, look.of)
+    return portion(documents, look, seed, clusters) - portion(documents, earlier, seed, clusters)
+
+
 def portion_size(documents: int, look: Look) -> int:
     """How many documents have been asked at a look."""
     return -(-documents * look.number // look.of)

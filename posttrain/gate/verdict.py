@@ -14,11 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config.schema import Sequential
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.comparison import Comparison, Decision, comparisons, decide
 from posttrain.gate.evidence import Mean
 from posttrain.gate.matching import answered
 from posttrain.gate.reasons import reason
+from posttrain.gate.sequential import Look, looks
 from posttrain.gate.spec import Comparator, GateRequest, Scorecard, State, TaskVerdict, Verdict
 
 if TYPE_CHECKING:
@@ -38,6 +40,14 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
         return Verdict(state="undecided", gated=True, tasks=(), reason="this gate asks nothing, so nothing can pass it")
     verdicts = [_verdict(*found, request.gate) for found in zip(asked, decisions, strict=True)]
     return Verdict(state=_overall(decisions), gated=True, tasks=tuple(verdicts), reason=_summary(verdicts))
+
+
+def looks_of(request: GateRequest) -> list[Look]:
+    """When the gate looks at its scores: once, unless it is sequential and all that decides is scored here."""
+    sequential = request.gate.sequential is Sequential.obrien_fleming and set(_comparators(request)) <= set(
+        request.systems
+    )
+    return looks(request.gate.looks if sequential else 1)
 
 
 def settled(request: GateRequest, scorecard: Scorecard) -> bool:

@@ -32,7 +32,7 @@ def prepare(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTas
     return PreparedTask(
         name=name,
         metric=task.metric,
-        higher_is_better=bool(leaves[0].higher_is_better()[task.metric]),
+        higher_is_better=bool(leaves[0].higher_is_better()[task.metric] or task.higher_is_better),
         leaves=leaves,
         filters=shared_filters(leaves),
         questions=questions,

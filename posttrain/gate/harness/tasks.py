@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
 from posttrain.gate.checks import check_filter, unknown_metric, unsupported_aggregation
+from posttrain.gate.declared import check_cluster, check_direction
 from posttrain.gate.isolation import quiet
 
 if TYPE_CHECKING:
@@ -123,7 +124,11 @@ def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
         yield unknown_metric(where, aggregation, task)
     elif aggregation[task.metric] is not mean:
         yield unsupported_aggregation(where, task)
+    else:
+        yield from check_direction(where, task, leaf.higher_is_better().get(task.metric))
     yield from check_filter(where, _filters(leaf), task)
+    if task.cluster is not None:
+        yield from check_cluster(where, task, leaf.eval_docs)
 
 
 def _filters(leaf: Any) -> list[str]:

@@ -1,0 +1,249 @@
+"""How often gates promote what they should not, refuse what they should, and stop early.
+
+    python benchmarks/gate_errors.py [--gates 10000]
+
+Every simulated gate draws, for each of its tasks, how many documents only one of two systems answers right; what
+decides about them is ``posttrain.gate.comparison.decide``, as in a run. docs/gates.md holds the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from posttrain.config.schema import Role
+from posttrain.gate.comparison import POOL, Comparison, Decision, decide
+from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
+from posttrain.gate.sequential import looks, portion_size
+from posttrain.gate.spec import State
+from posttrain.gate.statistics import Bounds
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of a simulated gate, with the truth about the candidate."""
+
+    n: int
+    discordance: float
+    """Share of the documents that only one system answers right."""
+    lift: float = 0.0
+    """True difference."""
+    role: Role = Role.lift
+    threshold: float = 0.0
+    """What the lower bound has to exceed."""
+
+    @property
+    def cells(self) -> list[float]:
+        """Chances of a win, a loss and neither."""
+        return [(self.discordance + self.lift) / 2, (self.discordance - self.lift) / 2, 1 - self.discordance]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulated gate came to."""
+
+    state: State
+    claimed: int
+    """Lifts that passed, each by itself."""
+    used: float
+    """Share of the documents that were scored."""
+
+
+@functools.cache
+def bounds_of(answers: PairedAnswers, confidence: float) -> Bounds:
+    """The bounds of counts that occur again and again."""
+    return answers.bounds(confidence)
+
+
+class Remembered(PairedAnswers):
+    """Paired answers whose bounds are computed once."""
+
+    def bounds(self, confidence: float) -> Bounds:
+        """As PairedAnswers."""
+        return bounds_of(PairedAnswers(self.wins, self.losses, self.n), confidence)
+
+
+def simulated(
+    tasks: Sequence[Task], gates: int, *, pool: float | None = None, count: int = 1, seed: int = 0
+) -> list[Outcome]:
+    """So many gates of the same tasks; ``pool`` is what all guards together may lose, ``count`` the looks."""
+    generator = np.random.default_rng(seed)
+    drawn = [_counts(task, gates, count, generator) for task in tasks]
+    return [_outcome(tasks, [counts[:, gate] for counts in drawn], pool, count) for gate in range(gates)]
+
+
+def _counts(task: Task, gates: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Wins and losses at every look: ``(look, gate, 2)``."""
+    ends = [portion_size(task.n, look) for look in looks(count)]
+    blocks = [generator.multinomial(size, task.cells, size=gates)[:, :2] for size in np.diff([0, *ends])]
+    return np.cumsum(blocks, axis=0)
+
+
+def _outcome(tasks: Sequence[Task], counts: Sequence[np.ndarray], pool: float | None, count: int) -> Outcome:
+    for look in looks(count):
+        answers = [
+            Remembered(int(found[look.number - 1, 0]), int(found[look.number - 1, 1]), portion_size(task.n, look))
+            for task, found in zip(tasks, counts, strict=True)
+        ]
+        asked = list(_asked(tasks, answers, pool))
+        decisions = decide(asked, CONFIDENCE, look)
+        state = _overall(decisions)
+        if look.last or state != "undecided" or any(decision.hopeless for decision in decisions):
+            break
+    lifts = sum(
+        decision.state == "pass" for each, decision in zip(asked, decisions, strict=True) if each.role is Role.lift
+    )
+    return Outcome(state, lifts, look.share)
+
+
+def _asked(tasks: Sequence[Task], answers: Sequence[Evidence], pool: float | None) -> Iterator[Comparison]:
+    for number, (task, evidence) in enumerate(zip(tasks, answers, strict=True)):
+        yield comparison(f"task {number}", task.role, evidence, task.threshold)
+    guards = [found for task, found in zip(tasks, answers, strict=True) if task.role is Role.guard]
+    if pool is not None:
+        yield comparison(POOL, Role.guard, Pool(guards), -pool)
+
+
+def comparison(name: str, role: Role, evidence: Evidence, threshold: float) -> Comparison:
+    """A question about simulated evidence."""
+    return Comparison(
+        name=name, metric="acc", filter="none", higher_is_better=True, questions="", role=role, against="base",
+        evidence=evidence, threshold=threshold, means={}, fractions=True,
+    )  # fmt: skip
+
+
+def _overall(decisions: Sequence[Decision]) -> State:
+    states = {decision.state for decision in decisions}
+    return "fail" if "fail" in states else "undecided" if "undecided" in states else "pass"
+
+
+def share(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> float:
+    """Share of the outcomes for which something holds."""
+    return float(np.mean([holds(outcome) for outcome in outcomes]))
+
+
+def promoted(outcomes: Sequence[Outcome]) -> float:
+    """Share of the gates that passed."""
+    return share(outcomes, lambda outcome: outcome.state == "pass")
+
+
+def base_against_base(gates: int) -> Iterator[tuple[str, float]]:
+    """Promotions of a base against itself: no answer differs, batches make a few differ, or chance makes many."""
+    for n in (50, 100, 200, 541, 1319, 2000):
+        for discordance in (0.0, 0.005, 0.02, 0.1, 0.2):
+            name = f"one lift, n = {n:,}, {discordance:.1%} discordant"
+            yield name, promoted(simulated([Task(n=n, discordance=discordance)], gates))
+    guards = [Task(n=1319, discordance=0.02, role=Role.guard, threshold=-0.05) for _ in range(2)]
+    yield "a lift and two guards, n = 1,319", promoted(simulated([Task(n=1319, discordance=0.1), *guards], gates))
+
+
+def several_lifts(gates: int) -> Iterator[tuple[str, float]]:
+    """Claims of any lift where none is true, and where one of five is."""
+    for n in (200, 1319):
+        found = simulated([Task(n=n, discordance=0.1) for _ in range(5)], gates)
+        yield f"five lifts, none true, n = {n:,}: any claimed", share(found, lambda outcome: outcome.claimed > 0)
+        mixed = [Task(n=n, discordance=0.1) for _ in range(4)] + [Task(n=n, discordance=0.15, lift=0.1)]
+        found = simulated(mixed, gates)
+        yield f"five lifts, one true (+10), n = {n:,}: a false one claimed", share(found, lambda o: o.claimed > 1)
+
+
+def losses(gates: int) -> Iterator[tuple[str, float, float]]:
+    """A planted loss of 3 points at n = 1,319 and 10 % discordance: not promoted, and refused as a failure."""
+    for allowed in (0.0, 0.01, 0.02):
+        task = Task(n=1319, discordance=0.1, lift=-0.03, role=Role.guard, threshold=-allowed)
+        found = simulated([task], gates)
+        failed = share(found, lambda outcome: outcome.state == "fail")
+        yield f"guard with max_drop = {allowed:g}", 1 - promoted(found), failed
+    found = simulated([Task(n=1319, discordance=0.1, lift=-0.03)], gates)
+    yield "lift", 1 - promoted(found), share(found, lambda outcome: outcome.state == "fail")
+
+
+def pooled(gates: int) -> Iterator[tuple[str, float]]:
+    """Guards together: one that lost the whole margin, one that lost nothing, beside guards that stand alone."""
+    sizes, margin = (500, 1319, 2000), 0.02
+    for lift, what in ((-margin, "each lost 2 points"), (0.0, "unchanged")):
+        alone = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-margin) for n in sizes]
+        wide = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-0.1) for n in sizes]
+        yield f"three guards, {what}: all pass alone", promoted(simulated(alone, gates))
+        yield f"three guards, {what}: they pass in a pool", promoted(simulated(wide, gates, pool=margin))
+
+
+def early(gates: int) -> Iterator[tuple[str, float, float, float]]:
+    """Promotions with one look and with five, and the share of the documents that five looks use."""
+    for lift in (-0.1, 0.0, 0.02, 0.05, 0.1):
+        task = Task(n=1319, discordance=0.24, lift=lift)
+        stopped = simulated([task], gates, count=5)
+        used = float(np.mean([outcome.used for outcome in stopped]))
+        yield f"{100 * lift:+g} points", promoted(simulated([task], gates)), promoted(stopped), used
+
+
+DISTRIBUTIONS: Mapping[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+    "normal": lambda generator, size: generator.normal(size=size),
+    "t, 3 degrees of freedom": lambda generator, size: generator.standard_t(3, size=size),
+    "large gains are rare": lambda generator, size: generator.lognormal(size=size) - np.exp(0.5),
+    "large losses are rare": lambda generator, size: np.exp(0.5) - generator.lognormal(size=size),
+}
+
+
+def means(gates: int) -> Iterator[tuple[str, float, float, float]]:
+    """False lifts of scores that are not right or wrong, by what decides, by Student's t and by the bootstrap."""
+    from scipy import stats
+
+    for name, draw in DISTRIBUTIONS.items():
+        for n in (20, 50, 200, 1000):
+            values_GN = draw(np.random.default_rng(n), (gates, n))
+            found = [Mean(values.tolist(), 1.0) for values in values_GN]
+            decided = float(np.mean([each.bounds(CONFIDENCE).low > 0 for each in found]))
+            student = float(np.mean(stats.ttest_1samp(values_GN, 0, axis=1).statistic > stats.t.ppf(0.95, n - 1)))
+            drawn = [each.bootstrap(CONFIDENCE, 0) for each in found[: max(gates // 20, 1)]]
+            yield f"{name}, n = {n:,}", decided, student, float(np.mean([b is not None and b.low > 0 for b in drawn]))
+
+
+def clustered(gates: int) -> Iterator[tuple[str, float, float]]:
+    """False lifts where documents share sources: bounds over sources, and bounds that take no notice of them."""
+    for sources, each in ((20, 10), (50, 10), (100, 5)):
+        generator = np.random.default_rng(sources)
+        clusters = [document // each for document in range(sources * each)]
+        robust = naive = 0
+        for _ in range(gates):
+            # the chance of a win given a discordant answer belongs to the source
+            tilt = np.repeat(generator.beta(0.5, 0.5, size=sources), each)
+            discordant = generator.random(sources * each) < 0.2
+            wins = discordant & (generator.random(sources * each) < tilt)
+            values = np.where(discordant, np.where(wins, 1.0, -1.0), 0.0)
+            robust += Mean(values.tolist(), 1.0, clusters).bounds(CONFIDENCE).low > 0
+            counts = PairedAnswers(int((values > 0).sum()), int((values < 0).sum()), len(values))
+            naive += bounds_of(counts, CONFIDENCE).low > 0
+        yield f"{sources} sources of {each} documents", robust / gates, naive / gates
+
+
+TABLES: Mapping[str, tuple[Callable[[int], Iterator[tuple[str | float, ...]]], Sequence[str]]] = {
+    "Base against base": (base_against_base, ("gate", "promoted")),
+    "Several lifts": (several_lifts, ("gates", "share")),
+    "A planted loss of 3 points, n = 1,319, 10 % discordant": (losses, ("gate", "not promoted", "failed")),
+    "Guards": (pooled, ("gate", "passed")),
+    "One look and five, n = 1,319, 24 % discordant": (early, ("true lift", "one look", "five looks", "documents used")),
+    "Scores that are not right or wrong, no true lift": (means, ("differences", "decides", "Student's t", "bootstrap")),
+    "Documents that share sources, no true lift": (clustered, ("documents", "over sources", "unaware of them")),
+}
+
+
+def main() -> None:
+    """Print every table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gates", type=int, default=10_000)
+    options = parser.parse_args()
+    for title, (rows, columns) in TABLES.items():
+        print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for name, *figures in rows(options.gates):
+            print(f"| {name} | {' | '.join(f'{figure:.1%}' for figure in figures)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
