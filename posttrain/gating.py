@@ -99,6 +99,7 @@ def _asked(gating: Gating, candidate: Candidate, tokenizer: PreTrainedTokenizerB
         "tokenizer": tokenizer_digest(tokenizer),
         "dtype": candidate.dtype,
         "quantization": candidate.source.quantization,
+        "backend": gating.gate.backend.value,
         "batch_size": gating.gate.batch_size,
         "seed": gating.gate.seed,
         "device": default_device().type,

@@ -70,7 +70,7 @@ def test_an_adapter_that_lifts_passes(
 
 def test_a_second_time_nothing_is_asked(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gate("artifact") == 0
-    monkeypatch.setattr("posttrain.gate.evaluate.SharedWeights", None)
+    monkeypatch.setattr("posttrain.gate.evaluate.Transformers", None)
     assert gate("artifact") == 0
 
 

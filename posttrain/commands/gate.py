@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from posttrain.config.compose import compose
 from posttrain.config.gating import Gating
 from posttrain.config.schema import GateTask, OnFail
 from posttrain.errors import BadInput, GateRefused, GateUndecided, PosttrainError, Problem
-from posttrain.gate.checks import check_tasks
+from posttrain.gate.checks import check_backend, check_tasks
 from posttrain.gating import Outcome, gate, is_scores
 from posttrain.plan import gate_tasks, unresolved
 from posttrain.plugins import Host
@@ -56,7 +57,8 @@ def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateT
     gating: Gating = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Gating), config))  # type: ignore[assignment]
     tasks = gate_tasks("gate", gating.gate, host, problems)
     problems += _contradictions(gating)
-    problems += [Problem(where=f"gate.{p.where}", what=p.what, fix=p.fix) for p in check_tasks(tasks)]
+    found = [*check_backend(gating.gate), *check_tasks(tasks)]
+    problems += [replace(problem, where=f"gate.{problem.where}") for problem in found]
     if problems:
         raise BadInput(problems)
     return composition.recipe, gating, tasks

@@ -84,6 +84,13 @@ class Sequential(Enum):
     obrien_fleming = "obrien_fleming"
 
 
+class Backend(Enum):
+    """What runs the models that a gate scores."""
+
+    hf = "hf"
+    vllm = "vllm"
+
+
 class OnFail(Enum):
     """What follows a verdict that is not a pass."""
 
@@ -220,8 +227,10 @@ class GateConfig:
     """stop, rollback (go on from the parent) or warn (go on from the candidate)."""
     on_undecided: OnFail = OnFail.stop
     """The same, for a verdict that is undecided."""
+    backend: Backend = Backend.hf
+    """hf (transformers) or vllm, for GPUs: for every system of the gate, because the two do not score alike."""
     batch_size: int = 16
-    """Requests scored at once."""
+    """Requests scored at once; after each batch of documents, an evaluation can be killed and goes on."""
     seed: int = 0
     """Seeds samples of documents, few-shot examples, the order of documents and resampling."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from posttrain.config.schema import Backend
 from posttrain.errors import Problem, nearest, suggest
 from posttrain.gate.catalogue import Function, is_path, local_data_files, read_task_file, registered
 
 if TYPE_CHECKING:
-    from posttrain.config.schema import GateTask
+    from posttrain.config.schema import GateConfig, GateTask
 
 NO_FILTER = "none"
 """What lm-eval calls the filter of a task without a filter_list."""
@@ -25,6 +27,14 @@ def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:
     checked by ``posttrain.gate.harness.tasks.preflight``, which imports lm_eval.
     """
     return [problem for name, task in tasks.items() for problem in _check_task(f"tasks.{name}", name, task)]
+
+
+def check_backend(gate: GateConfig) -> list[Problem]:
+    """The problem of a backend that is not installed; ``where`` is relative to the gate."""
+    if gate.backend is not Backend.vllm or find_spec("vllm") is not None:
+        return []
+    fix = "pip install vllm on a machine with a GPU, or set gate.backend=hf"
+    return [Problem(where="backend", what="vllm is not installed", fix=fix)]
 
 
 def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:

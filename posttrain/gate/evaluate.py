@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.artifact import digest_of
+from posttrain.config.schema import Backend
 from posttrain.gate.cache import ScoreCache, score_key
 from posttrain.gate.declared import clusters
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
 from posttrain.gate.harness.requests import prepare
-from posttrain.gate.harness.responder import Answers, Responder
+from posttrain.gate.harness.responder import Answers, Transformers
 from posttrain.gate.harness.scoring import answer
-from posttrain.gate.isolation import plain_generation, quiet, seeded
+from posttrain.gate.isolation import quiet, seeded
 from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_questions, write_scorecard
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
-from posttrain.gate.systems import Loading, SharedWeights, by_weights
+from posttrain.gate.systems import by_weights, Loading, SharedWeights
 from posttrain.gate.verdict import looks_of, settled
 
 if TYPE_CHECKING:
@@ -55,6 +57,13 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
     write_scorecard(request.scorecard, scorecard.rows)
     write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
     return scorecard
+
+
+class Models(Protocol):
+    """Models that answer for systems that share weights."""
+
+    def responding_as(self, system: str) -> AbstractContextManager[Answers]:
+        """The model that answers as ``system``."""
 
 
 class _Session:
@@ -95,6 +104,7 @@ class _Session:
                 settings=task.settings,
                 questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
                 seed=gate.seed,
+                backend=gate.backend.value,
                 batch_size=gate.batch_size,
                 dtype=self._request.dtype,
                 device=self._loading.device,
@@ -122,19 +132,24 @@ class _Session:
     def _score_group(self, group: Mapping[str, ModelSource]) -> None:
         """Score systems that share weights, which are loaded here and let go at the end."""
         with quiet():
-            weights = SharedWeights(group, self._request.dtype, self._loading)
+            models = self._models(group)
             for system, source in group.items():
-                with weights.speaking_as(system) as model:
-                    self._score_system(system, source, model)
+                with models.responding_as(system) as responder:
+                    self._score_system(system, source, responder)
 
-    def _score_system(self, system: str, source: ModelSource, model: object) -> None:
-        end = getattr(self._tokenizer, "eos_token_id", None)
-        with plain_generation(model, end):
-            responder = Responder(model, self._tokenizer, self._request.gate.batch_size)
-            for task in self._tasks:
-                key = self._keys[system, task.name]
-                if key not in self._rows:
-                    self._rows[key] = self._answers(task, responder, system, source.digest)
+    def _models(self, group: Mapping[str, ModelSource]) -> Models:
+        gate, dtype = self._request.gate, self._request.dtype
+        if gate.backend is Backend.vllm:
+            from posttrain.gate.harness.vllm import Vllm
+
+            return Vllm(group, dtype, self._request.systems["candidate"].tokenizer, gate.batch_size, gate.seed)
+        return Transformers(group, dtype, self._loading, self._tokenizer, gate.batch_size)
+
+    def _score_system(self, system: str, source: ModelSource, responder: Answers) -> None:
+        for task in self._tasks:
+            key = self._keys[system, task.name]
+            if key not in self._rows:
+                self._rows[key] = self._answers(task, responder, system, source.digest)
 
     def _answers(self, task: PreparedTask, responder: Answers, system: str, digest: str) -> list[DocumentScore]:
         responder.cut = 0

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
-    """What the files of the gates' tasks show to be wrong."""
-    from posttrain.gate.checks import check_tasks
+    """What the files of the gates' tasks show to be wrong, and a backend that is not there."""
+    from posttrain.gate.checks import check_backend, check_tasks
 
     return [
         replace(problem, where=f"{step.name}.gate.{problem.where}")
         for step in plan.steps
         if step.gate.enabled
-        for problem in check_tasks(step.tasks)
+        for problem in (*check_backend(step.gate), *check_tasks(step.tasks))
     ]
 
 

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -14,7 +15,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from posttrain.artifact import digest_of
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.gate.isolation import tied_already
+from posttrain.gate.isolation import plain_generation, tied_already
+from posttrain.gate.systems import Loading, SharedWeights
+
+if TYPE_CHECKING:
+    from posttrain.artifact import ModelSource
 
 
 class Answers:
@@ -101,3 +106,20 @@ class Responder(Answers, HFLM):
         # Noted on the device and looked at after the block: reading it at every token would stall the device.
         self._unsound |= ~torch.isfinite(logits_BV.amax(dim=-1)).all()
         return logits_BV
+
+
+class Transformers:
+    """Systems that share weights, run by transformers: one load of the weights, with an adapter for each system."""
+
+    def __init__(
+        self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading, tokenizer: Any, batch_size: int
+    ) -> None:
+        self._weights = SharedWeights(systems, dtype, loading)
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+
+    @contextmanager
+    def responding_as(self, system: str) -> Iterator[Answers]:
+        """The model that answers as ``system``, which generates as the task says."""
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        with self._weights.speaking_as(system) as model, plain_generation(model, end):
+            yield Responder(model, self._tokenizer, self._batch_size)
