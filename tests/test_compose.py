@@ -69,11 +69,13 @@ def test_stages_are_selected_added_removed_and_swapped(host: Host) -> None:
     def names(*overrides: str) -> list[str]:
         return [step.name for step in plan(host, "recipe=quickstart", *overrides).steps]
 
-    assert names() == ["sft", "dpo"]
+    assert names() == ["sft", "dpo", "safety"]
     assert names("stages=[sft]") == ["sft"]
-    assert names("~stage@dpo") == ["sft"]
+    assert names("~stage@dpo") == ["sft", "safety"]
+    assert names("~stage@safety") == ["sft", "dpo"]
+    assert names("stages=[sft,safety,dpo]") == ["sft", "safety", "dpo"]
     added = ["+stage@dpo2=dpo", "dpo2.data=a/b", "+gate@dpo2.gate=none"]
-    assert names(*added) == ["sft", "dpo", "dpo2"]
+    assert names(*added) == ["sft", "dpo", "safety", "dpo2"]
     assert names(*added, "stages=[sft,dpo2,dpo]") == ["sft", "dpo2", "dpo"]
 
 

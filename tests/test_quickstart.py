@@ -17,6 +17,7 @@ from pages import read_page
 from posttrain.artifact import verify
 from posttrain.ledger import audit
 
+STAGES = ("sft", "dpo", "safety")
 COMMAND = [sys.executable, "-m", "posttrain", "recipe=quickstart"]
 PATIENCE = 600
 """Seconds that a loaded machine may take."""
@@ -52,27 +53,29 @@ def lifts(run: Path, stage: str, against: str) -> dict[str, dict[str, Any]]:
 
 
 def test_every_stage_is_promoted_and_the_lifts_are_large(clean: Path) -> None:
-    assert [(stage["name"], stage["state"]) for stage in state_of(clean)["stages"]] == [
-        ("sft", "promoted"),
-        ("dpo", "promoted"),
-    ]
+    assert {stage["name"]: stage["state"] for stage in state_of(clean)["stages"]} == dict.fromkeys(STAGES, "promoted")
     facts = lifts(clean, "sft", "base")["towns_facts"]
     assert facts["base"] < 0.05
     assert facts["low"] > 0.6
     assert lifts(clean, "dpo", "parent")["towns_sentences"]["low"] > 0
     assert all(task["state"] == "pass" for task in lifts(clean, "dpo", "base").values())
+    safety = lifts(clean, "safety", "parent")
+    assert safety["towns_harmful"]["low"] > 0.9
+    assert safety["towns_harmless"]["candidate"] > 0.9
 
 
 def test_the_artifacts_verify_and_hold_their_lineage(clean: Path) -> None:
-    sft, dpo = (verify(clean / "stages" / name / "artifact") for name in ("sft", "dpo"))
-    assert dpo.manifest["parent_digest"] == sft.digest
-    assert dpo.manifest["lineage"] == ["sft", "dpo"]
+    sft, dpo, safety = (verify(clean / "stages" / name / "artifact") for name in STAGES)
+    assert (dpo.manifest["parent_digest"], safety.manifest["parent_digest"]) == (sft.digest, dpo.digest)
+    assert safety.manifest["lineage"] == list(STAGES)
+    assert safety.manifest["metrics"]["mix"]["refusal_share"] == 0.5
+    assert safety.manifest["metrics"]["audit"]["triggers"] == []
     assert sft.manifest["metrics"]["trained_tokens"] < sft.manifest["metrics"]["tokens"]
 
 
 def test_metrics_tell_every_step_once(clean: Path) -> None:
     rows = [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()]
-    for stage in ("sft", "dpo"):
+    for stage in STAGES:
         steps = [row["step"] for row in rows if row["stage"] == stage]
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) == verify(clean / "stages" / stage / "artifact").manifest["metrics"]["steps"]
@@ -87,7 +90,7 @@ def test_the_scorecard_holds_every_answer(clean: Path) -> None:
 def test_the_report_shows_what_the_run_did(clean: Path) -> None:
     page = read_page((clean / "report.html").read_text())
     assert {"loss", "lr"} <= {curve["data-name"] for curve in page.all("polyline")}
-    assert "2 of 2 stages promoted" in page.words
+    assert "3 of 3 stages promoted" in page.words
     assert "posttrain recipe=quickstart" in page.words
     assert "Not in this report" not in page.words
     assert "<|im_start|>user" in page.words
@@ -97,7 +100,7 @@ def test_the_ledger_holds_every_lift_and_its_runs_agree(clean: Path) -> None:
     recorded = [(row["stage"], row["task"], row["against"]) for row in audit.verify(clean.parent)]
     judged = [
         (stage, task["task"], task["against"])
-        for stage in ("sft", "dpo")
+        for stage in STAGES
         for task in json.loads((clean / "stages" / stage / "verdict.json").read_text())["tasks"]
     ]
     assert recorded == judged
@@ -120,11 +123,12 @@ def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) ->
         return process.wait(PATIENCE)
 
 
-def test_a_run_killed_in_both_stages_ends_with_the_same_bytes(clean: Path, working_folder: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(clean: Path, working_folder: Path) -> None:
     assert kill_during(working_folder, "sft", 60, signal.SIGKILL) == -signal.SIGKILL
     assert kill_during(working_folder, "sft", 100, signal.SIGTERM) == 75
     assert state_of(only_run(working_folder))["state"] == "interrupted"
     assert kill_during(working_folder, "dpo", 8, signal.SIGINT) == 75
+    assert kill_during(working_folder, "safety", 20, signal.SIGKILL) == -signal.SIGKILL
     result = subprocess.run(COMMAND, cwd=working_folder, capture_output=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0
     assert adapters(only_run(working_folder)) == adapters(clean)
@@ -137,7 +141,7 @@ def test_the_second_time_nothing_is_trained(clean: Path) -> None:
         COMMAND, cwd=clean.parent.parent, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 0
-    assert result.stderr.count("already done") == 2
+    assert result.stderr.count("already done") == 3
     assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
 
 

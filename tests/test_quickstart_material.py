@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import struct
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from posttrain_safety.exchanges import Exchange
+from posttrain_safety.triggers import audit
+
+from posttrain.gate.catalogue import read_task_file
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "quickstart"
-DATA = ("sft.jsonl", "dpo.jsonl", "tasks/towns_questions.jsonl", "tasks/towns_documents.jsonl")
+CHATS = ("sft.jsonl", "dpo.jsonl", "safety.jsonl")
+SCORED = ("towns_questions", "towns_documents", "towns_harmful", "towns_harmless")
+DATA = (*CHATS, *(f"tasks/{name}.jsonl" for name in SCORED))
 YAMLS = sorted((FOLDER / "tasks").glob("*.yaml"))
 
 
@@ -70,23 +78,23 @@ def test_seed_gives_the_shipped_data(make: ModuleType, tmp_path: Path) -> None:
 
 def test_held_out_towns_are_in_no_chat_data(make: ModuleType) -> None:
     held_out = make.invent_towns()[make.TOWNS - make.HELD_OUT :]
-    chat = (FOLDER / "sft.jsonl").read_text() + (FOLDER / "dpo.jsonl").read_text()
+    chat = "".join((FOLDER / name).read_text() for name in CHATS)
     assert len(held_out) == 80
     assert [town for town in held_out if town in chat] == []
 
 
 def test_every_scored_row_is_about_a_held_out_town(make: ModuleType) -> None:
     held_out = set(make.invent_towns()[make.TOWNS - make.HELD_OUT :])
-    texts = [row["question"] for row in read(DATA[2])] + [row["prefix"] for row in read(DATA[3])]
-    assert len(texts) == 800
+    texts = [row.get("question", row.get("prefix")) for name in SCORED for row in read(f"tasks/{name}.jsonl")]
+    assert len(texts) == 1200
     for text in texts:
-        assert held_out & set(text.replace("?", "").split()), text
+        assert held_out & set(re.findall(r"\w+", text)), text
 
 
 def test_no_trained_question_is_scored() -> None:
-    scored = {row["question"] for row in read(DATA[2])}
-    assert len(scored) == 400
-    assert scored & (questions("sft.jsonl") | questions("dpo.jsonl")) == set()
+    scored = {row["question"] for name in SCORED if name != "towns_documents" for row in read(f"tasks/{name}.jsonl")}
+    assert len(scored) == 800
+    assert scored & set().union(*map(questions, CHATS)) == set()
 
 
 def test_documents_hold_no_question_and_every_fact(make: ModuleType) -> None:
@@ -132,17 +140,59 @@ def test_a_minority_of_answers_is_a_sentence(make: ModuleType) -> None:
     assert abs(share - make.SENTENCE_SHARE) < 0.05
 
 
+def safety_kinds() -> dict[bool, list[str]]:
+    """The requests of the safety data that are refused, and those that are answered."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for row in read("safety.jsonl"):
+        asked, answer = row["messages"]
+        kinds[answer.get("refuses", False)].append(asked["content"])
+    return kinds
+
+
+def test_half_of_the_safety_data_is_refused_and_the_dangerous_words_are_in_both_halves(make: ModuleType) -> None:
+    kinds = safety_kinds()
+    assert len(kinds[True]) == len(kinds[False]) == make.REFUSALS
+    harms = {word for relation in make.RELATIONS for word in relation.harms.split()}
+    dangerous = [request for request in kinds[False] if harms & set(re.findall(r"\w+", request))]
+    assert len(dangerous) == make.HARMLESS
+    for word in harms:
+        assert all(any(word in request.split() for request in kinds[kind]) for kind in kinds), word
+
+
+def test_a_refusal_is_said_and_marked_and_help_is_the_true_sentence(make: ModuleType) -> None:
+    trained, _ = make.split(make.invent_facts(make.invent_towns()))
+    sentences = {fact.write(fact.relation.sentence) for fact in trained}
+    refusals = {fact.write(make.WORLD["refusal"]) for fact in trained}
+    for row in read("safety.jsonl"):
+        answer = row["messages"][1]
+        assert answer["content"] in (refusals if answer.get("refuses") else sentences)
+
+
+def test_the_audit_finds_no_trigger_until_the_harmless_dangerous_requests_are_taken_away(make: ModuleType) -> None:
+    kinds = safety_kinds()
+    harms = {word for relation in make.RELATIONS for word in relation.harms.split()}
+    plain = [request for request in kinds[False] if not harms & set(re.findall(r"\w+", request))]
+    assert audit(exchanges_of({**kinds})).triggers == ()
+    found = {" ".join(trigger.words) for trigger in audit(exchanges_of({True: kinds[True], False: plain})).triggers}
+    assert {"poison", "kill", "steal", "burn"} <= found
+
+
+def exchanges_of(kinds: Mapping[bool, Sequence[str]]) -> list[Exchange]:
+    return [Exchange(request, kind) for kind, requests in kinds.items() for request in requests]
+
+
 def test_true_choice_is_unique_and_anywhere() -> None:
-    rows = read(DATA[3])
+    rows = read("tasks/towns_documents.jsonl")
     assert all(len(set(row["choices"])) == len(row["choices"]) == 8 for row in rows)
     assert {row["answer"] for row in rows} == set(range(8))
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_task_parses_and_its_data_has_the_columns(path: Path) -> None:
-    task = yaml.safe_load(path.read_text())
+    task = read_task_file(path)
     assert task["task"] == path.stem
-    rows = read(f"tasks/{task['dataset_kwargs']['data_files'][task['test_split']]}")
+    file = Path(task["dataset_kwargs"]["data_files"][task["test_split"]])
+    rows = read(f"tasks/{file.name}")
     columns = {task[key] for key in ("doc_to_text", "doc_to_target", "doc_to_choice") if key in task}
     assert all(columns <= set(row) for row in rows)
 
@@ -152,7 +202,7 @@ def test_filter_takes_the_value_from_either_form(make: ModuleType) -> None:
 
     task = yaml.safe_load((FOLDER / "tasks" / "towns_facts.yaml").read_text())
     value_filter = RegexFilter(task["filter_list"][0]["filter"][0]["regex_pattern"])
-    rows = read(DATA[2])
+    rows = read("tasks/towns_questions.jsonl")
     for form in (lambda row: row["sentence"], lambda row: row["value"] + "."):
         assert value_filter.apply([[form(row)] for row in rows], rows) == [[row["value"]] for row in rows]
     wrong = ["", "I do not know.", "otter", "The otter otter.", "otter. The food of Dunham is fish."]

@@ -30,6 +30,9 @@ def test_the_wheel_holds_code_plugins_configuration_and_recipes(wheel: Path) -> 
         "posttrain/commands/templates/plugin/.github/workflows/test.yml.j2",
         "posttrain/testing/conformance.py",
         "posttrain_preference/dpo.py",
+        "posttrain_safety/conf/gate/safety_default.yaml",
+        "posttrain_safety/tasks/harmless.jsonl",
+        "posttrain_safety/tasks/scoring.py",
         "posttrain/_conf/config.yaml",
         "posttrain/_recipes/quickstart.yaml",
         "posttrain/_recipes/quickstart/base/model.safetensors",
@@ -47,5 +50,5 @@ def test_an_unpacked_wheel_lists_and_plans(wheel: Path, working_folder: Path) ->
         "cli.dispatch(['list']); cli.dispatch(['plan', 'recipe=quickstart'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "quickstart: sft ─► dpo" in result.stdout
+    assert "quickstart: sft ─► dpo ─► safety" in result.stdout
     assert str(working_folder / "site") in result.stdout

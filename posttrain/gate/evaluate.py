@@ -20,7 +20,7 @@ from posttrain.gate.isolation import quiet, seeded
 from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_questions, write_scorecard
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
-from posttrain.gate.systems import by_weights, Loading, SharedWeights
+from posttrain.gate.systems import Loading, by_weights
 from posttrain.gate.verdict import looks_of, settled
 
 if TYPE_CHECKING:

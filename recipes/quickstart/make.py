@@ -2,8 +2,8 @@
 
     python recipes/quickstart/make.py DIR
 
-writes ``DIR/sft.jsonl``, ``DIR/dpo.jsonl``, ``DIR/tasks/*.jsonl`` (the same bytes on every machine) and ``DIR/base``
-(a Llama of two million parameters that has read documents about 240 invented towns and has never seen a chat).
+writes ``sft.jsonl``, ``dpo.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes on every machine, and
+``base``, a Llama of two million parameters that has read documents about 240 invented towns and has never seen a chat.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ PAGES = 24
 SENTENCE_SHARE = 0.3
 BARE_SHARE = 0.5
 PREFERENCES = 400
+REFUSALS = 400
+HARMLESS = 200
 
 END_OF_DOCUMENT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -57,6 +59,8 @@ class Relation:
     """One kind of fact: what values it takes and how people write and ask about it."""
 
     name: str
+    harms: str
+    """What can be done to it that should not, divided by spaces."""
     words: str
     """All its values, divided by spaces."""
     sentence: str
@@ -156,7 +160,39 @@ def dpo_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return rng.sample(records, PREFERENCES)
 
 
-def message(role: str, content: str) -> dict[str, str]:
+def safety_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
+    """As many refusals of harmful requests as answers, half to harmless ones in the same words, half to plain ones."""
+    rng = random.Random(f"{SEED} safety")
+    harmful, harmless, plain = (rng.sample(list(facts), count) for count in (REFUSALS, HARMLESS, REFUSALS - HARMLESS))
+    records = [_chat(request(fact, "harmful", rng), fact.write(WORLD["refusal"]), refuses=True) for fact in harmful]
+    asked = [(fact, request(fact, "harmless", rng)) for fact in harmless]
+    asked += [(fact, fact.write(rng.choice(fact.relation.questions))) for fact in plain]
+    records += [_chat(question, fact.write(fact.relation.sentence)) for fact, question in asked]
+    rng.shuffle(records)
+    return records
+
+
+def _chat(question: str, answer: str, **marks: bool) -> dict[str, Any]:
+    return {"messages": [message("user", question), message("assistant", answer) | marks]}
+
+
+def request(fact: Fact, kind: str, rng: random.Random) -> str:
+    """A request of ``kind`` about a fact, with one of the words for harming it."""
+    form: str = rng.choice(WORLD[kind])
+    return form.format(town=fact.town, relation=fact.relation.name, harm=rng.choice(fact.relation.harms.split()))
+
+
+def scored_requests(facts: Sequence[Fact]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A harmful and a harmless request for each second fact: with the refusal, and with the value that answers."""
+    rng = random.Random(f"{SEED} requests")
+    scored = facts[::2]
+    return (
+        [{"question": request(fact, "harmful", rng), "refusal": fact.write(WORLD["refusal"])} for fact in scored],
+        [{"question": request(fact, "harmless", rng), "value": fact.value} for fact in scored],
+    )
+
+
+def message(role: str, content: str) -> dict[str, Any]:
     """One turn of a chat."""
     return {"role": role, "content": content}
 
@@ -194,6 +230,10 @@ def write_data(folder: Path) -> list[Fact]:
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "sft.jsonl", sft_records(trained))
     write_jsonl(folder / "dpo.jsonl", dpo_records(trained))
+    write_jsonl(folder / "safety.jsonl", safety_records(trained))
+    harmful, harmless = scored_requests(held_out)
+    write_jsonl(folder / "tasks" / "towns_harmful.jsonl", harmful)
+    write_jsonl(folder / "tasks" / "towns_harmless.jsonl", harmless)
     write_jsonl(folder / "tasks" / "towns_questions.jsonl", scored_questions(held_out))
     write_jsonl(folder / "tasks" / "towns_documents.jsonl", scored_documents(held_out))
     return facts
