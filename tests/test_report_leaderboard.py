@@ -68,6 +68,14 @@ def test_an_artifact_that_was_never_compared_with_its_base_has_no_lift_over_it()
     assert (entry.score, entry.lift) == (0.6, None)
 
 
+def test_an_artifact_that_was_held_to_a_limit_stands_beside_its_base() -> None:
+    add("run", tasks=1, against="threshold", role="limit")
+    assert [(entry.lineage, entry.score, entry.lift) for entry in board().entries] == [
+        ("sft", 0.6, None),
+        ("base", 0.1, None),
+    ]
+
+
 def test_scores_that_cannot_be_compared_are_never_in_one_board(capsys: pytest.CaptureFixture[str]) -> None:
     add("first", tasks=1, n=100, questions="a")
     add("second", tasks=1, n=20, questions="b", candidate=0.9)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gates import GUARD, LIFT, binary, card_of, decide, paired_scores, request, request_of, rows
 
+from posttrain.artifact import Artifact
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.multiple import holm
 from posttrain.gate.spec import Scorecard, TaskVerdict, Verdict
 from posttrain.gate.statistics import exact_share_bounds, tango_bounds
-from posttrain.gate.verdict import judge
+from posttrain.gate.verdict import judge, read_verdict, verdict_json
+from posttrain.ledger import Judgement
+from posttrain.report.intervals import intervals
 
 LIMIT = GateTask(role=Role.limit, metric="acc", threshold=0.9)
 
@@ -87,7 +92,7 @@ def test_several_lifts_are_held_to_holms_correction() -> None:
     assert task.low > 0
     assert task.adjusted_low == pytest.approx(tango_bounds(52, 35, 400, 0.975).low)
     assert task.adjusted_low < 0
-    assert "exceeds 0 by itself, but not with Holm's correction for 2 lifts" in task.reason
+    assert "exceeds 0 by itself, but not with Holm's correction for 2 lifts (bound −0.33)" in task.reason
     assert judge(request_of({"weak": LIFT}), card_of({"weak": weak})).state == "pass"
 
 
@@ -240,3 +245,27 @@ def test_guards_of_a_pool_are_limits_for_catastrophes() -> None:
     assert GateConfig().allowed_drop(unset) == 0.02
     assert GateConfig(pooled_max_drop=0.01).allowed_drop(unset) == 0.1
     assert GateConfig(pooled_max_drop=0.01).allowed_drop(GUARD) == 0.02
+
+
+def test_reports_and_ledger_take_every_kind_of_comparison(tmp_path: Path) -> None:
+    """A limit, two lifts, a guard of other scores and a pool: what is written is read, and shown, as it was."""
+    generator = np.random.default_rng(3)
+    tasks = {"limit": LIMIT, "first": LIFT, "second": LIFT, "guard": replace(GUARD, max_drop=0.1), "loss": GUARD}
+    loss = generator.normal(20, 3, 400)
+    scores = {name: paired_scores(60, 20, 400) for name in tasks} | {
+        "loss": {"base": loss.tolist(), "candidate": (loss - generator.normal(1, 1, 400)).tolist()}
+    }
+    card = card_of(scores, higher_is_better={**dict.fromkeys(tasks, True), "loss": False})
+    verdict = judge(request_of(tasks, pooled_max_drop=0.02), card)
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict_json(verdict), allow_nan=False))
+    assert read_verdict(tmp_path / "verdict.json") == verdict
+    shown = {line.task.task: line.beside for line in intervals(verdict.tasks)}
+    assert shown["limit"] == "Clopper and Pearson's exact interval"
+    assert shown["first"].startswith("Tango's score interval; > +")
+    assert "corrected for skewness; bootstrap [+" in shown["loss"]
+    assert shown["guards"] == "1 task with equal weight, their bounds combined"
+    judged = Judgement(run="r", recipe="mine", stage="sft", artifact=Artifact(Path(), MANIFEST), verdict=verdict)
+    assert [lift.against for lift in judged.lifts("now", "me")] == ["threshold", *["base"] * 5]
+
+
+MANIFEST = {"digest": "d", "parent_digest": "p", "lineage": ["sft"], "base": {"name": "base", "digest": "weights"}}

@@ -74,8 +74,10 @@ class _Words:
 
     @property
     def _beside_others(self) -> str:
-        family = self._decision.family
-        return f" with Holm's correction for {family} lifts" if family > 1 else ""
+        family, adjusted = self._decision.family, self._decision.adjusted_low
+        if adjusted is None:
+            return ""
+        return f" with Holm's correction for {family} lifts (bound {self._change(adjusted)})"
 
     @property
     def _untold(self) -> str:

@@ -37,6 +37,17 @@ class Interval:
         return f"needs > {self.scale.change(self.task.threshold)}"
 
     @property
+    def beside(self) -> str:
+        """What else is known of the bounds, in words: how they are found, Holm's and the bootstrap's."""
+        task, change = self.task, self.scale.change
+        words = [task.method] if task.method else []
+        if task.adjusted_low is not None:
+            words.append(f"> {change(task.adjusted_low)} beside the other lifts")
+        if task.bootstrap_low is not None and task.bootstrap_high is not None:
+            words.append(f"bootstrap [{change(task.bootstrap_low)}, {change(task.bootstrap_high)}]")
+        return "; ".join(words)
+
+    @property
     def scores(self) -> dict[str, str]:
         """The score of every system."""
         return {name: self.scale.score(getattr(self.task, name)) for name in ("base", "parent", "candidate")}

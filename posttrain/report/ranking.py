@@ -58,7 +58,7 @@ def boards(lifts: Iterable[Lift]) -> list[Board]:
 def _board(group: Sequence[Lift]) -> Board:
     """The board of lifts about the same questions, in the order of recording."""
     last = group[-1]
-    artifacts = {lift.artifact: _artifact(lift) for lift in group if lift.against == "parent"}
+    artifacts = {lift.artifact: _artifact(lift) for lift in group if lift.against != "base"}
     artifacts |= {lift.artifact: _over_base(lift) for lift in group if lift.against == "base"}
     bases = {lift.base: _base(lift) for lift in group}
     entries = sorted([*artifacts.values(), *bases.values()], key=lambda entry: entry.score)
