@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.artifact import ModelSource, digest_of, replace_text
 from posttrain.config.gating import Gating
-from posttrain.config.schema import GateTask, Role
+from posttrain.config.schema import GateTask, Role, Sequential
 from posttrain.display import Display, EvaluationProgress
 from posttrain.errors import PluginFailed
 from posttrain.gate.baseline import (
@@ -154,7 +154,10 @@ class _Run:
         key = digest_of([self.candidate.source.digest, sorted(source.digest for source in systems.values())])
         return GateRequest(
             stage=self.candidate.source.name,
-            gate=self.gating.gate,
+            # a baseline holds every document, for those that are compared with it
+            gate=replace(self.gating.gate, sequential=Sequential.none)
+            if self.gating.update_baseline
+            else self.gating.gate,
             tasks=self.tasks,
             systems=systems,
             dtype=self.candidate.dtype,

@@ -148,7 +148,8 @@ def test_tasks_of_a_plugin_are_known_by_name(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "polite.yaml").write_text(TASK_FILE.format(name="polite"))
     (tmp_path / "common.yaml").write_text("dataset_path: json\n")  # to be included
     host = plugins.load([entry("mine", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path))])
-    assert host.tasks == {"polite": tmp_path / "polite.yaml"}
+    assert host.tasks["polite"] == tmp_path / "polite.yaml"
+    assert "common" not in host.tasks
     gate = GateConfig(
         tasks={
             "polite": {"role": "lift", "metric": "acc"},
@@ -176,7 +177,7 @@ def test_a_task_is_registered_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     twice = entry("twice", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "two", tmp_path / "two"))
     absent = entry("absent", monkeypatch, register_eval_tasks=bringing_tasks(tmp_path / "three"))
     host = plugins.load([first, second])
-    assert host.tasks == {"polite": tmp_path / "one" / "polite.yaml"}
+    assert host.tasks["polite"] == tmp_path / "one" / "polite.yaml"
     assert "'polite' is already registered" in host.plugins["second"].reason
     reasons = [info.reason for info in plugins.load([twice, absent]).failures()]
     assert "three, which is no folder" in reasons[0]

@@ -185,6 +185,8 @@ class GateTask:
     """Score a seeded sample of so many documents."""
     num_fewshot: int | None = None
     """Examples in the prompt; the task's own number when absent."""
+    run_code: bool = False
+    """Lets a task run what the model writes, on this machine: only where that can do no harm."""
     chat: bool | None = None
     """Wrap prompts in the chat template; by default for tasks that generate, not for log-likelihoods."""
 

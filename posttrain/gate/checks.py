@@ -87,6 +87,8 @@ def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> I
         )
     if isinstance(settings.get("task"), list):
         return
+    if settings.get("unsafe_code") and not task.run_code:
+        yield unsafe_code(where)
     yield from _check_metric(where, settings, task)
     yield from check_filter(where, _filters(settings), task)
     for file in local_data_files(settings) if local and task.data is None else ():
@@ -110,6 +112,12 @@ def unknown_metric(where: str, metrics: Mapping[str, Any], task: GateTask) -> Pr
     return Problem(
         where=f"{where}.metric", what=f"the task has no metric {task.metric}", fix=suggest(task.metric, metrics)
     )
+
+
+def unsafe_code(where: str) -> Problem:
+    """The problem of a task that runs what the model writes, where nobody has allowed it."""
+    fix = "In a container without network, set run_code: true on the task; elsewhere choose another task."
+    return Problem(where=f"{where}.run_code", what="the task runs programs that the model writes", fix=fix)
 
 
 def unsupported_aggregation(where: str, task: GateTask) -> Problem:

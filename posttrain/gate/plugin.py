@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.hookspecs import hookimpl
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
     from posttrain.plan import Plan, Step
+
+
+@hookimpl
+def register_eval_tasks() -> Sequence[Path]:
+    """The tasks on files of one's own: questions, responses, preferences."""
+    return [Path(__file__).parent / "tasks"]
 
 
 @hookimpl

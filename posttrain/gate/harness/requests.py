@@ -71,15 +71,7 @@ def _renderer(tokenizer: Any) -> Callable[..., str]:
 
 def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | None) -> Question:
     chat = renderer is not None
-    context = leaf.fewshot_context(
-        doc,
-        num_fewshot=leaf.config.num_fewshot or 0,
-        system_instruction=None,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        chat_template=renderer,
-        gen_prefix=leaf.doc_to_prefix(doc),
-    )
+    context = _context(leaf, doc, renderer)
     requests = leaf.construct_requests(
         doc=doc,
         ctx=context,
@@ -99,6 +91,23 @@ def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | N
         request_hash=digest_of([[request.request_type, *request.args] for request in requests]),
         target_hash=_hash(str(target)),
         target=str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target),
+    )
+
+
+def _context(leaf: Any, doc: Any, renderer: Callable[..., str] | None) -> Any:
+    """What comes before the answer. A task whose text is a list of messages is asked with them as they are."""
+    messages = leaf.doc_to_text(doc)
+    if isinstance(messages, list):
+        plain = "\n\n".join(message["content"] for message in messages) + "\n\n"
+        return plain if renderer is None else renderer(messages)
+    return leaf.fewshot_context(
+        doc,
+        num_fewshot=leaf.config.num_fewshot or 0,
+        system_instruction=None,
+        apply_chat_template=renderer is not None,
+        fewshot_as_multiturn=renderer is not None,
+        chat_template=renderer,
+        gen_prefix=leaf.doc_to_prefix(doc),
     )
 
 

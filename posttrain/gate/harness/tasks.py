@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from lm_eval.tasks import TaskManager
 
 from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
-from posttrain.gate.checks import check_filter, unknown_metric, unsupported_aggregation
+from posttrain.gate.checks import check_filter, unknown_metric, unsafe_code, unsupported_aggregation
 from posttrain.gate.declared import check_cluster, check_direction
 from posttrain.gate.isolation import quiet
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
+
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
+"""What the library that runs a model's programs asks to be set."""
 
 
 def preflight(tasks: Mapping[str, GateTask]) -> None:
@@ -36,6 +40,8 @@ def preflight(tasks: Mapping[str, GateTask]) -> None:
 def load_leaves(name: str, task: GateTask) -> list[Any]:
     """The lm-eval tasks behind a task of a gate; raises BadInput when one cannot be loaded or compared."""
     reference = task.task or name
+    if task.run_code:
+        os.environ[CODE_EVAL] = "1"
     try:
         with quiet():
             leaves = _load(reference, task.data)
@@ -115,8 +121,8 @@ def _unloadable(name: str, reference: str, error: Exception) -> Problem:
 
 def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
     """Why a loaded task cannot be scored or compared."""
-    if getattr(leaf, "UNSAFE_CODE", False):
-        yield Problem(where=where, what=f"{leaf.task_name} runs code that the model writes", fix="Choose another task.")
+    if getattr(leaf, "UNSAFE_CODE", False) and not task.run_code:
+        yield unsafe_code(where)
     if getattr(leaf, "MULTIMODAL", False):
         yield Problem(where=where, what=f"{leaf.task_name} is not a task of text alone", fix="Choose another task.")
     aggregation = leaf.aggregation()
