@@ -14,7 +14,7 @@ from tiny import base_source, write_base
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import BadInput
-from posttrain.gate.harness import load_leaves
+from posttrain.gate.harness.tasks import load_leaves
 from posttrain.gate.plugin import evaluate_artifact
 from posttrain.gate.spec import GateRequest
 from posttrain.plan import Plan, make_plan
