@@ -18,9 +18,9 @@ SHIPPED = "posttrain"
 INTRODUCTION = f"""\
 # Hooks
 
-Written by `make docs` from [posttrain/hookspecs.py](../posttrain/hookspecs.py), in the order in which they are called. The
-version of this interface is {hookspecs.API_VERSION}: a plugin that says `POSTTRAIN_API = {hookspecs.API_VERSION}` is
-never loaded by a posttrain with another one. [The tutorial](tutorial.md) builds a plugin from nothing.
+Written by `make docs` from [posttrain/hookspecs.py](../posttrain/hookspecs.py), in the order in which they are called.
+The version of this interface is {hookspecs.API_VERSION}: a plugin that says `POSTTRAIN_API = {hookspecs.API_VERSION}`
+is never loaded by a posttrain with another one. [The tutorial](tutorial.md) builds a plugin from nothing.
 """
 
 

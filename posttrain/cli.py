@@ -47,8 +47,19 @@ WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs the command and exits with its documented code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Entry point: runs the command and exits with its documented code.
+
+    The command of a shell is supervised, so that no plugin can end it without being named; ``arguments`` are run here.
+    """
+    if arguments is None:
+        from posttrain.supervisor import supervised
+
+        sys.exit(supervised(lambda: answer(sys.argv[1:])))
+    sys.exit(answer(list(arguments)))
+
+
+def answer(words: list[str]) -> int:
+    """Run one command; errors are printed. Returns its documented exit code."""
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -59,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = explain(error)
     except KeyboardInterrupt:
         code = explain(Interrupted("stopped by Ctrl-C"))
-    sys.exit(code)
+    return code
 
 
 def dispatch(words: list[str]) -> int:

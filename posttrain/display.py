@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from posttrain import activity
+
 LINE_SECONDS = 10
 """How often a progress line is printed where there is no terminal to draw on."""
 SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
@@ -90,6 +92,7 @@ class TrainingProgress:
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
         """Begin, or go on from a checkpoint: lines logged after the checkpoint are taken back."""
+        activity.sign_of_life()
         self._total = total_steps
         self._started, self._tokens = time.monotonic(), 0
         _keep_lines(self._metrics, self._stage, done_steps)
@@ -99,6 +102,7 @@ class TrainingProgress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """One optimizer step is done."""
+        activity.sign_of_life()
         self.seen = dict(metrics)
         self._tokens += int(metrics.get("tokens", 0))
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
@@ -111,6 +115,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """Show one line."""
+        activity.sign_of_life()
         self._ticker.note(text)
 
     def stop(self) -> None:
@@ -128,6 +133,7 @@ class EvaluationProgress:
 
     def advance(self, system: str, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` documents of a task are scored for one system."""
+        activity.sign_of_life()
         if (system, task) != self._current:
             self.stop()
             self._current, self._ticker = (system, task), Ticker(self._display, self._stage, "gate")

@@ -59,9 +59,9 @@ class Job:
 
     def fingerprint(self, parent: ModelSource) -> str:
         """What the stage's result depends on: settings, parent, data, seed, number format, code."""
-        return digest_of(
-            {"step": step_identity(self.step, self.plan), "parent": parent.digest, "data": self.data_digest}
-        )
+        content = {"step": step_identity(self.step, self.plan), "parent": parent.digest, "data": self.data_digest}
+        shapers = self.host.shapers()
+        return digest_of({**content, "plugins": shapers} if shapers else content)
 
     def gate_digest(self, systems: Mapping[str, ModelSource]) -> str:
         """What the verdict depends on: the gate's settings, its tasks' files, the systems that are compared."""

@@ -6,16 +6,17 @@ recipe ─► plan ─► records ─► stage ─► artifact ─► scorecard 
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.config.schema import OnFail
 from posttrain.display import Display
-from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, Problem
+from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PluginFailed, Problem
 from posttrain.gate.spec import Verdict
+from posttrain.guard import DISK_ERRORS
 from posttrain.interrupts import Interrupts
 from posttrain.job import Job, records_digest, run_name
 from posttrain.judging import check_gates, judged
@@ -28,7 +29,6 @@ from posttrain.training import read_records, trained
 
 ENDINGS = {GateRefused: "refused", GateUndecided: "undecided", Interrupted: "interrupted"}
 """State of a run by the error that ended it."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 """State of a stage by the verdict about it."""
 
@@ -122,7 +122,20 @@ def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[
     finally:
         directory.state.end(state)
         _leave(directory, display)
-        host.hook.run_finished(directory=directory.path, state=state)
+        _tell_all(host, directory.path, state)
+
+
+def _tell_all(host: Host, directory: Path, state: str) -> None:
+    """``run_finished``, for every plugin whatever the others do; the first failure is raised if the run is done."""
+    failures: list[PluginFailed] = []
+    for plugin in host.manager.get_plugins():
+        others = [other for other in host.manager.get_plugins() if other is not plugin]
+        try:
+            host.manager.subset_hook_caller("run_finished", others)(directory=directory, state=state)
+        except PluginFailed as failure:
+            failures.append(failure)
+    if failures and state == "done":
+        raise failures[0]
 
 
 def _disk_full(error: OSError, directory: RunDirectory) -> Interrupted:

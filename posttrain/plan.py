@@ -58,6 +58,8 @@ class Plan:
     steps: tuple[Step, ...]
     tracker: TrackerConfig
     seed: int
+    plugin_timeout: float | None
+    """Seconds that a plugin may go without a sign of life."""
     output_root: Path
     start_from: Path | None
     resolved: Mapping[str, Any]
@@ -70,7 +72,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
-    used = ["seed", "output_root", "stages", "start_from", "model", "tracker", *names]
+    used = ["seed", "output_root", "stages", "start_from", "plugin_timeout", "model", "tracker", *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
     broken = [problem for key in used for problem in unresolved(config, key)]
@@ -78,7 +80,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         raise BadInput(problems + broken)
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
-    problems += [*_number_problems(config), *_tracker_problems(config)]
+    problems += [*_number_problems(config), *_timeout_problems(config), *_tracker_problems(config)]
     plan = Plan(
         recipe=composition.recipe,
         words=composition.words,
@@ -86,6 +88,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         steps=tuple(step for step in steps if step is not None),
         tracker=_typed(config.tracker),
         seed=config.seed,
+        plugin_timeout=config.plugin_timeout,
         output_root=Path(str(config.output_root)),
         start_from=Path(str(config.start_from)) if config.start_from else None,
         resolved={key: _plain(config[key]) for key in used},
@@ -294,6 +297,13 @@ def _number_problems(config: DictConfig) -> Sequence[Problem]:
     if isinstance(config.seed, int) and 0 <= config.seed < 2**32:
         return ()
     return (Problem(where="seed", what=f"{config.seed!r} is not an integer from 0 to 2**32 - 1"),)
+
+
+def _timeout_problems(config: DictConfig) -> Sequence[Problem]:
+    seconds = config.plugin_timeout
+    if seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0):
+        return ()
+    return (Problem(where="plugin_timeout", what=f"{seconds!r} is not a number of seconds", fix="null: wait for ever"),)
 
 
 def _tracker_problems(config: DictConfig) -> Sequence[Problem]:

@@ -1,7 +1,10 @@
 """Builds the plugin manager: the essentials, then every entry point, each loaded in isolation.
 
 A plugin that cannot be loaded is reported and left out; a recipe that needs one of its stages is refused with that
-reason. ``POSTTRAIN_BLOCK_PLUGINS=name,name`` leaves plugins out on purpose.
+reason. Two environment variables decide which plugins are loaded, by the names of their entry points:
+
+    POSTTRAIN_PLUGINS=preference,mine==1.2    these and no others; with ==, in this version of their distribution alone
+    POSTTRAIN_BLOCK_PLUGINS=mine,theirs       all but these
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from typing import Any
 
 import pluggy
 
-from posttrain import hookspecs
+from posttrain import activity, hookspecs
+from posttrain.activity import Activity
 from posttrain.errors import PluginFailed
+from posttrain.guard import START_SECONDS, Patience, guarded
+from posttrain.process import ProcessState
 from posttrain.stage import RECORD_SHAPES, Stage, StageConfig
 from posttrain.version import __version__
 
@@ -28,6 +34,8 @@ ESSENTIAL = tuple(
     f"posttrain.{name}" for name in ("sft.plugin", "data.plugin", "model.plugin", "gate.plugin", "runner")
 )
 """The product's own hook implementations; they cannot be blocked."""
+SHAPING = ("load_records", "run_stage")
+"""Hooks whose implementations decide what is trained."""
 BUILT_IN = "built in"
 TASK_NAME = re.compile(r"""^task:[ ]*["']?([\w.:-]+)["']?[ ]*(?:#.*)?$""", re.MULTILINE)
 """The line of a task file that names the task; read without a YAML parser, which would slow down every command."""
@@ -46,6 +54,9 @@ class PluginInfo:
     reason: str = ""
     stages: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"plugin {self.name} ({self.origin}) failed to load: {self.reason}"
+
 
 @dataclass
 class Host:
@@ -57,6 +68,8 @@ class Host:
     tasks: dict[str, Path] = field(default_factory=dict)
     """The files of the plugins' own lm-eval tasks, by the task's name."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
+    patience: Patience = field(default_factory=Patience)
+    """How long plugins may go without a sign of life."""
 
     @property
     def hook(self) -> Any:
@@ -72,35 +85,93 @@ class Host:
         info = next(info for info in self.plugins.values() if kind in info.stages)
         return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
+    def shapers(self) -> list[str]:
+        """Plugins besides the essentials that read records or run stages: what they do shows in every artifact."""
+        found = [
+            self.plugins[name]
+            for name, plugin in self.manager.list_name_plugin()
+            if name in self.plugins and self.plugins[name].origin != BUILT_IN
+            for caller in self.manager.get_hookcallers(plugin) or []
+            if caller.name in SHAPING
+        ]
+        return sorted({f"{info.name} ({info.origin})" for info in found})
+
 
 def load(entries: Iterable[EntryPoint] | None = None) -> Host:
-    """A fresh host with the essentials and every plugin found among the installed distributions."""
+    """A fresh host with the essentials and every wanted plugin found among the installed distributions."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     host = Host(manager)
     for module in ESSENTIAL:
         _register(host, module.removeprefix("posttrain."), BUILT_IN, importlib.import_module(module))
-    blocked = {name.strip() for name in os.environ.get("POSTTRAIN_BLOCK_PLUGINS", "").split(",")}
-    found = entry_points(group=GROUP) if entries is None else entries
+    found = list(entry_points(group=GROUP) if entries is None else entries)
+    choice = Choice.from_environment()
     for entry in sorted(found, key=lambda e: e.name):
-        _load_entry(host, entry, blocked)
+        _load_entry(host, entry, choice)
+    for name in sorted(choice.wanted.keys() - {entry.name for entry in found}):
+        _fail(host, name, "not installed", "POSTTRAIN_PLUGINS names it, but no distribution brings it")
     return host
 
 
-def _load_entry(host: Host, entry: EntryPoint, blocked: set[str]) -> None:
+@dataclass(frozen=True)
+class Choice:
+    """Which plugins the user wants."""
+
+    wanted: dict[str, str | None]
+    """Names with the version that they are pinned to; all plugins when there is none."""
+    blocked: frozenset[str]
+
+    @classmethod
+    def from_environment(cls) -> Choice:
+        """What the two environment variables say."""
+        words = _words("POSTTRAIN_PLUGINS")
+        pins = {name.strip(): version.strip() or None for name, _, version in (word.partition("==") for word in words)}
+        return cls(pins, frozenset(_words("POSTTRAIN_BLOCK_PLUGINS")))
+
+    def leaves_out(self, name: str) -> str | None:
+        """Why a plugin is not loaded although it could be, or None."""
+        if name in self.blocked:
+            return "POSTTRAIN_BLOCK_PLUGINS names it"
+        return "POSTTRAIN_PLUGINS does not name it" if self.wanted and name not in self.wanted else None
+
+
+def _words(variable: str) -> list[str]:
+    return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
+
+
+def _load_entry(host: Host, entry: EntryPoint, choice: Choice) -> None:
     origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-    if entry.name in blocked:
-        host.plugins[entry.name] = PluginInfo(name=entry.name, origin=origin, state="blocked")
+    if (reason := choice.leaves_out(entry.name)) is not None:
+        host.plugins[entry.name] = PluginInfo(name=entry.name, origin=origin, state="blocked", reason=reason)
         return
     if entry.name in host.plugins:
         _fail(host, f"{entry.name} from {origin}", origin, f"the name {entry.name!r} is taken")
         return
+    pin, version = choice.wanted.get(entry.name), entry.dist.version if entry.dist else None
+    if pin is not None and version != pin:
+        _fail(host, entry.name, origin, f"POSTTRAIN_PLUGINS pins it to {pin}")
+    elif entry.name in activity.lost:
+        _fail(host, entry.name, origin, f"it {activity.lost[entry.name]}")
+    else:
+        _import(host, entry, origin)
+
+
+def _import(host: Host, entry: EntryPoint, origin: str) -> None:
+    before = ProcessState.now()
+    importing = Activity(plugin=entry.name, origin=origin, call="import", seconds=START_SECONDS, starting=True)
     try:
-        plugin = entry.load()
+        with activity.calling(importing):
+            plugin = entry.load()
     except BaseException as error:  # whatever a foreign module does while it is imported
         if isinstance(error, KeyboardInterrupt):
             raise
         _fail(host, entry.name, origin, f"{type(error).__name__}: {error}")
+        return
+    finally:
+        moved = [change for change in before.changes() if "directory" in change]
+        before.restore()  # what it drew from generators of random numbers as well
+    if moved:
+        _fail(host, entry.name, origin, f"importing it changed {moved[0]}")
         return
     _register(host, entry.name, origin, plugin)
 
@@ -109,6 +180,8 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     """Register one plugin whole or not at all."""
     try:
         _check_api(plugin)
+        if origin != BUILT_IN:
+            plugin = guarded(plugin, name, origin, host.patience)
         host.manager.register(plugin, name)
         _check_hook_names(host.manager, plugin)
         stages = _ask(host.manager, plugin, "register_stages")
@@ -121,7 +194,8 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     except Exception as error:
         if host.manager.has_plugin(name):
             host.manager.unregister(name=name)
-        _fail(host, name, origin, str(error) or type(error).__name__)
+        reason = str(error).removeprefix(f"plugin {name} ({origin}) in ")
+        _fail(host, name, origin, reason or type(error).__name__)
         return
     host.stages |= {stage.name: stage for stage in stages}
     host.folders[name] = folders

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ProcessState:
-    """The shared state at one moment; of numpy and torch as far as they are imported by then."""
+    """The shared state at one moment; of modules as far as they are imported by then."""
 
     directory: str
     generators: dict[str, Any]
@@ -33,7 +32,10 @@ class ProcessState:
     def restore(self) -> None:
         """Make everything as it was."""
         os.chdir(self.directory)
-        random.setstate(self.generators["random"])
+        if "random" in self.generators:
+            import random
+
+            random.setstate(self.generators["random"])
         if "numpy" in self.generators:
             import numpy as np
 
@@ -45,7 +47,11 @@ class ProcessState:
 
 
 def _generators() -> dict[str, Any]:
-    found: dict[str, Any] = {"random": random.getstate()}
+    found: dict[str, Any] = {}
+    if "random" in sys.modules:
+        import random
+
+        found["random"] = random.getstate()
     if "numpy.random" in sys.modules:
         import numpy as np
 

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posttrain import activity
+from posttrain.activity import Activity
 from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record, verify
 from posttrain.data.overlap import overlap
 from posttrain.data.records import Record
 from posttrain.display import TrainingProgress
-from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
+from posttrain.guard import DISK_ERRORS
 from posttrain.job import Job, plain, records_digest, versions
 from posttrain.plan import Step
 from posttrain.plugins import CORE_ORIGIN
@@ -97,7 +100,7 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
     )  # fmt: skip
     before = ProcessState.now()
     try:
-        with job.interrupts.deferred():
+        with job.interrupts.deferred(), _known(job):
             done = job.host.hook.run_stage(stage=job.step.stage, context=context)
     finally:
         progress.stop()
@@ -107,8 +110,9 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} changed the working directory to {moved}")
     if done is not True:
         raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
-    check_output(draft, parent)
-    check_reloaded(draft, parent, context.dtype)
+    with _blamed(job):
+        check_output(draft, parent)
+        check_reloaded(draft, parent, context.dtype)
     return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
 
 
@@ -118,6 +122,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         "stage": job.name,
         "kind": job.step.stage.name,
         "plugin": job.step.origin,
+        "plugins": job.host.shapers(),
         "recipe": job.plan.recipe,
         "base": {"name": job.base.base, "digest": job.base.model_digest},
         "parent_digest": parent.digest,
@@ -145,15 +150,39 @@ def _named_failures(job: Job) -> Iterator[None]:
     """Name the stage and its plugin in whatever goes wrong; what the disk refuses is not the plugin's fault."""
     try:
         yield
-    except (PosttrainError, OSError):
+    except PosttrainError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         if job.step.origin == CORE_ORIGIN:
             raise
         log = job.folder / "error.txt"
         log.write_text(traceback.format_exc(), encoding="utf-8")
         reason = f"{type(error).__name__}: {error}"
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
+
+
+@contextlib.contextmanager
+def _blamed(job: Job) -> Iterator[None]:
+    """What a plugin's stage saved and must not be published is that plugin's failure."""
+    try:
+        yield
+    except ArtifactDamaged as error:
+        if job.step.origin == CORE_ORIGIN:
+            raise
+        raise PluginFailed(
+            f"stage {job.name!r} of plugin {job.step.origin} saved what is not sound: {error}"
+        ) from error
+
+
+def _known(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Makes the stage of a plugin known to the process that watches over this one."""
+    if job.step.origin == CORE_ORIGIN:
+        return contextlib.nullcontext()
+    name, _, origin = job.step.origin.partition(" ")
+    call, seconds = f"stage {job.name!r}", job.plan.plugin_timeout
+    return activity.calling(Activity(plugin=name, origin=origin.strip("()"), call=call, seconds=seconds))
 
 
 def read_records(job: Job) -> Records:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from posttrain.config.compose import compose
 from posttrain.config.paths import shipped
-from posttrain.errors import BadInput, nearest
+from posttrain.errors import BadInput, PluginFailed, nearest
 from posttrain.plan import Plan, make_plan
 from posttrain.plugins import Host
 
@@ -168,9 +168,10 @@ def test_a_recipe_that_needs_a_failed_plugin_says_so(
     from posttrain import plugins
 
     broken = plugins.load([EntryPoint(name="mine", value="no_such_module", group=plugins.GROUP)])
-    text = problems(broken, "recipe=quickstart", "+stage@mine=mine")
-    assert "plugin mine" in text
-    assert "failed to load" in text
+    with pytest.raises(PluginFailed, match=r"no stage is named 'mine': plugin mine .* failed to load: ModuleNotFound"):
+        problems(broken, "recipe=quickstart", "+stage@mine=mine")
+    text = problems(broken, "recipe=quickstart", "+stage@other=other")
+    assert "note: plugin mine (no_such_module) failed to load" in text
 
 
 def test_gate_problems_are_reported(host: Host) -> None:

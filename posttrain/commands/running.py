@@ -31,6 +31,7 @@ def run_plan(plan: Plan, host: Host) -> None:
     from posttrain.display import Display
     from posttrain.pipeline import run
 
+    host.patience.seconds = plan.plugin_timeout
     run(plan, host, Display())
 
 

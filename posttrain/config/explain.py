@@ -14,10 +14,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from posttrain.config.schema import GateTask, ModelConfig, Source, TrackerConfig
-from posttrain.errors import Problem, nearest, suggest
+from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.plugins import Host
 
-ROOT = ("seed", "output_root", "stages", "start_from", "model", "data", "eval_data", "tracker", "variant")
+ROOT = (
+    "seed", "output_root", "stages", "start_from", "model", "data", "eval_data", "tracker", "variant", "plugin_timeout",
+)  # fmt: skip
 """Keys at the top level of every recipe besides its stages."""
 NODES = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
 
@@ -67,10 +69,11 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
     options = [str(name) for name in error.options or _options(group)]
     override = next((o for o in overrides if _value(o) == option and _group(o) == group), None)
     fix = suggest(option, options)
-    if failures := host.failures():
-        fix += "\n    " + "\n    ".join(
-            f"note: plugin {p.name} ({p.origin}) failed to load: {p.reason}" for p in failures
-        )
+    failures = host.failures()
+    if group == "stage" and any(p.name == option for p in failures):
+        raise PluginFailed(f"no stage is named {option!r}: " + "; ".join(map(str, failures)))
+    if failures:
+        fix += "\n    " + "\n    ".join(f"note: {p}" for p in failures)
     problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
     return Fault(problem=problem, override=override, fatal=group == "recipe" or _key(override or "") == "gate")
 
