@@ -54,6 +54,13 @@ class PluginInfo:
     reason: str = ""
     stages: tuple[str, ...] = ()
 
+    @property
+    def version(self) -> str:
+        """Version of the distribution; posttrain's own for what is built in, empty when there is no distribution."""
+        if self.origin == BUILT_IN:
+            return __version__
+        return self.origin.rpartition(" ")[2] if " " in self.origin else ""
+
     def __str__(self) -> str:
         return f"plugin {self.name} ({self.origin}) failed to load: {self.reason}"
 

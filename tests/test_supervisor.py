@@ -148,14 +148,14 @@ def test_signs_of_life_keep_a_call_alive_and_silence_ends_it() -> None:
 
 
 def test_time_in_which_all_of_it_was_stopped_does_not_count() -> None:
-    body = hanging(1.5, "print(os.getpid(), flush=True); time.sleep(2.5); activity.sign_of_life()")
+    body = hanging(3.0, "print(os.getpid(), flush=True); time.sleep(4.5); activity.sign_of_life()")
     with subprocess.Popen(script(body), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for each in (process.pid, worker):
                 os.kill(each, number)
-            time.sleep(2.0 if number == signal.SIGSTOP else 0)
+            time.sleep(3.5 if number == signal.SIGSTOP else 0)
     assert process.returncode == 0
 
 

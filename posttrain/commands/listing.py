@@ -38,7 +38,14 @@ def section_rows(section: str, host: Host) -> list[dict[str, Any]]:
     """The entries of one list."""
     if section == "plugins":
         return [
-            {"name": p.name, "summary": p.reason or ", ".join(p.stages), "origin": p.origin, "state": p.state}
+            {
+                "name": p.name,
+                "summary": p.reason or ", ".join(p.stages),
+                "origin": p.origin,
+                "version": p.version,
+                "stages": list(p.stages),
+                "state": p.state,
+            }
             for p in host.plugins.values()
         ]
     if section == "stages":
@@ -81,9 +88,8 @@ def _text(content: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    state = f"{row['state']}: " if row.get("state") not in (None, "loaded") else ""
-    origin = f"  ({row['origin']})" if "origin" in row else ""
-    return f"  {row['name']:<24} {state}{row['summary']}{origin}".rstrip()
+    state = f"{row['state']:<8} {row['origin']:<24} " if "state" in row else ""
+    return f"  {row['name']:<24} {state}{row['summary']}".rstrip()
 
 
 def _print_settings(host: Host, name: str, as_json: bool) -> None:

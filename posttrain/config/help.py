@@ -32,9 +32,7 @@ def settings(kind: type, prefix: str = "") -> list[Setting]:
         else:
             shown = default.value if isinstance(default, Enum) else default
             rows.append(
-                Setting(
-                    name=f"{prefix}{field.name}", type=str(field.type), default=_shown(shown), help=texts[field.name]
-                )
+                Setting(name=f"{prefix}{field.name}", type=_type(field), default=_shown(shown), help=texts[field.name])
             )
     return rows
 
@@ -51,6 +49,11 @@ def docstrings(kind: type) -> dict[str, str]:
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
                     texts[statement.target.id] = " ".join(text.value.split())
     return texts
+
+
+def _type(field: Field[Any]) -> str:
+    """As it is written: a text where annotations are postponed, else a class."""
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
 
 
 def _default(field: Field[Any]) -> Any:
