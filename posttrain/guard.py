@@ -23,10 +23,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What the disk refuses is nobody's fault."""
 MARK = "posttrain_impl"
 """Attribute by which pluggy knows a hook's implementation."""
-COLLECTING = ("register_stages", "register_config", "check_plan", "check_gate")
-"""Hooks whose answers are lists."""
-STARTING = ("register_stages", "register_config")
+STARTING = ("register_stages", "register_config", "register_eval_tasks")
 """Hooks that every command waits for."""
+COLLECTING = (*STARTING, "check_plan", "check_gate")
+"""Hooks whose answers are lists."""
 START_SECONDS = float(os.environ.get("POSTTRAIN_START_SECONDS", "30"))
 """How long a plugin may take to be imported, and to answer each of these."""
 TRAINING = "run_stage"

@@ -55,6 +55,11 @@ class PluginInfo:
     stages: tuple[str, ...] = ()
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is built in or comes with posttrain's own distribution."""
+        return self.origin in (BUILT_IN, CORE_ORIGIN)
+
+    @property
     def version(self) -> str:
         """Version of the distribution; posttrain's own for what is built in, empty when there is no distribution."""
         if self.origin == BUILT_IN:
@@ -93,11 +98,11 @@ class Host:
         return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
     def shapers(self) -> list[str]:
-        """Plugins besides the essentials that read records or run stages: what they do shows in every artifact."""
+        """Third parties' plugins that read records or run stages: what they do may show in every artifact."""
         found = [
             self.plugins[name]
             for name, plugin in self.manager.list_name_plugin()
-            if name in self.plugins and self.plugins[name].origin != BUILT_IN
+            if name in self.plugins and not self.plugins[name].is_ours
             for caller in self.manager.get_hookcallers(plugin) or []
             if caller.name in SHAPING
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -15,21 +16,23 @@ import pytest
 from fakes import Script, only_run, run_json, run_recipe, write_project
 from installed import install
 
-from posttrain import plugins
+from posttrain import hookspecs, plugins
 from posttrain.artifact import verify
 from posttrain.config.compose import compose
 from posttrain.errors import BadInput, PluginFailed, PosttrainError
 from posttrain.hookspecs import hookimpl
 from posttrain.plan import make_plan
 from posttrain.plugins import Host
+from posttrain.testing import Project
 
 HOOKS = {
-    "register_stages": "", "register_config": "", "check_plan": "plan", "check_gate": "step", "load_records": "step",
+    "register_stages": "", "register_config": "", "register_eval_tasks": "", "check_plan": "plan",
+    "check_gate": "step", "load_records": "step",
     "run_stage": "stage, context", "step_logged": "stage, step, metrics", "evaluate_artifact": "request, progress",
     "judge_artifact": "request, scorecard", "stage_finished": "stage, artifact, verdict",
     "run_finished": "directory, state",
 }  # fmt: skip
-START = ("register_stages", "register_config")
+START = ("register_stages", "register_config", "register_eval_tasks")
 LATER = [hook for hook in HOOKS if hook not in START]
 PROTESTS = {
     # what a plugin does, and what is said about it
@@ -91,6 +94,11 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     given = {**os.environ, "POSTTRAIN_START_SECONDS": "1", **environment}
     program = [sys.executable, "-m", "posttrain", *words]
     return subprocess.run(program, capture_output=True, text=True, env=given, check=False, timeout=120)
+
+
+def test_every_hook_is_among_them() -> None:
+    declared = {name: item for name, item in vars(hookspecs).items() if hasattr(item, "posttrain_spec")}
+    assert {name: ", ".join(inspect.signature(item).parameters) for name, item in declared.items()} == HOOKS
 
 
 # --- While plugins are loaded -----------------------------------------------------------------------------------------
@@ -279,3 +287,80 @@ def test_plugins_are_chosen_and_pinned(
 def test_a_bad_timeout_is_refused(host: Host, value: str) -> None:
     with pytest.raises(BadInput, match=r"plugin_timeout: .* is not a number of seconds"):
         make_plan(compose(host, ["recipe=quickstart", f"plugin_timeout={value}"]), host)
+
+
+# --- In the stage itself ----------------------------------------------------------------------------------------------
+
+STAGE = """\
+import ctypes, os, sys, time
+
+from posttrain import Stage, StageConfig, hookimpl
+
+@hookimpl
+def register_stages():
+    return [Stage(name="bad", summary="", config=StageConfig, run=__name__ + ":run", parent="sft", records="documents")]
+
+def run(context):
+    import torch
+    context.progress.start(1)
+    model = context.policy()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data += 0.1
+    context.progress.step(1, {{"loss": 1.0}})
+    {action}
+    context.save(model)
+"""
+STAGE_FAULTS = {
+    "raises": ("raise RuntimeError('out of order')", "failed: RuntimeError: out of order"),
+    "misses a file": ("open('absent')", "failed: FileNotFoundError"),
+    "exits": ("sys.exit(0)", "failed: SystemExit: 0"),
+    "saves nothing": ("return", "ended without context.save"),
+    "saves NaN": ("trained[0].data.fill_(float('nan'))", "saved what is not sound"),
+    "saves what it was given": ("model = context.policy()", "saved what is not sound"),
+    "moves": ("os.chdir('/')", "changed the working directory to /"),
+    "measures nonsense": ("context.metrics['loss'] = object()", "failed: TypeError"),
+    "measures NaN": ("context.metrics['loss'] = float('nan')", "failed: ValueError"),
+    "moves on": ("context.output.rename(context.output.with_name('elsewhere'))", "failed: "),
+}
+
+
+def bad_stage(folder: Path, monkeypatch: pytest.MonkeyPatch, action: str) -> Project:
+    module = f"bad_stage_{abs(hash(str(folder)))}.py"
+    install(folder / "site", monkeypatch, "bad", {module: STAGE.format(action=action)})
+    (folder / "project").mkdir()
+    return Project(folder=folder / "project", kind="bad", settings={}).write()
+
+
+@pytest.mark.parametrize("fault", STAGE_FAULTS)
+def test_a_stage_that_misbehaves_is_named_and_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    action, says = STAGE_FAULTS[fault]
+    project = bad_stage(tmp_path, monkeypatch, action)
+    with pytest.raises(PluginFailed) as caught:
+        project.run(tmp_path / "runs")
+    assert says in str(caught.value)
+    assert "'bad'" in str(caught.value)
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.rglob("runs/*/stages/bad/artifact"))
+    verify(project.folder / "sft")
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [("os._exit(0)", "ended the process with exit code 0"), ("time.sleep(600)", "hung and had to be ended after 3 s")],
+)
+def test_a_stage_that_ends_the_process_is_named_and_its_parent_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, says: str
+) -> None:
+    project = bad_stage(tmp_path, monkeypatch, action)
+    with project.recipes_found():
+        result = command(*project.words(), "plugin_timeout=3")
+    assert result.returncode == 6
+    assert "error: plugin bad (bad-plugin 1.0) in stage 'bad': it " in result.stderr
+    assert says in result.stderr
+    assert not list(tmp_path.rglob("runs/*/stages/bad/artifact"))
+    verify(project.folder / "sft")
+    result = command("report")
+    assert result.returncode == 0, result.stderr
