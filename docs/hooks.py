@@ -73,7 +73,8 @@ def shipped_users() -> dict[str, list[str]]:
 
 def page() -> str:
     """The whole document."""
-    lines, section = [INTRODUCTION], ""
+    rules = (inspect.getdoc(hookspecs) or "").split("\n\n")[-2:]
+    lines, section = [INTRODUCTION, *(f"{rule}\n" for rule in rules)], ""
     for hook in hooks():
         if hook.section != section:
             section = hook.section

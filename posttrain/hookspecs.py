@@ -9,6 +9,9 @@ A plugin implements any of them in a module or class that it names under the ent
         return [Stage(name="mine", ...)]
 
 Calls go to the plugin registered last first. Hooks marked *first result* stop at the first answer that is not None.
+
+Whatever an implementation raises is reported with the plugin's name, except the errors of ``posttrain`` itself, which
+mean what they say. None may change the working directory or draw from shared random numbers.
 """
 
 from __future__ import annotations
@@ -39,12 +42,19 @@ hookimpl = pluggy.HookimplMarker("posttrain")
 
 @hookspec
 def register_stages() -> Sequence[Stage]:  # type: ignore[empty-body]
-    """The kinds of stage that this plugin brings."""
+    """The kinds of stage that this plugin brings.
+
+    A name that another plugin has registered leaves the whole plugin out.
+    """
 
 
 @hookspec
 def register_config() -> Sequence[Path]:  # type: ignore[empty-body]
-    """Folders that hold ``conf/`` and ``recipes/`` of this plugin."""
+    """Folders that hold ``conf/`` and ``recipes/`` of this plugin.
+
+    ``conf/gate/NAME.yaml`` and its like become options of their groups, ``recipes/NAME.yaml`` a recipe. A file
+    ``conf/stage/NAME.yaml`` that begins with ``/settings@_here_: NAME`` sets what the stage NAME has by default.
+    """
 
 
 @hookspec
@@ -57,7 +67,10 @@ def register_eval_tasks() -> Sequence[Path]:  # type: ignore[empty-body]
 
 @hookspec
 def check_plan(plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
-    """What is wrong with the plan; any problem refuses it with exit code 2."""
+    """What is wrong with the plan; any problem refuses it with exit code 2.
+
+    All plugins are asked, and all problems are reported at once.
+    """
 
 
 # --- Stage ------------------------------------------------------------------------------------------------------------
@@ -70,7 +83,10 @@ def check_gate(step: Step) -> Sequence[Problem]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def load_records(step: Step) -> Sequence[Record] | None:
-    """The training records of a stage, in the shape that its kind asks for. First result."""
+    """The training records of a stage, in the shape that its kind asks for. First result.
+
+    Answer None for a stage that is not yours: its files are read then. Raise BadInput for records that cannot be used.
+    """
 
 
 @hookspec(firstresult=True)
@@ -80,7 +96,10 @@ def run_stage(stage: Stage, context: StageContext) -> bool | None:
 
 @hookspec
 def step_logged(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-    """An optimizer step is done."""
+    """An optimizer step is done.
+
+    ``metrics`` are the numbers that the stage reported, ``loss`` and ``tokens`` among them.
+    """
 
 
 # --- Gate -------------------------------------------------------------------------------------------------------------
