@@ -9,6 +9,8 @@ import ast
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -54,13 +56,19 @@ class Engine(HFLM):
         self._plain, self.lora_request = model, None
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        assert disable_tqdm
+        with self._adapted():
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        with self._adapted():
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
         chosen: Request | None = self.lora_request
         self._model = self._plain if chosen is None else PeftModel.from_pretrained(self._plain, chosen.path).eval()
-        try:
-            return super().loglikelihood(requests, disable_tqdm=True)
-        finally:
-            self._plain = self._model.unload() if chosen is not None else self._plain
+        yield
+        self._plain = self._model.unload() if chosen is not None else self._plain
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +122,19 @@ def test_one_engine_answers_for_every_adapter(material: Path, tmp_path: Path) ->
     assert engine["max_lora_rank"] == 8  # the least that vLLM can set aside for rank 4
     plain = run(request(material, tmp_path, Backend.hf))
     assert len(Engine.started) == 1
+    assert [row.response for row in found.rows] == [row.response for row in plain.rows]
+    assert len({tuple(row.response for row in found.rows if row.system == name) for name in systems(material)}) == 3
+
+
+def test_what_one_system_wrote_is_no_answer_of_another(material: Path, tmp_path: Path) -> None:
+    written = (material / "quiz.yaml").read_text().replace("multiple_choice", "generate_until")
+    lines = [line for line in written.splitlines() if not line.startswith("doc_to_choice")]
+    text = "\n".join([*lines, "generation_kwargs: {until: [], max_gen_toks: 8, do_sample: false}"])
+    (tmp_path / "write.yaml").write_text(text.replace("metric: acc", "metric: exact_match"))
+    (tmp_path / "quiz.jsonl").write_bytes((material / "quiz.jsonl").read_bytes())
+    task = GateTask(task=str(tmp_path / "write.yaml"), role=Role.lift, metric="exact_match")
+    found = run(request(material, tmp_path, Backend.vllm, tasks={"write": task}))
+    plain = run(request(material, tmp_path, Backend.hf, tasks={"write": task}))
     assert [row.response for row in found.rows] == [row.response for row in plain.rows]
     assert len({tuple(row.response for row in found.rows if row.system == name) for name in systems(material)}) == 3
 

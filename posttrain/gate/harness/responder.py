@@ -47,6 +47,10 @@ class Answers:
         if not (sound and self.finite()):
             raise ArtifactDamaged(f"{where}: the model's output is not finite; its weights hold NaN or infinity")
 
+    def forget(self) -> None:
+        """Forget what was written: from here on another system answers."""
+        self._written.clear()
+
     def finite(self) -> bool:
         """Whether everything that the model computed for texts that it wrote was finite, as far as can be known."""
         return True

@@ -51,11 +51,9 @@ class Vllm:
     @contextmanager
     def responding_as(self, system: str) -> Iterator[Answers]:
         """The engine that answers as ``system``."""
-        before, self._model.lora_request = self._model.lora_request, self._requests[system]
-        try:
-            yield self._model
-        finally:
-            self._model.lora_request = before
+        self._model.forget()
+        self._model.lora_request = self._requests[system]
+        yield self._model
 
 
 def _rank(source: ModelSource, adapter: Path) -> int:
