@@ -83,6 +83,21 @@ def test_what_decides_nothing_is_scored_to_the_end(root: Path, tmp_path: Path) -
     assert judge(request, card).tasks[0].n == 48
 
 
+def test_weights_are_loaded_once_for_all_looks(root: Path, tmp_path: Path) -> None:
+    loaded: list[str] = []
+
+    def load(source: ModelSource, dtype: str) -> Any:
+        loaded.append(source.name)
+        return load_model(source, dtype)
+
+    request = asked(root, tmp_path, task=quiz(root, min_lift=0.75), sequential=Sequential.obrien_fleming)
+    card, _ = scored(request, load)
+    assert card.look.last
+    assert len(loaded) == 1
+    whole, _ = scored(asked(root, tmp_path / "whole"))
+    assert answers(card) == answers(whole)
+
+
 def test_looks_that_were_scored_before_load_nothing(root: Path, tmp_path: Path) -> None:
     request = asked(root, tmp_path, sequential=Sequential.obrien_fleming)
     first, _ = scored(request)

@@ -47,9 +47,11 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         documents={task.name: len(task.questions) for task in tasks},
         clusters=clusters(request.tasks, tasks),
     )
+    held: Held = {}
     for look in looks_of(request):
         new = [task.at(look, request.gate.seed, scorecard.clusters.get(task.name)) for task in tasks]
-        rows = _Session(request, progress, loading, tokenizer, [task for task in new if task.questions]).score()
+        asked = [task for task in new if task.questions]
+        rows = _Session(request, progress, loading, tokenizer, asked, held).score()
         scorecard = replace(scorecard, rows=(*scorecard.rows, *rows), look=look)
         if not look.last and settled(request, scorecard):
             progress.note(f"the gate is settled at look {look.number} of {look.of}: no more documents are scored")
@@ -66,6 +68,10 @@ class Models(Protocol):
         """The model that answers as ``system``."""
 
 
+Held = dict[frozenset[str], Models]
+"""The models that answered at the last look, by the systems that they speak for."""
+
+
 class _Session:
     """The scores of one gate while they come together."""
 
@@ -76,9 +82,10 @@ class _Session:
         loading: Loading,
         tokenizer: object,
         tasks: Sequence[PreparedTask],
+        held: Held,
     ) -> None:
         self._request, self._progress, self._loading = request, progress, loading
-        self._tokenizer, self._tasks = tokenizer, tasks
+        self._tokenizer, self._tasks, self._held = tokenizer, tasks, held
         self._cache = ScoreCache(request.cache)
         self._keys = self._all_keys()
         self._rows: dict[str, list[DocumentScore]] = {}
@@ -130,12 +137,16 @@ class _Session:
         return {name: source for name, source in self._request.systems.items() if name in waiting}
 
     def _score_group(self, group: Mapping[str, ModelSource]) -> None:
-        """Score systems that share weights, which are loaded here and let go at the end."""
+        """Score systems that share weights, which are loaded here unless the last look left them."""
         with quiet():
-            models = self._models(group)
+            models = self._held.pop(frozenset(group), None)
+            self._held.clear()
+            models = models or self._models(group)
             for system, source in group.items():
                 with models.responding_as(system) as responder:
                     self._score_system(system, source, responder)
+        if len(by_weights(self._request.systems)) == 1:  # else memory is for the weights of the next group
+            self._held[frozenset(group)] = models
 
     def _models(self, group: Mapping[str, ModelSource]) -> Models:
         gate, dtype = self._request.gate, self._request.dtype
