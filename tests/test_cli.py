@@ -162,5 +162,6 @@ def test_completion_of_commands_recipes_and_keys() -> None:
     assert complete("posttrain pl") == ["plan"]
     assert complete("posttrain recipe=quick") == ["recipe=quickstart"]
     assert complete("posttrain plan recipe=quick") == ["recipe=quickstart"]
+    assert complete("posttrain gate gate=quickstart gate.tasks.towns_facts.min") == ["gate.tasks.towns_facts.min_lift="]
     assert complete("posttrain recipe=quickstart sft.lor") == ["sft.lora."]
     assert "posttrain" in call("-sc", "install=bash").stdout

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 from gated import write_gated
 
-from posttrain import cli
+from posttrain import cli, plugins
 from posttrain.commands.gate import gated
 from posttrain.config.compose import compose
-from posttrain.config.paths import shipped
+from posttrain.config.paths import conf_folders
 from posttrain.errors import BadInput
 from posttrain.gate.harness.tasks import load_leaves
 from posttrain.gate.scorecard import read_scorecard
 from posttrain.plan import make_plan
 from posttrain.plugins import Host
 
-GATES = sorted(path.stem for path in shipped("conf").glob("gate/*.yaml") if path.stem != "none")
+FOLDERS = conf_folders([folder for folders in plugins.load().folders.values() for folder in folders])
+GATES = sorted(path.stem for folder in FOLDERS for path in folder.glob("gate/*.yaml") if path.stem != "none")
 GIVEN: dict[str, list[str]] = {
     "code": ["tasks.mbpp_instruct.run_code=true"],
     "dpo_default": ["tasks.preferences.data=rows.jsonl"],

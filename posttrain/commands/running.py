@@ -35,11 +35,11 @@ def run_plan(plan: Plan, host: Host) -> None:
     run(plan, host, Display())
 
 
-def hydra_command(words: list[str]) -> int:
+def hydra_command(words: list[str], primary: str = "config") -> int:
     """Anything that takes a flag of Hydra's: sweeps, launchers, ``--cfg``, ``--info``, completion.
 
     The members of a sweep run one after the other; a member that a gate refuses does not stop the others. The exit code
-    is that of the first member that did not end with 0.
+    is that of the first member that did not end with 0. ``primary`` is the file below conf/ whose keys are completed.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -72,7 +72,7 @@ def hydra_command(words: list[str]) -> int:
     sources.register(host)
     sys.argv = ["posttrain", *words]
     try:
-        hydra.main(config_path=str(shipped("conf")), config_name="config", version_base="1.3")(member)()
+        hydra.main(config_path=str(shipped("conf")), config_name=primary, version_base="1.3")(member)()
     except HydraException as error:
         raise BadInput(fault(error, words, host).problem) from None
     return next(iter(codes), 0)
