@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +14,12 @@ from gated import edit, other_template, save_adapter, scaled, write_gated
 from tiny import tiny_llama, tiny_tokenizer, write_base
 
 from posttrain import cli
+from posttrain.artifact import digest_of
+from posttrain.config.schema import GateTask, Role
+from posttrain.errors import BadInput
+from posttrain.gate.baseline import read_baseline, require_same_asked, with_baseline
 from posttrain.gate.scorecard import read_scorecard
+from posttrain.gate.spec import Scorecard
 
 Gate = Callable[..., int]
 
@@ -258,8 +263,6 @@ def test_only_an_adapter_that_passes_becomes_the_baseline(
 
 def changed(committed: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """A baseline with a sound hash that says something else."""
-    from posttrain.artifact import digest_of
-
     record = json.loads(committed.read_text())
     change(record)
     del record["sha256"]
@@ -281,17 +284,39 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def candidate(material: Path, committed: Path) -> Scorecard:
+    """The scores that the baseline was made from, but for those of its base."""
+    (file,) = (material / "runs" / "gates").glob("*/scorecard.jsonl")
+    rows = tuple(row for row in read_scorecard(file) if row.system == "candidate")
+    settings = {"quiz": read_baseline(committed).tasks["quiz"]["settings"]}
+    return Scorecard(rows=rows, higher_is_better={"quiz": True}, settings=settings)
+
+
+def compared(path: Path, asked: Mapping[str, Any], candidate: Scorecard) -> Scorecard:
+    task = GateTask(role=Role.lift, metric="acc")
+    baseline = read_baseline(path)
+    require_same_asked(path, baseline, asked)
+    return with_baseline(path, baseline, {"quiz": task}, candidate, "base")
+
+
+def test_scores_of_a_baseline_stand_beside_the_candidates(committed: Path, candidate: Scorecard) -> None:
+    card = compared(committed, read_baseline(committed).asked, candidate)
+    means = {
+        system: sum(row.metrics["acc"] for row in card.rows if row.system == system) / 48
+        for system in ("base", "parent", "candidate")
+    }
+    assert means["parent"] == means["candidate"] == 1.0
+    assert means["base"] < 0.5
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_scores_that_cannot_be_compared_are_refused(
-    gate: Gate, committed: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_that_cannot_be_compared_are_refused(committed: Path, candidate: Scorecard, name: str) -> None:
     change, complaint = CHANGES[name]
     changed(committed, change)
-    assert gate("good", "baseline=mine.json", "junit=junit.xml") == 2
-    message = capsys.readouterr().err
-    assert complaint in message
-    assert "--update-baseline" in message
-    assert cases() == {"gate": "error"}
+    with pytest.raises(BadInput, match=complaint) as caught:
+        compared(Path("mine.json"), read_baseline(committed).asked, candidate)
+    assert "--update-baseline" in str(caught.value)
 
 
 def test_an_edited_score_is_found(gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,7 +331,8 @@ def test_an_edited_score_is_found(gate: Gate, committed: Path, capsys: pytest.Ca
 def test_another_batch_size_is_another_question(
     gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gate("good", f"baseline={committed}", "gate.batch_size=8") == 2
+    assert gate("good", f"baseline={committed}", "gate.batch_size=8", "junit=junit.xml") == 2
+    assert cases() == {"gate": "error"}
     assert "another batch size: 16 then, 8 now" in capsys.readouterr().err
 
 

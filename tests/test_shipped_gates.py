@@ -102,7 +102,7 @@ def write(name: str, found: list[dict[str, Any]]) -> None:
 
 
 def test_own_questions_and_held_out_responses_decide(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    questions = [{"question": f"number {index}?", "answer": "-"} for index in range(16)]
+    questions = [{"question": f"number {index}?", "answer": "-"} for index in range(12)]
     write("rows.jsonl", questions)
     assert gate(material, "local", "gate.tasks.mine.data=rows.jsonl", "gate.batch_size=16") in (3, 4)
     (card,) = Path("runs/gates").glob("local-*/scorecard.jsonl")
