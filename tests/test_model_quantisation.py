@@ -187,7 +187,7 @@ def test_a_missing_package_is_a_problem_of_the_plan(monkeypatch: pytest.MonkeyPa
 def test_the_variant_sets_method_and_rates() -> None:
     host = plugins.load()
     plan = make_plan(compose(host, ["recipe=quickstart", "variant=qlora"]), host)
-    assert [getattr(step.config, "method", None) for step in plan.steps] == [Method.qlora, None]
+    assert [getattr(step.config, "method", None) for step in plan.steps] == [Method.qlora, None, None]
 
 
 def test_bitsandbytes_says_nothing_when_it_is_imported() -> None:

@@ -83,7 +83,7 @@ def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, 
         run.send_signal(signal.SIGTERM)
         assert run.wait(PATIENCE) == 75
     *others, mine = state_of(tmp_path)["stages"]
-    assert (mine["name"], mine["state"]) == ("mine", "running")
+    assert (mine["name"], mine["state"]) == ("mine", "interrupted")
     assert {stage["state"] for stage in others} == {"promoted"}
 
     said = program(environment, tmp_path, *WORDS)
