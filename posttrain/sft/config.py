@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Dtype, LoraSettings, Method, Overlong
-from posttrain.sft.advice import Known, departures
 from posttrain.stage import MISSING, StageConfig, from_recipe
+
+if TYPE_CHECKING:
+    from posttrain.sft.advice import Known
 
 ALL_LINEAR = "all-linear"
 
@@ -142,10 +144,14 @@ class SFTConfig(FineTuneConfig):
 
     def advice(self, examples: int | None) -> Sequence[str]:
         """Departures from the field's recipe, as far as they show before the data is read."""
+        from posttrain.sft.advice import Known  # settings are listed without the rules
+
         return self.unusual(Known(examples=examples))
 
     def unusual(self, known: Known) -> Sequence[str]:
         """Departures from the field's recipe."""
+        from posttrain.sft.advice import departures
+
         return departures(self, known)
 
     def _lora(self) -> Iterator[tuple[str, str]]:
