@@ -215,14 +215,10 @@ def test_a_cached_system_never_answers_for_another(folder: Path, base: ModelSour
     assert [row.metrics for row in rows_of(stacked, "parent")] == [row.metrics for row in rows_of(cold, "candidate")]
 
 
-@pytest.mark.parametrize("change", ["batch_size", "dtype", "data", "template", "shots", "function", "seed", "none"])
-def test_whatever_scores_depend_on_asks_anew(folder: Path, base: ModelSource, tmp_path: Path, change: str) -> None:
-    kind = "likelihood0" if change == "function" else "generate2"
-    work = tmp_path / "tasks"
-    (work / "data").mkdir(parents=True)
-    for name in (f"{kind}.yaml", "scoring.py", "data/quiz.jsonl", "data/train.jsonl"):
-        (work / name).write_text((folder / name).read_text())
-    task = gate_task(work, kind, limit=6)
+@pytest.mark.parametrize("change", ["batch_size", "dtype", "data", "template", "shots", "seed", "none"])
+def test_whatever_answers_depend_on_asks_anew(folder: Path, base: ModelSource, tmp_path: Path, change: str) -> None:
+    work = copied_task(folder, tmp_path, "generate2")
+    task = gate_task(work, "generate2", limit=6)
     request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": task})
     run(request)
     if change == "batch_size":
@@ -238,21 +234,61 @@ def test_whatever_scores_depend_on_asks_anew(folder: Path, base: ModelSource, tm
         request = replace(request, systems={"candidate": replace(base, chat_template=base.chat_template + " ")})
     elif change == "shots":
         request = replace(request, tasks={"quiz": replace(task, num_fewshot=1)})
-    elif change == "function":
-        (work / "scoring.py").write_text(SCORING.replace("-value", "-2 * value"))
     _, loader, _ = run(request)
     assert len(loader.loaded) == (change != "none")
+
+
+def copied_task(folder: Path, tmp_path: Path, name: str) -> Path:
+    """A folder of its own for a task and what it reads."""
+    work = tmp_path / "tasks"
+    (work / "data").mkdir(parents=True)
+    for file in (f"{name}.yaml", "scoring.py", "data/quiz.jsonl", "data/train.jsonl"):
+        (work / file).write_text((folder / file).read_text())
+    return work
+
+
+def test_another_way_to_score_gives_new_scores_to_the_same_answers(
+    folder: Path, base: ModelSource, tmp_path: Path
+) -> None:
+    work = copied_task(folder, tmp_path, "likelihood0")
+    request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": gate_task(work, "likelihood0", limit=6)})
+    before, _, _ = run(request)
+    (work / "scoring.py").write_text(SCORING.replace("-value", "-2 * value"))
+    after, _, _ = run(request, CountingLoader(refuse))
+    assert [row.metrics["surprise"] for row in after.rows] == [2 * row.metrics["surprise"] for row in before.rows]
+
+
+def test_tasks_that_put_the_same_requests_share_the_answers(
+    folder: Path, base: ModelSource, tmp_path: Path, asked: list[int]
+) -> None:
+    work = copied_task(folder, tmp_path, "generate0")
+    other = (work / "generate0.yaml").read_text().replace("task: generate0", "task: length")
+    other = other.replace("{{answer}}", "b").replace("([a-z0-9])", "([a-z])")
+    (work / "length.yaml").write_text(other)
+    first, second = gate_task(work, "generate0"), replace(gate_task(work, "generate0"), task=str(work / "length.yaml"))
+    tasks = {"first": first, "second": second}
+    systems = two_systems(folder, base)
+    alone = [run(make_request(folder, tmp_path / name, systems, {name: task}))[0] for name, task in tasks.items()]
+    asked.clear()
+    both, _, _ = run(make_request(folder, tmp_path / "both", systems, tasks))
+    assert len(asked) == 2 * 3  # systems, and blocks of 8 of 24 documents
+    assert sorted(both.rows, key=str) == sorted((row for card in alone for row in card.rows), key=str)
+    assert {row.target for row in both.rows if row.task == "second"} == {"b"}
+    assert len({row.target for row in both.rows if row.task == "first"}) > 1
 
 
 def test_a_damaged_entry_is_scored_again_and_said_so(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     request = make_request(folder, tmp_path, {"candidate": base}, {"choose0": gate_task(folder, "choose0")})
     first, _, _ = run(request)
-    (entry,) = (tmp_path / "cache").iterdir()
-    entry.write_text(entry.read_text().replace('"acc":0.0', '"acc":1.0'))
-    again, loader, log = run(request)
-    assert again == first
-    assert len(loader.loaded) == 1
-    assert "not used" in log.notes[0]
+    (entry,) = (tmp_path / "cache").glob("*.jsonl")
+    (answers,) = (tmp_path / "cache").glob("*.answers")
+    for harmed, loads in ((answers.read_text(), 0), (answers.read_text()[:-3], 1)):
+        answers.write_text(harmed)
+        entry.write_text(entry.read_text().replace('"acc":0.0', '"acc":1.0'))
+        again, loader, log = run(request)
+        assert again == first
+        assert len(loader.loaded) == loads
+        assert "not used" in log.notes[0]
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
@@ -311,7 +347,6 @@ def test_an_evaluation_killed_at_any_block_asks_no_block_twice(
     again, _, _ = run(request)
     assert again == whole
     assert asked == blocks
-    assert not list((tmp_path / "b" / "cache").glob("*.part"))
 
 
 def test_a_block_that_was_not_kept_is_asked_again(
@@ -322,7 +357,7 @@ def test_a_block_that_was_not_kept_is_asked_again(
     asked.clear()
     with pytest.raises(Killed):
         evaluate(request, Fatal(asked=asked, more=2), CountingLoader().loading())
-    (kept,) = (tmp_path / "cache").glob("*.part")
+    (kept,) = (tmp_path / "cache").glob("*.answers")
     first, second = (line for line in kept.read_text().splitlines() if line)
     for torn in (first + "\n" + second[:-30], first.replace("-", "-1", 1) + "\n" + second, "", first + first, "[]"):
         kept.write_text(torn)

@@ -1,9 +1,10 @@
-"""The answers of a task that is being scored, kept block by block: a killed evaluation asks at most one block again.
+"""What a system answered, kept block by block: a killed evaluation asks at most one block again.
 
-    <cache>/<key>.part        a line {"block", "answers", "sha256"} per block, added as soon as it is answered
+    <cache>/<key>.answers     a line {"block", "answers", "sha256"} per block, added as soon as it is answered
 
-The key covers everything that the answers depend on. A line is trusted when it holds the hash of its block, its answers
-and the key, so that one that a kill tore is no block. When all are there, the scores take the file's place.
+The key covers everything that the answers depend on, and nothing of how they are scored: tasks that put the same
+requests share them. A line is trusted when it holds the hash of its block, its answers and the key, so that one that a
+kill tore is no block.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from posttrain.artifact import canonical, digest_of
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one task as one system answers it."""
+    """The blocks of requests that one system answers."""
 
     path: Path
     key: str
@@ -44,10 +45,6 @@ class Blocks:
             stream.write(f"\n{line}\n".encode())
             stream.flush()
             os.fsync(stream.fileno())
-
-    def remove(self) -> None:
-        """Forget all blocks: their scores are kept."""
-        self.path.unlink(missing_ok=True)
 
     def _block(self, line: str) -> list[tuple[int, Sequence[Any]]]:
         try:

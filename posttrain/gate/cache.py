@@ -1,7 +1,7 @@
 """Scores kept by content: a system that was asked exactly this before is not asked again.
 
     <cache>/<key>.jsonl       a header {"key", "sha256"}, then one row per filter and document
-    <cache>/<key>.part        the answers of a scoring that has not ended, block by block
+    <cache>/<key>.answers     what a system answered to requests, whatever they are scored by (see ``blocks``)
 
 The key covers everything that the scores depend on (see ``score_key``), never a name. The file is trusted when its
 header holds the key and the hash of the rows, and the rows answer the documents that are asked.
@@ -58,15 +58,15 @@ class ScoreCache:
         replace_text(self._path(key), f"{header}\n{body}")
 
     def blocks(self, key: str, size: int) -> Blocks:
-        """What a scoring under ``key`` that has not ended has answered, in blocks of ``size`` documents."""
-        return Blocks(self._folder / f"{key}.part", key, size)
+        """The answers under ``key``, in blocks of ``size`` documents."""
+        return Blocks(self._folder / f"{key}.answers", key, size)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.jsonl"
 
 
 def score_key(**content: Any) -> str:
-    """SHA-256 over JSON values: everything that the scores of one system on one task depend on."""
+    """SHA-256 over JSON values: everything that the scores, or the answers, of one system on one task depend on."""
     return digest_of(content)
 
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.artifact import digest_of
 from posttrain.config.schema import Backend
+from posttrain.gate.blocks import Blocks
 from posttrain.gate.cache import ScoreCache, score_key
 from posttrain.gate.declared import clusters
 from posttrain.gate.fingerprint import library_versions, tokenizer_digest
 from posttrain.gate.harness.requests import prepare
 from posttrain.gate.harness.responder import Answers, Transformers
-from posttrain.gate.harness.scoring import answer
+from posttrain.gate.harness.scoring import answer, recall
 from posttrain.gate.isolation import quiet, seeded
 from posttrain.gate.questions import PreparedTask
 from posttrain.gate.scorecard import write_questions, write_scorecard
@@ -87,7 +88,26 @@ class _Session:
         self._request, self._progress, self._loading = request, progress, loading
         self._tokenizer, self._tasks, self._held = tokenizer, tasks, held
         self._cache = ScoreCache(request.cache)
-        self._keys = self._all_keys()
+        content = self._content()
+        self._keys = {
+            (system, task.name): score_key(
+                **content,
+                system=source.digest,
+                settings=task.settings,
+                questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
+            )
+            for system, source in request.systems.items()
+            for task in tasks
+        }
+        self._answer_keys = {
+            (system, task.name): score_key(
+                **content,
+                system=source.digest,
+                requests=[[question.request_hash, *question.repeats] for question in task.ordered],
+            )
+            for system, source in request.systems.items()
+            for task in tasks
+        }
         self._rows: dict[str, list[DocumentScore]] = {}
 
     def score(self) -> list[DocumentScore]:
@@ -101,36 +121,46 @@ class _Session:
             for row in self._rows[key]
         ]
 
-    def _all_keys(self) -> dict[Job, str]:
-        tokenizer, versions = tokenizer_digest(self._tokenizer), library_versions()
+    def _content(self) -> dict[str, Any]:
+        """What the answers to all tasks depend on, whoever answers."""
         gate = self._request.gate
         return {
-            (system, task.name): score_key(
-                system=source.digest,
-                tokenizer=tokenizer,
-                settings=task.settings,
-                questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
-                seed=gate.seed,
-                backend=gate.backend.value,
-                batch_size=gate.batch_size,
-                dtype=self._request.dtype,
-                device=self._loading.device,
-                versions=versions,
-            )
-            for system, source in self._request.systems.items()
-            for task in self._tasks
+            "tokenizer": tokenizer_digest(self._tokenizer),
+            "seed": gate.seed,
+            "backend": gate.backend.value,
+            "batch_size": gate.batch_size,
+            "dtype": self._request.dtype,
+            "device": self._loading.device,
+            "versions": library_versions(),
         }
 
     def _read_cache(self) -> None:
         for (system, name), key in self._keys.items():
-            task = self._task(name)
-            try:
-                rows = self._cache.read(key, task.asked, task.filters)
-            except (OSError, ValueError) as error:
-                self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
-                continue
+            rows = self._cached(key, name, system)
+            if rows is None:
+                rows = self._recalled(name, system)
             if rows is not None:
                 self._rows[key] = rows
+
+    def _cached(self, key: str, name: str, system: str) -> list[DocumentScore] | None:
+        task = self._task(name)
+        try:
+            return self._cache.read(key, task.asked, task.filters)
+        except (OSError, ValueError) as error:
+            self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
+            return None
+
+    def _recalled(self, name: str, system: str) -> list[DocumentScore] | None:
+        """The rows of a task whose requests another task put to the system before."""
+        with quiet():
+            digest = self._request.systems[system].digest
+            rows = recall(self._task(name), self._blocks(name, system), system, digest)
+        if rows is not None:
+            self._cache.write(self._keys[system, name], rows)
+        return rows
+
+    def _blocks(self, name: str, system: str) -> Blocks:
+        return self._cache.blocks(self._answer_keys[system, name], self._request.gate.batch_size)
 
     def _unscored(self) -> Mapping[str, ModelSource]:
         waiting = {system for (system, _), key in self._keys.items() if key not in self._rows}
@@ -164,14 +194,12 @@ class _Session:
 
     def _answers(self, task: PreparedTask, responder: Answers, system: str, digest: str) -> list[DocumentScore]:
         responder.cut = 0
-        gate, key = self._request.gate, self._keys[system, task.name]
-        blocks = self._cache.blocks(key, gate.batch_size)
+        blocks = self._blocks(task.name, system)
         report = partial(self._progress.advance, system, task.name)
-        rows = answer(task, responder, blocks, system, digest, gate.seed, report)
+        rows = answer(task, responder, blocks, system, digest, self._request.gate.seed, report)
         if responder.cut:
             self._progress.note(f"{responder.cut} prompts of {task.name} did not fit {system} and lost their beginning")
-        self._cache.write(key, rows)
-        blocks.remove()
+        self._cache.write(self._keys[system, task.name], rows)
         return rows
 
     def _task(self, name: str) -> PreparedTask:

@@ -27,6 +27,11 @@ class Question:
     target: str
 
     @property
+    def repeats(self) -> list[int]:
+        """How many answers each request asks for."""
+        return [request.repeats or 1 for request in self.requests]
+
+    @property
     def prompt(self) -> str:
         """What the model reads before it answers; of several requests, the first one's."""
         return str(self.requests[0].args[0])
@@ -54,6 +59,11 @@ class PreparedTask:
         """The task with the questions that are asked at one look for the first time."""
         chosen = fresh([question.doc_id for question in self.questions], look, seed, clusters)
         return replace(self, questions=[question for question in self.questions if question.doc_id in chosen])
+
+    @property
+    def ordered(self) -> Sequence[Question]:
+        """The questions as they are asked: those of much the same length together, the longest first."""
+        return sorted(self.questions, key=lambda question: -question.length)
 
     @property
     def asked(self) -> Asked:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,24 +27,40 @@ def answer(
     seed: int,
     report: Callable[[int, int], None],
 ) -> list[DocumentScore]:
-    """Put every question to a system and score it, one row per filter and document.
+    """Put every question to a system and score it.
 
-    A block is a batch of documents of much the same length, the longest first. Each is kept in ``blocks`` as soon as it
+    A block is a batch of documents in the order of ``task.ordered``. Each is kept in ``blocks`` as soon as it
     is answered, and what is kept there is not asked again. ``report(done, total)`` is called after each block. Raises
     ArtifactDamaged when a log-likelihood, a logit or a score is not finite.
     """
-    ordered = sorted(task.questions, key=lambda question: -question.length)
-    kept = blocks.read()
-    size, total, done = blocks.size, len(ordered), 0
-    waiting = iter(ordered)
-    for index in range(math.ceil(total / size)):
-        requests = [request for question in islice(waiting, size) for request in question.requests]
+    kept, total = blocks.read(), len(task.questions)
+    for index, requests in enumerate(_in_blocks(task, blocks.size)):
         if not _restored(requests, kept.get(index)):
             with seeded(seed + index):
                 responder.respond(requests, f"{system}, {task.name}")
             blocks.add(index, [request.resps for request in requests])
-        done = min(done + size, total)
-        report(done, total)
+        report(min((index + 1) * blocks.size, total), total)
+    return _scores(task, system, digest)
+
+
+def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list[DocumentScore] | None:
+    """Score what a system answered before; None when it was not asked everything."""
+    kept = blocks.read()
+    complete = all(_restored(requests, kept.get(index)) for index, requests in enumerate(_in_blocks(task, blocks.size)))
+    return _scores(task, system, digest) if complete else None
+
+
+def _in_blocks(task: PreparedTask, size: int) -> list[list[Any]]:
+    """The requests of each block."""
+    ordered = task.ordered
+    return [
+        [request for question in ordered[start : start + size] for request in question.requests]
+        for start in range(0, len(ordered), size)
+    ]
+
+
+def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
+    """One row per filter and document, from the answers that the requests hold."""
     for leaf in task.leaves:
         if requests := [item for question in task.questions if question.leaf is leaf for item in question.requests]:
             for ensemble in leaf._filters:
