@@ -54,13 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         from posttrain.supervisor import supervised
 
-        started = os.getpid()
-        code = supervised(lambda: answer(sys.argv[1:]))
-        if sys.platform == "linux" and os.getpid() == started:  # it only watched: there is nothing to tidy up
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        sys.exit(supervised(lambda: answer(sys.argv[1:])))
     sys.exit(answer(list(arguments)))
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from posttrain import activity
 from posttrain.activity import SIZE, Activity
@@ -31,10 +32,10 @@ PARENT_DEATH_SIGNAL = 1
 
 
 def supervised(work: Callable[[], int]) -> int:
-    """What ``work`` returns, from a child process; 6, with a message, when a plugin took that process down.
+    """What ``work`` returns, in a child process, so that it ends as any Python process does.
 
-    Returns in the child as well, so that it ends as any Python process does. Only Linux has what this needs: elsewhere
-    ``work`` is simply called.
+    The process that called ends here, with the child's exit code; with 6 and a message when a plugin took the child
+    down. Only Linux has what this needs: elsewhere ``work`` is simply called.
     """
     lost: dict[str, str] = {}
     while sys.platform == "linux":
@@ -46,11 +47,18 @@ def supervised(work: Callable[[], int]) -> int:
         status = watch.until_it_ends()
         code, current = watch.told()
         if code is not None:
-            return code
+            _end(code)
         if current is None or not current.starting or current.plugin in lost:
-            return explain(_reason(watch, status, current))
+            _end(explain(_reason(watch, status, current)))
         lost[current.plugin] = f"{watch.fate(status)} in {current.call}"
     return _signed_off(work)
+
+
+def _end(code: int) -> NoReturn:
+    """End at once: a process that only watched has nothing to tidy up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _signed_off(work: Callable[[], int]) -> int:
