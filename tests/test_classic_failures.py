@@ -82,7 +82,9 @@ def test_what_is_left_away_behind_the_last_answer_is_no_fault(base: ModelSource,
     asked, told = conversations(1)[0].messages
     thanks = {"role": "user", "content": "is"}
     record = Conversation(messages=(asked, {**told, "content": "This is 0."}, thanks), where="train.jsonl:1")
-    run(context(base, tmp_path, records=[record], train_on=TrainOn.last, max_steps=1))
+    stage = context(base, tmp_path, records=[record], train_on=TrainOn.last, max_steps=1)
+    run(stage)
+    assert stage.metrics["steps"] == 1
 
 
 def test_thoughts_that_the_generation_prompt_opens_are_no_fault() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,15 +47,18 @@ class FreeTrainer(StageTrainer):
         return chosen_B, rejected_B, chosen_logits, rejected_logits, -summed_B.sum() / tokens_B.sum(), *more
 
     @property
+    @abstractmethod
     def per_token(self) -> bool:
         """Whether the loss compares log-probabilities per token, not of whole answers."""
-        raise NotImplementedError
 
 
 class OddsTrainer(FreeTrainer, ORPOTrainer):
     """ORPO on pairs that are token ids already."""
 
-    per_token = True
+    @property
+    def per_token(self) -> bool:
+        """The odds are of tokens."""
+        return True
 
 
 class ContrastTrainer(FreeTrainer, CPOTrainer):

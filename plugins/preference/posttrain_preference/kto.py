@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain import StageContext
 from posttrain_preference.config import KTOSettings
 from posttrain_preference.feedback import TokenAnswer, render_feedback
-from posttrain_preference.quiet import muted, quiet
-from posttrain_preference.stage import train
+from posttrain_preference.stage import Build, train
 
 if TYPE_CHECKING:
     from posttrain_preference.reference import LogProbs
@@ -22,10 +21,14 @@ def run(context: StageContext) -> None:
     or none can be trained on, ArtifactDamaged when the reference is not the SFT model, Interrupted when the run was
     asked to stop.
     """
-    with quiet():
-        with muted():
-            from posttrain_preference.kto_trainer import build
-        train(context, render_feedback(context), build, start, referenced=True)
+    train(context, render_feedback, trainer, start, referenced=True)
+
+
+def trainer() -> Build:
+    """What makes TRL's trainer; importing it takes seconds."""
+    from posttrain_preference.kto_trainer import build
+
+    return build
 
 
 def start(settings: KTOSettings, rows: Sequence[TokenAnswer], log_probs: LogProbs) -> float:

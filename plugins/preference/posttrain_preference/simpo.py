@@ -9,8 +9,7 @@ from posttrain import StageContext
 from posttrain_preference.config import SimPOSettings
 from posttrain_preference.orpo import softplus
 from posttrain_preference.pairs import TokenPair, render_pairs
-from posttrain_preference.quiet import muted, quiet
-from posttrain_preference.stage import train
+from posttrain_preference.stage import Build, train
 
 if TYPE_CHECKING:
     from posttrain_preference.reference import LogProbs
@@ -22,10 +21,14 @@ def run(context: StageContext) -> None:
     Continues from the newest checkpoint in ``context.checkpoints``. Raises BadInput when no pair can be trained on,
     ArtifactDamaged when the policy is not the SFT model, Interrupted when the run was asked to stop.
     """
-    with quiet():
-        with muted():
-            from posttrain_preference.free_trainer import build_simpo
-        train(context, render_pairs(context), build_simpo, start, referenced=False)
+    train(context, render_pairs, trainer, start, referenced=False)
+
+
+def trainer() -> Build:
+    """What makes TRL's trainer; importing it takes seconds."""
+    from posttrain_preference.free_trainer import build_simpo
+
+    return build_simpo
 
 
 def start(settings: SimPOSettings, rows: Sequence[TokenPair], log_probs: LogProbs) -> float:

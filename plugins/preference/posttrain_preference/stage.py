@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from posttrain import Interrupted, StageContext
+from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.rows import TokenRows
 
 if TYPE_CHECKING:
@@ -17,20 +18,35 @@ Build = Callable[[StageContext, TokenRows[Any], Any, Any], "StageTrainer"]
 """Makes the trainer from context, rows, policy, and the reference model or None."""
 
 
-def train(context: StageContext, rows: TokenRows[Any], build: Build, start: Start, referenced: bool) -> None:
-    """Train the parent's adapter, or its full weights, on ``rows`` and save the result.
+def train(
+    context: StageContext,
+    render: Callable[[StageContext], TokenRows[Any]],
+    trainer: Callable[[], Build],
+    start: Start,
+    *,
+    referenced: bool,
+) -> None:
+    """Train the parent's adapter, or its full weights, on the stage's records and save the result.
 
     Args:
         context: The stage's context; training goes on from the newest checkpoint in it.
-        rows: What to train on.
-        build: Makes the trainer.
+        render: Makes token ids of the context's records.
+        trainer: Imports what makes the trainer.
         start: The loss that training has to start with.
         referenced: Whether the loss compares the policy with a frozen copy of where it started.
 
     Raises:
+        BadInput: No record can be trained on.
         ArtifactDamaged: The policy or the reference is not the SFT model.
         Interrupted: The run was asked to stop.
     """
+    with quiet():
+        with muted():
+            build = trainer()
+        _train(context, render(context), build, start, referenced=referenced)
+
+
+def _train(context: StageContext, rows: TokenRows[Any], build: Build, start: Start, *, referenced: bool) -> None:
     from posttrain_preference.reference import frozen_copy, prove_start, row_log_probs
     from posttrain_preference.trainer import uses_autocast
 

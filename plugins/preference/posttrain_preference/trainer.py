@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ class TokenDataset(Dataset):
         return self
 
 
-class StageTrainer(Trainer):
+class StageTrainer(Trainer, ABC):
     """Put before one of TRL's trainers: token ids in, exact checkpoints, our schedule, no telemetry."""
 
     masks: ClassVar[Sequence[str]] = ("attention_mask",)
@@ -52,9 +53,9 @@ class StageTrainer(Trainer):
         batch: dict[str, torch.Tensor] = self._prepare_inputs(self.data_collator(examples))
         return batch
 
+    @abstractmethod
     def columns(self, rows: Sequence[Any]) -> dict[str, list[Any]]:
         """The columns of ``rows`` that this trainer's collator reads."""
-        raise NotImplementedError
 
     def reference_log_probs(self, row: Any) -> list[float]:
         """Log-probability of each answer of ``row`` under the reference, as this trainer computes it."""

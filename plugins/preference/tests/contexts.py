@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from posttrain_preference import config, cpo, dpo, kto, orpo, simpo
 
 from posttrain import Feedback, Preference, StageContext
 from posttrain.artifact import ModelSource
+from posttrain.testing import Recorder
 
 Pair = tuple[Sequence[str], str, str]
 
@@ -38,24 +39,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 """As many real templates do, it ends a turn with a newline after the stop token."""
-
-
-class RecordedProgress:
-    """Keeps what a stage reports."""
-
-    def __init__(self) -> None:
-        self.started: tuple[int, int] | None = None
-        self.steps: dict[int, Mapping[str, float]] = {}
-        self.notes: list[str] = []
-
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
-        self.started = (total_steps, done_steps)
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps[step] = dict(metrics)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -188,7 +171,7 @@ def build_context(
         records=[_record(told, f"pairs.jsonl:{line}") for line, told in enumerate(given, start=1)],
         seed=seed,
         dtype=dtype,
-        progress=RecordedProgress(),
+        progress=Recorder(),
         stop_requested=stop_requested,
         checkpoints=checkpoints,
         output=output,
