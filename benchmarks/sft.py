@@ -14,23 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import machine
+from models import multiplying_parameters, random_llama, shapes
 
 DTYPES = ("bfloat16", "float32")
 CONTENDERS = ("posttrain", "trl padded", "trl packed")
 RANK, ALPHA, RATE = 16, 32, 2e-4
-PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ def main() -> None:
         print(json.dumps(asdict(_contend(arguments.contender, Job(**json.loads(arguments.job))))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = _random_llama(Path(folder)) if arguments.model == "8b" else arguments.model
+        model = random_llama(Path(folder)) if arguments.model == "8b" else arguments.model
         for variant in arguments.variants.split(","):
             job = Job(
                 model=model, data=arguments.data, rows=arguments.rows, sequence_length=arguments.sequence_length,
@@ -102,7 +100,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _compare(job: Job, repeats: int, output: Path | None) -> None:
-    rates = {dtype: matrix_rate(job, dtype) for dtype in DTYPES}
+    rates = {dtype: machine.matrix_rate(shapes(job.model), job.sequence_length, dtype) for dtype in DTYPES}
     best: dict[str, Result] = {}
     for _ in range(repeats):
         for contender in CONTENDERS:
@@ -133,11 +131,7 @@ def _report(job: Job, results: Sequence[Result], rates: Mapping[str, float]) -> 
     operations = (6 if job.variant == "full" else 4) * parameters
     described = asdict(job) | {"model": Path(job.model).name, "data": Path(job.data).name}
     return {
-        "date": date.today().isoformat(),
-        "device": _device(),
-        "threads": _threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **machine.described(),
         "job": described,
         "matrix_gflops": {dtype: round(rate, 1) for dtype, rate in rates.items()},
         "results": [
@@ -166,102 +160,6 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     padded = next(peer for peer in peers if peer["contender"] == "trl padded")
     yield f"ratio to the better of TRL   {ours['trained_tokens_per_second'] / better:.2f}"
     yield f"peak memory to TRL's padded  {ours['peak_bytes'] / padded['peak_bytes']:.2f}"
-
-
-# --- The machine ------------------------------------------------------------------------------------------------------
-
-
-def matrix_rate(job: Job, dtype: str) -> float:
-    """GFLOP/s in products of one row of tokens with the layers' weights, in the number format ``dtype``."""
-    import torch
-
-    config = _config(job.model)
-    width, hidden = config.hidden_size, config.intermediate_size
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, dtype)
-    operations = seconds = 0.0
-    for rows, columns in ((width, width), (hidden, width), (width, hidden)):
-        left = torch.randn(job.sequence_length, columns, device=device).to(kind)
-        right = torch.randn(rows, columns, device=device).to(kind)
-        operations += 2 * job.sequence_length * rows * columns
-        seconds += min(_timed(left, right) for _ in range(20))
-    return operations / seconds / 1e9
-
-
-def _timed(left: Any, right: Any) -> float:
-    import torch
-
-    start = time.perf_counter()
-    torch.nn.functional.linear(left, right)
-    if left.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def multiplying_parameters(model: str) -> int:
-    """Parameters of the model that multiply: all but an input embedding that is not the output projection too."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(_config(model))
-    total = sum(parameter.numel() for parameter in causal.parameters())
-    tied = causal.get_input_embeddings().weight is causal.get_output_embeddings().weight
-    return total if tied else total - causal.get_input_embeddings().weight.numel()
-
-
-def _config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model, local_files_only=True)
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return f"CPU {names[0] if names else platform.machine()}"
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _peak_bytes() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _random_llama(folder: Path) -> str:
-    """A Llama of 8 billion random weights in bfloat16, with a small tokenizer of the quickstart's."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from posttrain.config.schema import ModelConfig
-    from posttrain.model.base import resolve_base
-    from posttrain.model.loading import load_tokenizer
-
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    source = resolve_base(ModelConfig(path="quickstart"))
-    load_tokenizer(source).save_pretrained(folder)
-    return str(folder)
 
 
 # --- The contenders ---------------------------------------------------------------------------------------------------
@@ -339,7 +237,7 @@ def _posttrain(job: Job) -> Result:
         contender="posttrain", seconds=clock.seconds, cpu_seconds=clock.cpu_seconds, steps=len(clock.steps),
         tokens=int(sum(step["tokens"] for step in clock.steps)),
         trained_tokens=int(sum(step["trained_tokens"] for step in clock.steps)),
-        peak_bytes=_peak_bytes(), loss=clock.steps[-1]["loss"],
+        peak_bytes=machine.peak_bytes(), loss=clock.steps[-1]["loss"],
     )  # fmt: skip
 
 
@@ -392,7 +290,8 @@ def _trl(job: Job, *, packed: bool) -> Result:
     tokens = sum(len(ids) for ids in dataset["input_ids"])
     return Result(
         contender="trl packed" if packed else "trl padded", seconds=clock.seconds, cpu_seconds=clock.cpu_seconds,
-        steps=trainer.state.global_step, tokens=tokens, trained_tokens=_trained(trainer), peak_bytes=_peak_bytes(),
+        steps=trainer.state.global_step, tokens=tokens, trained_tokens=_trained(trainer),
+        peak_bytes=machine.peak_bytes(),
         loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
     )  # fmt: skip
 

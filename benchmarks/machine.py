@@ -1,0 +1,71 @@
+"""The machine that a benchmark ran on, as every result names it."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl", "lm_eval")
+
+
+def described() -> dict[str, Any]:
+    """Date, device, threads and versions."""
+    import torch
+
+    return {
+        "date": date.today().isoformat(),
+        "device": device(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def device() -> str:
+    """The name of the GPU, or of the processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+             if line.startswith("model name")]  # fmt: skip
+    return f"CPU {names[0] if names else platform.machine()}"
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use at once: of the GPU, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matrix_rate(shapes: Iterable[tuple[int, int]], tokens: int, dtype: str) -> float:
+    """GFLOP/s in products of ``tokens`` activations with weights of these shapes, in the number format ``dtype``."""
+    import torch
+
+    where = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    operations = seconds = 0.0
+    for rows, columns in shapes:
+        left = torch.randn(tokens, columns, **where).to(getattr(torch, dtype))
+        right = torch.randn(rows, columns, **where).to(getattr(torch, dtype))
+        operations += 2 * tokens * rows * columns
+        seconds += min(_timed(left, right) for _ in range(20))
+    return operations / seconds / 1e9
+
+
+def _timed(left: Any, right: Any) -> float:
+    import torch
+
+    start = time.perf_counter()
+    torch.nn.functional.linear(left, right)
+    if left.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

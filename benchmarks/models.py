@@ -1,0 +1,57 @@
+"""The models that benchmarks train, by what has to be known of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart" / "base"
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+
+
+def random_llama(folder: Path, **settings: int) -> str:
+    """A Llama of 8 billion random bfloat16 weights, or of other ``settings``, with the quickstart's small tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B | settings, dtype="bfloat16"))
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(QUICKSTART).save_pretrained(folder)
+    return str(folder)
+
+
+def shapes(model: str) -> list[tuple[int, int]]:
+    """Rows and columns of the weights of one layer that matter most: of attention, into the MLP, and out of it."""
+    config = _config(model)
+    width, hidden = config.hidden_size, config.intermediate_size
+    return [(width, width), (hidden, width), (width, hidden)]
+
+
+def multiplying_parameters(model: str) -> int:
+    """Parameters of the model that multiply: all but an input embedding that is not the output projection too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(_config(model))
+    total = sum(parameter.numel() for parameter in causal.parameters())
+    tied = causal.get_input_embeddings().weight is causal.get_output_embeddings().weight
+    return total if tied else total - causal.get_input_embeddings().weight.numel()
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model, local_files_only=True)
