@@ -752,3 +752,14 @@ def test_a_group_is_pooled(folder: Path, base: ModelSource, tmp_path: Path, monk
     limited, _, _ = run(make_request(folder, tmp_path, {"candidate": base}, {"both": replace(both, limit=20)}))
     assert {row.doc_id // 24 for row in limited.rows} == {0, 1}
     assert len(limited.rows) == 20
+
+
+def test_what_the_module_of_a_task_writes_is_not_shown(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    work = copied_task(folder, tmp_path, "likelihood0")
+    noise = "import sys\nprint('Downloaded')\nprint('no host', file=sys.stderr)\n"
+    (work / "scoring.py").write_text(noise + SCORING)
+    (leaf,) = load_leaves("quiz", gate_task(work, "likelihood0"))
+    assert leaf.process_results({}, [(-1.0, True)]) == {"surprise": 1.0, "acc": 1.0}
+    assert capfd.readouterr() == ("", "")

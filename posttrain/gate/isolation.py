@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import random
 import warnings
@@ -38,6 +39,13 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
         if bars[1]:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Hide standard output and standard error: the modules of some tasks write there what they download."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
 from posttrain.gate.checks import check_filter, unknown_metric, unsafe_code, unsupported_aggregation
 from posttrain.gate.declared import check_cluster, check_direction
-from posttrain.gate.isolation import quiet
+from posttrain.gate.isolation import muted, quiet
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
@@ -43,7 +43,7 @@ def load_leaves(name: str, task: GateTask) -> list[Any]:
     if task.run_code:
         os.environ[CODE_EVAL] = "1"
     try:
-        with quiet():
+        with quiet(), muted():
             leaves = _load(reference, task.data)
     except PosttrainError:
         raise
