@@ -105,6 +105,8 @@ def test_every_problem_is_reported_at_once(host: Host) -> None:
         (["recipe=quickstart", "start_from=x"], "the pipeline runs SFT itself"),
         (["recipe=quickstart", "+stage@second=sft", "second.data=a/b", "+gate@second.gate=none"], "SFT a second time"),
         (["recipe=quickstart", "gate@sft.gate=quickstrt"], "Did you mean quickstart?"),
+        (["recipe=quickstart", "gate@sft.gate=mine"], "the file gate/NAME.yaml in DIR, with --config-dir DIR"),
+        (["recipe=mine"], "the file recipes/NAME.yaml, seen from here"),
         (["recipe=quickstart", "+stage@x=dppo"], "Did you mean dpo?"),
         (["recipe=smollm2_sft_dpo"], "data.path: has no value"),
         (["recipe=quickstart", "sft.lr=[1]"], "sft.lr"),

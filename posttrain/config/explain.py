@@ -68,7 +68,7 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = [str(name) for name in error.options or _options(group)]
     override = next((o for o in overrides if _value(o) == option and _group(o) == group), None)
-    fix = suggest(option, options)
+    fix = suggest(option, options) + _of_your_own(group)
     failures = host.failures()
     if group == "stage" and any(p.name == option for p in failures):
         raise PluginFailed(f"no stage is named {option!r}: " + "; ".join(map(str, failures)))
@@ -76,6 +76,14 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
         fix += "\n    " + "\n    ".join(f"note: {p}" for p in failures)
     problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
     return Fault(problem=problem, override=override, fatal=group == "recipe" or _key(override or "") == "gate")
+
+
+def _of_your_own(group: str) -> str:
+    """Where a file of the user's would have been found."""
+    if group == "recipe":
+        return "\n    One of your own is the file recipes/NAME.yaml, seen from here"
+    in_file = group in ("gate", "model", "variant", "tracker")
+    return f"\n    One of your own is the file {group}/NAME.yaml in DIR, with --config-dir DIR" if in_file else ""
 
 
 def _options(group: str) -> list[str]:
