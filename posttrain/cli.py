@@ -33,6 +33,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   --json             with plan and list: print JSON alone
   --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
   output_root=DIR    with leaderboard and ledger: the folder of runs (./runs by default)
+  --config-dir DIR   gates, models and variants of your own, from DIR/gate/NAME.yaml and the like
   --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4
   --help, --version
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the tab key

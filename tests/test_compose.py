@@ -79,6 +79,18 @@ def test_stages_are_selected_added_removed_and_swapped(host: Host) -> None:
     assert names(*added, "stages=[sft,dpo2,dpo]") == ["sft", "dpo2", "dpo"]
 
 
+def test_gates_and_models_of_ones_own_are_found_in_the_folders_that_are_named(host: Host, tmp_path: Path) -> None:
+    first, second = tmp_path / "it's one", tmp_path / "two, [2]"
+    for folder, group, text in ((first, "gate", "enabled: false\n"), (second, "model", "path: some/model\n")):
+        (folder / group).mkdir(parents=True)
+        (folder / group / "mine.yaml").write_text(text)
+    chosen = ["gate@sft.gate=mine", "model=mine", "--config-dir", str(first), f"-cd={second}"]
+    found = plan(host, "recipe=quickstart", *chosen)
+    assert not found.steps[0].gate.enabled
+    assert found.model.path == "some/model"
+    assert found.words == ("recipe=quickstart", *chosen)
+
+
 def test_every_problem_is_reported_at_once(host: Host) -> None:
     text = problems(host, "recipe=quickstart", "sft.lrr=1", "dpo.lr=abc", "seeed=3", "model=quick", "sft.epochs=x")
     for expected in (
@@ -106,6 +118,10 @@ def test_every_problem_is_reported_at_once(host: Host) -> None:
         (["recipe=quickstart", "+stage@second=sft", "second.data=a/b", "+gate@second.gate=none"], "SFT a second time"),
         (["recipe=quickstart", "gate@sft.gate=quickstrt"], "Did you mean quickstart?"),
         (["recipe=quickstart", "gate@sft.gate=mine"], "the file gate/NAME.yaml in DIR, with --config-dir DIR"),
+        (["recipe=quickstart", "--jsn"], "--jsn: is no flag of this command\n    Did you mean --json?"),
+        (["recipe=quickstart", "nonsense"], "nonsense: is not key=value"),
+        (["recipe=quickstart", "--config-dir", "nowhere"], "there is no directory nowhere"),
+        (["recipe=quickstart", "--config-dir"], "--config-dir: names no directory"),
         (["recipe=mine"], "the file recipes/NAME.yaml, seen from here"),
         (["recipe=quickstart", "+stage@x=dppo"], "Did you mean dpo?"),
         (["recipe=smollm2_sft_dpo"], "data.path: has no value"),

@@ -32,7 +32,7 @@ RUN_STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 def gate_command(words: list[str]) -> int:
     """Judge, print the table, and write what was asked for; raises GateRefused and GateUndecided after that."""
     host = plugins.load()
-    name, gating, tasks = gated(host, _overrides(words))
+    name, gating, tasks = gated(host, words)
     environment.prepare()
     from posttrain.display import Display
 
@@ -49,7 +49,8 @@ def gate_command(words: list[str]) -> int:
 
 def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask]]:
     """The gate's name, the settings and the gate's tasks; raises BadInput with every problem of them."""
-    composition = compose(host, words, "gate")
+    flags = {"--update-baseline": "update_baseline=true"}
+    composition = compose(host, [flags.get(word, word) for word in words], "gate")
     config, problems = composition.config, list(composition.problems)
     problems += [problem for key in map(str, config) for problem in unresolved(config, key)]
     if problems:
@@ -62,25 +63,6 @@ def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateT
     if problems:
         raise BadInput(problems)
     return composition.recipe, gating, tasks
-
-
-def _overrides(words: list[str]) -> list[str]:
-    """The command's words as overrides: its flag, and folders of gates of the user's own."""
-    overrides, waiting = [], iter(words)
-    for word in waiting:
-        if word == "--update-baseline":
-            overrides.append("update_baseline=true")
-        elif word in ("--config-dir", "-cd"):
-            folder = Path(next(waiting, ""))
-            if not folder.is_dir():
-                raise BadInput(Problem(where=f"gate {word}", what=f"there is no directory {folder}"))
-            overrides.append(f"hydra.searchpath=['file://{folder.resolve()}']")
-        elif "=" not in word:
-            fix = "posttrain gate adapter=DIR gate=NAME [baseline=FILE|DIR] [--update-baseline] [--config-dir DIR]"
-            raise BadInput(Problem(where=f"gate {word}", what="is not key=value", fix=fix))
-        else:
-            overrides.append(word)
-    return overrides
 
 
 def _contradictions(gating: Gating) -> list[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
@@ -17,6 +18,8 @@ from posttrain.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "gating"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""
+CONFIG_DIR = ("--config-dir", "-cd")
+"""Flags that name a folder of the user's own gates, models and variants."""
 MOST_PROBLEMS = 20
 """Composing again after each problem has to stop somewhere."""
 
@@ -41,7 +44,7 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
     sources.register(host)
     sources.RecipeSource.dropped = set()
     problems: list[Problem] = []
-    remaining = list(overrides)
+    remaining = _searching(overrides)
     with hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain"):
         while True:
             try:
@@ -60,6 +63,25 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
     return Composition(
         recipe=recipe, config=plain, words=tuple(overrides), removed=removed_stages(remaining), problems=problems
     )
+
+
+def _searching(words: Sequence[str]) -> list[str]:
+    """The words, with folders of the user's own gates and models on Hydra's search path; raises BadInput for none."""
+    remaining: list[str] = []
+    folders: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        flag, given, value = word.partition("=")
+        if flag not in CONFIG_DIR:
+            remaining.append(word)
+            continue
+        folder = value if given else next(waiting, "")
+        if not folder or not Path(folder).is_dir():
+            what = f"there is no directory {folder}" if folder else "names no directory"
+            raise BadInput(Problem(where=flag, what=what))
+        path = str(Path(folder).resolve()).replace("'", "\\'")
+        folders.append(f"'file://{path}'")
+    return [*remaining, f"hydra.searchpath=[{','.join(folders)}]"] if folders else remaining
 
 
 def removed_stages(overrides: Sequence[str]) -> frozenset[str]:

@@ -21,6 +21,8 @@ ROOT = (
     "seed", "output_root", "stages", "start_from", "model", "data", "eval_data", "tracker", "variant", "plugin_timeout",
 )  # fmt: skip
 """Keys at the top level of every recipe besides its stages."""
+FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline")
+"""Of the commands that compose."""
 NODES = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
 
 
@@ -39,9 +41,7 @@ class Fault:
 def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     """What ``error``, raised while composing, means."""
     if isinstance(error, OverrideParseException):
-        what = f"cannot be read: {_first_line(error.message)}"
-        fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
-        return Fault(problem=Problem(where=error.override, what=what, fix=fix), override=error.override)
+        return Fault(problem=_unreadable(str(error.override), str(error.message)), override=error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides, host)
     reason = error.__cause__ or error.__context__
@@ -54,6 +54,17 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
         where = f"recipe: {cause.full_key}"
         return Fault(problem=_key_problem(where, str(cause.full_key), cause, host), recipe_key=str(cause.full_key))
     return Fault(problem=_composition_problem(str(error), host), fatal=True)
+
+
+def _unreadable(word: str, message: str) -> Problem:
+    """A word that Hydra cannot take for an override: a flag, a word without a value, or one to be quoted."""
+    if word.startswith("-"):
+        close = nearest(word, FLAGS)
+        fix = (f"Did you mean {close}? " if close else "") + "posttrain --help shows which command takes which flags"
+        return Problem(where=word, what="is no flag of this command", fix=fix)
+    fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
+    what = f"cannot be read: {_first_line(message)}" if "=" in word else "is not key=value"
+    return Problem(where=word, what=what, fix=fix)
 
 
 def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) -> bool:
