@@ -1,25 +1,31 @@
 """posttrain: an evaluation-gated post-training pipeline for language models.
 
-This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else.
+This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else. A name is
+imported when it is first asked for, so that a command waits for nothing that it does not use.
 """
 
-from posttrain.data.records import Conversation, Feedback, Preference, Text
-from posttrain.errors import (
-    ArtifactDamaged,
-    BadInput,
-    GateRefused,
-    GateUndecided,
-    Interrupted,
-    PluginFailed,
-    PosttrainError,
-    Problem,
-    suggest,
-)
-from posttrain.hookspecs import hookimpl
-from posttrain.sft.config import FineTuneConfig, TrainOn
-from posttrain.sft.refusals import declines
-from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
+import importlib
+from typing import TYPE_CHECKING
+
 from posttrain.version import __version__
+
+if TYPE_CHECKING:
+    from posttrain.data.records import Conversation, Feedback, Preference, Text
+    from posttrain.errors import (
+        ArtifactDamaged,
+        BadInput,
+        GateRefused,
+        GateUndecided,
+        Interrupted,
+        PluginFailed,
+        PosttrainError,
+        Problem,
+        suggest,
+    )
+    from posttrain.hookspecs import hookimpl
+    from posttrain.sft.config import FineTuneConfig, TrainOn
+    from posttrain.sft.refusals import declines
+    from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
 
 __all__ = [
     "MISSING",
@@ -47,3 +53,36 @@ __all__ = [
     "hookimpl",
     "suggest",
 ]
+
+HOMES = {
+    "posttrain.data.records": ("Conversation", "Feedback", "Preference", "Text"),
+    "posttrain.errors": (
+        "ArtifactDamaged",
+        "BadInput",
+        "GateRefused",
+        "GateUndecided",
+        "Interrupted",
+        "PluginFailed",
+        "PosttrainError",
+        "Problem",
+        "suggest",
+    ),
+    "posttrain.hookspecs": ("hookimpl",),
+    "posttrain.sft.config": ("FineTuneConfig", "TrainOn"),
+    "posttrain.sft.refusals": ("declines",),
+    "posttrain.stage": ("MISSING", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"),
+}
+"""The modules that define the public names, the same as type checkers read above."""
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of the API
+
+    def __getattr__(name):
+        for module, names in HOMES.items():
+            if name in names:
+                globals()[name] = found = getattr(importlib.import_module(module), name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem, explain, nearest
+from posttrain.version import __version__
 
 HELP = """\
 posttrain: post-training of language models in which an evaluation gates every stage
@@ -50,13 +51,15 @@ WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and exits with its documented code.
 
-    The command of a shell is supervised, so that no plugin can end it without being named; ``arguments`` are run here.
+    The command of a shell is supervised, so that no plugin can end it without being named. What needs no plugin is
+    answered here, and so are ``arguments``.
     """
-    if arguments is None:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and _said_at_once(words) is None:
         from posttrain.supervisor import supervised
 
-        sys.exit(supervised(lambda: answer(sys.argv[1:])))
-    sys.exit(answer(list(arguments)))
+        sys.exit(supervised(lambda: answer(words)))
+    sys.exit(answer(words))
 
 
 def answer(words: list[str]) -> int:
@@ -80,16 +83,18 @@ def dispatch(words: list[str]) -> int:
         from posttrain.commands.completion import complete
 
         return complete(words)
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(HELP, end="")
-        return 0
-    if words[0] == "--version":
-        from posttrain import __version__
-
-        print(f"posttrain {__version__}")
+    if (text := _said_at_once(words)) is not None:
+        print(text, end="")
         return 0
     command = _command(words[0])
     return command(words[1:]) if command else _run(words)
+
+
+def _said_at_once(words: list[str]) -> str | None:
+    """Help and the version; None for words that something has to be done for."""
+    if not words or words[0] in ("--help", "-h", "help"):
+        return HELP
+    return f"posttrain {__version__}\n" if words[0] == "--version" else None
 
 
 def _command(word: str) -> Callable[[list[str]], int] | None:

@@ -12,7 +12,6 @@ PosttrainError          1  a bug, or anything without a better class
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,6 +84,8 @@ class Interrupted(PosttrainError):
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option most like ``name``, or None when none is close."""
+    import difflib
+
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return matches[0] if matches else None
 

@@ -152,20 +152,28 @@ def _words(variable: str) -> list[str]:
 
 
 def _load_entry(host: Host, entry: EntryPoint, choice: Choice) -> None:
-    origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    origin, version = _brought_by(entry)
     if (reason := choice.leaves_out(entry.name)) is not None:
         host.plugins[entry.name] = PluginInfo(name=entry.name, origin=origin, state="blocked", reason=reason)
         return
     if entry.name in host.plugins:
         _fail(host, f"{entry.name} from {origin}", origin, f"the name {entry.name!r} is taken")
         return
-    pin, version = choice.wanted.get(entry.name), entry.dist.version if entry.dist else None
+    pin = choice.wanted.get(entry.name)
     if pin is not None and version != pin:
         _fail(host, entry.name, origin, f"POSTTRAIN_PLUGINS pins it to {pin}")
     elif entry.name in activity.lost:
         _fail(host, entry.name, origin, f"it {activity.lost[entry.name]}")
     else:
         _import(host, entry, origin)
+
+
+def _brought_by(entry: EntryPoint) -> tuple[str, str | None]:
+    """The distribution with its version, and the version alone; what the entry names when it belongs to none."""
+    if entry.dist is None:
+        return entry.value, None
+    described = entry.dist.metadata  # parsed whole whenever it is asked for
+    return f"{described['Name']} {described['Version']}", described["Version"]
 
 
 def _import(host: Host, entry: EntryPoint, origin: str) -> None:

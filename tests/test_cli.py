@@ -35,8 +35,11 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "forbidden"),
     [
-        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy")),
-        (["list"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "transformers", "trl")),
+        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "pluggy", "importlib.metadata")),
+        (
+            ["list"],
+            ("posttrain.data.records", "hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "transformers", "trl"),
+        ),
         (["plan", "recipe=quickstart"], ("torch", "transformers", "trl", "lm_eval", "datasets")),
     ],
 )

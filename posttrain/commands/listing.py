@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import plugins
-from posttrain.config.help import settings
 from posttrain.config.paths import conf_folders, recipe_folders
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.plugins import Host
@@ -93,6 +92,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _print_settings(host: Host, name: str, as_json: bool) -> None:
+    from posttrain.config.help import settings
+
     rows = settings(host.stages[name].config)
     if as_json:
         print(json.dumps({"stage": name, "settings": [vars(row) for row in rows]}, indent=2))
