@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,9 @@ def _sources(setting: str, data: Any, problems: list[Problem]) -> tuple[Source, 
     if not sources and not problems:
         problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
     for source in sources:
-        if not source.weight > 0:
-            problems.append(Problem(where=setting, what=f"weight {source.weight} of {source.path} is not positive"))
+        if not 0 < source.weight < inf:
+            what = f"weight {source.weight} of {source.path} is not positive and finite"
+            problems.append(Problem(where=setting, what=what))
         if source.limit is not None and source.limit < 1:
             problems.append(Problem(where=setting, what=f"limit {source.limit} of {source.path} is not positive"))
     return tuple(sources)

@@ -133,6 +133,7 @@ def test_every_problem_is_reported_at_once(host: Host) -> None:
         (["recipe=quickstart", "sft.gate.against=[bse]"], "must name base, parent or both"),
         (["recipe=quickstart", "sft.data={pth: x}"], "Did you mean path?"),
         (["recipe=quickstart", "sft.data={path: x.jsonl, weight: 0}"], "is not positive"),
+        (["recipe=quickstart", "sft.data={path: x.jsonl, weight: inf}"], "is not positive and finite"),
         (["recipe=quickstart", "sft.data=[]"], "names no source"),
         (["recipe=quickstart", "sft.data=no/such/file.jsonl"], "no such file"),
         (["recipe=quickstart", "model.path=./nowhere"], "nowhere"),

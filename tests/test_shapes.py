@@ -145,6 +145,8 @@ def said(role: Any, content: Any = "x") -> dict[str, Any]:
         ([USER, {**ANSWER, "tool_calls": ["f"]}], "call 1 must be an object"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "call 1 has no name"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "x"}]}], "arguments must be an object, not 'x'"),
+        ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}], "arguments must be an object"),
+        ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "1" * 5000}]}], "arguments must be an object"),
         ([USER], "no assistant turn"),
         ([], r"messages must be a list of messages, not \[\]"),
         ("Hi", "messages must be a list of messages, not 'Hi'"),

@@ -102,6 +102,24 @@ def test_the_first_thousand_records_are_read_unless_all_are_asked_for(
     assert "Only the first" not in every
 
 
+@pytest.mark.parametrize(
+    ("records", "settings", "left_out"),
+    [(2, "weight: 2", False), (5, "weight: 0.5", True), (5, "limit: 3", False), (5, "limit: 4", True)],
+)
+def test_records_that_were_not_read_are_not_told_by_weights_and_limits(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    records: int,
+    settings: str,
+    left_out: bool,
+) -> None:
+    monkeypatch.setattr("posttrain.commands.tokens.COUNTED", 3)
+    (project / "one.jsonl").write_text((json.dumps({"prompt": "1+1", "completion": "2"}) + "\n") * records)
+    text = output(capsys, f"sft.data=[{{path: one.jsonl, {settings}}}]")
+    assert ("Only the first 3 records" in text) is left_out
+
+
 def test_turns_that_are_not_trained_are_not_marked(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "sft.train_on=last").partition("packed row")[0]
     assert text.count("<|assistant|>hello<|end|>") == text.count("<|assistant|>⟦hello<|end|>⟧") == 1

@@ -81,7 +81,7 @@ class Page:
         self.console.print(f"{counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
         for note in counts.notes():
             self.console.print(note)
-        if count is not None and any(portion.records >= count for portion in mixed.portions):
+        if count is not None and any(_goes_on(step.sources, portion, count) for portion in mixed.portions):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 
     def marked(self, ids: Sequence[int], mask: Sequence[bool]) -> Text:
@@ -132,6 +132,12 @@ class Page:
 def _limited(source: Source, count: int | None) -> Source:
     limits = [limit for limit in (source.limit, count) if limit is not None]
     return replace(source, limit=min(limits, default=None))
+
+
+def _goes_on(sources: Sequence[Source], portion: Portion, count: int) -> bool:
+    """Whether a source may hold more than the first ``count`` records, and the recipe would take them."""
+    source = sources[portion.origin.number]
+    return portion.records >= round(count * source.weight) and (source.limit is None or source.limit > count)
 
 
 def _lines(portions: Sequence[Portion]) -> Iterator[tuple[str, ...]]:

@@ -151,10 +151,10 @@ def _new_word(taken: list[str]) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """JSON text as what it says; anything else, and text that is not JSON, as it is."""
+    """JSON text as what it says; anything else, and text that is not JSON or cannot be read, as it is."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, or a number too long or lists too deep for Python to read
         return value
