@@ -56,7 +56,6 @@ class ModelSource:
     """Kinds of the stages that it has been through, in order."""
     quantization: str | None = None
     """``nf4`` when the weights are quantised as they are loaded, because the adapter was trained on them so."""
-
     added_tokens: tuple[str, ...] = ()
     """Special tokens that the weights lack, and are given rows for as they are loaded."""
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,6 @@ def versions() -> dict[str, str]:
 
 
 def _plain_value(value: Any) -> Any:
-    from enum import Enum
-
     if isinstance(value, dict):
         return {key: _plain_value(item) for key, item in value.items()}
     return value.value if isinstance(value, Enum) else value

@@ -196,10 +196,11 @@ def read_records(job: Job) -> Records:
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
-    for name, task in job.step.tasks.items():
-        shared, scored = overlap(job.step.sources, task.data) if task.data else (0, 0)
+    files = {name: task.data for name, task in job.step.tasks.items() if task.data}
+    counts = overlap(job.step.sources, list(files.values()))
+    for (name, file), (shared, scored) in zip(files.items(), counts, strict=True):
         if shared:
-            what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({task.data}) are trained on as well"
+            what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"
             job.display.line(job.name, "data", what)
     return records
 

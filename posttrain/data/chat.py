@@ -158,7 +158,7 @@ class ChatRenderer:
     def _verify(self, said: list[int], span: str, turn: int, where: str) -> None:
         """Refuse ids that do not decode to the trained span."""
         decoded = self._decode(said)
-        if decoded != span and _bare(decoded) != _bare(span):
+        if decoded != span and without_space(decoded) != without_space(span):
             what = f"the mask for turn {turn} cannot be proven: its tokens decode to {decoded!r}, not to {span!r}"
             refuse(where, what, "The tokenizer cannot express the content")
 
@@ -171,6 +171,6 @@ class ChatRenderer:
         return list(encoded["input_ids"])
 
 
-def _bare(text: str) -> str:
+def without_space(text: str) -> str:
     """Text without what tokenizers normalise away: compatibility forms and whitespace."""
     return "".join(unicodedata.normalize("NFKC", text).split())

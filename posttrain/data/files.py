@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from posttrain.errors import BadInput, Problem, nearest
+from posttrain.data.refusal import refuse
+from posttrain.errors import nearest
 
 LONGEST_LINE = 2**26
 """Bytes of a line of JSONL: more is no record, and would only fill the memory."""
@@ -29,9 +30,9 @@ def rows(path: Path) -> Rows:
             found = True
             yield found_row
     except OSError as error:
-        _refuse(str(path), f"cannot be read: {error.strerror or error}")
+        refuse(str(path), f"cannot be read: {error.strerror or error}")
     if not found:
-        _refuse(str(path), "holds no records")
+        refuse(str(path), "holds no records")
 
 
 def local_files(name: str) -> list[Path] | None:
@@ -42,9 +43,9 @@ def local_files(name: str) -> list[Path] | None:
     if path.exists():
         return [_checked_file(path)]
     if path.is_symlink():
-        _refuse(name, "is a link that leads to no file")
+        refuse(name, "is a link that leads to no file")
     if path.suffix in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        _refuse(name, "no such file or directory", _sibling(path))
+        refuse(name, "no such file or directory", _sibling(path))
     return None
 
 
@@ -53,15 +54,15 @@ def _directory(path: Path) -> list[Path]:
     # beside data, a text file is a note about it
     files = [file for file in files if file.suffix != TEXT] or files
     if not files:
-        _refuse(str(path), f"the directory holds no file of {', '.join(READERS)}")
+        refuse(str(path), f"the directory holds no file of {', '.join(READERS)}")
     return [_checked_file(entry) for entry in files]
 
 
 def _checked_file(path: Path) -> Path:
     if not path.is_file():
-        _refuse(str(path), "is not a regular file")
+        refuse(str(path), "is not a regular file")
     if path.suffix not in READERS:
-        _refuse(str(path), f"the ending {path.suffix!r} is not known", f"Known: {', '.join(READERS)}")
+        refuse(str(path), f"the ending {path.suffix!r} is not known", f"Known: {', '.join(READERS)}")
     return path
 
 
@@ -76,7 +77,7 @@ def _jsonl(path: Path) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
             if len(line) > LONGEST_LINE:
-                _refuse(
+                refuse(
                     f"{path}:{number}", f"the line is longer than {LONGEST_LINE:,} bytes", "Put one record on a line"
                 )
             text = _text(line, path, number).strip()
@@ -91,7 +92,7 @@ def _json(path: Path) -> Rows:
         return
     values = _parsed(text, path, 1)
     if not isinstance(values, list):
-        _refuse(str(path), f"holds {_kind(values)}, not an array", "One object per line belongs in a .jsonl file")
+        refuse(str(path), f"holds {_kind(values)}, not an array", "One object per line belongs in a .jsonl file")
     for index, value in enumerate(values):
         where = f"{path}[{index}]"
         yield where, _object(value, where)
@@ -115,7 +116,7 @@ def _parquet(path: Path) -> Rows:
                     yield f"{path}[{index}]", row
                     index += 1
     except pyarrow.ArrowException as error:
-        _refuse(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
+        refuse(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
 
 
 TEXT = ".txt"
@@ -133,7 +134,7 @@ def _text(data: bytes, path: Path, line: int) -> str:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        _refuse(f"{path}:{line}", f"is not UTF-8: byte 0x{data[error.start]:02x}", "Convert the file to UTF-8")
+        refuse(f"{path}:{line}", f"is not UTF-8: byte 0x{data[error.start]:02x}", "Convert the file to UTF-8")
 
 
 def _parsed(text: str, path: Path, line: int) -> Any:
@@ -146,7 +147,7 @@ def _parsed(text: str, path: Path, line: int) -> Any:
     except RecursionError:
         where, why = f"{path}:{line}", "nested too deeply"
     fix = "Each line must be one JSON object; an array belongs in a .json file"
-    _refuse(where, f"is not valid JSON: {why}", fix if path.suffix == ".jsonl" else "")
+    refuse(where, f"is not valid JSON: {why}", fix if path.suffix == ".jsonl" else "")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
@@ -173,14 +174,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_c
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        _refuse(where, f"a record must be an object, not {_kind(value)}")
+        refuse(where, f"a record must be an object, not {_kind(value)}")
     return value
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", type(None): "null", bool: "a boolean"}
     return names.get(type(value), "a number")
-
-
-def _refuse(where: str, what: str, fix: str = "") -> NoReturn:
-    raise BadInput(Problem(where=where, what=what, fix=fix))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from posttrain.data.chat import Rendered
+from posttrain.data.chat import Rendered, without_space
 from posttrain.data.records import Conversation, Document, Message, Text
 
 _TAG = re.compile(r"^<\w+>")
@@ -30,7 +29,7 @@ def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | No
     if rendered.ids[-1] != tokenizer.eos_token_id:
         return "the end-of-sequence token is not trained"
     said = _bare(tokenizer, [token for token in rendered.ids if token not in tokenizer.all_special_ids])
-    return None if said == _without_space(record.text) else "its tokens are not the text"
+    return None if said == without_space(record.text) else "its tokens are not the text"
 
 
 def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, last_only: bool) -> str | None:
@@ -53,7 +52,7 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
         content = answer["content"]
         if not special & set(run[end:]):
             return f"the stop token behind {content!r} is not trained"
-        bare, wanted = _bare(tokenizer, run[:end]), _without_space(content)
+        bare, wanted = _bare(tokenizer, run[:end]), without_space(content)
         begun = _TAG.sub("", wanted, count=1)
         if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
             return f"{content!r} is not trained as a whole"
@@ -68,7 +67,7 @@ def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: 
     context = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if not trained]
     untrained, whole = [_bare(tokenizer, run) for run in context], _bare(tokenizer, rendered.ids)
     for message in messages:
-        said = _without_space(message["content"])
+        said = without_space(message["content"])
         told = message["role"] in ("user", "system") and said and said in whole
         if told and not any(said in text for text in untrained):
             return str(message["content"])
@@ -76,9 +75,4 @@ def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: 
 
 
 def _bare(tokenizer: Any, ids: list[int]) -> str:
-    return _without_space(str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)))
-
-
-def _without_space(text: str) -> str:
-    """Text without what tokenizers normalise away: compatibility forms and whitespace."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
+    return without_space(str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)))

@@ -11,14 +11,16 @@ from posttrain.config.schema import Source
 from posttrain.data.files import local_files, rows
 
 
-def overlap(sources: Sequence[Source], scored: str) -> tuple[int, int]:
-    """How many rows of the file ``scored`` are rows of the sources too, and how many it has.
+def overlap(sources: Sequence[Source], scored: Sequence[str]) -> list[tuple[int, int]]:
+    """Of each file in ``scored``, how many rows are rows of the sources too, and how many it has.
 
     Rows are the same when they hold the same keys and values, null ones left aside. Hub data sets are not looked into.
     """
+    if not scored:
+        return []
     trained = {digest for source in sources for digest in _digests(source.path, source.limit)}
-    digests = list(_digests(scored, None))
-    return sum(digest in trained for digest in digests), len(digests)
+    digests = [list(_digests(name, None)) for name in scored]
+    return [(sum(digest in trained for digest in found), len(found)) for found in digests]
 
 
 def _digests(name: str, limit: int | None) -> Iterator[bytes]:

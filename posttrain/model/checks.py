@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from posttrain.artifact import ModelSource, check_template
 from posttrain.errors import ArtifactDamaged
+from posttrain.model.base import ADAPTER_WEIGHTS
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.artifact import ModelSource, quantization_of
 from posttrain.errors import ArtifactDamaged
-from posttrain.model.checks import ADAPTER_WEIGHTS
+from posttrain.model.base import ADAPTER_WEIGHTS
 from posttrain.model.loading import ADAPTER, added_token_ids, load_model
 from posttrain.model.probe import Probe, difference, logits
 

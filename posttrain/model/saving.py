@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from posttrain.artifact import TEMPLATE, TOKENIZER_CONFIG, ModelSource
-from posttrain.model.base import TOKENIZER_FILES, read_json
+from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES, read_json
 from posttrain.model.loading import ADAPTER, DTYPES, stored_tokenizer
 from posttrain.model.quantisation import save_quantisation
 from posttrain.model.tokens import add_tokens, token_rows
@@ -57,7 +57,7 @@ def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
         tensors |= token_rows(parent.adapter)
         config["trainable_token_indices"] = LoraConfig.from_pretrained(parent.adapter).trainable_token_indices
     with disk_errors(output):
-        save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, default=_as_json)
     (output / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_quantisation(model.get_base_model(), output)

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import BadInput, Problem
+from posttrain.model.base import ADAPTER_WEIGHTS
 
 DELTA = "token_adapter.trainable_tokens_delta"
 PREFIX = "base_model.model."
@@ -55,7 +56,7 @@ def embedding_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 def token_rows(adapter: Path) -> dict[str, torch.Tensor]:
     """The trained rows of added tokens in the adapter of a folder, by the name that the file gives them."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
     return {name: tensor for name, tensor in tensors.items() if name.endswith(DELTA)}
 
 
