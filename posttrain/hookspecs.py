@@ -54,6 +54,7 @@ def register_config() -> Sequence[Path]:  # type: ignore[empty-body]
 
     ``conf/gate/NAME.yaml`` and its like become options of their groups, ``recipes/NAME.yaml`` a recipe. A file
     ``conf/stage/NAME.yaml`` that begins with ``/settings@_here_: NAME`` sets what the stage NAME has by default.
+    One whose name is taken leaves the whole plugin out.
     """
 
 

@@ -23,6 +23,7 @@ import pluggy
 
 from posttrain import activity, hookspecs
 from posttrain.activity import Activity
+from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
 from posttrain.guard import START_SECONDS, Patience, guarded
 from posttrain.process import ProcessState
@@ -37,6 +38,10 @@ ESSENTIAL = tuple(
 SHAPING = ("load_records", "run_stage")
 """Hooks whose implementations decide what is trained."""
 BUILT_IN = "built in"
+RECIPES = "recipes"
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
+"""Words that YAML or the command line reads as a value, so that no stage can be called so."""
 TASK_NAME = re.compile(r"""^task:[ ]*["']?([\w.:-]+)["']?[ ]*(?:#.*)?$""", re.MULTILINE)
 """The line of a task file that names the task; read without a YAML parser, which would slow down every command."""
 CORE_ORIGIN = f"posttrain {__version__}"
@@ -79,6 +84,8 @@ class Host:
     folders: dict[str, list[Path]] = field(default_factory=dict)
     tasks: dict[str, Path] = field(default_factory=dict)
     """The files of the plugins' own lm-eval tasks, by the task's name."""
+    options: dict[str, Path] = field(default_factory=dict)
+    """The files of recipes and of options of conf's groups, such as ``recipes/mine`` and ``gate/mine``."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
     """How long plugins may go without a sign of life."""
@@ -113,7 +120,7 @@ def load(entries: Iterable[EntryPoint] | None = None) -> Host:
     """A fresh host with the essentials and every wanted plugin found among the installed distributions."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    host = Host(manager)
+    host = Host(manager, options=_options(shipped(RECIPES), shipped("conf")))
     for module in ESSENTIAL:
         _register(host, module.removeprefix("posttrain."), BUILT_IN, importlib.import_module(module))
     found = list(entry_points(group=GROUP) if entries is None else entries)
@@ -211,6 +218,9 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
             _check_stage(host, stage)
         if taken := sorted(tasks.keys() & host.tasks.keys()):
             raise PluginFailed(f"the task {taken[0]!r} is already registered: {host.tasks[taken[0]]}")
+        options = {name: path for f in folders for name, path in _options(f / RECIPES, f / "conf").items()}
+        for option, path in options.items():
+            _check_option(host, option, path)
     except Exception as error:
         if host.manager.has_plugin(name):
             host.manager.unregister(name=name)
@@ -220,6 +230,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     host.stages |= {stage.name: stage for stage in stages}
     host.folders[name] = folders
     host.tasks |= tasks
+    host.options |= options
     host.plugins[name] = PluginInfo(
         name=name, origin=origin, state="loaded", stages=tuple(stage.name for stage in stages)
     )
@@ -240,15 +251,21 @@ def _folders(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[P
     folders = _ask(manager, plugin, hook)
     if not all(isinstance(folder, Path) for folder in folders):
         raise PluginFailed(f"{hook} must return paths")
+    if absent := [folder for folder in folders if not folder.is_dir()]:
+        raise PluginFailed(f"{hook} names {absent[0]}, which is no folder")
     return folders
+
+
+def _options(recipes: Path, conf: Path) -> dict[str, Path]:
+    """The recipes in one folder and the options of groups in the other."""
+    found = {f"{RECIPES}/{path.stem}": path for path in recipes.glob("*.yaml")}
+    return found | {f"{path.parent.name}/{path.stem}": path for path in conf.glob("*/*.yaml")}
 
 
 def _task_files(folders: Iterable[Path]) -> dict[str, Path]:
     """The task files of some folders by the names of their tasks; files without one are there to be included."""
     found: dict[str, Path] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise PluginFailed(f"register_eval_tasks names {folder}, which is no folder")
         for path in sorted(folder.glob("*.yaml")):
             if name := TASK_NAME.search(path.read_text(encoding="utf-8")):
                 if name[1] in found:
@@ -272,9 +289,25 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
                 raise PluginFailed(f"unknown hook {caller.name!r}")
 
 
+def _check_option(host: Host, option: str, path: Path) -> None:
+    """Refuse a file that would never be read, because another one of its name is found first."""
+    group, _, name = option.partition("/")
+    if option in host.options:
+        raise PluginFailed(f"{path}: the name {name!r} is taken by {host.options[option]}")
+    if group == "stage" and name in host.stages:
+        raise PluginFailed(f"{path}: the stage {name!r} is that of {host.origin(name)}")
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether a stage can be called so: recipes and the command line name it without quotes."""
+    return STAGE_NAME.fullmatch(name) is not None and name not in CONSTANTS
+
+
 def _check_stage(host: Host, stage: object) -> None:
     if not isinstance(stage, Stage):
         raise PluginFailed(f"register_stages must return Stage objects, not {type(stage).__name__}")
+    if not is_stage_name(stage.name):
+        raise PluginFailed(f"{stage.name!r} cannot be the name of a stage: lower-case letters, digits and _")
     if stage.name in host.stages:
         raise PluginFailed(f"the stage {stage.name!r} is already registered by {host.origin(stage.name)}")
     if not (isinstance(stage.config, type) and issubclass(stage.config, StageConfig)):

@@ -143,6 +143,12 @@ def test_two_plugins_that_end_the_process_are_both_left_out(tmp_path: Path, monk
     assert [found[name]["state"] for name in ("bad", "worse", "preference")] == ["failed", "failed", "loaded"]
 
 
+def test_a_stage_that_is_called_as_a_list_is_hides_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = STAGE.format(action="").replace('name="bad"', 'name="plugins"')
+    install(tmp_path / "site", monkeypatch, "odd", {"odd_plugin.py": text})
+    assert listed()["odd"]["stages"] == ["plugins"]
+
+
 def test_recipes_that_need_it_not_are_planned_and_the_one_that_does_ends_with_6(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,9 @@ def test_installed_it_passes_its_own_tests(written: Path, site: Path) -> None:
         ("My-Stage", "Try my_stage."),
         ("2fast", "Try fast."),
         ("class", "cannot be the name of a stage"),
+        ("null", "cannot be the name of a stage"),
+        ("True", "cannot be the name of a stage"),
+        ("nan", "cannot be the name of a stage"),
         ("../escape", "Try escape."),
         ("ünïcode", "cannot be the name of a stage"),
         ("a" * 41, f"Try {'a' * 40}."),
@@ -99,6 +102,9 @@ def test_installed_it_passes_its_own_tests(written: Path, site: Path) -> None:
         ("dpo", "is taken: it is a stage of preference"),
         ("preference", "is taken: it is a plugin"),
         ("model", "is taken: it is a key of every recipe"),
+        ("plugins", "is taken: it is what posttrain list plugins shows"),
+        ("none", "conf/gate/none.yaml"),
+        ("smollm2_sft_dpo", "recipes/smollm2_sft_dpo.yaml"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,8 @@ def bad_plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[EntryPoint, 
             "must be 'base' or 'sft'",
         ),
         "records": (entry("records", monkeypatch, register_stages=registering(stage(records="x"))), "asks for 'x'"),
+        "name": (entry("name", monkeypatch, register_stages=registering(stage("null"))), "'null' cannot be the name"),
+        "words": (entry("words", monkeypatch, register_stages=registering(stage("two words"))), "cannot be the name"),
         "run": (entry("run", monkeypatch, register_stages=registering(stage(run="x"))), "package.module:function"),
     }
 
@@ -182,3 +184,34 @@ def test_a_task_is_registered_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     reasons = [info.reason for info in plugins.load([twice, absent]).failures()]
     assert "three, which is no folder" in reasons[0]
     assert "both define the task 'polite'" in reasons[1]
+
+
+def bringing_files(*folders: Path) -> Any:
+    @hookimpl
+    def register_config() -> Any:
+        return list(folders)
+
+    return register_config
+
+
+@pytest.mark.parametrize("file", ["recipes/quickstart.yaml", "conf/gate/none.yaml", "conf/stage/sft.yaml"])
+def test_a_file_that_another_of_its_name_would_hide_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+) -> None:
+    for name in (file, "recipes/fine.yaml", "conf/gate/fine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    bad = entry("bad", monkeypatch, register_config=bringing_files(tmp_path))
+    host = plugins.load([bad])
+    assert host.plugins["bad"].reason.startswith(f"{tmp_path / file}: the ")
+    assert "bad" not in host.folders
+    (tmp_path / file).unlink()
+    again = entry("again", monkeypatch, register_config=bringing_files(tmp_path))
+    host = plugins.load([bad, again])
+    assert host.options["recipes/fine"] == tmp_path / "recipes/fine.yaml"
+    assert [info.state for info in host.plugins.values()][-2:] == ["loaded", "failed"]  # again, bad: by their names
+
+
+def test_a_folder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    host = plugins.load([entry("bad", monkeypatch, register_config=bringing_files(tmp_path / "absent"))])
+    assert host.plugins["bad"].reason == f"register_config names {tmp_path / 'absent'}, which is no folder"

@@ -21,7 +21,7 @@ def list_command(words: list[str]) -> int:
     as_json = "--json" in words
     names = [word for word in words if word != "--json"]
     host = plugins.load()
-    if len(names) == 1 and names[0] in host.stages:
+    if len(names) == 1 and names[0] in host.stages and names[0] not in SECTIONS:
         _print_settings(host, names[0], as_json)
         return 0
     unknown = [name for name in names if name not in SECTIONS]

@@ -15,7 +15,8 @@ from posttrain.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates" / "plugin"
 SUFFIX = ".j2"
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+LONGEST = 40
+"""Letters of a name."""
 NEXT = """\
 {folder} holds the distribution {distribution}.
 
@@ -43,26 +44,36 @@ def new_plugin_command(words: list[str]) -> int:
 
 
 def _bad_name(name: str) -> Problem | None:
-    if NAME.fullmatch(name) and not keyword.iskeyword(name):
+    if _can_be_a_name(name):
         return None
     what = f"{name!r} cannot be the name of a stage: it becomes part of a Python package and of settings"
-    mended = re.sub(r"\W+|_+", "_", name.lower(), flags=re.ASCII).strip("_0123456789")[:40]
-    fix = f"Try {mended}. " if NAME.fullmatch(mended) and not keyword.iskeyword(mended) else ""
+    mended = re.sub(r"\W+|_+", "_", name.lower(), flags=re.ASCII).strip("_0123456789")[:LONGEST]
+    fix = f"Try {mended}. " if _can_be_a_name(mended) else ""
     return Problem(where="new-plugin", what=what, fix=f"{fix}Lower-case letters, digits and _, a letter first")
 
 
+def _can_be_a_name(name: str) -> bool:
+    return len(name) <= LONGEST and plugins.is_stage_name(name) and not keyword.iskeyword(name)
+
+
 def _taken(name: str) -> Problem | None:
-    """A stage, plugin, key of recipes or package that has the name already."""
+    """A stage, plugin, recipe, gate, list, key of recipes or package that has the name already."""
+    from posttrain.commands.listing import SECTIONS
     from posttrain.config.explain import ROOT
 
     host = plugins.load()
     taken = None
+    options = [host.options[option] for option in (f"recipes/{name}", f"gate/{name}") if option in host.options]
     if name in host.stages:
         taken = f"a stage of {host.origin(name)}"
     elif name in host.plugins:
         taken = f"a plugin ({host.plugins[name].origin})"
     elif name in ROOT:
         taken = "a key of every recipe"
+    elif name in SECTIONS:
+        taken = f"what posttrain list {name} shows"
+    elif options:
+        taken = str(options[0])
     elif find_spec(f"posttrain_{name}") is not None:
         taken = f"the package posttrain_{name}"
     if taken is None:
