@@ -1,4 +1,4 @@
-"""Which plugin this process is busy with, in memory that the process which watches over it can read.
+"""Which plugin and run this process is busy with, in memory that the process which watches over it can read.
 
 Written by whoever calls into a plugin; read by ``supervisor``. In a process that is not supervised nothing is written.
 """
@@ -11,9 +11,10 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-SIZE = 4096
-"""Bytes of the shared record."""
+SIZE = 1 << 15
+"""Bytes of the shared record: a path may have 4,096 bytes, each of them six characters in JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,18 @@ class Activity:
         return f"plugin {self.plugin} ({self.origin}) in {self.call}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a process said about itself last."""
+
+    code: int | None = None
+    """The exit code that it ends with."""
+    activity: Activity | None = None
+    """The plugin that it is busy with."""
+    run: Path | None = None
+    """The directory of the run that it writes."""
+
+
 class Record:
     """What a process tells about itself, in memory shared with its parent."""
 
@@ -44,6 +57,7 @@ class Record:
         self._calls: list[Activity] = []
         self._signs = 0
         self._code: int | None = None
+        self._run: Path | None = None
 
     def push(self, activity: Activity) -> None:
         """A call into a plugin begins."""
@@ -53,6 +67,11 @@ class Record:
     def pop(self) -> None:
         """The innermost call is over."""
         self._calls.pop()
+        self.write()
+
+    def write_run(self, directory: Path | None) -> None:
+        """This is the run that is written from here on, or none."""
+        self._run = directory
         self.write()
 
     def finish(self, code: int) -> None:
@@ -66,7 +85,8 @@ class Record:
             return
         self._signs += 1
         current = asdict(self._calls[-1]) if self._calls else None
-        text = json.dumps({"signs": self._signs, "code": self._code, "current": current}).encode()
+        run = None if self._run is None else str(self._run)
+        text = json.dumps({"signs": self._signs, "code": self._code, "current": current, "run": run}).encode()
         self._memory[:SIZE] = text[:SIZE].ljust(SIZE, b"\0")
 
 
@@ -93,6 +113,16 @@ def calling(activity: Activity) -> Iterator[None]:
         _record.pop()
 
 
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[None]:
+    """This process is the writer of the run in ``directory``, for as long as the context lasts."""
+    _record.write_run(directory.absolute())
+    try:
+        yield
+    finally:
+        _record.write_run(None)
+
+
 def sign_of_life() -> None:
     """Something was reported: whatever runs is not hanging."""
     _record.write()
@@ -103,10 +133,14 @@ def finish(code: int) -> None:
     _record.finish(code)
 
 
-def read(content: bytes) -> tuple[int | None, Activity | None]:
-    """Exit code and current call in a record's bytes; neither when it was torn by the end of the process."""
+def read(content: bytes) -> Told:
+    """What a record's bytes say; nothing when they were torn by the end of the process."""
     try:
         state = json.loads(content.rstrip(b"\0"))
     except ValueError:
-        return None, None
-    return state["code"], Activity(**state["current"]) if state["current"] else None
+        return Told()
+    return Told(
+        code=state["code"],
+        activity=Activity(**state["current"]) if state["current"] else None,
+        run=Path(state["run"]) if state["run"] else None,
+    )

@@ -15,6 +15,7 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
+from posttrain import activity
 from posttrain.artifact import replace_text
 from posttrain.errors import Problem, RunLocked
 from posttrain.plan import Plan
@@ -99,7 +100,22 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
         replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved))))
         run = RunDirectory(path, _state(path, plan))
         run.save()
-        yield run
+        with activity.running(path):
+            yield run
+
+
+def end(path: Path, state: str) -> None:
+    """Write down how the run in ``path`` ended, in place of a writer that died before it could.
+
+    Raises RunLocked when another process goes on with it; OSError, ValueError or TypeError when run.json cannot be read
+    or written.
+    """
+    with (path / ".lock").open("a+") as lock:
+        _lock(lock, path)
+        run = RunDirectory(path, read_state(path))
+        if run.state.state == "running":
+            run.state.end(state)
+            run.save()
 
 
 def read_state(path: Path) -> RunState:
@@ -111,6 +127,7 @@ def read_state(path: Path) -> RunState:
 def _state(path: Path, plan: Plan) -> RunState:
     """The state of a run that begins or goes on: stages that it has been through keep theirs."""
     former = read_state(path) if (path / "run.json").exists() else RunState(recipe=plan.recipe, started=_now())
+    former.end("interrupted")  # its writer, if there was one, is gone
     known = {stage.name: stage for stage in former.stages}
     stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]
     return RunState(recipe=plan.recipe, command=["posttrain", *plan.words], started=former.started, stages=stages)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from posttrain import activity
-from posttrain.activity import SIZE, Activity
-from posttrain.errors import Interrupted, PluginFailed, PosttrainError, explain
+from posttrain.activity import SIZE, Activity, Told
+from posttrain.errors import Interrupted, PluginFailed, PosttrainError, RunLocked, explain
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 TICK = 0.5
@@ -45,11 +45,12 @@ def supervised(work: Callable[[], int]) -> int:
             break
         watch = Watch(child, memory)
         status = watch.until_it_ends()
-        code, current = watch.told()
-        if code is not None:
-            _end(code)
+        told = watch.told()
+        if told.code is not None:
+            _end(told.code)
+        current = told.activity
         if current is None or not current.starting or current.plugin in lost:
-            _end(explain(_reason(watch, status, current)))
+            _end(_explained(_reason(watch, status, current), told))
         lost[current.plugin] = f"{watch.fate(status)} in {current.call}"
     return _signed_off(work)
 
@@ -100,8 +101,8 @@ class Watch:
             self._look(min(now - before, 2 * TICK))
             before = now
 
-    def told(self) -> tuple[int | None, Activity | None]:
-        """The exit code that the child said it ends with, and the plugin that it was busy with."""
+    def told(self) -> Told:
+        """What the child said last: an exit code, the plugin and the run that it is busy with."""
         return activity.read(self.memory[:SIZE])
 
     def fate(self, status: int) -> str:
@@ -123,10 +124,10 @@ class Watch:
         seen = self.memory[:SIZE]
         self.quiet = self.quiet + seconds if seen == self._seen else 0.0
         self._seen = seen
-        code, current = activity.read(seen)
-        limit = ENDING if code is not None else current.seconds if current is not None else None
+        told = activity.read(seen)
+        limit = ENDING if told.code is not None else told.activity.seconds if told.activity is not None else None
         if limit is not None and self.quiet > limit:
-            self.hanging = code is None
+            self.hanging = told.code is None
             os.kill(self.child, signal.SIGKILL)
 
 
@@ -151,6 +152,20 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _explained(error: PosttrainError, told: Told) -> int:
+    """Print why the child died, and write it into its run, which it could not do itself; returns the exit code."""
+    code = explain(error)
+    if told.run is not None:
+        from posttrain.runs import end
+
+        try:
+            with contextlib.suppress(RunLocked):  # somebody goes on with it already
+                end(told.run, "interrupted" if isinstance(error, Interrupted) else "failed")
+        except (OSError, ValueError, TypeError) as fault:
+            print(f"the end of the run could not be written down: {fault}", file=sys.stderr)
+    return code
 
 
 def _reason(watch: Watch, status: int, current: Activity | None) -> PosttrainError:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from fakes import Script, only_run, run_json, run_recipe, write_project
+from fakes import Script, only_run, run_json, run_recipe, states, write_project
 from installed import install
 
 from posttrain import hookspecs, plugins
@@ -355,7 +355,11 @@ def test_a_stage_that_misbehaves_is_named_and_publishes_nothing(
 
 @pytest.mark.parametrize(
     ("action", "says"),
-    [("os._exit(0)", "ended the process with exit code 0"), ("time.sleep(600)", "hung and had to be ended after 3 s")],
+    [
+        ("os._exit(0)", "ended the process with exit code 0"),
+        ("os.kill(os.getpid(), 9)", "took the process down: SIGKILL. The system does this when memory runs out"),
+        ("time.sleep(600)", "hung and had to be ended after 3 s"),
+    ],
 )
 def test_a_stage_that_ends_the_process_is_named_and_its_parent_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, says: str
@@ -368,5 +372,7 @@ def test_a_stage_that_ends_the_process_is_named_and_its_parent_stays(
     assert says in result.stderr
     assert not list(tmp_path.rglob("runs/*/stages/bad/artifact"))
     verify(project.folder / "sft")
+    assert (run_json()["state"], states()) == ("failed", {"bad": "failed"})
     result = command("report")
     assert result.returncode == 0, result.stderr
+    assert "conformance: failed" in result.stdout

@@ -218,6 +218,21 @@ def test_a_second_writer_is_refused_and_told_who_holds_the_run() -> None:
             run_recipe(Script())
 
 
+def test_what_was_running_when_the_writer_was_killed_is_interrupted_until_its_turn() -> None:
+    killed, script = Script(), Script()
+    killed.during_evaluation = lambda request: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(killed)
+    state = run_json()
+    state["state"] = state["stages"][1]["state"] = "running"  # as the death of the machine leaves it
+    (only_run() / "run.json").write_text(json.dumps(state))
+    seen: list[dict[str, str]] = []
+    script.during_evaluation = lambda request: seen.append(states())
+    run_recipe(script)
+    assert [found["dpo"] for found in seen] == ["interrupted", "trained"]
+    assert states() == {"sft": "promoted", "dpo": "promoted"}
+
+
 def test_a_full_disk_while_publishing_loses_nothing() -> None:
     script = Script()
 

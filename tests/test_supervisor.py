@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from posttrain import activity
-from posttrain.activity import Activity
+from posttrain.activity import Activity, Told
+from posttrain.runs import read_state
 
 HEAD = """\
 import atexit, os, signal, sys, time
@@ -163,4 +164,55 @@ def test_time_in_which_all_of_it_was_stopped_does_not_count() -> None:
 def test_a_process_without_a_supervisor_tells_nobody_and_a_torn_record_says_nothing() -> None:
     with activity.calling(Activity(plugin="any", origin="any 1", call="run", seconds=None)):
         activity.sign_of_life()
-    assert activity.read(b'{"signs": 3, "co') == (None, None)
+    assert activity.read(b'{"signs": 3, "co') == Told()
+
+
+WRITES = """\
+from pathlib import Path
+from posttrain.runs import RunDirectory, RunState, StageState
+
+def work():
+    path = Path(sys.argv[1])
+    path.mkdir()
+    stages = [StageState(name="sft", kind="sft", state="promoted"), StageState(name="dpo", kind="dpo", state="running")]
+    run = RunDirectory(path, RunState(recipe="any", stages=stages))
+    run.save()
+    with activity.running(path):
+        {within}
+    {after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("within", "after", "states"),
+    [
+        ("os._exit(7)", "", ("failed", "promoted", "failed")),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "", ("failed", "promoted", "failed")),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)", "", ("interrupted", "promoted", "interrupted")),
+        ("run.state.end('done'); run.save(); os._exit(7)", "", ("done", "promoted", "done")),
+        ("run.path.joinpath('run.json').write_text('torn'); os._exit(7)", "", None),
+        ("pass", "os._exit(7)", ("running", "promoted", "running")),  # it is not this run that the process died in
+    ],
+)
+def test_the_end_of_a_run_is_written_down_for_a_process_that_died(
+    tmp_path: Path, within: str, after: str, states: tuple[str, ...] | None
+) -> None:
+    path = tmp_path / "a run called “ä”"
+    body = WRITES.format(within=within, after=after)
+    result = subprocess.run([*script(body), str(path)], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == (75 if "SIGTERM" in within else 1)
+    assert "Traceback" not in result.stderr
+    if states is None:
+        assert "the end of the run could not be written down" in result.stderr
+        return
+    state = read_state(path)
+    assert (state.state, *(stage.state for stage in state.stages)) == states
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_to_it(tmp_path: Path) -> None:
+    holder = "import fcntl; lock = open(path / '.lock', 'a'); fcntl.flock(lock, fcntl.LOCK_EX)"
+    within = f"{holder}; os.fork() or (os.close(1), os.close(2), time.sleep(3), os._exit(0)); os._exit(7)"
+    body = WRITES.format(within=within, after="")
+    result = subprocess.run([*script(body), str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert read_state(tmp_path / "run").state == "running"
