@@ -100,6 +100,13 @@ def test_what_is_right(match: str, answer: Any, yes: list[str], no: list[str]) -
     assert [right(doc, [text]) for text in no] == [{"right": 0.0}] * len(no)
 
 
+@pytest.mark.parametrize("answer", [0, 1, 1.0, -2, "1,000", [0, 1]])
+def test_every_number_is_an_answer(answer: Any) -> None:
+    """0 and 1 too, which Python takes for equal to False and True."""
+    ((_, target),) = asked("own_questions", write("q.jsonl", {"question": "a", "answer": answer, "match": "numeric"}))
+    assert json.loads(target) == (answer if isinstance(answer, list) else [answer])
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False), st.text(alphabet="abc .:=\n"))
 def test_a_number_is_found_wherever_it_stands(number: float, before: str) -> None:
     doc = {"match": "numeric", "answer": json.dumps([number])}
@@ -124,6 +131,8 @@ def test_no_text_breaks_a_match(text: str, match: str) -> None:
         ({"question": "a", "answer": "(", "match": "regex"}, r"'\(' is no answer"),
         ({"question": "a", "answer": "many", "match": "numeric"}, "'many' is no answer"),
         ({"question": "a", "answer": True, "match": "numeric"}, "True is no answer"),
+        ({"question": "a", "answer": "inf", "match": "numeric"}, "'inf' is no answer"),
+        ({"question": "a", "answer": False}, "False is no answer"),
         ({"question": "a", "answer": 3}, "3 is no answer that match: exact can look for"),
         ({"question": "a", "answer": []}, "has no answer"),
         ({"messages": CHAT[:3], "answer": "b"}, "does not end with a question"),

@@ -6,6 +6,7 @@ A document holds its prompt as the JSON of a list of messages, because the colum
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -99,8 +100,7 @@ def _answer(row: Mapping[str, Any], match: str, where: str) -> str:
     answer = row["answer"]
     options = answer if isinstance(answer, list) and match != "json" else [answer]
     for option in options if match != "json" else []:
-        sound = isinstance(option, str if match != "numeric" else str | int | float) and option not in ("", True, False)
-        if not sound or not _usable(option, match):
+        if not _usable(option, match):
             raise BadInput(Problem(where=where, what=f"{option!r} is no answer that match: {match} can look for"))
     if not options:
         raise BadInput(Problem(where=where, what="has no answer", fix="Give what a right answer is"))
@@ -108,11 +108,15 @@ def _answer(row: Mapping[str, Any], match: str, where: str) -> str:
 
 
 def _usable(option: Any, match: str) -> bool:
+    if match == "numeric" and isinstance(option, int | float) and not isinstance(option, bool):
+        return True
+    if not isinstance(option, str) or not option:
+        return False
     try:
         if match == "regex":
             re.compile(option)
         elif match == "numeric":
-            float(str(option).replace(",", ""))
+            return math.isfinite(float(option.replace(",", "")))
     except (ValueError, re.error):
         return False
     return True
