@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from fakes import Script, only_run, run_recipe, write_project
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from test_compose import GIVEN, RECIPES
 
 from posttrain import report
@@ -124,9 +126,9 @@ def write(path: str, count: int) -> str:
     return path
 
 
-def test_lines_are_counted_with_limits_and_weights() -> None:
+def test_records_are_counted_with_limits_and_weights() -> None:
     path = write("a.jsonl", 30)
-    Path("b.json").write_text("[]")
+    Path("b.json").write_text('{"not": "an array"}')
     assert count_records([Source(path=path)]) == 30
     assert count_records([Source(path=path, limit=20)]) == 20
     assert count_records([Source(path=path, limit=99, weight=2), Source(path=path, weight=0.5)]) == 75
@@ -134,6 +136,20 @@ def test_lines_are_counted_with_limits_and_weights() -> None:
     assert count_records([Source(path="b.json", limit=7)]) == 7
     assert count_records([Source(path="owner/name", limit=100)]) == 100
     assert count_records([Source(path=path), Source(path="owner/name")]) is None
+
+
+def test_records_of_arrays_and_of_tables_are_counted() -> None:
+    found = [{"prompt": str(number), "completion": "b"} for number in range(12)]
+    Path("a.json").write_text(json.dumps(found, indent=1))
+    parquet.write_table(pyarrow.Table.from_pylist(found), "a.parquet")
+    assert count_records([Source(path="a.json")]) == count_records([Source(path="a.parquet")]) == 12
+    assert count_records([Source(path="a.json"), Source(path=write("a.jsonl", 30))]) == 42
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.txt"])
+def test_what_holds_no_records_is_not_counted(name: str) -> None:
+    Path(name).write_text("[1, 2")
+    assert count_records([Source(path=name)]) is None
 
 
 # --- Where it is shown ------------------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 from gates import GUARD, LIFT
+from pyarrow import parquet
 
 from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.gate import plugin
 from posttrain.gate.outlook import Outlook, outlooks
-from posttrain.gate.power import paired_power
+from posttrain.gate.power import paired_documents, paired_power
 
 TASK = """\
 task: quiz
@@ -52,6 +55,7 @@ def test_documents_that_only_loading_tells_are_not_guessed(quiz: Path, settings:
     quiz.write_text("\n".join(lines) + "\n" + settings)
     assert outlook(quiz).documents is None
     assert outlook(quiz).chances == ()
+    assert outlook(quiz).needed == paired_documents(0.1, 0.05, 0.0, 0.95)
     assert outlook(quiz, replace(LIFT, limit=40)).documents == 40
 
 
@@ -60,6 +64,24 @@ def test_chances_are_the_power_of_the_test(quiz: Path) -> None:
     guard = replace(GUARD, max_drop=0.03)
     assert outlook(quiz, guard).chances == tuple(paired_power(300, share, 0.0, -0.03, 0.95) for share in (0.1, 0.2))
     assert outlook(quiz, replace(LIFT, min_lift=0.5)).chances[0] == paired_power(300, 0.1, 0.55, 0.5, 0.95)
+
+
+@pytest.mark.parametrize("data", ["own.jsonl", "own.json", "own.parquet"])
+def test_own_questions_have_chances_whatever_file_they_are_in(data: str) -> None:
+    questions = [{"question": str(number), "answer": "a"} for number in range(90)]
+    Path("own.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    Path("own.json").write_text(json.dumps(questions))
+    parquet.write_table(pyarrow.Table.from_pylist(questions), "own.parquet")
+    (folder,) = plugin.register_eval_tasks()
+    found = outlook(folder / "own_questions.yaml", GateTask(role=Role.lift, metric="right", data=data))
+    assert found.documents == 90
+    assert found.chances == tuple(paired_power(90, share, 0.05, 0.0, 0.95) for share in (0.1, 0.2))
+
+
+def test_files_that_only_lm_eval_can_read_are_not_counted(quiz: Path) -> None:
+    quiz.write_text(quiz.read_text().replace("questions.jsonl", "questions.csv"))
+    (quiz.parent / "questions.csv").write_text("a,b\n1,2\n")
+    assert outlook(quiz).documents is None
 
 
 def test_several_lifts_have_the_chances_that_holms_correction_leaves(quiz: Path) -> None:

@@ -132,7 +132,8 @@ def _demand(gate: GateConfig, task: GateTask) -> str:
 def _power(outlook: Outlook) -> str:
     if not outlook.chances:
         unknown = "the spread of its scores" if outlook.documents else "the number of its documents"
-        return f"power unknown, as {unknown} is"
+        enough = f"; about {outlook.needed:,} documents would do" if outlook.needed else ""
+        return f"power unknown, as {unknown} is{enough}"
     return f"{_supposed(outlook)} passes with {' or '.join(f'{chance:.0%}' for chance in outlook.chances)}"
 
 

@@ -1,7 +1,7 @@
 """What a gate can be expected to decide, told before anything is loaded, so that a hopeless one costs no training.
 
 Assumes scores that are right or wrong, of which a share of 10 % or 20 % differs between two systems, as between a model
-and its fine-tuning. Light: reads task files and counts lines.
+and its fine-tuning. Light: reads task files and counts documents.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.schema import Role, Source
-from posttrain.data.counting import count_records
+from posttrain.config.schema import Role
+from posttrain.data.counting import count_in_file
 from posttrain.gate.catalogue import EVALUATED, is_path, read_task_file, registered
 from posttrain.gate.power import POWER, paired_documents, paired_power
 from posttrain.gate.statistics import normal_quantile
@@ -32,7 +32,7 @@ RIGHT_OR_WRONG = {
     "acc", "acc_norm", "acc_bytes", "exact_match", "em", "pass@1", "pass_at_1", "prompt_level_strict_acc",
     "prompt_level_loose_acc",
 }  # fmt: skip
-"""Metrics of lm-eval whose scores are 0 or 1."""
+"""Metrics of lm-eval whose scores are 0 or 1; a task's file names its own under ``metadata``, as ``right_or_wrong``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,19 @@ def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook
     settings = _settings(name, task)
     total = _total(task, settings)
     documents = task.limit if total is None else min(total, task.limit or total)
-    if not documents or task.metric not in RIGHT_OR_WRONG:
-        return Outlook(name=name, role=task.role, documents=documents)
+    unknown = Outlook(name=name, role=task.role, documents=documents)
+    if task.metric not in _right_or_wrong(settings):
+        return unknown
     if task.role is Role.limit:
-        return _limit(name, task, documents, gate.confidence, higher_is_better=_direction(task, settings))
+        higher = _direction(task, settings)
+        return _limit(name, task, documents, gate.confidence, higher_is_better=higher) if documents else unknown
     confidence, effect, threshold = _asked(gate, task, lifts)
+    chances = [paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES if documents]
     return Outlook(
         name=name,
         role=task.role,
         documents=documents,
-        chances=tuple(paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES),
+        chances=tuple(chances),
         needed=paired_documents(DISCORDANCES[0], effect, threshold, confidence) if effect > threshold else 0,
     )
 
@@ -126,18 +129,26 @@ def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
     if settings.get("process_docs") is not None:
         return None
     if task.data is not None:
-        return _lines([task.data])
+        return _counted([task.data])
     split = next((settings[key] for key in EVALUATED if settings.get(key)), None)
     files = (settings.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, Mapping):
         files = files.get(split)
-    return _lines([files] if isinstance(files, str) else files or [])
+    return _counted([files] if isinstance(files, str) else files or [])
 
 
-def _lines(files: Sequence[str]) -> int | None:
-    if not files or not all(Path(file).expanduser().is_file() for file in files):
-        return None
-    return count_records([Source(path=file) for file in files])
+def _counted(files: Sequence[str]) -> int | None:
+    paths = [Path(file).expanduser() for file in files]
+    counts = [count_in_file(path) if path.is_file() else None for path in paths]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
+
+
+def _right_or_wrong(settings: Mapping[str, Any]) -> set[str]:
+    """The metrics whose scores are known to be 0 or 1."""
+    metadata = settings.get("metadata")
+    own = metadata.get("right_or_wrong") if isinstance(metadata, Mapping) else None
+    return RIGHT_OR_WRONG | set(own if isinstance(own, list) else [])
 
 
 def _direction(task: GateTask, settings: Mapping[str, Any]) -> bool:
