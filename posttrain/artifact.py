@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -244,8 +245,8 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old text or the new, never a part."""
-    draft = path.with_name(f".{path.name}.tmp")
+    """Replace a text file in one step: a reader sees the old text or the new, and several may write."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_synced(draft, text)
         draft.replace(path)

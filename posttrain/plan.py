@@ -274,10 +274,9 @@ def _with_file(name: str, task: GateTask, host: Host) -> GateTask:
 def _conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
     """``value`` as the dataclass ``kind``, every wrong key and type added to ``problems``."""
     schema = OmegaConf.structured(kind)
+    known = [str(key) for key in schema]
     if not isinstance(value, Mapping):
-        problems.append(
-            Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(schema)}")
-        )
+        problems.append(Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(known)}"))
         return None
     sound = True
     for key, item in value.items():
@@ -285,11 +284,11 @@ def _conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any
             schema = OmegaConf.merge(schema, {key: item})
         except OmegaConfBaseException as error:
             sound = False
-            unknown = str(key) not in schema
+            unknown = str(key) not in known
             what = f"unknown key {key!r}" if unknown else str(error).splitlines()[0]
-            fix = suggest(str(key), [str(k) for k in schema]) if unknown else ""
+            fix = suggest(str(key), known) if unknown else ""
             problems.append(Problem(where=f"{where}.{key}", what=what, fix=fix))
-    for key in sorted(OmegaConf.missing_keys(schema)):
+    for key in sorted(OmegaConf.missing_keys(schema) - set(map(str, value))):
         sound = False
         problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {key}"))
     return OmegaConf.to_object(schema) if sound else None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,20 @@ def test_replacing_a_text_is_all_or_nothing(tmp_path: Path) -> None:
         assert path.read_text() in ("old", "new")
         assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
         replace_text(path, "old")
+
+
+def test_several_may_replace_a_text_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    texts = [letter * 10_000 for letter in "abcdef"]
+
+    def replace_often(text: str) -> None:
+        for _ in range(20):
+            replace_text(path, text)
+            assert path.read_text() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(replace_often, texts))
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.jsonl"]
 
 
 def test_digest_is_that_of_sorted_json() -> None:

@@ -185,6 +185,8 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(
         ("good", ["adaptr=x"], "Did you mean adapter?"),
         ("good", ["gate.tasks.quiz.metric=ac"], "Did you mean acc?"),
         ("good", ["gate.tasks.quiz.limits=3"], "unknown key"),
+        ("good", ["gate.tasks.quizz.limit=3"], "Did you mean gate.tasks.quiz?"),
+        ("good", ["modle.path=x"], "Did you mean model?"),
         ("good", ["nonsense"], "is not key=value"),
         ("good", ["--config-dir", "nowhere"], "there is no directory nowhere"),
     ],
@@ -200,6 +202,29 @@ def test_bad_input_says_what_to_do(
     assert gate(name, *settings) == 2
     assert complaint in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_a_wrong_value_of_a_setting_is_one_problem(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate("good", "gate.tasks.quiz.role=lfit") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: gate.tasks.quiz.role: Invalid value 'lfit', expected one of [lift,")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"tasks: [\n", "gate/mine.yaml:2: is not sound YAML"),
+        (b"\xff\xfe", "gate=mine: is not sound YAML"),
+        (b"tasks: 3\n", "gate.tasks: Cannot assign int"),
+    ],
+)
+def test_a_gate_that_cannot_be_read_is_one_problem(
+    gate: Gate, content: bytes, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own/gate").mkdir(parents=True)
+    Path("own/gate/mine.yaml").write_bytes(content)
+    assert gate("good", "gate=mine", "--config-dir", "own") == 2
+    assert capsys.readouterr().err.count(complaint) == 1
 
 
 # --- Baselines --------------------------------------------------------------------------------------------------------

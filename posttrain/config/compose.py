@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -50,12 +51,13 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
             try:
                 config = hydra.compose(PRIMARY[choice], remaining, return_hydra_config=True)
                 break
-            except (HydraException, OSError) as error:
+            except (HydraException, OSError, yaml.YAMLError, UnicodeDecodeError) as error:
                 fault = explain.fault(error, remaining, host)
                 if fault.instead is not None:
                     remaining[remaining.index(str(fault.override))] = fault.instead
                     continue
-                problems.append(fault.problem)
+                if fault.problem not in problems:
+                    problems.append(fault.problem)
                 if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
                     raise BadInput(problems) from None
     recipe = str(config.hydra.runtime.choices.get(choice))

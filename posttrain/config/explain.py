@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -41,7 +42,9 @@ class Fault:
 def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     """What ``error``, raised while composing, means."""
     if isinstance(error, OverrideParseException):
-        return Fault(problem=_unreadable(str(error.override), str(error.message)), override=error.override)
+        return Fault(problem=_unreadable_word(str(error.override), str(error.message)), override=error.override)
+    if isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
+        return Fault(problem=_unreadable_file(error, overrides), fatal=True)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides, host)
     reason = error.__cause__ or error.__context__
@@ -56,7 +59,7 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     return Fault(problem=_composition_problem(str(error), host), fatal=True)
 
 
-def _unreadable(word: str, message: str) -> Problem:
+def _unreadable_word(word: str, message: str) -> Problem:
     """A word that Hydra cannot take for an override: a flag, a word without a value, or one to be quoted."""
     if word.startswith("-"):
         close = nearest(word, FLAGS)
@@ -65,6 +68,14 @@ def _unreadable(word: str, message: str) -> Problem:
     fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
     what = f"cannot be read: {_first_line(message)}" if "=" in word else "is not key=value"
     return Problem(where=word, what=what, fix=fix)
+
+
+def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, overrides: Sequence[str]) -> Problem:
+    """A file of a group that is no YAML: named where the parser knows it, else by what chose it."""
+    mark = getattr(error, "problem_mark", None)
+    chosen = next((o for o in reversed(overrides) if _group(o) in ("recipe", "gate", "variant")), "recipe")
+    where = chosen if mark is None else f"{mark.name}:{mark.line + 1}"
+    return Problem(where=where, what=f"is not sound YAML: {' '.join(str(error).split())}")
 
 
 def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) -> bool:
@@ -118,6 +129,8 @@ def _override_problem(override: str, cause: OmegaConfBaseException | None, text:
 
 def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, host: Host) -> Problem:
     """Either no such key, or a value of the wrong type at a key that exists."""
+    if cause is not None and cause.full_key and key.startswith(f"{cause.full_key}."):
+        key = str(cause.full_key)  # below it nothing can be known
     parent, _, leaf = key.rpartition(".")
     known = settings_of(parent, host, cause)
     if leaf in known and cause is not None and not isinstance(cause, ConfigKeyError):
