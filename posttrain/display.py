@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -87,8 +88,6 @@ class TrainingProgress:
         self._total = 0
         self._tokens = 0
         self._started = time.monotonic()
-        self.seen: dict[str, float] = {}
-        """The metrics of the last step."""
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
         """Begin, or go on from a checkpoint: lines logged after the checkpoint are taken back."""
@@ -101,9 +100,10 @@ class TrainingProgress:
         self._ticker.start(total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One optimizer step is done."""
+        """One optimizer step is done; raises ValueError when its loss is not finite."""
         activity.sign_of_life()
-        self.seen = dict(metrics)
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise ValueError(f"training diverged at step {step}: the loss is {metrics['loss']}")
         self._tokens += int(metrics.get("tokens", 0))
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         row = {"stage": self._stage, "step": step, **metrics, "tokens_per_second": round(rate, 1)}
@@ -143,6 +143,7 @@ class EvaluationProgress:
 
     def note(self, text: str) -> None:
         """Show one line."""
+        activity.sign_of_life()
         self._display.line(self._stage, "gate", text)
 
     def stop(self) -> None:

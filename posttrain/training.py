@@ -113,7 +113,7 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
     with _blamed(job):
         check_output(draft, parent)
         check_reloaded(draft, parent, context.dtype)
-    return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
+        return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
 
 
 def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> dict[str, Any]:

@@ -325,6 +325,8 @@ STAGE_FAULTS = {
     "saves NaN": ("trained[0].data.fill_(float('nan'))", "saved what is not sound"),
     "saves what it was given": ("model = context.policy()", "saved what is not sound"),
     "moves": ("os.chdir('/')", "changed the working directory to /"),
+    "leaves a pickle": ("context.save(model); (context.output / 'a.pkl').write_bytes(b'')", "saved what is not sound"),
+    "diverges": ("context.progress.step(2, {'loss': float('nan')})", "training diverged at step 2: the loss is nan"),
     "measures nonsense": ("context.metrics['loss'] = object()", "failed: TypeError"),
     "measures NaN": ("context.metrics['loss'] = float('nan')", "failed: ValueError"),
     "moves on": ("context.output.rename(context.output.with_name('elsewhere'))", "failed: "),

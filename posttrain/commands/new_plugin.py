@@ -28,7 +28,10 @@ NEXT = """\
 
 
 def new_plugin_command(words: list[str]) -> int:
-    """Write the distribution into a folder of its own below the working directory; raises BadInput for a bad name."""
+    """Write the distribution into a folder of its own below the working directory.
+
+    Raises BadInput for a bad name, and where the folder cannot be written.
+    """
     if len(words) != 1 or words[0].startswith("-"):
         fix = "posttrain new-plugin NAME, where NAME is what the stage is to be called"
         raise BadInput(Problem(where=f"new-plugin {' '.join(words)}".strip(), what="takes one name", fix=fix))
@@ -38,7 +41,10 @@ def new_plugin_command(words: list[str]) -> int:
     problem = _bad_name(name) or _taken(name) or _in_the_way(folder)
     if problem is not None:
         raise BadInput(problem)
-    _write(folder, name, distribution)
+    try:
+        _write(folder, name, distribution)
+    except OSError as error:
+        raise BadInput(Problem(where=str(folder), what=f"cannot be written: {error}")) from None
     print(NEXT.format(folder=folder, name=name, distribution=distribution), end="")
     return 0
 
