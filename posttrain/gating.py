@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import ModelSource, digest_of, replace_text
+from posttrain import ledger
+from posttrain.artifact import Artifact, ModelSource, digest_of, replace_text
 from posttrain.config.gating import Gating
 from posttrain.config.schema import GateTask, Role, Sequential
 from posttrain.display import Display, EvaluationProgress
@@ -55,6 +56,7 @@ def gate(name: str, gating: Gating, tasks: Mapping[str, GateTask], host: Host, d
     Raises GateRefused when it computes what its base computes, BadInput when it and the baseline cannot be compared,
     ArtifactDamaged when it is an artifact that its manifest does not match.
     """
+    ledger.check(Path(gating.output_root))
     candidate = find_candidate(Path(gating.adapter), gating.model)
     previous = _previous(gating, candidate)
     from posttrain.gate.changes import require_change, require_same_tokenizer, require_tokenizer
@@ -135,6 +137,7 @@ class _Run:
         verdict = self._judged(request, scorecard, baseline)
         folder = request.scorecard.parent
         replace_text(folder / "verdict.json", json.dumps(verdict_json(verdict), indent=2) + "\n")
+        ledger.record(Path(self.gating.output_root), folder, self._judgement(folder, verdict, baseline))
         if self.gating.update_baseline:
             self._update(verdict, scorecard)
         return Outcome(candidate=self.candidate, verdict=verdict, folder=folder, rows=scorecard.rows)
@@ -154,37 +157,52 @@ class _Run:
         key = digest_of([self.candidate.source.digest, sorted(source.digest for source in systems.values())])
         return GateRequest(
             stage=self.candidate.source.name,
-            # a baseline holds every document, for those that are compared with it
-            gate=replace(self.gating.gate, sequential=Sequential.none)
-            if self.gating.update_baseline
-            else self.gating.gate,
+            # a baseline is compared on every document: an early decision is about lifts, over the baseline as well
+            gate=self.gating.gate
+            if self.gating.baseline is None
+            else replace(self.gating.gate, sequential=Sequential.none),
             tasks=self.tasks,
             systems=systems,
             dtype=self.candidate.dtype,
             cache=root / "cache",
-            scorecard=root / "gates" / f"{self.name}-{key[:12]}" / "scorecard.jsonl",
+            scorecard=root / ledger.GATES / f"{self.name}-{key[:12]}" / "scorecard.jsonl",
         )
 
     def _judged(self, request: GateRequest, scorecard: Scorecard, baseline: ModelSource | None) -> Verdict:
         """By the gate's own rules against the base; no task may be worse than the baseline's by ``max_drop``."""
-        alone = {system: source for system, source in request.systems.items() if system != "parent"}
-        rows = tuple(row for row in scorecard.rows if row.system != "parent")
-        verdict = self._judge(replace(request, systems=alone), replace(scorecard, rows=rows))
         if baseline is None:
-            return verdict
+            return self._judge(request, scorecard)
+        compared = replace(request, systems={**request.systems, "parent": baseline})
         kept = replace(
-            request,
+            compared,
             gate=replace(request.gate, against=["parent"]),
             tasks={name: replace(task, role=Role.guard) for name, task in request.tasks.items()},
-            systems={**alone, "parent": baseline},
         )
-        return _both(verdict, self._judge(kept, scorecard))
+        over_base = replace(compared, gate=replace(request.gate, against=["base"]))
+        return _both(self._judge(over_base, scorecard), self._judge(kept, scorecard))
 
     def _judge(self, request: GateRequest, scorecard: Scorecard) -> Verdict:
         verdict = self.host.hook.judge_artifact(request=request, scorecard=scorecard)
         if not isinstance(verdict, Verdict):
             raise PluginFailed(f"the gate answered {verdict!r}, which is not a verdict: never a pass")
         return verdict
+
+    def _judgement(self, folder: Path, verdict: Verdict, baseline: ModelSource | None) -> ledger.Judgement:
+        """The verdict as the ledger records it; what posttrain has not trained has no lineage but its kind."""
+        base, source = self.candidate.base, self.candidate.source
+        manifest = {
+            "digest": source.digest,
+            "lineage": source.lineage or ["weights" if source.adapter is None else "adapter"],
+            "base": {"name": base.base, "digest": base.model_digest},
+            "parent_digest": (baseline or base).digest,
+        }
+        return ledger.Judgement(
+            run=f"{ledger.GATES}/{folder.name}",
+            recipe=self.name,
+            stage=source.name,
+            artifact=Artifact(self.candidate.path, manifest),
+            verdict=verdict,
+        )
 
     def _update(self, verdict: Verdict, scorecard: Scorecard) -> None:
         """Write the baseline; an adapter that does not pass is none."""

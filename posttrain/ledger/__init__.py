@@ -2,6 +2,7 @@
 
     <root>/ledger.sqlite                        one row per verdict, task and system that was compared with
     <root>/<run>/stages/<stage>/lifts.jsonl     the rows of this stage, from which the ledger can be rebuilt
+    <root>/gates/<gate>-<digest>/lifts.jsonl    the same of what ``posttrain gate`` judged
 
 Rows are only ever added. Each holds the hash of its content and of the row before it, so that a row that was changed,
 taken out or moved afterwards is found.
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from posttrain.ledger import history
 from posttrain.ledger.chain import Row, linked
+from posttrain.ledger.history import GATES
 from posttrain.ledger.lift import Judgement, Lift, same_finding
 from posttrain.ledger.store import append, last_entry, last_row, path_in, reading, rows_in, writing
 
-__all__ = ["Judgement", "Lift", "Row", "check", "lifts", "record"]
+__all__ = ["GATES", "Judgement", "Lift", "Row", "check", "lifts", "record"]
 
 
 def check(root: Path) -> None:
@@ -30,7 +32,7 @@ def check(root: Path) -> None:
 
 
 def record(root: Path, folder: Path, judgement: Judgement) -> None:
-    """Add every lift of a verdict about the artifact in the stage's ``folder``, once.
+    """Add every lift of a verdict, once; ``folder`` is the stage's, or that of a gate about an adapter.
 
     A verdict that says what the stage's last one said is not added again, and one without a task holds no lift.
     Returns when the rows are on disk. Raises Interrupted when the disk is full or another process holds the ledger for

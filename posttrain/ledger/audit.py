@@ -72,7 +72,7 @@ def _disagreements(root: Path, records: Iterable[Mapping[str, Any]]) -> Iterator
         if row is None:
             yield f"a run holds a row that the ledger does not: {name} (posttrain ledger rebuild puts it in)"
         elif copy is None:
-            if (root / str(row["run"]) / "stages" / str(row["stage"])).is_dir():
+            if history.folder_of(root, str(row["run"]), str(row["stage"])).is_dir():
                 yield f"row {row['seq']} is not in its run: {name}"
         elif any(row[field] != value for field, value in copy.items()):
             yield f"row {row['seq']} is not what its run holds: {name}"

@@ -1,4 +1,4 @@
-"""A stage's own copy of its rows, from which the ledger can be rebuilt."""
+"""The copy of its rows that a stage keeps, and a gate about an adapter; the ledger can be rebuilt from them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from posttrain.errors import ArtifactDamaged
 from posttrain.ledger.lift import Lift, lift_from_json, same_finding
 
 NAME = "lifts.jsonl"
+GATES = "gates"
+"""What ``posttrain gate`` judged lies here, each gate about one adapter in a folder of its own."""
 
 
 def keep(folder: Path, entry: Sequence[Lift]) -> None:
@@ -42,5 +44,10 @@ def read(path: Path) -> list[list[Lift]]:
 
 
 def histories(root: Path) -> list[Path]:
-    """The histories of every stage of every run below ``root``."""
-    return sorted(root.glob(f"*/stages/*/{NAME}"))
+    """The histories of every stage of every run below ``root``, and of every gate about an adapter."""
+    return sorted([*root.glob(f"*/stages/*/{NAME}"), *root.glob(f"{GATES}/*/{NAME}")])
+
+
+def folder_of(root: Path, run: str, stage: str) -> Path:
+    """Where the history of rows lies."""
+    return root / run if run.startswith(f"{GATES}/") else root / run / "stages" / stage

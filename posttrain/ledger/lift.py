@@ -20,17 +20,19 @@ class Lift:
     """UTC with microseconds; no two verdicts of one ledger have the same."""
     recorded_by: str
     run: str
-    """Name of the run's directory."""
+    """Name of the run's directory, or ``gates/<gate>-<digest>`` of what ``posttrain gate`` judged."""
     recipe: str
+    """Or the gate's name."""
     stage: str
+    """Or the adapter's name."""
     lineage: str
-    """Kinds of the stages that the artifact has been through, in order: ``sft>dpo``."""
+    """Kinds of the stages that made the artifact, in order, ``sft>dpo``; else ``adapter`` or ``weights``."""
     base_model: str
     """The base weights as the recipe names them."""
     base: str
     """Digest of the base weights."""
     parent: str
-    """Digest of what the artifact was trained from."""
+    """Digest of what the artifact was trained from, or of the baseline that it was compared with."""
     artifact: str
     """Digest of the judged artifact."""
     task: str
