@@ -23,6 +23,7 @@ from posttrain.plugins import Host
 from posttrain.stage import Stage
 
 CORE = "sft"
+ONCE = "SFT is first and only once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +129,20 @@ def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
         return [], [Problem(where="stages", what=f"must be a list, not {chosen!r}", fix="'stages=[sft,dpo]'")]
     names = nodes if chosen is None else [str(name) for name in chosen]
     problems = [
-        Problem(where="stages", what=f"the recipe has no stage {name!r}", fix=suggest(name, nodes))
+        Problem(
+            where="stages",
+            what=f"the recipe has no stage {name!r}",
+            fix=f"Add it: +stage@{name}={name}" if name in host.stages else suggest(name, nodes),
+        )
         for name in names
         if name not in nodes
     ]
     problems += [
-        Problem(where="stages", what=f"{name!r} occurs twice", fix=f"Give the second a name: +stage@{name}2={name}")
+        Problem(
+            where="stages",
+            what=f"{name!r} occurs twice",
+            fix=ONCE if name == CORE else f"Give the second a name: +stage@{name}2={name}",
+        )
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
     if problems:
@@ -153,10 +162,7 @@ def _core_problems(names: list[str], kinds: list[str], start_from: str | None, h
         )
         return [Problem(where="stages", what=what, fix=fix)]
     late = [name for name, kind in list(zip(names, kinds, strict=True))[1:] if kind == CORE]
-    return [
-        Problem(where="stages", what=f"{name!r} runs SFT a second time", fix="SFT is first and only once")
-        for name in late
-    ]
+    return [Problem(where="stages", what=f"{name!r} runs SFT a second time", fix=ONCE) for name in late]
 
 
 def unresolved(config: DictConfig, key: str) -> list[Problem]:

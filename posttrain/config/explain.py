@@ -47,6 +47,8 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
         return Fault(problem=_unreadable_file(error, overrides), fatal=True)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides, host)
+    if (twice := _chosen_twice(str(error), overrides)) is not None:
+        return twice
     reason = error.__cause__ or error.__context__
     cause = reason if isinstance(reason, OmegaConfBaseException) else None
     override = _culprit(str(error), overrides)
@@ -76,6 +78,22 @@ def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, overrides: Sequ
     chosen = next((o for o in reversed(overrides) if _group(o) in ("recipe", "gate", "variant")), "recipe")
     where = chosen if mark is None else f"{mark.name}:{mark.line + 1}"
     return Problem(where=where, what=f"is not sound YAML: {' '.join(str(error).split())}")
+
+
+def _chosen_twice(text: str, overrides: Sequence[str]) -> Fault | None:
+    """A word of the command line that adds what the recipe has already; None for any other error."""
+    match = re.search(r"Multiple values for (\S+)\. |^(\S+) appears more than once", text)
+    choice = match and (match[1] or match[2])
+    override = next((word for word in overrides if word.startswith("+") and _key(word) == choice), None)
+    if override is None:
+        return None
+    fix = "Leave out the + to have it in the other one's place"
+    if _group(override) == "stage":
+        kind = _value(override)
+        name = kind if choice != f"stage@{kind}" else f"{kind}2"
+        fix += f", or give the second a name of its own: +stage@{name}={kind}"
+    problem = Problem(where=override, what=f"the recipe has {choice} already", fix=fix)
+    return Fault(problem=problem, override=override)
 
 
 def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) -> bool:
