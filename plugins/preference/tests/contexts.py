@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from posttrain_preference import config, cpo, dpo, kto, orpo, simpo
 
@@ -13,6 +13,7 @@ from posttrain.artifact import ModelSource
 from posttrain.testing import Recorder
 
 Pair = tuple[Sequence[str], str, str]
+MakeContext = Callable[..., StageContext]
 
 RUN: dict[str, Callable[[StageContext], None]] = {
     "dpo": dpo.run,
@@ -176,3 +177,20 @@ def build_context(
         checkpoints=checkpoints,
         output=output,
     )
+
+
+def progress(context: StageContext) -> Recorder:
+    """What the stage reported."""
+    return cast("Recorder", context.progress)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The tensors of the one safetensors file in ``folder``."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(next(path for path in folder.glob("*.safetensors") if path.name != "probe.safetensors")))

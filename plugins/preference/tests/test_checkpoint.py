@@ -1,24 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import RUN
+from contexts import RUN, MakeContext, content, progress
 from posttrain_preference import dpo
 
-from posttrain import Interrupted, StageContext
-
-MakeContext = Callable[..., StageContext]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def progress(context: StageContext) -> Any:
-    return context.progress
+from posttrain import Interrupted
 
 
 class Killed(BaseException):

@@ -4,34 +4,19 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contexts import RUN
+from contexts import RUN, MakeContext, content, progress, weights
 from posttrain_preference import dpo, reference
 from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
-from safetensors.torch import load_file
 
 from posttrain import ArtifactDamaged, BadInput, StageContext
 from posttrain.artifact import ModelSource
 
-MakeContext = Callable[..., StageContext]
 KINDS = ("lora", "full")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(folder.glob("*.safetensors")))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def progress(context: StageContext) -> Any:
-    return context.progress
 
 
 # --- The reference --------------------------------------------------------------------------------------------------

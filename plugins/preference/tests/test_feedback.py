@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import RUN, feedback
+from contexts import RUN, MakeContext, feedback, progress
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_preference.config import KTOSettings
@@ -19,7 +18,6 @@ from posttrain import BadInput, Conversation, Feedback, Preference, StageContext
 from posttrain.config.schema import Format, Source
 from posttrain.data.reading import read_source
 
-MakeContext = Callable[..., StageContext]
 ROW = {"prompt": "what", "completion": "the flag", "label": True}
 
 
@@ -196,7 +194,7 @@ def judged(make_context: MakeContext, good: int, bad: int, **settings: Any) -> l
     records = [feedback("what is", words[index], index < good) for index in range(good + bad)]
     context = make_context("lora", stage="kto", records=records, **settings)
     rendered(context)
-    return list(context.progress.notes)  # type: ignore[attr-defined]
+    return list(progress(context).notes)
 
 
 def test_weights_are_advised_when_one_kind_outweighs_the_other(make_context: MakeContext) -> None:
@@ -221,14 +219,14 @@ def test_a_kind_too_rare_for_every_batch_is_told(make_context: MakeContext) -> N
 def test_weights_count(make_context: MakeContext) -> None:
     context = make_context("lora", stage="kto", records=6, desirable_weight=2.0, undesirable_weight=0.5, max_steps=1)
     RUN["kto"](context)
-    assert context.progress.steps[1]["loss"] == pytest.approx((2.0 + 0.5) / 2 / 2, abs=1e-6)  # type: ignore[attr-defined]
+    assert progress(context).steps[1]["loss"] == pytest.approx((2.0 + 0.5) / 2 / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_good_answers_gain_and_bad_ones_lose(make_context: MakeContext, loss: str) -> None:
     context = make_context("lora", stage="kto", loss_type=loss)
     RUN["kto"](context)
-    steps = context.progress.steps  # type: ignore[attr-defined]
+    steps = progress(context).steps
     assert steps[1]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert steps[1]["rewards_margin"] == pytest.approx(0)
     assert steps[12]["rewards_margin"] > 0.1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from contexts import RUN
+from contexts import RUN, MakeContext, progress
 from float64 import log_probs, model_on_disk
 from posttrain_preference import reference
 from posttrain_preference.config import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
@@ -20,7 +19,6 @@ from posttrain_preference.quiet import quiet
 from posttrain import StageContext
 from posttrain.artifact import ModelSource
 
-MakeContext = Callable[..., StageContext]
 LN_2 = math.log(2)
 DPO_STARTS: dict[str, tuple[dict[str, Any], float]] = {
     "sigmoid": ({}, LN_2),
@@ -42,7 +40,7 @@ DPO_STARTS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def steps(context: StageContext) -> Any:
-    return context.progress.steps  # type: ignore[attr-defined]
+    return progress(context).steps
 
 
 def test_every_loss_but_the_likelihood_has_a_start_here() -> None:

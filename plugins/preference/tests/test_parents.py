@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contexts import ADAPTERS, RUN
+from contexts import ADAPTERS, RUN, MakeContext, progress, weights
 from float64 import log_probs, model_on_disk
 from posttrain_preference import reference, stage
-from safetensors.torch import load_file
 
 from posttrain import ArtifactDamaged, StageContext
 from posttrain.artifact import ModelSource
-
-MakeContext = Callable[..., StageContext]
 
 
 class Spy:
@@ -34,10 +29,6 @@ class Spy:
         self.loss = trainer.loss_of(rows)
         self.referenced = trainer.ref_model is not None
         self.reference = [trainer.reference_log_probs(row) for row in rows] if self.referenced else None
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(folder.glob("*.safetensors")))
 
 
 @pytest.mark.parametrize("kind", [*ADAPTERS, "full"])
@@ -91,7 +82,7 @@ def test_a_policy_that_is_not_the_parent_is_refused(
     with pytest.raises(ArtifactDamaged, match="the SFT model"):
         RUN[name](context)
     assert not list(context.output.iterdir())
-    assert not context.progress.steps  # type: ignore[attr-defined]
+    assert not progress(context).steps
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -109,7 +100,7 @@ def test_adapters_on_weights_of_4_bits_stay_as_they_are(
     monkeypatch.setattr(StageContext, "policy", quantised)
     context = make_context("lora", stage=name, max_steps=1)
     RUN[name](context)
-    assert context.progress.steps[1]["loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6)  # type: ignore[attr-defined]
+    assert progress(context).steps[1]["loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6)
     assert {p.dtype for p in policies[0].parameters() if p.requires_grad} == {torch.float32}
 
 

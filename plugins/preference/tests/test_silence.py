@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import RUN, SETTINGS
+from contexts import RUN, SETTINGS, MakeContext
 from posttrain_preference import register_stages
 
-from posttrain import StageContext
 from posttrain.artifact import ModelSource
-
-MakeContext = Callable[..., StageContext]
 
 FRESH = """
 import sys
