@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from posttrain.artifact import replace_text
 from posttrain.config.compose import compose
 from posttrain.config.gating import Gating
 from posttrain.config.schema import GateTask, OnFail
-from posttrain.errors import BadInput, GateRefused, GateUndecided, PosttrainError, Problem
+from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PosttrainError, Problem
 from posttrain.gate.checks import check_backend, check_tasks
 from posttrain.gating import Outcome, gate, is_scores
+from posttrain.guard import DISK_ERRORS
 from posttrain.plan import gate_tasks, unresolved
 from posttrain.plugins import Host
 
 if TYPE_CHECKING:
+    from posttrain.display import Display
     from posttrain.report.run import RunReport
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -36,15 +39,37 @@ def gate_command(words: list[str]) -> int:
     environment.prepare()
     from posttrain.display import Display
 
+    with _files_named(gating):
+        outcome = _outcome(name, gating, tasks, host, Display())
+        report = _report(name, outcome)
+        _print(report)
+        _tell(gating, report, outcome)
+    return _code(gating, outcome)
+
+
+def _outcome(name: str, gating: Gating, tasks: Mapping[str, GateTask], host: Host, display: Display) -> Outcome:
+    """What the gate says; where it says nothing, the files that were asked for tell why."""
     try:
-        outcome = gate(name, gating, tasks, host, Display())
+        with _files_named(gating):
+            return gate(name, gating, tasks, host, display)
     except PosttrainError as error:
         _tell_error(name, gating, error)
         raise
-    report = _report(name, outcome)
-    _print(report)
-    _tell(gating, report, outcome)
-    return _code(gating, outcome)
+
+
+@contextlib.contextmanager
+def _files_named(gating: Gating) -> Iterator[None]:
+    """What the disk or the rights of the user forbid is told with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename2 or error.filename or gating.output_root, error.strerror
+        if error.errno in DISK_ERRORS:
+            raise Interrupted(f"{reason}: {place}. What was answered until then is kept: make room") from error
+        if error.filename is None:
+            raise
+        fix = "Give files and an output_root that this user can read and write"
+        raise BadInput(Problem(where=str(place), what=f"cannot be read or written: {reason}", fix=fix)) from error
 
 
 def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask]]:
