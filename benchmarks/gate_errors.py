@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from posttrain.config.schema import Role
+from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.comparison import POOL, Comparison, Decision, decide
 from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
 from posttrain.gate.sequential import looks, portion_size
@@ -42,6 +42,16 @@ class Task:
     def cells(self) -> list[float]:
         """Chances of a win, a loss and neither."""
         return [(self.discordance + self.lift) / 2, (self.discordance - self.lift) / 2, 1 - self.discordance]
+
+
+SHIPPED = {
+    name: [Task(n=n, discordance=0.1, role=Role.guard, threshold=-allowed) for n, allowed in guards]
+    for name, guards in {
+        "sft_default": ((1319, 0.03), (2000, 0.05)),
+        "dpo_default": ((541, 0.1), (1319, 0.03), (2000, 0.05), (817, 0.05)),
+    }.items()
+}
+"""Documents and ``max_drop`` of the guards of shipped gates: gsm8k has 1,319 documents."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +163,23 @@ def several_lifts(gates: int) -> Iterator[tuple[str, float]]:
         yield f"five lifts, one true (+10), n = {n:,}: a false one claimed", share(found, lambda o: o.claimed > 1)
 
 
-def losses(gates: int) -> Iterator[tuple[str, float, float]]:
-    """A planted loss of 3 points at n = 1,319 and 10 % discordance: not promoted, and refused as a failure."""
+def losses(gates: int) -> Iterator[tuple[str, float, float, float]]:
+    """A planted loss of 3 points at n = 1,319 and 10 % discordance: failed, undecided, promoted all the same."""
+    loss = Task(n=1319, discordance=0.1, lift=-0.03)
     for allowed in (0.0, 0.01, 0.02):
-        task = Task(n=1319, discordance=0.1, lift=-0.03, role=Role.guard, threshold=-allowed)
-        found = simulated([task], gates)
-        failed = share(found, lambda outcome: outcome.state == "fail")
-        yield f"guard with max_drop = {allowed:g}", 1 - promoted(found), failed
-    found = simulated([Task(n=1319, discordance=0.1, lift=-0.03)], gates)
-    yield "lift", 1 - promoted(found), share(found, lambda outcome: outcome.state == "fail")
+        name = f"guard with max_drop = {allowed:g}{', the default' if allowed == MAX_DROP else ''}"
+        yield name, *_states(simulated([replace(loss, role=Role.guard, threshold=-allowed)], gates))
+    yield "lift", *_states(simulated([loss], gates))
+    for name, guards in SHIPPED.items():
+        kept = [replace(guard, lift=loss.lift if guard.n == loss.n else 0.0) for guard in guards]
+        yield f"guards of {name}, of which gsm8k lost 3 points", *_states(simulated(kept, gates, pool=0.02))
+        yield f"guards of {name}, unchanged", *_states(simulated(guards, gates, pool=0.02))
+
+
+def _states(outcomes: Sequence[Outcome]) -> Iterator[float]:
+    """Shares of the gates that failed, stayed undecided and passed."""
+    for state in ("fail", "undecided", "pass"):
+        yield float(np.mean([outcome.state == state for outcome in outcomes]))
 
 
 def pooled(gates: int) -> Iterator[tuple[str, float]]:
@@ -226,7 +244,7 @@ def clustered(gates: int) -> Iterator[tuple[str, float, float]]:
 TABLES: Mapping[str, tuple[Callable[[int], Iterator[tuple[str | float, ...]]], Sequence[str]]] = {
     "Base against base": (base_against_base, ("gate", "promoted")),
     "Several lifts": (several_lifts, ("gates", "share")),
-    "A planted loss of 3 points, n = 1,319, 10 % discordant": (losses, ("gate", "not promoted", "failed")),
+    "A planted loss of 3 points, n = 1,319, 10 % discordant": (losses, ("gate", "failed", "undecided", "promoted")),
     "Guards": (pooled, ("gate", "passed")),
     "One look and five, n = 1,319, 24 % discordant": (early, ("true lift", "one look", "five looks", "documents used")),
     "Scores that are not right or wrong, no true lift": (means, ("differences", "decides", "Student's t", "bootstrap")),

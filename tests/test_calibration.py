@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import bisect
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from gate_errors import Task, promoted, share, simulated
+import yaml
+from gate_errors import SHIPPED, Task, promoted, share, simulated
 from scipy import stats
 
-from posttrain.config.schema import Role
+from posttrain.config.paths import shipped
+from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.statistics import tango_bounds
 
 GATES = 10_000
@@ -65,14 +68,26 @@ def test_guards_do_not_help_a_base_against_itself() -> None:
     assert promoted(simulated([Task(n=1319, discordance=0.1), *guards], GATES, pool=0.02)) <= ALLOWED
 
 
-@pytest.mark.parametrize("allowed", [0.0, 0.01, 0.02])
+@pytest.mark.parametrize("allowed", [0.0, 0.01, MAX_DROP])
 def test_a_planted_loss_of_three_points_is_refused(allowed: float) -> None:
-    """1,319 documents of which 10 % are discordant."""
+    """1,319 documents of which 10 % are discordant; refused is what does not promote, as failed or as undecided."""
     loss = Task(n=1319, discordance=0.1, lift=-0.03, role=Role.guard, threshold=-allowed)
     found = simulated([loss], GATES)
     assert 1 - promoted(found) >= 0.99
     failed = share(found, lambda outcome: outcome.state == "fail")
-    assert failed >= {0.0: 0.95, 0.01: 0.7, 0.02: 0.25}[allowed]  # else undecided, which blocks as well
+    assert failed >= {0.0: 0.95, 0.01: 0.7, MAX_DROP: 0.25}[allowed]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_guards_that_ship_refuse_a_loss_of_three_points_and_pass_an_unchanged_model(name: str) -> None:
+    guards = SHIPPED[name]
+    gate = yaml.safe_load((shipped("conf") / "gate" / f"{name}.yaml").read_text())
+    allowed = [task["max_drop"] for task in gate["tasks"].values() if task["role"] == "guard"]
+    assert sorted(-guard.threshold for guard in guards) == sorted(allowed)
+    assert gate["tasks"]["gsm8k"]["max_drop"] == -next(guard.threshold for guard in guards if guard.n == 1319)
+    lost = [replace(guard, lift=-0.03 if guard.n == 1319 else 0.0) for guard in guards]
+    assert 1 - promoted(simulated(lost, GATES, pool=gate["pooled_max_drop"])) >= 0.9
+    assert promoted(simulated(guards, GATES, pool=gate["pooled_max_drop"])) >= 0.9
 
 
 @pytest.mark.parametrize("sizes", [(500, 1319, 2000), (100, 100, 4000)])

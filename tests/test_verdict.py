@@ -178,6 +178,7 @@ def test_an_undecided_lift_says_what_would_decide_it() -> None:
         (20, GUARD, "lies below −2.00"),
         (50, GUARD, "at n = 100 a drop of 2.00 points cannot be told from 0; about 134 documents would do"),
         (49, LIFT, "if the change is what it seems, more documents would refuse it"),
+        (50, LIFT, "if the change is what it seems, no number of documents would decide"),
     ],
 )
 def test_reasons_name_what_decided(right: int, task: GateTask, words: str) -> None:

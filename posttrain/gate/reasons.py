@@ -93,7 +93,9 @@ class _Words:
         evidence, threshold = self._evidence, self._comparison.threshold
         # A guard plans for a candidate that changes nothing: that it looks better so far is luck as likely as not.
         expected = min(evidence.mean, 0.0) if self._comparison.role is Role.guard else evidence.mean
-        if expected <= threshold:
+        if expected == threshold:
+            return "if the change is what it seems, no number of documents would decide"
+        if expected < threshold:
             return "if the change is what it seems, more documents would refuse it"
         error = (1 - self._confidence) / self._decision.family
         needed = max(evidence.documents(expected, threshold, 1 - error), evidence.n + 1)
