@@ -72,7 +72,8 @@ class PluginInfo:
         return self.origin.rpartition(" ")[2] if " " in self.origin else ""
 
     def __str__(self) -> str:
-        return f"plugin {self.name} ({self.origin}) failed to load: {self.reason}"
+        state = "is blocked" if self.state == "blocked" else "failed to load"
+        return f"plugin {self.name} ({self.origin}) {state}: {self.reason}"
 
 
 @dataclass
@@ -98,6 +99,10 @@ class Host:
     def failures(self) -> list[PluginInfo]:
         """The plugins that could not be loaded."""
         return [info for info in self.plugins.values() if info.state == "failed"]
+
+    def blocked(self) -> list[PluginInfo]:
+        """The plugins that the user does not want."""
+        return [info for info in self.plugins.values() if info.state == "blocked"]
 
     def origin(self, kind: str) -> str:
         """What brings a kind of stage, with its version: posttrain itself, or a plugin and its distribution."""

@@ -186,11 +186,22 @@ def test_a_recipe_that_needs_a_failed_plugin_says_so(
 
     from posttrain import plugins
 
-    broken = plugins.load([EntryPoint(name="mine", value="no_such_module", group=plugins.GROUP)])
-    with pytest.raises(PluginFailed, match=r"no stage is named 'mine': plugin mine .* failed to load: ModuleNotFound"):
-        problems(broken, "recipe=quickstart", "+stage@mine=mine")
+    names = ("mine", "theirs")
+    broken = plugins.load([EntryPoint(name=name, value="no_such_module", group=plugins.GROUP) for name in names])
+    for words in (("recipe=quickstart", "+stage@mine=mine"), ("recipe=mine",)):
+        with pytest.raises(PluginFailed, match=r"no \w+ is named 'mine': plugin mine .* failed to load: Mod") as caught:
+            problems(broken, *words)
+        assert "theirs" not in str(caught.value)
     text = problems(broken, "recipe=quickstart", "+stage@other=other")
     assert "note: plugin mine (no_such_module) failed to load" in text
+    recipe(tmp_path, "defaults: [{/stage@sft: sft}, {/stage@last: other}]")
+    with pytest.raises(PluginFailed, match=r"no stage is named 'other': .*\n.*plugin mine .*\n.*plugin theirs"):
+        problems(broken, "recipe=mine")
+    monkeypatch.setenv("POSTTRAIN_BLOCK_PLUGINS", "preference")
+    text = problems(plugins.load(), "recipe=mine")
+    assert "no stage named 'other'" in text
+    assert "note: plugin preference (posttrain" in text
+    assert "is blocked: POSTTRAIN_BLOCK_PLUGINS names it" in text
 
 
 def test_gate_problems_are_reported(host: Host) -> None:

@@ -109,13 +109,21 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
     options = [str(name) for name in error.options or _options(group)]
     override = next((o for o in overrides if _value(o) == option and _group(o) == group), None)
     fix = suggest(option, options) + _of_your_own(group)
-    failures = host.failures()
-    if group == "stage" and any(p.name == option for p in failures):
-        raise PluginFailed(f"no stage is named {option!r}: " + "; ".join(map(str, failures)))
-    if failures:
-        fix += "\n    " + "\n    ".join(f"note: {p}" for p in failures)
+    _require_plugins(group, option, override, host)
+    fix += "".join(f"\n    note: {info}" for info in (*host.failures(), *host.blocked()))
     problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
     return Fault(problem=problem, override=override, fatal=group == "recipe" or _key(override or "") == "gate")
+
+
+def _require_plugins(group: str, option: str, override: str | None, host: Host) -> None:
+    """Raise PluginFailed where a plugin that could not be loaded is what is missing, as far as can be told."""
+    failures = host.failures()
+    culprits = [info for info in failures if info.name == option]
+    if culprits:
+        raise PluginFailed(f"no {group} is named {option!r}: {culprits[0]}")
+    if failures and group == "stage" and override is None:  # no slip of the user's: the recipe asks for it
+        lines = "".join(f"\n    {info}" for info in failures)
+        raise PluginFailed(f"no stage is named {option!r}: it may be that of a plugin that is not there{lines}")
 
 
 def _of_your_own(group: str) -> str:
