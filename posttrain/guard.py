@@ -1,7 +1,7 @@
 """Stands between the pipeline and a plugin's hooks: whatever a hook does wrong is said with the plugin's name.
 
-Around every call: exceptions, answers of the wrong type, a changed working directory and changed random numbers become
-PluginFailed; the call is made known to the process that watches for hangs and crashes.
+Around every call: exceptions, answers of the wrong type, a changed working directory, changed random numbers and modes
+of torch become PluginFailed; the call is made known to the process that watches for hangs and crashes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain import activity
 from posttrain.activity import Activity
-from posttrain.errors import PluginFailed, PosttrainError, Problem
+from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.process import ProcessState
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -27,10 +27,20 @@ STARTING = ("register_stages", "register_config", "register_eval_tasks")
 """Hooks that every command waits for."""
 COLLECTING = (*STARTING, "check_plan", "check_gate")
 """Hooks whose answers are lists."""
-START_SECONDS = float(os.environ.get("POSTTRAIN_START_SECONDS", "30"))
-"""How long a plugin may take to be imported, and to answer each of these."""
 TRAINING = "run_stage"
-"""The hook that may draw random numbers as it likes: the pipeline gives them back."""
+"""The hook that may seed and set torch as it likes: the pipeline puts everything back."""
+
+
+def _start_seconds() -> float:
+    text = os.environ.get("POSTTRAIN_START_SECONDS", "30")
+    with contextlib.suppress(ValueError):
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise BadInput(Problem(where="POSTTRAIN_START_SECONDS", what=f"{text!r} is not a number of seconds above 0"))
+
+
+START_SECONDS = _start_seconds()
+"""How long a plugin may take to be imported, and to answer each hook of STARTING."""
 
 
 @dataclass
@@ -132,10 +142,9 @@ class Guard:
             if changes := before.changes():
                 before.restore()
         if hook == TRAINING:
-            changes = [change for change in changes if "random" not in change]
+            changes = [change for change in changes if "directory" in change]
         if changes:
-            fix = "use a generator of its own" if "random" in changes[-1] else "use absolute paths"
-            raise self._failed(hook, f"it changed {' and '.join(changes)}; it has to {fix}")
+            raise self._failed(hook, f"it changed {' and '.join(changes)}; it has to {_instead(changes[-1])}")
         if ended is not None:
             raise ended
 
@@ -163,6 +172,12 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def _instead(change: str) -> str:
+    if "random" in change:
+        return "use a generator of its own"
+    return "use absolute paths" if "directory" in change else "put back what it finds"
 
 
 def _is_of_the_disk(error: BaseException) -> bool:

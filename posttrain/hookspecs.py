@@ -11,7 +11,7 @@ A plugin implements any of them in a module or class that it names under the ent
 Calls go to the plugin registered last first. Hooks marked *first result* stop at the first answer that is not None.
 
 Whatever an implementation raises is reported with the plugin's name, except the errors of ``posttrain`` itself, which
-mean what they say. None may change the working directory or draw from shared random numbers.
+mean what they say. None may change the working directory or torch's modes, or draw from shared random numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all plugins of one process share and none may leave changed: working directory, generators of random numbers."""
+"""What all plugins of a process share and none may leave changed: working directory, random numbers, torch's modes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+NUMBERS = "the default number format of torch"
+GRADIENTS = "whether torch records gradients"
+
 
 @dataclass(frozen=True)
 class ProcessState:
@@ -14,19 +17,22 @@ class ProcessState:
 
     directory: str
     generators: dict[str, Any]
+    modes: dict[str, Any]
+    """Settings of torch that hold for all that is computed."""
 
     @classmethod
     def now(cls) -> ProcessState:
         """The state at this moment."""
-        return cls(os.getcwd(), _generators())
+        return cls(os.getcwd(), _generators(), _modes())
 
     def changes(self) -> list[str]:
         """What is not as it was, in words."""
         directory = os.getcwd()
         found = [] if directory == self.directory else [f"the working directory, to {directory}"]
-        now = _generators()
+        modes, generators = _modes(), _generators()
+        found += [name for name, value in self.modes.items() if modes[name] != value]
         return found + [
-            f"the random numbers of {name}" for name, state in self.generators.items() if now[name] != state
+            f"the random numbers of {name}" for name, state in self.generators.items() if generators[name] != state
         ]
 
     def restore(self) -> None:
@@ -43,7 +49,17 @@ class ProcessState:
         if "torch" in self.generators:
             import torch
 
+            torch.set_default_dtype(self.modes[NUMBERS])
+            torch.set_grad_enabled(self.modes[GRADIENTS])
             torch.set_rng_state(torch.frombuffer(bytearray(self.generators["torch"]), dtype=torch.uint8))
+
+
+def _modes() -> dict[str, Any]:
+    if not hasattr(sys.modules.get("torch"), "get_rng_state"):
+        return {}
+    import torch
+
+    return {NUMBERS: torch.get_default_dtype(), GRADIENTS: torch.is_grad_enabled()}
 
 
 def _generators() -> dict[str, Any]:

@@ -196,6 +196,33 @@ def test_a_plugin_that_misbehaves_is_named(
     assert random.getstate() == numbers
 
 
+LEAVES = {
+    "torch.set_default_dtype(torch.float64)": "the default number format of torch; it has to put back what it finds",
+    "torch.set_grad_enabled(False)": "whether torch records gradients; it has to put back what it finds",
+    "torch.manual_seed(0)": "the random numbers of torch; it has to use a generator of its own",
+}
+
+
+@pytest.mark.parametrize("action", LEAVES)
+@pytest.mark.parametrize("hook", ["load_records", "run_stage"])
+def test_what_a_plugin_sets_in_torch_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str, action: str
+) -> None:
+    import torch
+
+    faulty(tmp_path, monkeypatch, hook, f"import torch; {action}")
+    host, numbers = plugins.load(), torch.get_rng_state()
+    arguments = dict.fromkeys(HOOKS[hook].split(", "))
+    if hook == "run_stage":
+        call(host, hook, arguments)
+    else:
+        with pytest.raises(PluginFailed, match=f"it changed {LEAVES[action]}"):
+            call(host, hook, arguments)
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
 @pytest.mark.parametrize("hook", LATER)
 def test_a_run_that_a_plugin_ends_keeps_its_artifacts_and_goes_on_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
@@ -293,6 +320,13 @@ def test_plugins_are_chosen_and_pinned(
 def test_a_bad_timeout_is_refused(host: Host, value: str) -> None:
     with pytest.raises(BadInput, match=r"plugin_timeout: .* is not a number of seconds"):
         make_plan(compose(host, ["recipe=quickstart", f"plugin_timeout={value}"]), host)
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "soon", ""])
+def test_a_bad_time_for_loading_is_refused(value: str) -> None:
+    result = command("list", "plugins", POSTTRAIN_START_SECONDS=value)
+    assert result.returncode == 2
+    assert result.stderr == f"error: POSTTRAIN_START_SECONDS: {value!r} is not a number of seconds above 0\n"
 
 
 # --- In the stage itself ----------------------------------------------------------------------------------------------
