@@ -204,6 +204,13 @@ def test_bad_input_says_what_to_do(
     assert not Path("runs").exists()
 
 
+def test_a_task_that_cannot_be_scored_is_an_error_in_the_files_too(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    assert gate("good", "gate.tasks.quiz.metric=ac", "junit=junit.xml") == 2
+    assert cases() == {"gate": "error"}
+    assert "the task has no metric ac" in Path("summary.md").read_text()
+
+
 def test_a_wrong_value_of_a_setting_is_one_problem(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate("good", "gate.tasks.quiz.role=lfit") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ from posttrain.plan import gate_tasks, unresolved
 from posttrain.plugins import Host
 
 if TYPE_CHECKING:
-    from posttrain.display import Display
     from posttrain.report.run import RunReport
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -35,23 +34,27 @@ RUN_STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 def gate_command(words: list[str]) -> int:
     """Judge, print the table, and write what was asked for; raises GateRefused and GateUndecided after that."""
     host = plugins.load()
-    name, gating, tasks = gated(host, words)
-    environment.prepare()
-    from posttrain.display import Display
-
+    name, gating, tasks, problems = gated(host, words)
     with _files_named(gating):
-        outcome = _outcome(name, gating, tasks, host, Display())
+        outcome = _outcome(name, gating, tasks, problems, host)
         report = _report(name, outcome)
         _print(report)
         _tell(gating, report, outcome)
     return _code(gating, outcome)
 
 
-def _outcome(name: str, gating: Gating, tasks: Mapping[str, GateTask], host: Host, display: Display) -> Outcome:
+def _outcome(
+    name: str, gating: Gating, tasks: Mapping[str, GateTask], problems: Sequence[Problem], host: Host
+) -> Outcome:
     """What the gate says; where it says nothing, the files that were asked for tell why."""
     try:
+        if problems:
+            raise BadInput(problems)
+        environment.prepare()
+        from posttrain.display import Display
+
         with _files_named(gating):
-            return gate(name, gating, tasks, host, display)
+            return gate(name, gating, tasks, host, Display())
     except PosttrainError as error:
         _tell_error(name, gating, error)
         raise
@@ -72,8 +75,11 @@ def _files_named(gating: Gating) -> Iterator[None]:
         raise BadInput(Problem(where=str(place), what=f"cannot be read or written: {reason}", fix=fix)) from error
 
 
-def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask]]:
-    """The gate's name, the settings and the gate's tasks; raises BadInput with every problem of them."""
+def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask], list[Problem]]:
+    """The gate's name, the settings, the gate's tasks, and why they cannot be used.
+
+    Raises BadInput with every problem of settings that are missing, misspelt or of the wrong type.
+    """
     flags = {"--update-baseline": "update_baseline=true"}
     composition = compose(host, [flags.get(word, word) for word in words], "gate")
     config, problems = composition.config, list(composition.problems)
@@ -85,9 +91,7 @@ def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateT
     problems += _contradictions(gating)
     found = [*check_backend(gating.gate), *check_tasks(tasks)]
     problems += [replace(problem, where=f"gate.{problem.where}") for problem in found]
-    if problems:
-        raise BadInput(problems)
-    return composition.recipe, gating, tasks
+    return composition.recipe, gating, tasks, problems
 
 
 def _contradictions(gating: Gating) -> list[Problem]:
