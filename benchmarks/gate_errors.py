@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from posttrain.config.schema import MAX_DROP, Role
-from posttrain.gate.comparison import POOL, Comparison, Decision, decide
+from posttrain.gate.comparison import POOL, Comparison, decide
 from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
 from posttrain.gate.sequential import looks, portion_size
-from posttrain.gate.spec import State
+from posttrain.gate.spec import State, worst
 from posttrain.gate.statistics import Bounds
 
 CONFIDENCE = 0.95
@@ -103,7 +103,7 @@ def _outcome(tasks: Sequence[Task], counts: Sequence[np.ndarray], pool: float | 
         ]
         asked = list(_asked(tasks, answers, pool))
         decisions = decide(asked, CONFIDENCE, look)
-        state = _overall(decisions)
+        state = worst(decision.state for decision in decisions)
         if look.last or state != "undecided" or any(decision.hopeless for decision in decisions):
             break
     lifts = sum(
@@ -126,11 +126,6 @@ def comparison(name: str, role: Role, evidence: Evidence, threshold: float) -> C
         name=name, metric="acc", filter="none", higher_is_better=True, questions="", role=role, against="base",
         evidence=evidence, threshold=threshold, means={}, fractions=True,
     )  # fmt: skip
-
-
-def _overall(decisions: Sequence[Decision]) -> State:
-    states = {decision.state for decision in decisions}
-    return "fail" if "fail" in states else "undecided" if "undecided" in states else "pass"
 
 
 def share(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> float:

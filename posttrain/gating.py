@@ -23,14 +23,12 @@ from posttrain.gate.baseline import (
     write_baseline,
 )
 from posttrain.gate.candidate import Candidate, find_candidate, require_same_ground
-from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, State, Verdict
+from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict, worst
 from posttrain.gate.verdict import verdict_json
 from posttrain.plugins import Host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-WORST: tuple[State, ...] = ("fail", "undecided", "pass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +214,6 @@ class _Run:
 
 def _both(one: Verdict, other: Verdict) -> Verdict:
     """Two verdicts as one: the worse of the two."""
-    state = min(one.state, other.state, key=WORST.index)
+    state = worst([one.state, other.state])
     deciding = dict.fromkeys(verdict.reason for verdict in (one, other) if verdict.state == state)
     return Verdict(state=state, gated=one.gated, tasks=(*one.tasks, *other.tasks), reason="; ".join(deciding))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 State = Literal["pass", "fail", "undecided"]
 Comparator = Literal["base", "parent", "threshold"]
 """What the candidate is compared with; a limit compares it with a threshold."""
+
+
+def worst(states: Iterable[State]) -> State:
+    """What several answers come to: all have to pass, and none at all is no pass."""
+    found = set(states)
+    return "fail" if "fail" in found else "undecided" if "undecided" in found or not found else "pass"
 
 
 class GateProgress(Protocol):

@@ -21,7 +21,7 @@ from posttrain.gate.evidence import Mean
 from posttrain.gate.matching import answered
 from posttrain.gate.reasons import reason
 from posttrain.gate.sequential import Look, looks
-from posttrain.gate.spec import Comparator, GateRequest, Scorecard, State, TaskVerdict, Verdict
+from posttrain.gate.spec import Comparator, GateRequest, Scorecard, TaskVerdict, Verdict, worst
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig
@@ -39,7 +39,12 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     if not asked:
         return Verdict(state="undecided", gated=True, tasks=(), reason="this gate asks nothing, so nothing can pass it")
     verdicts = [_verdict(*found, request.gate) for found in zip(asked, decisions, strict=True)]
-    return Verdict(state=_overall(decisions), gated=True, tasks=tuple(verdicts), reason=_summary(verdicts))
+    return Verdict(
+        state=worst(decision.state for decision in decisions),
+        gated=True,
+        tasks=tuple(verdicts),
+        reason=_summary(verdicts),
+    )
 
 
 def looks_of(request: GateRequest) -> list[Look]:
@@ -53,7 +58,7 @@ def looks_of(request: GateRequest) -> list[Look]:
 def settled(request: GateRequest, scorecard: Scorecard) -> bool:
     """Whether a sequential gate may stop at the look that the scorecard is for: it decides, or can hardly pass."""
     _, decisions = _decided(request, scorecard)
-    if scorecard.look.last or _overall(decisions) != "undecided":
+    if scorecard.look.last or worst(decision.state for decision in decisions) != "undecided":
         return True
     return any(decision.hopeless for decision in decisions)
 
@@ -128,13 +133,8 @@ def _verdict(comparison: Comparison, decision: Decision, gate: GateConfig) -> Ta
     )
 
 
-def _overall(found: Sequence[Decision] | Sequence[TaskVerdict]) -> State:
-    states = {each.state for each in found}
-    return "fail" if "fail" in states else "undecided" if "undecided" in states or not states else "pass"
-
-
 def _summary(verdicts: Sequence[TaskVerdict]) -> str:
-    state = _overall(verdicts)
+    state = worst(verdict.state for verdict in verdicts)
     if state == "pass":
         return "every task passed"
     deciding = [verdict for verdict in verdicts if verdict.state == state]
