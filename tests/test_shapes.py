@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.config.schema import Format
-from posttrain.data.records import Conversation, Preference
+from posttrain.data.records import Conversation, Feedback, Preference
 from posttrain.data.shapes import to_record
 from posttrain.errors import BadInput
 
@@ -106,6 +106,33 @@ def test_the_wrong_shape_for_the_stage_says_which_is_needed() -> None:
 def test_answers_judged_bad_are_not_taught() -> None:
     assert "label is false" in row_refusal({"messages": [USER, ANSWER], "label": False})
     assert conversation({"messages": [USER, ANSWER], "label": True}) == TURNS
+
+
+JUDGED = [
+    {"messages": [USER, ANSWER], "prompt": None, "completion": None},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    {"instruction": "Hi", "output": "Hello"},
+    {"prompt": "Hi", "completion": "Hello"},
+]
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("form", [Format.auto, Format.feedback])
+@pytest.mark.parametrize("row", JUDGED)
+def test_the_last_turn_of_a_conversation_with_a_label_is_judged(row: dict[str, Any], form: Format, label: bool) -> None:
+    record = to_record(row | {"label": label}, form, "feedback", "f:1")
+    assert isinstance(record, Feedback)
+    assert [(turn["role"], turn["content"]) for turn in (*record.prompt, *record.completion)] == TURNS
+    assert (len(record.completion), record.label) == (1, label)
+
+
+def test_what_judges_no_answer_is_refused() -> None:
+    assert "must end in one assistant turn" in row_refusal(
+        {"messages": [USER, ANSWER, USER], "label": True}, "feedback"
+    )
+    assert "label must be true or false, not 'yes'" in row_refusal(JUDGED[0] | {"label": "yes"}, "feedback")
+    pair = {"prompt": "Hi", "chosen": "a", "rejected": "b", "label": True}
+    assert "holds no single answer" in row_refusal(pair, "feedback", Format.feedback)
 
 
 def said(role: Any, content: Any = "x") -> dict[str, Any]:

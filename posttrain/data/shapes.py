@@ -19,7 +19,7 @@ SHAPES = {
     Format.alpaca: "instruction, output [, input, system, history]",
     Format.sharegpt: "conversations (from, value) [, system]",
     Format.preference: "chosen, rejected [, prompt | conversations | messages | instruction, input]",
-    Format.feedback: "prompt, completion, label",
+    Format.feedback: "a conversation with a label for its last turn, or prompt, completion, label",
     Format.text: "text (only with format: text)",
 }
 """The keys of each shape."""
@@ -47,7 +47,7 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
         BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
     """
     known = recognise(row, where) if form is Format.auto else form
-    if shape == "feedback" and known is Format.prompt_completion:
+    if shape == "feedback" and (known is Format.prompt_completion or (known in CHATS and row.get("label") is not None)):
         known = Format.feedback
     if known not in SERVES[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
@@ -137,11 +137,23 @@ def _feedback(row: Row, where: str) -> Feedback:
     label = row.get("label")
     if not isinstance(label, bool):
         refuse(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
-    prompt = _said(row.get("prompt"), "user", where, "prompt")
-    completion = _said(row.get("completion"), "assistant", where, "completion")
+    prompt, completion = _judged(row, where)
     _check_side(prompt, completion, where, "completion")
     tools = checked_tools(row.get("tools"), where)
     return Feedback(prompt=tuple(prompt), completion=tuple(completion), label=label, where=where, tools=tools)
+
+
+def _judged(row: Row, where: str) -> tuple[list[Message], list[Message]]:
+    """The prompt of a judged answer, and the answer: given as such, or the last turn of a conversation."""
+    known = recognise(row, where)
+    if known is Format.prompt_completion:
+        prompt = _said(row.get("prompt"), "user", where, "prompt")
+        return prompt, _said(row.get("completion"), "assistant", where, "completion")
+    chat = CONVERTERS[known](row, where)
+    if not isinstance(chat, Conversation):
+        refuse(where, f"the record has the shape {known.value}, and holds no single answer", SHAPES[Format.feedback])
+    messages = list(chat.messages)
+    return messages[:-1], messages[-1:]
 
 
 def _text(row: Row, where: str) -> Text:
