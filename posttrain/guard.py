@@ -25,6 +25,8 @@ MARK = "posttrain_impl"
 """Attribute by which pluggy knows a hook's implementation."""
 STARTING = ("register_stages", "register_config", "register_eval_tasks")
 """Hooks that every command waits for."""
+SETTINGS = "settings"
+"""What is called when the settings of a plugin's stage are made, for every recipe."""
 COLLECTING = (*STARTING, "check_plan", "check_gate")
 """Hooks whose answers are lists."""
 TRAINING = "run_stage"
@@ -149,7 +151,7 @@ class Guard:
             raise ended
 
     def _activity(self, call: str) -> Activity:
-        starting = call in STARTING
+        starting = call in (*STARTING, SETTINGS)
         seconds = START_SECONDS if starting else self.patience.seconds
         return Activity(plugin=self.plugin, origin=self.origin, call=call, seconds=seconds, starting=starting)
 

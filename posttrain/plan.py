@@ -221,7 +221,8 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     """One stage with typed settings; what is wrong with them is added to ``problems``."""
     settings: StageConfig = _typed(config[name])
     stage = host.stages[settings.kind]
-    problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
+    with host.calling(stage.name, "problems"):
+        problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
     sources = _sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
     held_out = settings.held_out()
     evaluated = () if held_out is None else _sources(f"{name}.eval_data", held_out, problems)

@@ -9,6 +9,7 @@ reason. Two environment variables decide which plugins are loaded, by the names 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -25,7 +26,7 @@ from posttrain import activity, hookspecs
 from posttrain.activity import Activity
 from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
-from posttrain.guard import START_SECONDS, Patience, guarded
+from posttrain.guard import SETTINGS, START_SECONDS, Guard, Patience, guarded
 from posttrain.process import ProcessState
 from posttrain.stage import RECORD_SHAPES, Stage, StageConfig
 from posttrain.version import __version__
@@ -104,9 +105,28 @@ class Host:
         """The plugins that the user does not want."""
         return [info for info in self.plugins.values() if info.state == "blocked"]
 
+    def calling(self, kind: str, call: str) -> contextlib.AbstractContextManager[None]:
+        """Names the plugin that brings a kind of stage in whatever goes wrong inside, as a PluginFailed."""
+        info = self._bringing(kind)
+        if info.origin == BUILT_IN:
+            return contextlib.nullcontext()
+        return Guard(info.name, info.origin, self.patience).calling(call)
+
+    def leave_out(self, kind: str, failure: PluginFailed) -> None:
+        """Take back the plugin that brings a kind of stage: it has failed after all."""
+        info = self._bringing(kind)
+        self.manager.unregister(name=info.name)
+        for name in info.stages:
+            del self.stages[name]
+        del self.folders[info.name]
+        _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
+
+    def _bringing(self, kind: str) -> PluginInfo:
+        return next(info for info in self.plugins.values() if kind in info.stages)
+
     def origin(self, kind: str) -> str:
         """What brings a kind of stage, with its version: posttrain itself, or a plugin and its distribution."""
-        info = next(info for info in self.plugins.values() if kind in info.stages)
+        info = self._bringing(kind)
         return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
     def shapers(self) -> list[str]:
@@ -221,6 +241,8 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
         tasks = _task_files(_folders(host.manager, plugin, "register_eval_tasks"))
         for stage in stages:
             _check_stage(host, stage)
+            with Guard(name, origin, host.patience).calling(SETTINGS):
+                stage.config(kind=stage.name)
         if taken := sorted(tasks.keys() & host.tasks.keys()):
             raise PluginFailed(f"the task {taken[0]!r} is already registered: {host.tasks[taken[0]]}")
         options = {name: path for f in folders for name, path in _options(f / RECIPES, f / "conf").items()}
@@ -229,8 +251,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     except Exception as error:
         if host.manager.has_plugin(name):
             host.manager.unregister(name=name)
-        reason = str(error).removeprefix(f"plugin {name} ({origin}) in ")
-        _fail(host, name, origin, reason or type(error).__name__)
+        _fail(host, name, origin, _reason(name, origin, error))
         return
     host.stages |= {stage.name: stage for stage in stages}
     host.folders[name] = folders
@@ -239,6 +260,11 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     host.plugins[name] = PluginInfo(
         name=name, origin=origin, state="loaded", stages=tuple(stage.name for stage in stages)
     )
+
+
+def _reason(name: str, origin: str, error: Exception) -> str:
+    """What went wrong, without the plugin's name, which stands beside it."""
+    return str(error).removeprefix(f"plugin {name} ({origin}) in ") or type(error).__name__
 
 
 def _fail(host: Host, name: str, origin: str, reason: str) -> None:
@@ -315,7 +341,8 @@ def _check_stage(host: Host, stage: object) -> None:
         raise PluginFailed(f"{stage.name!r} cannot be the name of a stage: lower-case letters, digits and _")
     if stage.name in host.stages:
         raise PluginFailed(f"the stage {stage.name!r} is already registered by {host.origin(stage.name)}")
-    if not (isinstance(stage.config, type) and issubclass(stage.config, StageConfig)):
+    config = stage.config
+    if not (isinstance(config, type) and issubclass(config, StageConfig) and "__dataclass_fields__" in vars(config)):
         raise PluginFailed(f"the config of stage {stage.name!r} must be a dataclass that inherits from StageConfig")
     if stage.parent not in ("base", "sft"):
         raise PluginFailed(f"the parent of stage {stage.name!r} must be 'base' or 'sft', not {stage.parent!r}")

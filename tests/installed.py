@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,17 @@ def make_importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(folder) not in paths:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, paths)]))
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What the command line does, with a second for every plugin to load."""
+    given = {**os.environ, "POSTTRAIN_START_SECONDS": "1", **environment}
+    program = [sys.executable, "-m", "posttrain", *words]
+    return subprocess.run(program, capture_output=True, text=True, env=given, check=False, timeout=120)
+
+
+def listed() -> dict[str, dict[str, str]]:
+    """The plugins that ``posttrain list`` shows, by name."""
+    result = command("list", "plugins", "--json")
+    assert result.returncode == 0, result.stderr
+    return {row["name"]: row for row in json.loads(result.stdout)["plugins"]}

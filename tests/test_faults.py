@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import random
 import subprocess
 import sys
@@ -14,14 +12,12 @@ from pathlib import Path
 
 import pytest
 from fakes import Script, only_run, run_json, run_recipe, states, write_project
-from installed import install
+from installed import command, install, listed
 
 from posttrain import hookspecs, plugins
 from posttrain.artifact import verify
-from posttrain.config.compose import compose
-from posttrain.errors import BadInput, PluginFailed, PosttrainError
+from posttrain.errors import PluginFailed, PosttrainError
 from posttrain.hookspecs import hookimpl
-from posttrain.plan import make_plan
 from posttrain.plugins import Host
 from posttrain.testing import Project
 
@@ -90,24 +86,12 @@ def call(host: Host, hook: str, arguments: Mapping[str, None]) -> None:
     host.manager.subset_hook_caller(hook, others)(**arguments)
 
 
-def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "POSTTRAIN_START_SECONDS": "1", **environment}
-    program = [sys.executable, "-m", "posttrain", *words]
-    return subprocess.run(program, capture_output=True, text=True, env=given, check=False, timeout=120)
-
-
 def test_every_hook_is_among_them() -> None:
     declared = {name: item for name, item in vars(hookspecs).items() if hasattr(item, "posttrain_spec")}
     assert {name: ", ".join(inspect.signature(item).parameters) for name, item in declared.items()} == HOOKS
 
 
 # --- While plugins are loaded -----------------------------------------------------------------------------------------
-
-
-def listed() -> dict[str, dict[str, str]]:
-    result = command("list", "plugins", "--json")
-    assert result.returncode == 0, result.stderr
-    return {row["name"]: row for row in json.loads(result.stdout)["plugins"]}
 
 
 @pytest.mark.parametrize("hook", START)
@@ -289,44 +273,6 @@ def test_a_wrapper_that_passes_everything_on_changes_nothing(tmp_path: Path, mon
     script.during_training = lambda context: (_ for _ in ()).throw(KeyError("the stage's own"))
     with pytest.raises(KeyError, match="own"):
         run_recipe(script, "seed=1")
-
-
-# --- Which plugins are wanted -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wanted", "states"),
-    [
-        ("", {"mine": "loaded", "preference": "loaded"}),
-        ("mine", {"mine": "loaded", "preference": "blocked"}),
-        ("mine==1.0, preference", {"mine": "loaded", "preference": "loaded"}),
-        ("mine==1.1", {"mine": "failed", "preference": "blocked"}),
-        ("mine,absent", {"mine": "loaded", "absent": "failed"}),
-    ],
-)
-def test_plugins_are_chosen_and_pinned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, states: dict[str, str]
-) -> None:
-    install(tmp_path / "site", monkeypatch, "mine", {"mine_plugin.py": ""})
-    monkeypatch.setenv("POSTTRAIN_PLUGINS", wanted)
-    found = plugins.load().plugins
-    assert {name: found[name].state for name in states} == states
-    for name, state in states.items():
-        assert state == "loaded" or "POSTTRAIN_PLUGINS" in found[name].reason
-    assert found["sft.plugin"].state == "loaded"
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "true"])
-def test_a_bad_timeout_is_refused(host: Host, value: str) -> None:
-    with pytest.raises(BadInput, match=r"plugin_timeout: .* is not a number of seconds"):
-        make_plan(compose(host, ["recipe=quickstart", f"plugin_timeout={value}"]), host)
-
-
-@pytest.mark.parametrize("value", ["0", "nan", "soon", ""])
-def test_a_bad_time_for_loading_is_refused(value: str) -> None:
-    result = command("list", "plugins", POSTTRAIN_START_SECONDS=value)
-    assert result.returncode == 2
-    assert result.stderr == f"error: POSTTRAIN_START_SECONDS: {value!r} is not a number of seconds above 0\n"
 
 
 # --- In the stage itself ----------------------------------------------------------------------------------------------

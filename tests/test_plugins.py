@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import command, install
 
 from posttrain import plugins
+from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig
-from posttrain.errors import Problem
+from posttrain.errors import BadInput, Problem
 from posttrain.gate.checks import check_tasks
 from posttrain.hookspecs import hookimpl
-from posttrain.plan import gate_tasks
+from posttrain.plan import gate_tasks, make_plan
+from posttrain.plugins import Host
 from posttrain.stage import Stage, StageConfig
 
 
@@ -215,3 +218,41 @@ def test_a_file_that_another_of_its_name_would_hide_is_refused(
 def test_a_folder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     host = plugins.load([entry("bad", monkeypatch, register_config=bringing_files(tmp_path / "absent"))])
     assert host.plugins["bad"].reason == f"register_config names {tmp_path / 'absent'}, which is no folder"
+
+
+# --- Which plugins are wanted -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "states"),
+    [
+        ("", {"mine": "loaded", "preference": "loaded"}),
+        ("mine", {"mine": "loaded", "preference": "blocked"}),
+        ("mine==1.0, preference", {"mine": "loaded", "preference": "loaded"}),
+        ("mine==1.1", {"mine": "failed", "preference": "blocked"}),
+        ("mine,absent", {"mine": "loaded", "absent": "failed"}),
+    ],
+)
+def test_plugins_are_chosen_and_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, states: dict[str, str]
+) -> None:
+    install(tmp_path / "site", monkeypatch, "mine", {"mine_plugin.py": ""})
+    monkeypatch.setenv("POSTTRAIN_PLUGINS", wanted)
+    found = plugins.load().plugins
+    assert {name: found[name].state for name in states} == states
+    for name, state in states.items():
+        assert state == "loaded" or "POSTTRAIN_PLUGINS" in found[name].reason
+    assert found["sft.plugin"].state == "loaded"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "true"])
+def test_a_bad_timeout_is_refused(host: Host, value: str) -> None:
+    with pytest.raises(BadInput, match=r"plugin_timeout: .* is not a number of seconds"):
+        make_plan(compose(host, ["recipe=quickstart", f"plugin_timeout={value}"]), host)
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "soon", ""])
+def test_a_bad_time_for_loading_is_refused(value: str) -> None:
+    result = command("list", "plugins", POSTTRAIN_START_SECONDS=value)
+    assert result.returncode == 2
+    assert result.stderr == f"error: POSTTRAIN_START_SECONDS: {value!r} is not a number of seconds above 0\n"

@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from posttrain.config.gating import Gating
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.schema import ModelConfig, Source, TrackerConfig
-from posttrain.errors import BadInput, Problem
+from posttrain.errors import BadInput, PluginFailed, Problem
+from posttrain.guard import SETTINGS
 from posttrain.plugins import Host
 
 SCHEMA = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
@@ -34,16 +35,26 @@ GROUP = "recipe/"
 
 
 def register(host: Host) -> None:
-    """Make every stage, recipe and group of the host known to Hydra."""
+    """Make every stage, recipe and group of the host known to Hydra.
+
+    A plugin with settings that it cannot hold is left out.
+    """
     store = ConfigStore.instance()
     store.store(name="schema", node=OmegaConf.create({key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}))
     store.store(name="gating_schema", node=Gating)
+    for kind, stage in list(host.stages.items()):
+        if kind not in host.stages:  # its plugin has been left out for another of its stages
+            continue
+        try:
+            with host.calling(kind, SETTINGS):
+                store.store(group="settings", name=kind, node=stage.config(kind=kind))
+        except PluginFailed as failure:
+            host.leave_out(kind, failure)
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
     conf = conf_folders(plugin_folders)
-    for stage in host.stages.values():
-        store.store(group="settings", name=stage.name, node=stage.config(kind=stage.name))
-        if not any((folder / "stage" / f"{stage.name}.yaml").exists() for folder in conf):  # it starts from settings
-            store.store(group="stage", name=stage.name, node=stage.config(kind=stage.name))
+    for kind, stage in host.stages.items():
+        if not any((folder / "stage" / f"{kind}.yaml").exists() for folder in conf):  # it starts from settings
+            store.store(group="stage", name=kind, node=stage.config(kind=kind))
     OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf = conf[1:]
