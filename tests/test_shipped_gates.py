@@ -16,6 +16,7 @@ from posttrain.config.compose import compose
 from posttrain.config.paths import conf_folders
 from posttrain.errors import BadInput, Problem
 from posttrain.gate.harness.tasks import load_leaves
+from posttrain.gate.outlook import outlooks
 from posttrain.gate.scorecard import read_scorecard
 from posttrain.plan import make_plan
 from posttrain.plugins import Host
@@ -56,6 +57,16 @@ def test_a_shipped_gate_composes_and_plans(host: Host, name: str) -> None:
     given = [f"sft.gate.{setting}" for setting in GIVEN.get(name, [])]
     plan = make_plan(compose(host, [*recipe, *given, *evaluated]), host)
     assert plan.steps[0].tasks == tasks
+
+
+@pytest.mark.parametrize("name", ["sft_default", "dpo_default", "safety_default", "math", "code"])
+def test_the_plan_knows_the_power_of_gates_on_public_tasks(host: Host, name: str) -> None:
+    words = [f"gate.{setting}" for setting in GIVEN.get(name, [])]
+    _, gating, tasks, _ = gated(host, ["adapter=x", f"gate={name}", *words])
+    found = {each.name: each for each in outlooks(gating.gate, tasks)}
+    graded = {"preferences", "truthfulqa_mc2"}  # one is the user's own file, the other is no share of right answers
+    assert all(found[task].chances for task in tasks if task not in graded)
+    assert min(found[task].documents or 0 for task in tasks if task not in graded) >= 100
 
 
 @pytest.mark.parametrize("name", GIVEN)
