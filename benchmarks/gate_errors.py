@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from posttrain.config.paths import shipped
 from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.comparison import POOL, Comparison, decide
 from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
@@ -44,14 +46,19 @@ class Task:
         return [(self.discordance + self.lift) / 2, (self.discordance - self.lift) / 2, 1 - self.discordance]
 
 
-SHIPPED = {
-    name: [Task(n=n, discordance=0.1, role=Role.guard, threshold=-allowed) for n, allowed in guards]
-    for name, guards in {
-        "sft_default": ((1319, 0.03), (2000, 0.05)),
-        "dpo_default": ((541, 0.1), (1319, 0.03), (2000, 0.05), (817, 0.05)),
-    }.items()
-}
-"""Documents and ``max_drop`` of the guards of shipped gates: gsm8k has 1,319 documents."""
+SHIPPED = ("sft_default", "dpo_default")
+"""Gates whose guards are simulated as they ship: gsm8k, with 1,319 documents, and others."""
+
+
+def shipped_guards(name: str) -> tuple[list[Task], float]:
+    """The guards of a shipped gate, by its own documents and ``max_drop``, and what it allows the pool of them."""
+    gate = OmegaConf.load(shipped("conf") / "gate" / f"{name}.yaml")
+    guards = [
+        Task(n=task.limit, discordance=0.1, role=Role.guard, threshold=-task.max_drop)
+        for task in gate.tasks.values()
+        if task.role == Role.guard.name
+    ]
+    return guards, gate.pooled_max_drop
 
 
 @dataclass(frozen=True)
@@ -165,10 +172,11 @@ def losses(gates: int) -> Iterator[tuple[str, float, float, float]]:
         name = f"guard with max_drop = {allowed:g}{', the default' if allowed == MAX_DROP else ''}"
         yield name, *_states(simulated([replace(loss, role=Role.guard, threshold=-allowed)], gates))
     yield "lift", *_states(simulated([loss], gates))
-    for name, guards in SHIPPED.items():
+    for name in SHIPPED:
+        guards, pool = shipped_guards(name)
         kept = [replace(guard, lift=loss.lift if guard.n == loss.n else 0.0) for guard in guards]
-        yield f"guards of {name}, of which gsm8k lost 3 points", *_states(simulated(kept, gates, pool=0.02))
-        yield f"guards of {name}, unchanged", *_states(simulated(guards, gates, pool=0.02))
+        yield f"guards of {name}, of which gsm8k lost 3 points", *_states(simulated(kept, gates, pool=pool))
+        yield f"guards of {name}, unchanged", *_states(simulated(guards, gates, pool=pool))
 
 
 def _states(outcomes: Sequence[Outcome]) -> Iterator[float]:

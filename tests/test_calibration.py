@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import yaml
-from gate_errors import SHIPPED, Task, promoted, share, simulated
+from gate_errors import SHIPPED, Task, promoted, share, shipped_guards, simulated
 from scipy import stats
 
-from posttrain.config.paths import shipped
 from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.statistics import tango_bounds
 
@@ -80,14 +78,12 @@ def test_a_planted_loss_of_three_points_is_refused(allowed: float) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_guards_that_ship_refuse_a_loss_of_three_points_and_pass_an_unchanged_model(name: str) -> None:
-    guards = SHIPPED[name]
-    gate = yaml.safe_load((shipped("conf") / "gate" / f"{name}.yaml").read_text())
-    allowed = [task["max_drop"] for task in gate["tasks"].values() if task["role"] == "guard"]
-    assert sorted(-guard.threshold for guard in guards) == sorted(allowed)
-    assert gate["tasks"]["gsm8k"]["max_drop"] == -next(guard.threshold for guard in guards if guard.n == 1319)
+    guards, pool = shipped_guards(name)
     lost = [replace(guard, lift=-0.03 if guard.n == 1319 else 0.0) for guard in guards]
-    assert 1 - promoted(simulated(lost, GATES, pool=gate["pooled_max_drop"])) >= 0.9
-    assert promoted(simulated(guards, GATES, pool=gate["pooled_max_drop"])) >= 0.9
+    assert [guard.lift for guard in lost].count(-0.03) == 1  # of gsm8k
+    assert len(guards) == {"sft_default": 2, "dpo_default": 4}[name]
+    assert 1 - promoted(simulated(lost, GATES, pool=pool)) >= 0.9
+    assert promoted(simulated(guards, GATES, pool=pool)) >= 0.9
 
 
 @pytest.mark.parametrize("sizes", [(500, 1319, 2000), (100, 100, 4000)])

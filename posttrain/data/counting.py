@@ -11,7 +11,7 @@ from posttrain.config.schema import Source
 from posttrain.data.files import local_files
 
 COUNTED_BYTES = 64_000_000
-"""Size of a file up to which its lines are counted: about 0.1 s."""
+"""Size of a file up to which its lines are counted: a few hundredths of a second."""
 PARSED_BYTES = 8_000_000
 """The same for a JSON array, which has to be read whole."""
 
