@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from machine import described
 
@@ -30,7 +31,6 @@ QUICKSTART = ROOT / "recipes" / "quickstart"
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 BATCH = 64
 """Documents in a batch, as the quickstart's gates have it."""
-EPOCHS, SFT_RATE, DPO_ROWS, DPO_RATE, BETA = 5, 1e-3, 16, 1e-4, 0.3
 SFT_STEPS = 115
 """Optimizer steps of the recipe's fine-tuning, whose rows are packed; the script takes as many records in each."""
 ASKED = {"--apply_chat_template": ("towns_facts", "towns_sentences"), "": ("towns_documents",)}
@@ -132,20 +132,29 @@ def posttrain(folder: Path) -> Outcome:
 def scripts(folder: Path) -> Outcome:
     """Two scripts, and the lm_eval command for each of three models."""
     base, data = QUICKSTART / "base", QUICKSTART / "sft.jsonl"
-    rows = -(-EPOCHS * len(data.read_text(encoding="utf-8").splitlines()) // SFT_STEPS)
+    sft, dpo = _settings("sft"), _settings("dpo")
+    rows = -(-sft["epochs"] * len(data.read_text(encoding="utf-8").splitlines()) // SFT_STEPS)
     merged = folder / "sft" / "merged"
     parts = [
         *_lm_eval(folder, "base", f"pretrained={base}"),
         _timed("train sft", [str(SCRIPTS / "trl_sft.py"), str(base), str(data), str(folder / "sft"), str(rows),
-                             str(EPOCHS), "256", str(SFT_RATE)], folder),
+                             str(sft["epochs"]), str(sft["sequence_length"]), str(sft["lr"])], folder),
         *_lm_eval(folder, "sft", f"pretrained={base},peft={folder / 'sft' / 'adapter'}"),
         _timed("train dpo", [str(SCRIPTS / "trl_dpo.py"), str(merged), str(QUICKSTART / "dpo.jsonl"),
-                             str(folder / "dpo"), str(DPO_ROWS), str(DPO_RATE), str(BETA), "2048"], folder),
+                             str(folder / "dpo"), str(dpo["per_device_batch_size"]), str(dpo["lr"]), str(dpo["beta"]),
+                             str(dpo["sequence_length"])], folder),
         *_lm_eval(folder, "dpo", f"pretrained={merged},peft={folder / 'dpo' / 'adapter'}"),
     ]  # fmt: skip
     return Outcome(
         contender="scripts", parts=parts, scores={name: _scored(folder / name) for name in ("base", "sft", "dpo")}
     )
+
+
+def _settings(stage: str) -> dict[str, Any]:
+    """What the recipe trains a stage with."""
+    command = [sys.executable, "-m", "posttrain", "plan", "recipe=quickstart", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout)["config"][stage])
 
 
 def _lm_eval(folder: Path, name: str, model: str) -> Iterator[Part]:
