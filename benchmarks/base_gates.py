@@ -19,12 +19,12 @@ from pathlib import Path
 from posttrain.artifact import ModelSource
 from posttrain.config.paths import shipped
 from posttrain.config.schema import Dtype, GateConfig, GateTask, ModelConfig, Role
-from posttrain.gate.evaluate import evaluate
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
-from posttrain.gate.systems import Loading
 from posttrain.gate.verdict import judge
 from posttrain.model.base import resolve_base
 from posttrain.model.loading import default_device, load_model, load_tokenizer
+from posttrain.scoring.evaluate import evaluate
+from posttrain.scoring.systems import Loading
 
 BATCHES = (1, 7, 16, 64)
 SAMPLE = 300

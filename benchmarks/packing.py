@@ -18,8 +18,8 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars
 from trl import pack_dataset
 
-from posttrain.data.chat import Rendered
-from posttrain.data.packing import few_bins, pack
+from posttrain.tokens.chat import Rendered
+from posttrain.tokens.packing import few_bins, pack
 
 CAPACITY = 4096
 MEDIAN, SPREAD = 400.0, 0.9

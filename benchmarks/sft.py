@@ -203,14 +203,14 @@ def _posttrain(job: Job) -> Result:
 
     environment.prepare()
     from posttrain.config.schema import LoraSettings, Method, ModelConfig
-    from posttrain.data.chat import ChatRenderer
-    from posttrain.data.packing import pack
     from posttrain.data.records import Conversation
     from posttrain.model.base import resolve_base
     from posttrain.model.loading import load_tokenizer
     from posttrain.sft.config import SFTConfig
     from posttrain.sft.stage import run
     from posttrain.stage import StageContext
+    from posttrain.tokens.chat import ChatRenderer
+    from posttrain.tokens.packing import pack
 
     source = resolve_base(ModelConfig(path=job.model))
     records = [

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain import hookspecs, plugins, tracking
+from posttrain import hookspecs
+from posttrain.host import plugins
+from posttrain.run import tracking
 
 PAGE = Path(__file__).with_suffix(".md")
 SHIPPED = "posttrain"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from posttrain.version import __version__
 
 if TYPE_CHECKING:
+    from posttrain.context import StageContext
     from posttrain.data.records import Conversation, Feedback, Preference, Text
+    from posttrain.engine.config import FineTuneConfig, TrainOn
     from posttrain.errors import (
         ArtifactDamaged,
         BadInput,
@@ -23,9 +25,8 @@ if TYPE_CHECKING:
         suggest,
     )
     from posttrain.hookspecs import hookimpl
-    from posttrain.sft.config import FineTuneConfig, TrainOn
     from posttrain.sft.refusals import declines
-    from posttrain.stage import MISSING, Progress, Stage, StageConfig, StageContext, from_recipe
+    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe
 
 __all__ = [
     "MISSING",
@@ -68,9 +69,10 @@ HOMES = {
         "suggest",
     ),
     "posttrain.hookspecs": ("hookimpl",),
-    "posttrain.sft.config": ("FineTuneConfig", "TrainOn"),
+    "posttrain.engine.config": ("FineTuneConfig", "TrainOn"),
     "posttrain.sft.refusals": ("declines",),
-    "posttrain.stage": ("MISSING", "Progress", "Stage", "StageConfig", "StageContext", "from_recipe"),
+    "posttrain.context": ("StageContext",),
+    "posttrain.stage": ("MISSING", "Progress", "Stage", "StageConfig", "from_recipe"),
 }
 """The modules that define the public names, the same as type checkers read above."""
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and _said_at_once(words) is None:
-        from posttrain.supervisor import supervised
+        from posttrain.host.supervisor import supervised
 
         sys.exit(supervised(lambda: answer(words)))
     sys.exit(answer(words))
@@ -100,9 +100,9 @@ def _said_at_once(words: list[str]) -> str | None:
 def _command(word: str) -> Callable[[list[str]], int] | None:
     """The command of this name; None for a word that belongs to a run."""
     if word == "list":
-        from posttrain.commands.listing import list_command as command
+        from posttrain.commands.list import list_command as command
     elif word == "plan":
-        from posttrain.commands.planning import plan_command as command
+        from posttrain.commands.plan import plan_command as command
     elif word == "tokens":
         from posttrain.commands.tokens import tokens_command as command
     elif word == "doctor":
@@ -112,7 +112,7 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
     elif word == "merge":
         from posttrain.commands.merge import merge_command as command
     elif word == "report":
-        from posttrain.commands.reporting import report_command as command
+        from posttrain.commands.report import report_command as command
     elif word == "leaderboard":
         from posttrain.commands.leaderboard import leaderboard_command as command
     elif word == "ledger":
@@ -131,7 +131,7 @@ def _command(word: str) -> Callable[[list[str]], int] | None:
 
 
 def _run(words: list[str]) -> int:
-    from posttrain.commands.running import hydra_command, run_command
+    from posttrain.commands.run import hydra_command, run_command
 
     flags = [word for word in words if word.split("=")[0] in HYDRA_FLAGS]
     return hydra_command(_flags_first(words)) if flags else run_command(words)

@@ -24,11 +24,12 @@ import pluggy
 
 if TYPE_CHECKING:
     from posttrain.artifact import Artifact
+    from posttrain.context import StageContext
     from posttrain.data.records import Record
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
     from posttrain.plan import Plan, Step
-    from posttrain.stage import Stage, StageContext
+    from posttrain.stage import Stage
 
 API_VERSION = 1
 """A plugin may set ``POSTTRAIN_API = 1`` in its module; one that names another version is not loaded."""

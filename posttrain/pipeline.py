@@ -13,19 +13,19 @@ from pathlib import Path
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.config.schema import OnFail
-from posttrain.display import Display
 from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PluginFailed, Problem
 from posttrain.gate.spec import Verdict
-from posttrain.guard import DISK_ERRORS
-from posttrain.interrupts import Interrupts
-from posttrain.job import Job, records_digest, run_name
-from posttrain.judging import check_gates, judged
+from posttrain.host.guard import DISK_ERRORS
+from posttrain.host.plugins import Host
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan
-from posttrain.plugins import Host
-from posttrain.runs import RunDirectory, open_run
-from posttrain.tracking import WandbTracker
-from posttrain.training import read_records, trained
+from posttrain.run.directory import RunDirectory, open_run
+from posttrain.run.display import Display
+from posttrain.run.interrupts import Interrupts
+from posttrain.run.job import Job, records_digest, run_name
+from posttrain.run.judge import check_gates, judged
+from posttrain.run.tracking import WandbTracker
+from posttrain.run.train import read_records, trained
 
 ENDINGS = {GateRefused: "refused", GateUndecided: "undecided", Interrupted: "interrupted"}
 """State of a run by the error that ended it."""

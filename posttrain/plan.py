@@ -19,7 +19,7 @@ from posttrain.config.compose import Composition
 from posttrain.config.explain import ROOT
 from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Role, Source, StageConfig, Tracker, TrackerConfig
 from posttrain.errors import BadInput, Problem, suggest
-from posttrain.plugins import Host
+from posttrain.host.plugins import Host
 from posttrain.stage import Stage
 
 CORE = "sft"

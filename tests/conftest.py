@@ -8,8 +8,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-from posttrain import environment, plugins
-from posttrain.plugins import Host
+from posttrain import environment
+from posttrain.host import plugins
+from posttrain.host.plugins import Host
 
 environment.prepare()
 

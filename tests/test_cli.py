@@ -1,29 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fakes import GATES, Script, run_recipe, write_project
 
-from posttrain import cli, plugins
-
-PROGRAM = [sys.executable, "-m", "posttrain"]
-
-
-def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
-
-
-def main(*words: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    return int(caught.value.code or 0)
+from posttrain.host import plugins
+from tests.support.command import call, complete, main
+from tests.support.fakes import GATES, Script, run_recipe, write_project
 
 
 @pytest.mark.parametrize("words", [["--help"], [], ["help"], ["--version"]])
@@ -127,24 +113,24 @@ def test_report_prints_the_table_of_the_newest_run(working_folder: Path, capsys:
 
 
 def test_exit_codes_of_a_run(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fakes import scripted_host
+    from tests.support.fakes import scripted_host
 
     write_project(working_folder)
     for verdict, code in (("pass", 0), ("fail", 3), ("undecided", 4)):
         script = Script()
         script.verdicts["sft"] = verdict  # type: ignore[assignment]
         host = scripted_host(script)
-        monkeypatch.setattr("posttrain.plugins.load", lambda host=host: host)
+        monkeypatch.setattr("posttrain.host.plugins.load", lambda host=host: host)
         assert main("recipe=mine", f"output_root={verdict}", *GATES) == code
 
 
 def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fakes import scripted_host
+    from tests.support.fakes import scripted_host
 
     write_project(working_folder)
     script = Script()
     host = scripted_host(script)
-    monkeypatch.setattr("posttrain.plugins.load", lambda: host)
+    monkeypatch.setattr("posttrain.host.plugins.load", lambda: host)
     assert main("recipe=mine", "--multirun", "sft.lr=1e-5,2e-5", *(f"{gate}" for gate in GATES)) == 0
     assert script.trained == ["sft", "dpo"] * 2
     runs = [json.loads(path.read_text()) for path in Path("runs").glob("mine-*/run.json")]
@@ -153,12 +139,6 @@ def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pyte
         ["posttrain", "recipe=mine", "sft.lr=2e-05"],
     ]
     assert sorted(path.name for path in working_folder.iterdir() if path.is_dir()) == ["base", "recipes", "runs"]
-
-
-def complete(line: str) -> list[str]:
-    result = call("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
-    assert not result.stderr
-    return result.stdout.split()
 
 
 def test_completion_of_commands_recipes_and_keys() -> None:

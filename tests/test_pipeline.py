@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from fakes import GATES, Script, only_run, run_json, run_recipe, states, write_project
 
 from posttrain import artifact, ledger
 from posttrain.artifact import verify
+from posttrain.context import StageContext
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
@@ -27,7 +27,7 @@ from posttrain.errors import (
 from posttrain.gate.spec import GateRequest
 from posttrain.hookspecs import hookimpl
 from posttrain.plan import Step
-from posttrain.stage import StageContext
+from tests.support.fakes import GATES, Script, only_run, run_json, run_recipe, states, write_project
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_a_run_that_died_anywhere_is_finished_by_the_same_command(
     with monkeypatch.context() as patch:
         if moment == "publishing":
             patch.setattr(
-                "posttrain.training.publish",
+                "posttrain.run.train.publish",
                 lambda draft, manifest, to: die_at(manifest["stage"], stage, draft, manifest, to),
             )
         with pytest.raises(Killed):

@@ -9,7 +9,7 @@ COMMANDS = ("doctor", "gate", "leaderboard", "ledger", "list", "merge", "new-plu
 
 def complete(words: list[str]) -> int:
     """Answer one request of the shell, which gives the line in COMP_LINE and the cursor in COMP_POINT."""
-    from posttrain.commands.running import hydra_command
+    from posttrain.commands.run import hydra_command
 
     line = os.environ["COMP_LINE"]
     typed = line.split()

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from posttrain import environment, plugins
+from posttrain import environment
 from posttrain.artifact import ModelSource
 from posttrain.config.compose import compose
 from posttrain.config.schema import Method
-from posttrain.data.chat import ChatRenderer, Rendered
-from posttrain.data.masks import mask_fault
 from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation, Text
+from posttrain.engine.config import TrainOn
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan, Step, make_plan
-from posttrain.sft.config import TrainOn
+from posttrain.tokens.chat import ChatRenderer, Rendered
+from posttrain.tokens.masks import mask_fault
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,8 +81,8 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
 
 def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Rendered]) -> list[Check]:
     """Run and print every comparison."""
-    from posttrain.sft.attention import causal_model
-    from posttrain.sft.kernels import choose
+    from posttrain.engine.attention import causal_model
+    from posttrain.engine.attention_kernels import choose
     from posttrain.sft.proof import Proof, sample
 
     config: SFTConfig = step.config  # type: ignore[assignment]

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from posttrain import environment, plugins
+from posttrain import environment
 from posttrain.artifact import replace_text
 from posttrain.config.compose import compose
-from posttrain.config.gating import Gating
+from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, OnFail
 from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PosttrainError, Problem
-from posttrain.gate.checks import check_backend, check_tasks
-from posttrain.gating import Outcome, gate, is_scores
-from posttrain.guard import DISK_ERRORS
+from posttrain.host import plugins
+from posttrain.host.guard import DISK_ERRORS
+from posttrain.host.plugins import Host
 from posttrain.plan import gate_tasks, unresolved
-from posttrain.plugins import Host
+from posttrain.regression.gate import Outcome, gate, is_scores
+from posttrain.scoring.checks import check_backend, check_tasks
 
 if TYPE_CHECKING:
     from posttrain.report.run import RunReport
@@ -51,7 +52,7 @@ def _outcome(
         if problems:
             raise BadInput(problems)
         environment.prepare()
-        from posttrain.display import Display
+        from posttrain.run.display import Display
 
         with _files_named(gating):
             return gate(name, gating, tasks, host, Display())
@@ -107,7 +108,7 @@ def _contradictions(gating: Gating) -> list[Problem]:
 def _report(name: str, outcome: Outcome) -> RunReport:
     """The outcome in the form of a run's report, with the candidate as its only stage."""
     from posttrain.report.run import RunReport, StageReport
-    from posttrain.runs import RunState, StageState
+    from posttrain.run.directory import RunState, StageState
 
     verdict, candidate = outcome.verdict, outcome.candidate
     stage = StageState(name=candidate.source.name, kind="gate", state=RUN_STATES[verdict.state], verdict=verdict.state)

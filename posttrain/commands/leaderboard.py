@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from posttrain.commands.words import understood
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.ledger import lifts
-from posttrain.report.ranking import Board, Entry, boards
+from posttrain.report.leaderboard import Board, Entry, boards
 from posttrain.report.scores import Scale
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from posttrain import plugins
 from posttrain.errors import BadInput, Problem
 from posttrain.hookspecs import API_VERSION
+from posttrain.host import plugins
 from posttrain.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates" / "plugin"
@@ -64,7 +64,7 @@ def _can_be_a_name(name: str) -> bool:
 
 def _taken(name: str) -> Problem | None:
     """A stage, plugin, recipe, gate, list, key of recipes or package that has the name already."""
-    from posttrain.commands.listing import SECTIONS
+    from posttrain.commands.list import SECTIONS
     from posttrain.config.explain import ROOT
 
     host = plugins.load()

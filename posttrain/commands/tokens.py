@@ -13,18 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain import environment, plugins
+from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.schema import Source
 from posttrain.data import records
-from posttrain.data.chat import ChatRenderer
 from posttrain.data.mixing import mix
-from posttrain.data.packing import PackedRow, Packing
-from posttrain.data.shares import Portion
+from posttrain.engine.config import FineTuneConfig
+from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.rows import mixture, render
+from posttrain.tokens.chat import ChatRenderer
+from posttrain.tokens.packing import PackedRow, Packing
+from posttrain.tokens.shares import Portion
 
 ALL = "--all"
 SHOWN = 3

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from posttrain.config import explain, sources
 from posttrain.config.paths import shipped
 from posttrain.errors import BadInput, Problem
-from posttrain.plugins import Host
+from posttrain.host.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "gating"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""

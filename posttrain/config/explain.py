@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from posttrain.config.schema import GateTask, ModelConfig, Source, TrackerConfig
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
-from posttrain.plugins import Host
+from posttrain.host.plugins import Host
 
 ROOT = (
     "seed", "output_root", "stages", "start_from", "model", "data", "eval_data", "tracker", "variant", "plugin_timeout",

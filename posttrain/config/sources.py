@@ -21,12 +21,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from posttrain.config.gating import Gating
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
+from posttrain.config.regression import Gating
 from posttrain.config.schema import ModelConfig, Source, TrackerConfig
 from posttrain.errors import BadInput, PluginFailed, Problem
-from posttrain.guard import SETTINGS
-from posttrain.plugins import Host
+from posttrain.host.guard import SETTINGS
+from posttrain.host.plugins import Host
 
 SCHEMA = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
 """Typed nodes of every recipe besides its stages."""

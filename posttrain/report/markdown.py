@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posttrain.report.rows import COLUMNS, reasons, remarks, table_rows
 from posttrain.report.run import RunReport
-from posttrain.runs import StageState
+from posttrain.run.directory import StageState
 
 
 def markdown(report: RunReport) -> str:

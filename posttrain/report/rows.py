@@ -5,7 +5,7 @@ from __future__ import annotations
 from posttrain.gate.spec import TaskVerdict
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock, scale_of
-from posttrain.runs import StageState
+from posttrain.run.directory import StageState
 
 COLUMNS = ("stage", "task", "base", "parent", "candidate", "lift", "verdict", "tokens", "time")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from posttrain.artifact import MANIFEST
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.gate.scorecard import read_questions, read_scorecard
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.gate.verdict import read_verdict
-from posttrain.runs import RunState, StageState, read_state
+from posttrain.run.directory import RunState, StageState, read_state
+from posttrain.scoring.scorecard import read_questions, read_scorecard
 
 LARGEST = 1e100
 """Values of this size or more are no measurements, and are not drawn."""

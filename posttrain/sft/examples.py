@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data.chat import ChatRenderer, Rendered
-from posttrain.data.masks import mask_fault
-from posttrain.data.overlong import fit
-from posttrain.data.packing import PackedRow, pack
 from posttrain.data.records import Conversation, Document, Text
+from posttrain.engine.config import FineTuneConfig, TrainOn
+from posttrain.engine.evaluation import Evaluation
 from posttrain.errors import BadInput, Problem
-from posttrain.sft.config import FineTuneConfig, TrainOn
-from posttrain.sft.evaluation import Evaluation
 from posttrain.sft.refusals import refuses
 from posttrain.sft.rows import render
+from posttrain.tokens.chat import ChatRenderer, Rendered
+from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.overlong import fit
+from posttrain.tokens.packing import PackedRow, pack
 
 
 @dataclass(frozen=True, slots=True)

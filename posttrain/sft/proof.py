@@ -22,14 +22,14 @@ from torch.multiprocessing.spawn import ProcessException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from posttrain.data.chat import Rendered
-from posttrain.data.packing import PackedRow, pack
+from posttrain.engine.attention import causal_model, install, packed_hidden
+from posttrain.engine.batches import IGNORED
+from posttrain.engine.gradient import add_gradient, trained_tokens
 from posttrain.errors import BadInput, Problem
-from posttrain.sft.attention import causal_model, install, packed_hidden
-from posttrain.sft.batches import IGNORED
 from posttrain.sft.config import SFTConfig
-from posttrain.sft.gradient import add_gradient, trained_tokens
 from posttrain.sft.ranks import gradient_of_ranks
+from posttrain.tokens.chat import Rendered
+from posttrain.tokens.packing import PackedRow, pack
 
 LIMIT = 1e-6
 """Relative error that any two computations of a gradient in float32 may have.

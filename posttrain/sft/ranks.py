@@ -14,8 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
-from posttrain.data.packing import PackedRow
-from posttrain.sft.config import FineTuneConfig
+from posttrain.engine.config import FineTuneConfig
+from posttrain.tokens.packing import PackedRow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,7 +41,7 @@ def gradient_of_ranks(
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of faster kernels
-    from posttrain.sft.gradient import add_gradient, trained_tokens
+    from posttrain.engine.gradient import add_gradient, trained_tokens
 
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
     model, rows, config = pickle.loads(task)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from posttrain.data.chat import ChatRenderer, Rendered
-from posttrain.data.overlong import fit
-from posttrain.data.packing import Packing, pack
 from posttrain.data.records import Document
-from posttrain.data.shares import Portion, Size, by_share, portions
-from posttrain.sft.config import FineTuneConfig, TrainOn
+from posttrain.engine.config import FineTuneConfig, TrainOn
+from posttrain.tokens.chat import ChatRenderer, Rendered
+from posttrain.tokens.overlong import fit
+from posttrain.tokens.packing import Packing, pack
+from posttrain.tokens.shares import Portion, Size, by_share, portions
 
 
 @dataclass(frozen=True, slots=True)

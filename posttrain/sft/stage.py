@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
-from posttrain.data.markers import family_faults
-from posttrain.data.packing import PackedRow, PackingCounts
 from posttrain.data.records import Conversation, Document
+from posttrain.engine.attention import causal_model
+from posttrain.engine.checkpoint import Position
+from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.loop import Training
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.advice import Known
-from posttrain.sft.attention import causal_model
-from posttrain.sft.checkpoint import Position
-from posttrain.sft.config import FineTuneConfig
 from posttrain.sft.examples import Example, evaluation_of, examples_of, hold_out, shared
-from posttrain.sft.loop import Training
 from posttrain.sft.rows import mixture
-from posttrain.stage import StageContext
+from posttrain.tokens.markers import family_faults
+from posttrain.tokens.packing import PackedRow, PackingCounts
+
+if TYPE_CHECKING:
+    from posttrain.context import StageContext
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 

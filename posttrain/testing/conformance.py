@@ -21,10 +21,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from posttrain import plugins
 from posttrain.artifact import verify
 from posttrain.errors import BadInput, Interrupted
 from posttrain.hookspecs import hookimpl
+from posttrain.host import plugins
 from posttrain.testing.footprint import Footprint
 from posttrain.testing.project import Project
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import environment, plugins
+from posttrain import environment
+from posttrain.host import plugins
 from posttrain.testing.evaluator import FakeEvaluator
 
 if TYPE_CHECKING:
+    from posttrain.host.plugins import Host
     from posttrain.plan import Plan
-    from posttrain.plugins import Host
-    from posttrain.runs import RunDirectory
+    from posttrain.run.directory import RunDirectory
 
 RECIPE = "conformance"
 WORDS = ("red", "blue", "green", "clay", "ash", "elm", "ivy", "oak")
@@ -89,11 +90,12 @@ class Project:
         """
         from rich.console import Console
 
-        from posttrain.display import Display
         from posttrain.pipeline import run
+        from posttrain.run.display import Display
 
         host = plugins.load()
-        host.manager.unregister(name="gate.plugin")
+        for room in ("scoring", "gate"):
+            host.manager.unregister(name=f"{room}.plugin")
         for plugin in (FakeEvaluator(), *also):
             host.manager.register(plugin)
         plan = self.plan(host, f"output_root={output}", *overrides)

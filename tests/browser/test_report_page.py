@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Script, only_run, run_recipe, write_project
 
 from posttrain import report
-from posttrain.gate.scorecard import write_scorecard
 from posttrain.gate.spec import DocumentScore
+from posttrain.scoring.scorecard import write_scorecard
+from tests.support.fakes import Script, only_run, run_recipe, write_project
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = "apt-get install -y chromium"

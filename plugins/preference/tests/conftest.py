@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import ADAPTERS, build_context, write_parent
 from posttrain_preference.quiet import quiet
+from preference_support.contexts import ADAPTERS, build_context, write_parent
 
 from posttrain import StageContext
 from posttrain.artifact import ModelSource

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from contexts import RUN, MakeContext, content, progress
 from posttrain_preference import dpo
+from preference_support.contexts import RUN, MakeContext, content, progress
 
 from posttrain import Interrupted
 

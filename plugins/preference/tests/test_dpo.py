@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from contexts import RUN, MakeContext, content, progress, weights
 from posttrain_preference import dpo, reference
 from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
+from preference_support.contexts import RUN, MakeContext, content, progress, weights
 
 from posttrain import ArtifactDamaged, BadInput, StageContext
 from posttrain.artifact import ModelSource

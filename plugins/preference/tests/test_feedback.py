@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import RUN, MakeContext, feedback, progress
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_preference.config import KTOSettings
 from posttrain_preference.feedback import Judged, TokenAnswer, feedback_columns, interleaved, render_feedback
 from posttrain_preference.quiet import quiet
+from preference_support.contexts import RUN, MakeContext, feedback, progress
 
 from posttrain import BadInput, Conversation, Feedback, Preference, StageContext
 from posttrain.config.schema import Format, Source

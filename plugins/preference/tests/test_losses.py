@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from contexts import RUN, MakeContext, progress
-from float64 import log_probs, model_on_disk
 from posttrain_preference import reference
 from posttrain_preference.config import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain_preference.dpo import start
 from posttrain_preference.losses import NAMES
 from posttrain_preference.pairs import TokenPair, render_pairs
 from posttrain_preference.quiet import quiet
+from preference_support.contexts import RUN, MakeContext, progress
+from preference_support.float64 import log_probs, model_on_disk
 
 from posttrain import StageContext
 from posttrain.artifact import ModelSource
@@ -123,7 +123,7 @@ def test_a_loss_without_reference_and_its_gradient_are_the_papers(
     make_context: MakeContext, parents: dict[str, ModelSource], name: str, settings: dict[str, Any]
 ) -> None:
     """Neither the prompt's tokens nor those behind the stop token count."""
-    from float64 import log_prob
+    from preference_support.float64 import log_prob
 
     context = make_context("lora", stage=name, records=2, gradient_checkpointing=False, **settings)
     trainer, rows = before_the_first_step(context)

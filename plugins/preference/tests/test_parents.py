@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from contexts import ADAPTERS, RUN, MakeContext, progress, weights
-from float64 import log_probs, model_on_disk
 from posttrain_preference import reference, stage
+from preference_support.contexts import ADAPTERS, RUN, MakeContext, progress, weights
+from preference_support.float64 import log_probs, model_on_disk
 
 from posttrain import ArtifactDamaged, StageContext
 from posttrain.artifact import ModelSource
@@ -115,7 +115,7 @@ def test_the_gradient_of_every_kind_of_adapter_reaches_its_weights(
     with pytest.raises(IndexError):  # nothing was trained, so there is nothing to tell about
         RUN["dpo"](make_context(kind, records=2, gradient_checkpointing=False))
 
-    from float64 import log_prob
+    from preference_support.float64 import log_prob
 
     model = model_on_disk(parents[kind])
     for key, parameter in model.named_parameters():

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contexts import RUN, SETTINGS, MakeContext
 from posttrain_preference import register_stages
+from preference_support.contexts import RUN, SETTINGS, MakeContext
 
 from posttrain.artifact import ModelSource
 
 FRESH = """
 import sys
 from pathlib import Path
-from contexts import RUN, build_context, parent_source
+from preference_support.contexts import RUN, build_context, parent_source
 assert "transformers" not in sys.modules
 for name in RUN:
     context = build_context(Path(name), parent_source(Path(sys.argv[1])), stage=name, max_steps=2, checkpoint_steps=1)

@@ -7,8 +7,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from posttrain import environment, plugins
-from posttrain.plugins import Host
+from posttrain import environment
+from posttrain.host import plugins
+from posttrain.host.plugins import Host
 
 environment.prepare()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from records import REFUSAL
+from safety_support.records import REFUSAL
 
 from posttrain.testing import StageConformance
 

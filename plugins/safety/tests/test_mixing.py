@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_safety.exchanges import Exchange, exchanges, refused
 from posttrain_safety.mixing import Kinds, Mix
-from records import REFUSAL, conversation, helpful, refusals, settings
+from safety_support.records import REFUSAL, conversation, helpful, refusals, settings
 
 from posttrain import BadInput, Conversation, TrainOn
 

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Script, only_run, run_json, run_recipe, states, write_project
-from records import REFUSAL
 from rich.console import Console
-from tiny import write_base
+from safety_support.records import REFUSAL
 
-from posttrain import BadInput, plugins
+from posttrain import BadInput
 from posttrain.artifact import verify
 from posttrain.config.compose import compose
-from posttrain.display import Display
+from posttrain.host import plugins
+from posttrain.host.plugins import Host
 from posttrain.pipeline import run
 from posttrain.plan import Plan, make_plan
-from posttrain.plugins import Host
+from posttrain.run.display import Display
+from tests.support.fakes import Script, only_run, run_json, run_recipe, states, write_project
+from tests.support.tiny import write_base
 
 SMALL = "lr: 1e-2, sequence_length: 64, gradient_accumulation: 1, checkpoint_steps: 1"
 RECIPE = f"""\
@@ -147,7 +148,7 @@ class Killed(BaseException):
 
 @pytest.mark.usefixtures("tiny_base")
 def test_a_run_that_died_is_finished_by_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.sft.checkpoint import CheckpointFolder
+    from posttrain.engine.checkpoint import CheckpointFolder
 
     command = ["stages=[sft,safety,dpo]", "safety.epochs=3"]
     trained(*command, "output_root=clean")

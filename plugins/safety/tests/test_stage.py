@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from posttrain_safety import stage
-from records import helpful, refusals, settings
-from tiny import Recorder, base_source, sft_config, write_base
+from safety_support.records import helpful, refusals, settings
 
 from posttrain import BadInput, StageContext
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import Method
 from posttrain.model.checks import check_output
 from posttrain.sft.stage import run as run_sft
+from tests.support.tiny import Recorder, base_source, sft_config, write_base
 
 
 @pytest.fixture(scope="module")

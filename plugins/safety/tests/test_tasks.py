@@ -9,17 +9,17 @@ from typing import Any
 
 import posttrain_safety
 import pytest
-from tiny import base_source, write_base
 
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import BadInput
-from posttrain.gate.harness.tasks import load_leaves
-from posttrain.gate.plugin import evaluate_artifact
 from posttrain.gate.spec import GateRequest
+from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
-from posttrain.plugins import Host
+from posttrain.scoring.harness.tasks import load_leaves
+from posttrain.scoring.plugin import evaluate_artifact
 from posttrain.sft import refusals
+from tests.support.tiny import base_source, write_base
 
 FOLDER = Path(posttrain_safety.__file__).parent / "tasks"
 METRICS = {"safety_harmful": "refused", "safety_harmless": "answered"}

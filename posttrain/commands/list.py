@@ -1,0 +1,104 @@
+"""``posttrain list``: what is available, without importing Hydra or torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.paths import conf_folders, recipe_folders
+from posttrain.errors import BadInput, Problem, suggest
+from posttrain.host import plugins
+from posttrain.host.plugins import Host
+
+GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker"}
+"""What a list is called, and the folder below conf/ that holds it."""
+SECTIONS = ("recipes", "stages", *GROUPS, "plugins")
+
+
+def list_command(words: list[str]) -> int:
+    """Print every section, one of them, or the settings of one stage."""
+    as_json = "--json" in words
+    names = [word for word in words if word != "--json"]
+    host = plugins.load()
+    if len(names) == 1 and names[0] in host.stages and names[0] not in SECTIONS:
+        _print_settings(host, names[0], as_json)
+        return 0
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        fix = suggest(unknown[0], [*SECTIONS, *host.stages])
+        raise BadInput(Problem(where=f"list {unknown[0]}", what="is neither a list nor a stage", fix=fix))
+    content = {section: section_rows(section, host) for section in names or SECTIONS}
+    print(json.dumps(content, indent=2) if as_json else _text(content))
+    return 0
+
+
+def section_rows(section: str, host: Host) -> list[dict[str, Any]]:
+    """The entries of one list."""
+    if section == "plugins":
+        return [
+            {
+                "name": p.name,
+                "summary": p.reason or ", ".join(p.stages),
+                "origin": p.origin,
+                "version": p.version,
+                "stages": list(p.stages),
+                "state": p.state,
+            }
+            for p in host.plugins.values()
+        ]
+    if section == "stages":
+        return [
+            {
+                "name": s.name,
+                "summary": s.summary,
+                "parent": s.parent,
+                "records": s.records,
+                "plugin": host.origin(s.name),
+            }
+            for s in host.stages.values()
+        ]
+    plugin_folders = [folder for folders in host.folders.values() for folder in folders]
+    if section == "recipes":
+        return _files(recipe_folders(plugin_folders))
+    return _files([folder / GROUPS[section] for folder in conf_folders(plugin_folders)])
+
+
+def _files(folders: list[Path]) -> list[dict[str, Any]]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return [{"name": name, "summary": _summary(path), "path": str(path)} for name, path in sorted(found.items())]
+
+
+def _summary(path: Path) -> str:
+    """The comment on the first line of a file, if there is one."""
+    with path.open(encoding="utf-8") as stream:
+        first = stream.readline().strip()
+    return first.lstrip("# ").rstrip(":") if first.startswith("#") and "@package" not in first else ""
+
+
+def _text(content: dict[str, list[dict[str, Any]]]) -> str:
+    lines: list[str] = []
+    for section, rows in content.items():
+        lines += [section, *(_line(row) for row in rows), ""]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    state = f"{row['state']:<8} {row['origin']:<24} " if "state" in row else ""
+    return f"  {row['name']:<24} {state}{row['summary']}".rstrip()
+
+
+def _print_settings(host: Host, name: str, as_json: bool) -> None:
+    from posttrain.config.help import settings
+
+    rows = settings(host.stages[name].config)
+    if as_json:
+        print(json.dumps({"stage": name, "settings": [vars(row) for row in rows]}, indent=2))
+        return
+    print(f"{name}: {host.stages[name].summary}\n")
+    for row in rows:
+        print(f"  {name}.{row.name}: {row.type} = {row.default}")
+        print(f"      {row.help}")

@@ -1,0 +1,152 @@
+"""``posttrain plan``: what a recipe would do, after checking everything that can be checked without loading."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain.config.compose import compose
+from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
+from posttrain.data.counting import count_records
+from posttrain.host import plugins
+from posttrain.plan import Plan, Step, make_plan
+from posttrain.scoring.outlook import DISCORDANCES, HOPED, Outlook
+from posttrain.scoring.outlook import outlooks as gate_outlooks
+
+
+def plan_command(words: list[str]) -> int:
+    """Print the plan, as text or as JSON."""
+    host = plugins.load()
+    composition = compose(host, [word for word in words if word != "--json"])
+    plan = make_plan(composition, host)
+    if "--json" in words:
+        print(json.dumps(plan_json(plan), indent=2))
+    else:
+        print("\n".join(_text(plan, composition.config)))
+    return 0
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for scripts: the stages in running order and the resolved recipe."""
+    stages = [
+        {
+            "name": step.name,
+            "kind": step.stage.name,
+            "parent": step.stage.parent,
+            "plugin": step.origin,
+            "data": [source.path for source in step.sources],
+            "gate": sorted(step.tasks),
+            "power": _power_json(step),
+            "advice": _advice(step),
+        }
+        for step in plan.steps
+    ]
+    return {"recipe": plan.recipe, "stages": stages, "config": plan.resolved}
+
+
+def _power_json(step: Step) -> dict[str, Any]:
+    """Documents and chances to pass of every task by assumed discordance; empty where the gate is off."""
+    found = gate_outlooks(step.gate, step.tasks) if step.gate.enabled else []
+    return {each.name: {"documents": each.documents, "chances": each.chances} for each in found}
+
+
+def _text(plan: Plan, config: DictConfig) -> list[str]:
+    order = " ─► ".join(step.name for step in plan.steps)
+    model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
+    lines = [f"{plan.recipe}: {order}", f"model  {', '.join(model)}", ""]
+    for step in plan.steps:
+        lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
+        lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
+        lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
+        lines += [f"  gate   {line}" for line in _gate(step)]
+        lines += [f"  advice {line}" for line in _advice(step)]
+        lines += [""]
+    return lines[:-1]
+
+
+def _advice(step: Step) -> list[str]:
+    return [f"{step.name}.{line}" for line in step.config.advice(count_records(step.sources))]
+
+
+def _source_note(source: Any) -> str:
+    notes = [f"weight {source.weight:g}"] if source.weight != 1 else []
+    notes += [f"{source.share:.1%} of the tokens"] if source.share is not None else []
+    notes += [f"the first {source.limit:,}"] if source.limit else []
+    return f"  ({', '.join(notes)})" if notes else ""
+
+
+def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> list[str]:
+    """The settings that differ from their defaults, with the key they take their value from."""
+    lines = []
+    for field in fields(settings):
+        value, default = getattr(settings, field.name), getattr(defaults, field.name)
+        if field.name in ("kind", "data", "gate"):
+            continue
+        if is_dataclass(value):
+            lines += _changed(f"{path}.{field.name}", value, default, config)
+        elif value != default:
+            raw = OmegaConf.select(config, path)._get_node(field.name)._value()
+            origin = f"  # {raw}" if isinstance(raw, str) and raw.startswith("${") else ""
+            lines.append(f"{path}.{field.name}: {value.value if isinstance(value, Enum) else value}{origin}")
+    return lines
+
+
+def _gate(step: Step) -> list[str]:
+    gate = step.gate
+    if not gate.enabled:
+        return ["none: the artifact is promoted unseen"]
+    policy = f"on fail {gate.on_fail.value}, on undecided {gate.on_undecided.value}"
+    head = f"against {' and '.join(gate.against)} at {gate.confidence:.0%} confidence, {policy}"
+    if gate.sequential is not Sequential.none:
+        head += f", decided at the first of {gate.looks} looks that can"
+    outlooks = gate_outlooks(gate, step.tasks)
+    asked = [*step.tasks, *(outlook.name for outlook in outlooks[len(step.tasks) :])]
+    lines = [_asked(gate, name, step.tasks.get(name), each) for name, each in zip(asked, outlooks, strict=True)]
+    if any(each.chances for each in outlooks):
+        shares = " or ".join(f"{share:.0%}" for share in DISCORDANCES)
+        lines.append(f"these are chances if {shares} of the documents are right under one system alone")
+    return [head, *lines, *(f"warning: {_warning(each)}" for each in outlooks if each.hopeless)]
+
+
+def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:
+    """What the gate asks of a task, or of all guards together, of how many documents, and how likely it is to pass."""
+    demand = name
+    if task is not None:
+        demand = f"{task.role.value} {name} {task.metric}: {_demand(gate, task)}"
+    elif gate.pooled_max_drop is not None:
+        demand = f"{name}: lower bound > {-gate.pooled_max_drop:+.3f}"
+    counted = "" if outlook.documents is None else f", {outlook.documents:,} documents"
+    return f"{demand}{counted}; {_power(outlook)}"
+
+
+def _demand(gate: GateConfig, task: GateTask) -> str:
+    if task.role is Role.limit:
+        return f"bound of the score better than {task.threshold:g}"
+    return f"lower bound > {task.min_lift if task.role is Role.lift else -gate.allowed_drop(task):+.3f}"
+
+
+def _power(outlook: Outlook) -> str:
+    if not outlook.chances:
+        unknown = "the spread of its scores" if outlook.documents else "the number of its documents"
+        enough = f"; about {outlook.needed:,} documents would do" if outlook.needed else ""
+        return f"power unknown, as {unknown} is{enough}"
+    return f"{_supposed(outlook)} passes with {' or '.join(f'{chance:.0%}' for chance in outlook.chances)}"
+
+
+def _supposed(outlook: Outlook) -> str:
+    """What the chances are of."""
+    if outlook.role is Role.guard:
+        return "an unchanged model"
+    return f"{'a lift' if outlook.role is Role.lift else 'a score'} {100 * HOPED:g} points better"
+
+
+def _warning(outlook: Outlook) -> str:
+    """Why a gate is hopeless, and what would help."""
+    told = f"{outlook.name} is hopeless: {_supposed(outlook)} passes with {max(outlook.chances):.0%} at best"
+    if outlook.needed:
+        return f"{told}; about {outlook.needed:,} documents would do"
+    return f"{told}; more documents, a larger max_drop or pooled_max_drop would help"

@@ -1,0 +1,84 @@
+"""Which rows each optimizer step trains on, and how they reach the model."""
+
+# B = rows (always 1), T = tokens of the batch, N = trained tokens of the batch
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from posttrain.engine.config import FineTuneConfig
+from posttrain.tokens.packing import PackedRow
+
+IGNORED = -100
+"""Target of a token that is not trained."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid end to end for one forward pass: documents are kept apart by their lengths, so nothing is padded."""
+
+    ids: torch.Tensor
+    """Token ids [B, T]."""
+    lengths: list[int]
+    """Tokens of each document; their sum is T."""
+    trained: torch.Tensor
+    """Positions in T, [N], whose next token is trained."""
+    targets: torch.Tensor
+    """The tokens to predict there, [N]."""
+
+    @classmethod
+    def of(cls, rows: Sequence[PackedRow], device: torch.device) -> Batch:
+        """One batch of ``rows`` on ``device``."""
+        ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+        targets = np.concatenate([row.targets(IGNORED) for row in rows]).astype(np.int64)
+        trained = np.flatnonzero(targets != IGNORED)
+        return cls(
+            ids=torch.from_numpy(ids)[None].to(device),
+            lengths=[length for row in rows for length in row.lengths],
+            trained=torch.from_numpy(trained).to(device),
+            targets=torch.from_numpy(targets[trained]).to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOrder:
+    """The rows of every optimizer step: a function of the seed and the step alone, so that resuming needs no state."""
+
+    rows: int
+    per_step: int
+    total: int
+    """Optimizer steps."""
+    seed: int
+
+    @classmethod
+    def from_config(cls, config: FineTuneConfig, rows: int, seed: int) -> RowOrder:
+        """The order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
+        per_step = config.per_device_batch_size * config.gradient_accumulation
+        total = config.epochs * -(-rows // per_step)
+        return cls(rows=rows, per_step=per_step, total=min(total, config.max_steps or total), seed=seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-self.rows // self.per_step)
+
+    def of_step(self, step: int) -> list[int]:
+        """Indices of the rows of optimizer step ``step``, counted from 1."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        start = place * self.per_step
+        indices: list[int] = _permutation(self.seed, epoch, self.rows)[start : start + self.per_step].tolist()
+        return indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.of_step(step) for step in range(1, self.total + 1))
+
+
+@lru_cache(maxsize=1)
+def _permutation(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -1,0 +1,53 @@
+"""The number format of the arithmetic, which need not be that of the stored weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.engine.attention import causal_model
+from posttrain.engine.config import FineTuneConfig
+from posttrain.model.loading import DTYPES
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+
+
+def compute_dtype(config: FineTuneConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
+    """What forward and backward passes of ``model``, whose weights are stored as ``stored``, are computed in.
+
+    A CPU without matrix tiles gains nothing from bfloat16: its products of it are slower than those of float32, which
+    are also more precise (docs/decisions.md has the figures). The rule asks for the processor, not for a timing, so
+    that two runs on a machine always compute the same. Quantised weights are multiplied in ``stored``.
+    """
+    if _quantised(model):
+        return stored
+    if config.compute_dtype is not None:
+        return config.compute_dtype.value
+    if stored == BFLOAT16 and model.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return FLOAT32
+    return stored
+
+
+@contextmanager
+def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[None]:
+    """Hold the frozen weights of ``model`` as ``dtype``, and in the end as before: bfloat16 survives float32 exactly.
+
+    Trained weights are float32 anyway; quantised weights stay as they are.
+    """
+    frozen = [] if _quantised(model) else [each for each in model.parameters() if not each.requires_grad]
+    stored = {parameter: parameter.dtype for parameter in frozen}
+    for parameter in stored:
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    try:
+        yield
+    finally:
+        for parameter, kind in stored.items():
+            parameter.data = parameter.data.to(kind)
+
+
+def _quantised(model: PreTrainedModel | PeftModel) -> bool:
+    return bool(getattr(causal_model(model), "is_quantized", False))

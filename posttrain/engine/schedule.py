@@ -1,0 +1,53 @@
+"""The learning rate of each step, and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.engine.config import FineTuneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up, then a cosine down to a floor (arXiv:1608.03983, without restarts)."""
+
+    peak: float
+    total: int
+    """Optimizer steps."""
+    warmup: int
+    """Steps in which the rate rises; the last of them has the peak."""
+    floor: float
+    """Share of the peak that the cosine runs towards."""
+
+    @classmethod
+    def from_config(cls, config: FineTuneConfig, total: int) -> Schedule:
+        """The schedule of a run of ``total`` optimizer steps."""
+        warmup = math.ceil(config.warmup_ratio * total)
+        return cls(peak=config.lr, total=total, warmup=warmup, floor=config.min_lr_ratio)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 1."""
+        if step <= self.warmup:
+            return self.peak * step / self.warmup
+        progress = (step - 1 - self.warmup) / (self.total - self.warmup)
+        return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: FineTuneConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
+    trained = list(parameters)
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )

@@ -1,0 +1,171 @@
+"""What ``posttrain gate`` is pointed at: an artifact, any peft adapter, or full weights; and the base under it.
+
+Nothing here loads a model. An artifact is verified against its manifest, and its base against what it was trained on;
+for anything else the base is what adapter_config.json names, or what the user says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from posttrain.artifact import (
+    MANIFEST,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    Artifact,
+    ModelSource,
+    digest_of,
+    file_digests,
+    quantization_of,
+    template_diff,
+    template_in_config,
+    verify,
+)
+from posttrain.config.regression import GatedModel
+from posttrain.config.schema import ModelConfig
+from posttrain.errors import BadInput, Problem, nearest
+from posttrain.model.base import PICKLED, TOKENIZER_FILES, read_json, resolve_base
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""A folder with one of these brings a tokenizer of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An adapter or a model with the base that it is compared with."""
+
+    path: Path
+    source: ModelSource
+    base: ModelSource
+    dtype: str
+    verified: bool
+    """Whether it is an artifact, which was published only because it computes something else than its parent."""
+
+
+def find_candidate(path: Path, model: GatedModel) -> Candidate:
+    """What ``path`` holds, and its base, which ``model`` may say more about.
+
+    Raises ArtifactDamaged when an artifact or its base is not what the manifest says, BadInput for anything else.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_dir():
+        siblings = [item.name for item in path.parent.glob("*/")] if path.parent.is_dir() else []
+        close = nearest(path.name, siblings)
+        fix = f"Did you mean {path.parent / close}?" if close else "Give the directory of an adapter or a model"
+        raise BadInput(Problem(where=str(path), what="there is no such directory", fix=fix))
+    if (path / MANIFEST).exists():
+        return _artifact(path, model)
+    if (path / ADAPTER_CONFIG).exists():
+        return _adapter(path, model)
+    return _weights(path, model)
+
+
+def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
+    """Raise BadInput when two candidates do not stand on one base with one chat template."""
+    problems = []
+    if candidate.base.model_digest != baseline.base.model_digest:
+        what = f"stands on {baseline.base.base}, and {candidate.path} on {candidate.base.base}: other weights"
+        problems.append(Problem(where=str(baseline.path), what=what, fix="Compare adapters of one base"))
+    if candidate.source.chat_template != baseline.source.chat_template:
+        difference = template_diff(baseline.source.chat_template, candidate.source.chat_template)
+        what = f"has another chat template than {candidate.path}:\n{difference}"
+        problems.append(Problem(where=str(baseline.path), what=what, fix="Compare adapters of one template"))
+    if problems:
+        raise BadInput(problems)
+
+
+def _artifact(path: Path, model: GatedModel) -> Candidate:
+    artifact = verify(path)
+    base = _base(path, model, str(artifact.manifest["base"]["name"]), artifact)
+    return Candidate(
+        path=path,
+        source=artifact.source(base),
+        base=base,
+        dtype=model.dtype.value if model.dtype is not None else str(artifact.manifest["dtype"]),
+        verified=True,
+    )
+
+
+def _adapter(path: Path, model: GatedModel) -> Candidate:
+    config = read_json(path / ADAPTER_CONFIG)
+    weights = path / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        pickled = any(path.glob(pattern) for pattern in PICKLED)
+        what = f"holds no {ADAPTER_WEIGHTS}" + (", and pickled weights are not read" if pickled else "")
+        raise BadInput(Problem(where=str(path), what=what, fix="Save the adapter with safe_serialization=True"))
+    base = _base(path, model, config.get("base_model_name_or_path"), _own_template(path))
+    tokenizer = path if _brings_tokenizer(path) else base.tokenizer
+    digest = digest_of(
+        {
+            "adapter": file_digests({"config": path / ADAPTER_CONFIG, "weights": weights}),
+            "tokenizer": file_digests(_present(tokenizer)),
+            "chat_template": base.chat_template,
+            "base": base.model_digest,
+        }
+    )
+    source = replace(
+        base, name=path.name, adapter=path, tokenizer=tokenizer, digest=digest, quantization=quantization_of(path)
+    )
+    return Candidate(path=path, source=source, base=base, dtype=_dtype(model, base), verified=False)
+
+
+def _weights(path: Path, model: GatedModel) -> Candidate:
+    if not (path / "config.json").is_file():
+        what = "holds no artifact, no adapter and no full weights"
+        raise BadInput(Problem(where=str(path), what=what, fix="Give the directory of an adapter or a model"))
+    if model.path is None:
+        what = "holds full weights, which do not say what they were made from"
+        raise BadInput(
+            Problem(where=str(path), what=what, fix="Give the base that they are compared with: model.path=")
+        )
+    own = _own_template(path)
+    base = _base(path, model, None, own)
+    template = None if own is not None else model.chat_template
+    pinned = own or Artifact(path, {"chat_template": base.chat_template, "added_tokens": []})
+    source = resolve_base(ModelConfig(path=str(path), chat_template=template), pinned)
+    return Candidate(
+        path=path, source=replace(source, name=path.name), base=base, dtype=_dtype(model, source), verified=False
+    )
+
+
+def _base(path: Path, model: GatedModel, named: object, pinned: Artifact | None) -> ModelSource:
+    """The base that the user says or the adapter names; with the chat template and tokens of the adapter, if any."""
+    chosen = model.path if model.path is not None else named
+    if not isinstance(chosen, str) or not chosen:
+        what = "does not say which base it was trained on"
+        raise BadInput(Problem(where=str(path), what=what, fix="Give the base: model.path=DIR or a hub name"))
+    config = ModelConfig(path=chosen, revision=model.revision, chat_template=model.chat_template)
+    try:
+        return resolve_base(config, pinned)
+    except BadInput as error:
+        if model.path is not None:
+            raise
+        fix = "Say where the base is now: model.path=DIR or a hub name"
+        raise BadInput([*error.problems, Problem(where=str(path), what=f"was trained on {chosen}", fix=fix)]) from None
+
+
+def _own_template(path: Path) -> Artifact | None:
+    """A folder with a chat template of its own is to the base what an artifact is: the base is asked with it, too."""
+    file = path / TEMPLATE
+    template = file.read_bytes().decode("utf-8") if file.is_file() else template_in_config(path / TOKENIZER_CONFIG)
+    return Artifact(path, {"chat_template": template, "added_tokens": []}) if template else None
+
+
+def _brings_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in VOCABULARIES)
+
+
+def _present(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def _dtype(model: GatedModel, source: ModelSource) -> str:
+    """The number format that the user says; float32 for weights that are stored so, else bfloat16."""
+    if model.dtype is not None:
+        return model.dtype.value
+    config = read_json(source.model / "config.json")
+    stored = config.get("dtype", config.get("torch_dtype"))
+    return "float32" if stored == "float32" else "bfloat16"

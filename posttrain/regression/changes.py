@@ -1,0 +1,83 @@
+"""Whether an adapter or a model computes anything else than its base, and whether the two can be compared at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from posttrain.artifact import ModelSource
+from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, Problem
+from posttrain.model.loading import load_tokenizer
+from posttrain.model.probe import random_ids
+from posttrain.model.reloading import check_names, compared
+from posttrain.regression.candidate import ADAPTER_WEIGHTS, Candidate
+from posttrain.scoring.fingerprint import tokenizer_digest
+
+
+def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
+    """The tokenizer that every system is asked with: the candidate's.
+
+    Raises BadInput when it gives the base's tokens other ids, or has ids that the base has no embeddings for.
+    """
+    own, base = load_tokenizer(candidate.source), load_tokenizer(candidate.base)
+    ids, known = own.get_vocab(), base.get_vocab()
+    moved = sorted(token for token, index in known.items() if ids.get(token) != index)
+    if moved:
+        what = f"its tokenizer is not that of {candidate.base.base}: {moved[0]!r} has another id, or none"
+        raise BadInput(Problem(where=str(candidate.path), what=what, fix="Give the base that it was trained on"))
+    rows = AutoConfig.from_pretrained(candidate.base.model).get_text_config().vocab_size
+    beyond = sorted(ids.keys() - known.keys() - set(candidate.base.added_tokens), key=ids.__getitem__)
+    if any(ids[token] >= rows for token in beyond):
+        what = f"its tokenizer adds {', '.join(beyond)}, which {candidate.base.base} has no embeddings for"
+        fix = "Only artifacts bring the rows of added tokens: train it with model.added_tokens"
+        raise BadInput(Problem(where=str(candidate.path), what=what, fix=fix))
+    return own
+
+
+def require_same_tokenizer(own: PreTrainedTokenizerBase, baseline: Candidate) -> None:
+    """Raise BadInput when a baseline's tokenizer does something else than the candidate's."""
+    if tokenizer_digest(own) != tokenizer_digest(load_tokenizer(baseline.source)):
+        what = "its tokenizer is not the candidate's, so that the two would be asked other tokens"
+        raise BadInput(Problem(where=str(baseline.path), what=what, fix="Compare adapters with one tokenizer"))
+
+
+def require_change(candidate: Candidate) -> None:
+    """Raise GateRefused when the candidate computes what its base computes, ArtifactDamaged when it does not fit it."""
+    source, base = candidate.source, candidate.base
+    if source.adapter is not None:
+        if cause := _zeros(source.adapter):
+            raise GateRefused(f"{candidate.path} changes nothing: {cause}")
+        if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
+            check_names(source.adapter, base, embeddings=True)
+    found_TV, expected_TV = compared(source, base, candidate.dtype, random_ids(_vocabulary(base)))
+    if not torch.isfinite(found_TV).all():
+        raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
+    if torch.equal(found_TV, expected_TV):
+        raise GateRefused(f"{candidate.path} changes nothing: its logits are those of {base.base} to the last bit")
+
+
+def _zeros(adapter: Path) -> str | None:
+    """Which half of a low-rank adapter is zero everywhere, so that its product is."""
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = list(file.keys())
+        low_rank = [name for name in names if ".lora_" in name]
+        for half in ("lora_B", "lora_A"):
+            matrices = [name for name in low_rank if f".{half}." in name]
+            # DoRA's lengths, biases and whole layers can change something without a product
+            if matrices and len(low_rank) == len(names) and not any(_any(file, name) for name in matrices):
+                return f"every {half} is zero"
+    return None
+
+
+def _any(file: object, name: str) -> bool:
+    tensor: torch.Tensor = file.get_tensor(name)  # type: ignore[attr-defined]
+    return bool(torch.count_nonzero(tensor))
+
+
+def _vocabulary(base: ModelSource) -> int:
+    size: int = AutoConfig.from_pretrained(base.model).get_text_config().vocab_size
+    return size

@@ -1,0 +1,174 @@
+"""What the user sees while a run goes on: a bar on a terminal, a line now and then elsewhere; and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from posttrain.host import activity
+
+LINE_SECONDS = 10
+"""How often a progress line is printed where there is no terminal to draw on."""
+SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
+
+
+class Display:
+    """Lines and bars of one run, on standard error so that standard output holds results alone."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+    def line(self, stage: str, what: str, text: str) -> None:
+        """Print one line about a stage."""
+        self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {escape(text)}")
+
+    def bar(self) -> Progress:
+        """A bar that is drawn on a terminal only, and removed when it ends."""
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+
+
+class Ticker:
+    """One bar with its fall-back lines."""
+
+    def __init__(self, display: Display, stage: str, what: str) -> None:
+        self._display, self._stage, self._what = display, stage, what
+        self._bar = display.bar()
+        self._task: TaskID | None = None
+        self._printed = time.monotonic()
+        self._started = self._printed
+        self._first = 0
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Begin at ``done`` of ``total``."""
+        self._started, self._first = time.monotonic(), done
+        self._bar.start()
+        self._task = self._bar.add_task(f"{self._stage:<8} {self._what:<6}", total=total, completed=done, figures="")
+
+    def advance(self, done: int, total: int, figures: str) -> None:
+        """Show that ``done`` of ``total`` is reached."""
+        if self._task is None:
+            self.start(total)
+        assert self._task is not None
+        self._bar.update(self._task, completed=done, total=total, figures=figures)
+        now = time.monotonic()
+        if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
+            self._printed = now
+            pace = (now - self._started) / max(done - self._first, 1)
+            left = _clock(pace * (total - done))
+            self._display.line(self._stage, self._what, f"{done}/{total}  {figures}  {left} left")
+
+    def note(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._display.line(self._stage, self._what, text)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+class TrainingProgress:
+    """Progress of one training stage: shown, appended to metrics.jsonl, passed on to the trackers."""
+
+    def __init__(self, display: Display, stage: str, metrics: Path, host: Any) -> None:
+        self._ticker = Ticker(display, stage, "train")
+        self._stage, self._metrics, self._host = stage, metrics, host
+        self._total = 0
+        self._tokens = 0
+        self._started = time.monotonic()
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Begin, or go on from a checkpoint: lines logged after the checkpoint are taken back."""
+        activity.sign_of_life()
+        self._total = total_steps
+        self._started, self._tokens = time.monotonic(), 0
+        _keep_lines(self._metrics, self._stage, done_steps)
+        if done_steps:
+            self.note(f"goes on after step {done_steps} of {total_steps}")
+        self._ticker.start(total_steps, done_steps)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One optimizer step is done; raises ValueError when its loss is not finite."""
+        activity.sign_of_life()
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise ValueError(f"training diverged at step {step}: the loss is {metrics['loss']}")
+        self._tokens += int(metrics.get("tokens", 0))
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        row = {"stage": self._stage, "step": step, **metrics, "tokens_per_second": round(rate, 1)}
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self._host.hook.step_logged(stage=self._stage, step=step, metrics=metrics)
+        figures = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
+        self._ticker.advance(step, self._total, "  ".join([*figures, f"{rate:,.0f} tokens/s"]))
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        activity.sign_of_life()
+        self._ticker.note(text)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self._ticker.stop()
+
+
+class EvaluationProgress:
+    """Progress of one gate."""
+
+    def __init__(self, display: Display, stage: str) -> None:
+        self._display, self._stage = display, stage
+        self._ticker: Ticker | None = None
+        self._current: tuple[str, str] | None = None
+
+    def advance(self, system: str, task: str, done: int, total: int) -> None:
+        """``done`` of ``total`` documents of a task are scored for one system."""
+        activity.sign_of_life()
+        if (system, task) != self._current:
+            self.stop()
+            self._current, self._ticker = (system, task), Ticker(self._display, self._stage, "gate")
+            self._ticker.start(total)
+        assert self._ticker is not None
+        self._ticker.advance(done, total, f"{task} {system}")
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        activity.sign_of_life()
+        self._display.line(self._stage, "gate", text)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._ticker is not None:
+            self._ticker.stop()
+
+
+def _keep_lines(path: Path, stage: str, done_steps: int) -> None:
+    """Drop the lines of a stage that lie beyond the checkpoint it goes on from."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_kept(line, stage, done_steps)]
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def _is_kept(line: str, stage: str, done_steps: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # torn by a kill
+        return False
+    # what was measured before the first step is measured again when no step is kept
+    return bool(row["stage"] != stage or (done_steps and row["step"] <= done_steps))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,124 @@
+"""One stage of one run: where it writes, what names its result, how long it took."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import ModelSource, digest_of
+from posttrain.config.schema import StageConfig
+from posttrain.data.reading import data_digest
+from posttrain.host.plugins import Host
+from posttrain.plan import Plan, Step
+from posttrain.run.directory import RunDirectory, StageState
+from posttrain.run.display import Display
+from posttrain.run.interrupts import Interrupts
+from posttrain.scoring.catalogue import task_digests
+
+PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl", "lm_eval")
+"""Distributions whose versions are recorded with every artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A step of the plan, bound to the run that carries it out."""
+
+    plan: Plan
+    step: Step
+    host: Host
+    run: RunDirectory
+    base: ModelSource
+    data_digest: str
+    display: Display
+    interrupts: Interrupts
+
+    @property
+    def name(self) -> str:
+        """Name of the stage's node in the recipe."""
+        return self.step.name
+
+    @property
+    def state(self) -> StageState:
+        """The stage's entry in run.json."""
+        return self.run.state.stage(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder in the run's directory."""
+        return self.run.stage(self.name)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage follows."""
+        return self.step is self.plan.steps[-1]
+
+    def fingerprint(self, parent: ModelSource) -> str:
+        """What the stage's result depends on: settings, parent, data, seed, number format, code."""
+        content = {"step": step_identity(self.step, self.plan), "parent": parent.digest, "data": self.data_digest}
+        shapers = self.host.shapers()
+        return digest_of({**content, "plugins": shapers} if shapers else content)
+
+    def gate_digest(self, systems: Mapping[str, ModelSource]) -> str:
+        """What the verdict depends on: the gate's settings, its tasks' files, the systems that are compared."""
+        return digest_of(
+            {
+                "gate": plain(self.step.gate),
+                "files": {name: task_digests(task.task or name, task.data) for name, task in self.step.tasks.items()},
+                "systems": {role: system.digest for role, system in systems.items()},
+                "versions": versions(),
+            }
+        )
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time spent inside to the stage's seconds."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.state.seconds = round((self.state.seconds or 0.0) + time.monotonic() - started, 1)
+            self.run.save()
+
+
+def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -> str:
+    """Name of the run's directory: the same recipe on the same model and data gets the same one."""
+    steps = [(step.name, step_identity(step, plan), data_digests[step.name]) for step in plan.steps]
+    return f"{plan.recipe}-{digest_of([parent.digest, steps])[:12]}"
+
+
+def records_digest(step: Step) -> str:
+    """Digest of what a stage trains on, and of what it measures itself on if there is any."""
+    trained = data_digest(step.sources)
+    return digest_of([trained, data_digest(step.held_out)]) if step.held_out else trained
+
+
+def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
+    """What a stage's training depends on besides its parent and its data. Its gate is not part of it."""
+    settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
+    return {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
+
+
+def plain(config: StageConfig | Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values."""
+    return dict(asdict(config, dict_factory=lambda items: {key: _plain_value(value) for key, value in items}))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that an artifact depends on, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_value(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,29 @@
+"""Runs a stage in this process: the answer to ``run_stage`` when no plugin gives another."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from posttrain.errors import PluginFailed
+from posttrain.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from posttrain.context import StageContext
+    from posttrain.stage import Stage
+
+
+@hookimpl(trylast=True)
+def run_stage(stage: Stage, context: StageContext) -> bool:
+    """Import the stage's function and call it; it must have saved its result through the context."""
+    from posttrain.model.probe import PROBE
+
+    module, _, name = stage.run.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error
+    function(context)
+    if not (context.output / PROBE).exists():
+        raise PluginFailed(f"stage {stage.name!r} ended without context.save(model): nothing proves what it left")
+    return True

@@ -1,0 +1,212 @@
+"""From records to a published artifact, unless the run already holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record, verify
+from posttrain.context import StageContext
+from posttrain.data.overlap import overlap
+from posttrain.data.records import Record
+from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
+from posttrain.host import activity
+from posttrain.host.activity import Activity
+from posttrain.host.guard import DISK_ERRORS
+from posttrain.host.plugins import CORE_ORIGIN
+from posttrain.host.process_state import ProcessState
+from posttrain.plan import Step
+from posttrain.run.display import TrainingProgress
+from posttrain.run.job import Job, plain, records_digest, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What a stage trains on, and what it measures itself on."""
+
+    trained: Sequence[Record]
+    held_out: Sequence[Record]
+
+
+def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
+    """The stage's artifact: the one that this run already published, or a new one.
+
+    Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
+    """
+    fingerprint = job.fingerprint(parent)
+    existing = _published(job, fingerprint)
+    if existing is not None:
+        job.display.line(job.name, "train", f"already done: {existing.digest[:12]}")
+        return existing
+    _clear_drafts(job.folder)
+    job.state.state, job.state.verdict, job.state.digest, job.state.artifact = "running", None, None, None
+    job.state.parent_digest = parent.digest
+    job.run.save()
+    with _named_failures(job):
+        artifact = _train(job, parent, records, fingerprint)
+    job.state.state, job.state.digest = "trained", artifact.digest
+    job.state.artifact = str(artifact.path.relative_to(job.run.path))
+    job.state.tokens = artifact.manifest["metrics"].get("tokens")
+    job.state.eval_loss = artifact.manifest["metrics"].get("eval_loss")
+    job.state.warnings = artifact.manifest["metrics"].get("warnings", [])
+    job.run.save()
+    job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
+    return artifact
+
+
+def _figures(artifact: Artifact) -> str:
+    texts = {
+        "steps": "{:,} steps",
+        "tokens": "{:,} tokens",
+        "final_loss": "loss {:.3f}",
+        "eval_loss": "held-out {:.3f}",
+    }
+    found = artifact.manifest["metrics"]
+    return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
+
+
+def _published(job: Job, fingerprint: str) -> Artifact | None:
+    """The artifact of an earlier attempt; one made from something else is set aside under its digest."""
+    path = job.folder / "artifact"
+    if not path.exists():
+        return None
+    artifact = verify(path)
+    if artifact.manifest["fingerprint"] == fingerprint:
+        return artifact
+    path.rename(job.folder / f"artifact.{artifact.digest[:12]}")
+    return None
+
+
+def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) -> Artifact:
+    from posttrain.model.checks import check_output
+    from posttrain.model.reloading import check_reloaded
+
+    draft = job.folder / ".draft"
+    draft.mkdir()
+    checkpoints = job.folder / "checkpoints" / fingerprint[:12]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
+    context = StageContext(
+        name=job.name, config=job.step.config, parent=parent, records=records.trained,
+        held_out=records.held_out, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
+        stop_requested=job.interrupts.requested,
+        checkpoints=checkpoints, output=draft,
+    )  # fmt: skip
+    before = ProcessState.now()
+    try:
+        with job.interrupts.deferred(), _known(job):
+            done = job.host.hook.run_stage(stage=job.step.stage, context=context)
+    finally:
+        progress.stop()
+        moved = os.getcwd() if os.getcwd() != before.directory else None
+        before.restore()  # a stage may seed what it likes; whatever comes next draws the same numbers all the same
+    if moved is not None:
+        raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} changed the working directory to {moved}")
+    if done is not True:
+        raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
+    with _blamed(job):
+        check_output(draft, parent)
+        check_reloaded(draft, parent, context.dtype)
+        return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
+
+
+def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> dict[str, Any]:
+    """Lineage and figures; nothing that differs between two runs of the same thing, such as times."""
+    return {
+        "stage": job.name,
+        "kind": job.step.stage.name,
+        "plugin": job.step.origin,
+        "plugins": job.host.shapers(),
+        "recipe": job.plan.recipe,
+        "base": {"name": job.base.base, "digest": job.base.model_digest},
+        "parent_digest": parent.digest,
+        "lineage": [*parent.lineage, job.step.stage.name],
+        "data_digest": job.data_digest,
+        **template_record(parent.chat_template),
+        "added_tokens": list(job.base.added_tokens),
+        "fingerprint": fingerprint,
+        "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
+        "seed": job.step.seed,
+        "dtype": job.plan.model.dtype.value,
+        "quantization": quantization_of(context.output),
+        "versions": versions(),
+        "metrics": context.metrics,
+    }
+
+
+def _clear_drafts(folder: Path) -> None:
+    """Remove what an attempt that was killed left half-written."""
+    shutil.rmtree(folder / ".draft", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_failures(job: Job) -> Iterator[None]:
+    """Name the stage and its plugin in whatever goes wrong; what the disk refuses is not the plugin's fault."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        if job.step.origin == CORE_ORIGIN:
+            raise
+        log = job.folder / "error.txt"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
+
+
+@contextlib.contextmanager
+def _blamed(job: Job) -> Iterator[None]:
+    """What a plugin's stage saved and must not be published is that plugin's failure."""
+    try:
+        yield
+    except ArtifactDamaged as error:
+        if job.step.origin == CORE_ORIGIN:
+            raise
+        raise PluginFailed(
+            f"stage {job.name!r} of plugin {job.step.origin} saved what is not sound: {error}"
+        ) from error
+
+
+def _known(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Makes the stage of a plugin known to the process that watches over this one."""
+    if job.step.origin == CORE_ORIGIN:
+        return contextlib.nullcontext()
+    name, _, origin = job.step.origin.partition(" ")
+    call, seconds = f"stage {job.name!r}", job.plan.plugin_timeout
+    return activity.calling(Activity(plugin=name, origin=origin.strip("()"), call=call, seconds=seconds))
+
+
+def read_records(job: Job) -> Records:
+    """The stage's records, read before any stage trains so that bad data costs no training.
+
+    Says how many rows the gate is to score that are trained on as well. Raises BadInput when the records are not those
+    that the run is named after.
+    """
+    held_out = replace(job.step, sources=job.step.held_out)
+    records = Records(trained=_read(job, job.step), held_out=_read(job, held_out) if held_out.sources else ())
+    if records_digest(job.step) != job.data_digest:
+        what = "the data changed while it was read"
+        raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
+    files = {name: task.data for name, task in job.step.tasks.items() if task.data}
+    counts = overlap(job.step.sources, list(files.values()))
+    for (name, file), (shared, scored) in zip(files.items(), counts, strict=True):
+        if shared:
+            what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"
+            job.display.line(job.name, "data", what)
+    return records
+
+
+def _read(job: Job, step: Step) -> Sequence[Record]:
+    records: Sequence[Record] | None = job.host.hook.load_records(step=step)
+    if records is None:
+        raise PluginFailed(f"no plugin reads the records of stage {job.name!r}")
+    return records

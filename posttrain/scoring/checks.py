@@ -1,0 +1,153 @@
+"""What can be said against a gate's tasks before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from posttrain.config.schema import Backend
+from posttrain.errors import Problem, nearest, suggest
+from posttrain.scoring.catalogue import Function, is_path, local_data_files, read_task_file, registered
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateConfig, GateTask
+
+NO_FILTER = "none"
+"""What lm-eval calls the filter of a task without a filter_list."""
+
+
+def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:
+    """Every problem of the tasks that their YAML files show; ``where`` starts with ``tasks.<name>``.
+
+    What a file does not show (a registered group, a metric taken from lm-eval's defaults, a data set on the hub) is
+    checked by ``posttrain.scoring.harness.tasks.preflight``, which imports lm_eval.
+    """
+    return [problem for name, task in tasks.items() for problem in _check_task(f"tasks.{name}", name, task)]
+
+
+def check_backend(gate: GateConfig) -> list[Problem]:
+    """The problem of a backend that is not installed; ``where`` is relative to the gate."""
+    if gate.backend is not Backend.vllm or find_spec("vllm") is not None:
+        return []
+    fix = "pip install vllm on a machine with a GPU, or set gate.backend=hf"
+    return [Problem(where="backend", what="vllm is not installed", fix=fix)]
+
+
+def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
+    yield from _check_numbers(where, task)
+    if task.data is not None and not Path(task.data).expanduser().is_file():
+        yield Problem(where=f"{where}.data", what=f"there is no file {task.data}")
+    reference = task.task or name
+    if is_path(reference):
+        yield from _check_file(where, Path(reference).expanduser(), task)
+    elif reference in registered():
+        yield from _check_settings(where, registered()[reference], task, local=False)
+    else:
+        close = nearest(reference, registered())
+        yield Problem(
+            where=where,
+            what=f"lm-eval registers no task or group {reference}",
+            fix=(f"Did you mean {close}? " if close else "")
+            + "A task of your own is given by its file: task: PATH.yaml",
+        )
+
+
+def _check_numbers(where: str, task: GateTask) -> Iterator[Problem]:
+    for key, least in (("limit", 1), ("num_fewshot", 0)):
+        value = getattr(task, key)
+        if value is not None and value < least:
+            yield Problem(where=f"{where}.{key}", what=f"{key} is {value}", fix=f"Give at least {least}.")
+
+
+def _check_file(where: str, path: Path, task: GateTask) -> Iterator[Problem]:
+    if path.is_file():
+        yield from _check_settings(where, path, task, local=True)
+        return
+    siblings = [str(file) for file in path.parent.glob("*.y*ml")]
+    close = nearest(str(path), siblings)
+    fix = f"Did you mean {close}?" if close else f"There is no task file in {path.parent}." if not siblings else ""
+    yield Problem(where=f"{where}.task", what=f"there is no file {path}", fix=fix or suggest(str(path), siblings))
+
+
+def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> Iterator[Problem]:
+    try:
+        settings = read_task_file(path)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        yield Problem(where=f"{where}.task", what=f"{path} cannot be read: {error}")
+        return
+    if local and not isinstance(settings.get("task"), str):
+        yield Problem(
+            where=f"{where}.task",
+            what=f"{path} names no task",
+            fix="Add a line task: NAME; a local group is not supported.",
+        )
+    if isinstance(settings.get("task"), list):
+        return
+    if settings.get("unsafe_code") and not task.run_code:
+        yield unsafe_code(where)
+    yield from _check_metric(where, settings, task)
+    yield from check_filter(where, _filters(settings), task)
+    for file in local_data_files(settings) if local and task.data is None else ():
+        if not file.exists():
+            yield Problem(where=f"{where}.task", what=f"{path} reads {file}, which does not exist")
+
+
+def _check_metric(where: str, settings: Mapping[str, Any], task: GateTask) -> Iterator[Problem]:
+    entries = settings.get("metric_list")
+    if not isinstance(entries, list):
+        return
+    metrics = {_metric_name(entry): entry for entry in entries if isinstance(entry, dict)}
+    if task.metric not in metrics:
+        yield unknown_metric(where, metrics, task)
+    elif metrics[task.metric].get("aggregation", "mean") != "mean":
+        yield unsupported_aggregation(where, task)
+
+
+def unknown_metric(where: str, metrics: Mapping[str, Any], task: GateTask) -> Problem:
+    """The problem of a metric that the task does not have."""
+    return Problem(
+        where=f"{where}.metric", what=f"the task has no metric {task.metric}", fix=suggest(task.metric, metrics)
+    )
+
+
+def unsafe_code(where: str) -> Problem:
+    """The problem of a task that runs what the model writes, where nobody has allowed it."""
+    fix = "In a container without network, set run_code: true on the task; elsewhere choose another task."
+    return Problem(where=f"{where}.run_code", what="the task runs programs that the model writes", fix=fix)
+
+
+def unsupported_aggregation(where: str, task: GateTask) -> Problem:
+    """The problem of a metric that is not a mean over documents, so that it has no paired differences."""
+    return Problem(
+        where=f"{where}.metric",
+        what=f"{task.metric} is not a mean over documents",
+        fix="Only metrics with aggregation: mean can be compared document by document.",
+    )
+
+
+def check_filter(where: str, filters: Sequence[str], task: GateTask) -> Iterator[Problem]:
+    """The problem of a filter that the task does not have, or of a missing choice among several."""
+    if task.filter is None and len(filters) > 1:
+        yield Problem(
+            where=f"{where}.filter", what="the task has several filters", fix=f"Choose one of {', '.join(filters)}."
+        )
+    elif task.filter is not None and task.filter not in filters:
+        yield Problem(
+            where=f"{where}.filter", what=f"the task has no filter {task.filter}", fix=suggest(task.filter, filters)
+        )
+
+
+def _metric_name(entry: Mapping[str, Any]) -> str:
+    metric = entry.get("metric")
+    return metric.name if isinstance(metric, Function) else str(metric)
+
+
+def _filters(settings: Mapping[str, Any]) -> list[str]:
+    entries = settings.get("filter_list")
+    if not isinstance(entries, list):
+        return [NO_FILTER]
+    return [str(entry.get("name")) for entry in entries if isinstance(entry, dict)]

@@ -1,0 +1,206 @@
+"""Scores every system of a gate: from the cache where it was asked the same before, else by loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from posttrain.artifact import digest_of
+from posttrain.config.schema import Backend
+from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
+from posttrain.gate.verdict import looks_of, settled
+from posttrain.scoring.blocks import Blocks
+from posttrain.scoring.cache import ScoreCache, score_key
+from posttrain.scoring.declared import clusters
+from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
+from posttrain.scoring.harness.requests import prepare
+from posttrain.scoring.harness.responder import Answers, Transformers
+from posttrain.scoring.harness.scoring import answer, recall
+from posttrain.scoring.isolation import quiet, seeded
+from posttrain.scoring.questions import PreparedTask
+from posttrain.scoring.scorecard import write_questions, write_scorecard
+from posttrain.scoring.systems import Loading, by_weights
+
+if TYPE_CHECKING:
+    from posttrain.artifact import ModelSource
+
+Job = tuple[str, str]
+"""A system and a task."""
+
+
+def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
+    """Ask every system of the request the same questions, and write the scorecard and the questions.
+
+    Raises BadInput when a task cannot be loaded or compared, ArtifactDamaged when an answer is not finite.
+    """
+    if not request.gate.enabled:
+        return Scorecard(rows=(), higher_is_better={})
+    tokenizer = loading.tokenizer(request.systems["candidate"])
+    with seeded(request.gate.seed):
+        tasks = [prepare(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
+    scorecard = Scorecard(
+        rows=(),
+        higher_is_better={task.name: task.higher_is_better for task in tasks},
+        settings={task.name: digest_of(task.settings) for task in tasks},
+        documents={task.name: len(task.questions) for task in tasks},
+        clusters=clusters(request.tasks, tasks),
+    )
+    held: Held = {}
+    for look in looks_of(request):
+        new = [task.at(look, request.gate.seed, scorecard.clusters.get(task.name)) for task in tasks]
+        asked = [task for task in new if task.questions]
+        rows = _Session(request, progress, loading, tokenizer, asked, held).score()
+        scorecard = replace(scorecard, rows=(*scorecard.rows, *rows), look=look)
+        if not look.last and settled(request, scorecard):
+            progress.note(f"the gate is settled at look {look.number} of {look.of}: no more documents are scored")
+            break
+    write_scorecard(request.scorecard, scorecard.rows)
+    write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
+    return scorecard
+
+
+class Models(Protocol):
+    """Models that answer for systems that share weights."""
+
+    def responding_as(self, system: str) -> AbstractContextManager[Answers]:
+        """The model that answers as ``system``."""
+
+
+Held = dict[frozenset[str], Models]
+"""The models that answered at the last look, by the systems that they speak for."""
+
+
+class _Session:
+    """The scores of one gate while they come together."""
+
+    def __init__(
+        self,
+        request: GateRequest,
+        progress: GateProgress,
+        loading: Loading,
+        tokenizer: object,
+        tasks: Sequence[PreparedTask],
+        held: Held,
+    ) -> None:
+        self._request, self._progress, self._loading = request, progress, loading
+        self._tokenizer, self._tasks, self._held = tokenizer, tasks, held
+        self._cache = ScoreCache(request.cache)
+        content = self._content()
+        self._keys = {
+            (system, task.name): score_key(
+                **content,
+                system=source.digest,
+                settings=task.settings,
+                questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
+            )
+            for system, source in request.systems.items()
+            for task in tasks
+        }
+        self._answer_keys = {
+            (system, task.name): score_key(
+                **content,
+                system=source.digest,
+                requests=[[question.request_hash, *question.repeats] for question in task.ordered],
+            )
+            for system, source in request.systems.items()
+            for task in tasks
+        }
+        self._rows: dict[str, list[DocumentScore]] = {}
+
+    def score(self) -> list[DocumentScore]:
+        """The rows of every system and task, in the order of the request."""
+        self._read_cache()
+        for group in by_weights(self._unscored()):
+            self._score_group(group)
+        return [
+            replace(row, system=system, task=task)
+            for (system, task), key in self._keys.items()
+            for row in self._rows[key]
+        ]
+
+    def _content(self) -> dict[str, Any]:
+        """What the answers to all tasks depend on, whoever answers."""
+        gate = self._request.gate
+        return {
+            "tokenizer": tokenizer_digest(self._tokenizer),
+            "seed": gate.seed,
+            "backend": gate.backend.value,
+            "batch_size": gate.batch_size,
+            "dtype": self._request.dtype,
+            "device": self._loading.device,
+            "versions": library_versions(),
+        }
+
+    def _read_cache(self) -> None:
+        for (system, name), key in self._keys.items():
+            rows = self._cached(key, name, system)
+            if rows is None:
+                rows = self._recalled(name, system)
+            if rows is not None:
+                self._rows[key] = rows
+
+    def _cached(self, key: str, name: str, system: str) -> list[DocumentScore] | None:
+        task = self._task(name)
+        try:
+            return self._cache.read(key, task.asked, task.filters)
+        except (OSError, ValueError) as error:
+            self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
+            return None
+
+    def _recalled(self, name: str, system: str) -> list[DocumentScore] | None:
+        """The rows of a task whose requests another task put to the system before."""
+        with quiet():
+            digest = self._request.systems[system].digest
+            rows = recall(self._task(name), self._blocks(name, system), system, digest)
+        if rows is not None:
+            self._cache.write(self._keys[system, name], rows)
+        return rows
+
+    def _blocks(self, name: str, system: str) -> Blocks:
+        return self._cache.blocks(self._answer_keys[system, name], self._request.gate.batch_size)
+
+    def _unscored(self) -> Mapping[str, ModelSource]:
+        waiting = {system for (system, _), key in self._keys.items() if key not in self._rows}
+        return {name: source for name, source in self._request.systems.items() if name in waiting}
+
+    def _score_group(self, group: Mapping[str, ModelSource]) -> None:
+        """Score systems that share weights, which are loaded here unless the last look left them."""
+        with quiet():
+            models = self._held.pop(frozenset(group), None)
+            self._held.clear()
+            models = models or self._models(group)
+            for system, source in group.items():
+                with models.responding_as(system) as responder:
+                    self._score_system(system, source, responder)
+        if len(by_weights(self._request.systems)) == 1:  # else memory is for the weights of the next group
+            self._held[frozenset(group)] = models
+
+    def _models(self, group: Mapping[str, ModelSource]) -> Models:
+        gate, dtype = self._request.gate, self._request.dtype
+        if gate.backend is Backend.vllm:
+            from posttrain.scoring.harness.vllm import Vllm
+
+            return Vllm(group, dtype, self._request.systems["candidate"].tokenizer, gate.batch_size, gate.seed)
+        return Transformers(group, dtype, self._loading, self._tokenizer, gate.batch_size)
+
+    def _score_system(self, system: str, source: ModelSource, responder: Answers) -> None:
+        for task in self._tasks:
+            key = self._keys[system, task.name]
+            if key not in self._rows:
+                self._rows[key] = self._answers(task, responder, system, source.digest)
+
+    def _answers(self, task: PreparedTask, responder: Answers, system: str, digest: str) -> list[DocumentScore]:
+        responder.cut = 0
+        blocks = self._blocks(task.name, system)
+        report = partial(self._progress.advance, system, task.name)
+        rows = answer(task, responder, blocks, system, digest, self._request.gate.seed, report)
+        if responder.cut:
+            self._progress.note(f"{responder.cut} prompts of {task.name} did not fit {system} and lost their beginning")
+        self._cache.write(self._keys[system, task.name], rows)
+        return rows
+
+    def _task(self, name: str) -> PreparedTask:
+        return next(task for task in self._tasks if task.name == name)

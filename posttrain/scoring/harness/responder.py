@@ -1,0 +1,129 @@
+"""Models that answer lm_eval's requests: silent, and watchful of what is not finite or does not fit."""
+
+# B = requests in a batch, T = tokens, V = vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from posttrain.artifact import digest_of
+from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.scoring.isolation import plain_generation, tied_already
+from posttrain.scoring.systems import Loading, SharedWeights
+
+if TYPE_CHECKING:
+    from posttrain.artifact import ModelSource
+
+
+class Answers:
+    """What any of lm_eval's models needs to answer the requests of a gate. To be mixed into one of them."""
+
+    cut = 0
+    """How many prompts were longer than the model's context and lost their beginning."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._written: dict[str, Any] = {}
+
+    def respond(self, requests: Sequence[Any], where: str) -> None:
+        """Answer requests in place. Raises ArtifactDamaged naming ``where`` when an output is not finite."""
+        sound = True
+        for kind in dict.fromkeys(request.request_type for request in requests):
+            asked = [request for request in requests if request.request_type == kind]
+            repeated = [request for request in asked for _ in range(request.repeats or 1)]
+            for request in asked:
+                request.resps, request.filtered_resps = [], {}
+            for request, given in zip(repeated, self._answered(kind, repeated), strict=True):
+                request.resps.append(given)
+                likelihood = given[0] if isinstance(given, tuple) else given
+                sound = sound and (isinstance(likelihood, str) or math.isfinite(likelihood))
+        if not (sound and self.finite()):
+            raise ArtifactDamaged(f"{where}: the model's output is not finite; its weights hold NaN or infinity")
+
+    def forget(self) -> None:
+        """Forget what was written: from here on another system answers."""
+        self._written.clear()
+
+    def finite(self) -> bool:
+        """Whether everything that the model computed for texts that it wrote was finite, as far as can be known."""
+        return True
+
+    def _answered(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        """The answers to requests of one kind; a text that another task had written is not written again."""
+        # repeats are asked because they may differ
+        if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
+            return list(getattr(self, kind)(list(requests), disable_tqdm=True))
+        keys = [digest_of([kind, *request.args]) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._written}
+        if new:
+            texts = getattr(self, kind)(list(new.values()), disable_tqdm=True)
+            self._written |= dict(zip(new, texts, strict=True))
+        return [self._written[key] for key in keys]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """As lm_eval, after checking that there is room for what the task wants generated."""
+        model: Any = self
+        for request in requests:
+            room = normalize_gen_kwargs(request.args[1], model.max_gen_toks)["max_gen_toks"]
+            if room >= model.max_length:
+                what = f"the task may generate {room} tokens, but the model's context holds {model.max_length}"
+                fix = "Set generation_kwargs.max_gen_toks in the task's file."
+                raise BadInput(Problem(where=str(request.task_name), what=what, fix=fix))
+        return list(super().generate_until(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
+
+
+class Responder(Answers, HFLM):
+    """A loaded model of transformers, with or without an adapter."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        with tied_already(model):
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        self._unsound = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def finite(self) -> bool:
+        """Whether every logit of the texts was finite."""
+        return not bool(self._unsound)
+
+    def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
+        """As HFLM, counting the prompts that are cut."""
+        ids_BT, mask_BT = super().tok_batch_encode(strings, **options)
+        if left_truncate_len is None:
+            return ids_BT, mask_BT
+        self.cut += int((mask_BT.sum(dim=1) > left_truncate_len).sum())
+        return ids_BT[:, -left_truncate_len:], mask_BT[:, -left_truncate_len:]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
+        self.cut += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        return super()._model_generate(context, max_length, stop, logits_processor=[self._watch], **options)
+
+    def _watch(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        # Noted on the device and looked at after the block: reading it at every token would stall the device.
+        self._unsound |= ~torch.isfinite(logits_BV.amax(dim=-1)).all()
+        return logits_BV
+
+
+class Transformers:
+    """Systems that share weights, run by transformers: one load of the weights, with an adapter for each system."""
+
+    def __init__(
+        self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading, tokenizer: Any, batch_size: int
+    ) -> None:
+        self._weights = SharedWeights(systems, dtype, loading)
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+
+    @contextmanager
+    def responding_as(self, system: str) -> Iterator[Answers]:
+        """The model that answers as ``system``, which generates as the task says."""
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        with self._weights.speaking_as(system) as model, plain_generation(model, end):
+            yield Responder(model, self._tokenizer, self._batch_size)

@@ -1,0 +1,120 @@
+"""Answers and scores: every question put to a system, block by block, and what its answer is worth."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.metrics import mean
+
+from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.gate.spec import DocumentScore
+from posttrain.scoring.blocks import Blocks
+from posttrain.scoring.harness.responder import Answers
+from posttrain.scoring.isolation import seeded
+from posttrain.scoring.questions import PreparedTask, Question
+
+
+def answer(
+    task: PreparedTask,
+    responder: Answers,
+    blocks: Blocks,
+    system: str,
+    digest: str,
+    seed: int,
+    report: Callable[[int, int], None],
+) -> list[DocumentScore]:
+    """Put every question to a system and score it.
+
+    A block is a batch of documents in the order of ``task.ordered``. Each is kept in ``blocks`` as soon as it
+    is answered, and what is kept there is not asked again. ``report(done, total)`` is called after each block. Raises
+    ArtifactDamaged when a log-likelihood, a logit or a score is not finite.
+    """
+    kept, total = blocks.read(), len(task.questions)
+    for index, requests in enumerate(_in_blocks(task, blocks.size)):
+        if not _restored(requests, kept.get(index)):
+            with seeded(seed + index):
+                responder.respond(requests, f"{system}, {task.name}")
+            blocks.add(index, [request.resps for request in requests])
+        report(min((index + 1) * blocks.size, total), total)
+    return _scores(task, system, digest)
+
+
+def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list[DocumentScore] | None:
+    """Score what a system answered before; None when it was not asked everything."""
+    kept = blocks.read()
+    complete = all(_restored(requests, kept.get(index)) for index, requests in enumerate(_in_blocks(task, blocks.size)))
+    return _scores(task, system, digest) if complete else None
+
+
+def _in_blocks(task: PreparedTask, size: int) -> list[list[Any]]:
+    """The requests of each block."""
+    ordered = task.ordered
+    return [
+        [request for question in ordered[start : start + size] for request in question.requests]
+        for start in range(0, len(ordered), size)
+    ]
+
+
+def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
+    """One row per filter and document, from the answers that the requests hold."""
+    for leaf in task.leaves:
+        if requests := [item for question in task.questions if question.leaf is leaf for item in question.requests]:
+            for ensemble in leaf._filters:
+                ensemble.apply(requests)
+    return [_score(task, question, name, system, digest) for name in task.filters for question in task.questions]
+
+
+def _restored(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
+    """Give requests the answers that a block kept, if it holds as many as are asked for."""
+    if answers is None or [len(given) for given in answers] != [request.repeats or 1 for request in requests]:
+        return False
+    for request, given in zip(requests, answers, strict=True):
+        # a log-likelihood comes with whether it is the likeliest text
+        request.resps, request.filtered_resps = [tuple(one) if isinstance(one, list) else one for one in given], {}
+    return True
+
+
+def _score(task: PreparedTask, question: Question, name: str, system: str, digest: str) -> DocumentScore:
+    results = question.leaf.process_results(
+        question.doc, [request.filtered_resps[name] for request in question.requests]
+    )
+    aggregation = question.leaf.aggregation()
+    metrics = {
+        metric: float(value)
+        for metric, value in results.items()
+        if aggregation.get(metric) is mean and isinstance(value, (numbers.Real, np.bool_))
+    }
+    where = f"{system}, {task.name}, document {question.doc_id}"
+    if task.metric not in metrics:
+        raise BadInput(Problem(where=where, what=f"the task gives it no number as {task.metric}"))
+    if unsound := [metric for metric, value in metrics.items() if not math.isfinite(value)]:
+        raise ArtifactDamaged(f"{where}: {', '.join(unsound)} is not a finite number")
+    return DocumentScore(
+        system=system,
+        digest=digest,
+        task=task.name,
+        filter=name,
+        doc_id=question.doc_id,
+        document_hash=question.document_hash,
+        request_hash=question.request_hash,
+        target_hash=question.target_hash,
+        metrics=metrics,
+        response=_response(question),
+        target=question.target,
+    )
+
+
+def _response(question: Question) -> str:
+    """What the model wrote, the choice it preferred, or the log-likelihood it gave."""
+    first = question.requests[0].resps[0]
+    if isinstance(first, str):
+        return first
+    if question.leaf.OUTPUT_TYPE == "multiple_choice":
+        choices = question.leaf.doc_to_choice(question.doc)
+        likelihoods = [request.resps[0][0] for request in question.requests[: len(choices)]]
+        return str(choices[int(np.argmax(likelihoods))])
+    return f"log-likelihood {first[0] if isinstance(first, tuple) else first:.4f}"

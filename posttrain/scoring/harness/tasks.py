@@ -1,0 +1,146 @@
+"""lm_eval's tasks, loaded: a task of a gate is one of them, or the tasks of a group pooled."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from lm_eval.api.metrics import mean
+from lm_eval.tasks import TaskManager
+
+from posttrain.errors import BadInput, PosttrainError, Problem
+from posttrain.scoring.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
+from posttrain.scoring.checks import check_filter, unknown_metric, unsafe_code, unsupported_aggregation
+from posttrain.scoring.declared import check_cluster, check_direction
+from posttrain.scoring.isolation import muted, quiet
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateTask
+
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
+"""What the library that runs a model's programs asks to be set."""
+
+
+def preflight(tasks: Mapping[str, GateTask]) -> None:
+    """Load every task as scoring will; raises BadInput with all that stands in the way, and trains nothing."""
+    problems: list[Problem] = []
+    for name, task in tasks.items():
+        try:
+            load_leaves(name, task)
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+
+
+def load_leaves(name: str, task: GateTask) -> list[Any]:
+    """The lm-eval tasks behind a task of a gate; raises BadInput when one cannot be loaded or compared."""
+    reference = task.task or name
+    if task.run_code:
+        os.environ[CODE_EVAL] = "1"
+    try:
+        with quiet(), muted():
+            leaves = _load(reference, task.data)
+    except PosttrainError:
+        raise
+    except Exception as error:
+        raise BadInput(_unloadable(name, reference, error)) from error
+    for leaf in leaves:
+        if problems := list(_objections(f"tasks.{name}", task, leaf)):
+            raise BadInput(problems)
+    if not shared_filters(leaves):
+        raise BadInput(Problem(where=f"tasks.{name}", what=f"the tasks of {reference} share no filter"))
+    if task.num_fewshot is not None:
+        for leaf in leaves:
+            leaf.set_config("num_fewshot", task.num_fewshot)
+    return leaves
+
+
+def _load(reference: str, data: str | None) -> list[Any]:
+    if is_path(reference):
+        return _load_file(Path(reference), data)
+    if data is not None:
+        return _load_file(registered()[reference], data)
+    return _load_registered(reference)
+
+
+def _load_file(path: Path, data: str | None) -> list[Any]:
+    """The task of a YAML file, with data files relative to that file, or with the documents in the file ``data``."""
+    path = path.expanduser().resolve()
+    settings = read_task_file(path)
+    override: dict[str, Any] = {"include": str(path)}
+    if data is not None:
+        override |= documents_from(settings, Path(data).expanduser().resolve())
+    elif arguments := settings.get("dataset_kwargs"):
+        override["dataset_kwargs"] = arguments
+    with tempfile.TemporaryDirectory() as folder:
+        wrapper = Path(folder) / path.name
+        wrapper.write_text(yaml.safe_dump(override), encoding="utf-8")
+        return list(TaskManager(include_defaults=False).load(str(wrapper))["tasks"].values())
+
+
+def _load_registered(name: str) -> list[Any]:
+    """A registered task, or the tasks of a group, without indexing the thousands of others where that can be helped."""
+    family = tasks_folder() / registered()[name].relative_to(tasks_folder()).parts[0]
+    manager = TaskManager(include_defaults=False, include_path=str(family))
+    if not _is_complete(name, manager.task_index):
+        manager = TaskManager()
+    return list(manager.load(name)["tasks"].values())
+
+
+def _is_complete(name: str, index: Mapping[str, Any]) -> bool:
+    """Whether the index holds ``name`` and all that it is made of."""
+    return name in index and _has_members(index[name].cfg or {}, index)
+
+
+def _has_members(settings: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
+    """Whether the index holds what a group lists: names, names with overrides, groups and tasks defined in place."""
+    members = settings.get("task")
+    for member in members if isinstance(members, list) else []:
+        name = member if isinstance(member, str) else member.get("task", member.get("group"))
+        if isinstance(name, list):
+            if not _has_members(member, index):
+                return False
+        elif not _is_complete(name, index) and not (isinstance(member, dict) and "dataset_path" in member):
+            return False
+    return True
+
+
+def _unloadable(name: str, reference: str, error: Exception) -> Problem:
+    cause = str(error).strip().splitlines()
+    return Problem(
+        where=f"tasks.{name}",
+        what=f"lm-eval cannot load {reference}: {type(error).__name__}: {cause[0] if cause else 'no message'}",
+        fix="Its data must be on this machine or reachable, and its file a valid lm-eval task.",
+    )
+
+
+def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
+    """Why a loaded task cannot be scored or compared."""
+    if getattr(leaf, "UNSAFE_CODE", False) and not task.run_code:
+        yield unsafe_code(where)
+    if getattr(leaf, "MULTIMODAL", False):
+        yield Problem(where=where, what=f"{leaf.task_name} is not a task of text alone", fix="Choose another task.")
+    aggregation = leaf.aggregation()
+    if task.metric not in aggregation:
+        yield unknown_metric(where, aggregation, task)
+    elif aggregation[task.metric] is not mean:
+        yield unsupported_aggregation(where, task)
+    else:
+        yield from check_direction(where, task, leaf.higher_is_better().get(task.metric))
+    yield from check_filter(where, _filters(leaf), task)
+    if task.cluster is not None:
+        yield from check_cluster(where, task, leaf.eval_docs)
+
+
+def _filters(leaf: Any) -> list[str]:
+    return [ensemble.name for ensemble in leaf._filters]
+
+
+def shared_filters(leaves: Sequence[Any]) -> list[str]:
+    """The filters that all of some loaded tasks have."""
+    return [name for name in _filters(leaves[0]) if all(name in _filters(leaf) for leaf in leaves)]

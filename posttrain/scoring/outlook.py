@@ -1,0 +1,160 @@
+"""What a gate can be expected to decide, told before anything is loaded, so that a hopeless one costs no training.
+
+Assumes scores that are right or wrong, of which a share of 10 % or 20 % differs between two systems, as between a model
+and its fine-tuning. Light: reads task files and counts documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config.schema import Role
+from posttrain.data.counting import count_in_file
+from posttrain.gate.power import POWER, paired_documents, paired_power
+from posttrain.gate.statistics import normal_quantile
+from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateConfig, GateTask
+
+DISCORDANCES = (0.1, 0.2)
+"""Assumed shares of documents that only one of two systems answers right."""
+HOPED = 0.05
+"""How far over what a gate demands a lift, or a limit's score, is hoped to be."""
+HOPELESS = {Role.lift: 0.2, Role.limit: 0.2, Role.guard: 0.5}
+"""Chance below which a gate is called hopeless: of a hoped lift, or of a guard whose scores did not change."""
+RIGHT_OR_WRONG = {
+    "acc", "acc_norm", "acc_bytes", "exact_match", "em", "pass@1", "pass_at_1", "prompt_level_strict_acc",
+    "prompt_level_loose_acc",
+}  # fmt: skip
+"""Metrics of lm-eval whose scores are 0 or 1; a task's file names its own under ``metadata``, as ``right_or_wrong``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """One question of a gate before it is asked."""
+
+    name: str
+    role: Role
+    documents: int | None
+    """How many will be scored; None where only loading the task tells."""
+    chances: tuple[float, ...] = ()
+    """Of passing, at each of DISCORDANCES; a limit has one; none where nothing is known."""
+    needed: int = 0
+    """Documents that would pass in four of five samples, at the first of DISCORDANCES."""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether even the best chance is too small to run the gate."""
+        return bool(self.chances) and max(self.chances) < HOPELESS[self.role]
+
+
+def outlooks(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[Outlook]:
+    """The outlook of every task, then that of all guards together."""
+    lifts = sum(task.role is Role.lift for task in tasks.values())
+    found = [_outlook(gate, name, task, lifts) for name, task in tasks.items()]
+    guards = [each for each in found if each.role is Role.guard]
+    if gate.pooled_max_drop is not None and guards and all(each.documents and each.chances for each in guards):
+        found.append(_pool([each.documents or 0 for each in guards], gate.pooled_max_drop, gate.confidence))
+    elif len(guards) > 1 and all(each.chances for each in guards):
+        chances = tuple(math.prod(chance) for chance in zip(*(each.chances for each in guards), strict=True))
+        found.append(Outlook(name="all guards", role=Role.guard, documents=None, chances=chances))
+    return found
+
+
+def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook:
+    settings = _settings(name, task)
+    total = _total(task, settings)
+    documents = task.limit if total is None else min(total, task.limit or total)
+    unknown = Outlook(name=name, role=task.role, documents=documents)
+    if task.metric not in _right_or_wrong(settings):
+        return unknown
+    if task.role is Role.limit:
+        higher = _direction(task, settings)
+        return _limit(name, task, documents, gate.confidence, higher_is_better=higher) if documents else unknown
+    confidence, effect, threshold = _asked(gate, task, lifts)
+    chances = [paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES if documents]
+    return Outlook(
+        name=name,
+        role=task.role,
+        documents=documents,
+        chances=tuple(chances),
+        needed=paired_documents(DISCORDANCES[0], effect, threshold, confidence) if effect > threshold else 0,
+    )
+
+
+def _asked(gate: GateConfig, task: GateTask, lifts: int) -> tuple[float, float, float]:
+    """Confidence, assumed true difference and threshold of a lift or a guard."""
+    if task.role is Role.guard:
+        return gate.confidence, 0.0, -gate.allowed_drop(task)
+    # Holm's correction asks this much of the best of several lifts, and less of the others.
+    return 1 - (1 - gate.confidence) / lifts, min(task.min_lift + HOPED, 1.0), task.min_lift
+
+
+def _limit(name: str, task: GateTask, documents: int, confidence: float, *, higher_is_better: bool) -> Outlook:
+    threshold = task.threshold or 0.0
+    least = threshold if higher_is_better else 1 - threshold
+    hoped = min(least + HOPED, (1 + least) / 2)
+    if not 0 < least < 1:
+        return Outlook(name=name, role=task.role, documents=documents)
+    spread = math.sqrt(hoped * (1 - hoped))
+    distance = (hoped - least) * math.sqrt(documents) / spread - normal_quantile(confidence)
+    # All right, the exact bound is the n-th root of the error: with too few documents nothing passes.
+    possible = (1 - confidence) ** (1 / documents) > least
+    chance = NormalDist().cdf(distance) if possible else 0.0
+    needed = math.ceil(((normal_quantile(confidence) + normal_quantile(POWER)) * spread / (hoped - least)) ** 2)
+    return Outlook(name=name, role=task.role, documents=documents, chances=(chance,), needed=needed)
+
+
+def _pool(documents: Sequence[int], allowed: float, confidence: float) -> Outlook:
+    """All guards together, unchanged, by the normal approximation."""
+    z = normal_quantile(confidence)
+    spreads = [math.sqrt(math.fsum(share / n for n in documents)) / len(documents) for share in DISCORDANCES]
+    chances = tuple(NormalDist().cdf(allowed / spread - z) for spread in spreads)
+    return Outlook(name="pooled guards", role=Role.guard, documents=sum(documents), chances=chances)
+
+
+def _settings(name: str, task: GateTask) -> Mapping[str, Any]:
+    reference = task.task or name
+    return read_task_file(Path(reference) if is_path(reference) else registered()[reference])
+
+
+def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
+    """Documents in the file that the task is given, or in those of the split that lm-eval scores."""
+    if settings.get("process_docs") is not None:
+        return None
+    if task.data is not None:
+        return _counted([task.data])
+    split = next((settings[key] for key in EVALUATED if settings.get(key)), None)
+    files = (settings.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, Mapping):
+        files = files.get(split)
+    return _counted([files] if isinstance(files, str) else files or [])
+
+
+def _counted(files: Sequence[str]) -> int | None:
+    paths = [Path(file).expanduser() for file in files]
+    counts = [count_in_file(path) if path.is_file() else None for path in paths]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
+
+
+def _right_or_wrong(settings: Mapping[str, Any]) -> set[str]:
+    """The metrics whose scores are known to be 0 or 1."""
+    metadata = settings.get("metadata")
+    own = metadata.get("right_or_wrong") if isinstance(metadata, Mapping) else None
+    return RIGHT_OR_WRONG | set(own if isinstance(own, list) else [])
+
+
+def _direction(task: GateTask, settings: Mapping[str, Any]) -> bool:
+    """What the recipe says, or the task's file; right answers are better unless either says otherwise."""
+    if task.higher_is_better is not None:
+        return task.higher_is_better
+    entries = settings.get("metric_list") or []
+    said = [entry.get("higher_is_better", True) for entry in entries if entry.get("metric") == task.metric]
+    return bool(said[0]) if said else True

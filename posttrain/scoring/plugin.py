@@ -1,0 +1,59 @@
+"""The gate as a plugin: scores by lm-eval, verdict by paired tests. Light: heavy imports wait for the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from posttrain.errors import Problem
+    from posttrain.gate.spec import GateProgress, GateRequest, Scorecard
+    from posttrain.plan import Plan, Step
+
+
+@hookimpl
+def register_eval_tasks() -> Sequence[Path]:
+    """The tasks on files of one's own: questions, responses, preferences."""
+    return [Path(__file__).parent / "tasks"]
+
+
+@hookimpl
+def check_plan(plan: Plan) -> Sequence[Problem]:
+    """What the files of the gates' tasks show to be wrong, and a backend that is not there."""
+    from posttrain.scoring.checks import check_backend, check_tasks
+
+    return [
+        replace(problem, where=f"{step.name}.gate.{problem.where}")
+        for step in plan.steps
+        if step.gate.enabled
+        for problem in (*check_backend(step.gate), *check_tasks(step.tasks))
+    ]
+
+
+@hookimpl
+def check_gate(step: Step) -> Sequence[Problem]:
+    """Load the tasks as scoring will: their data must be there, and their metric a mean over documents."""
+    from posttrain.errors import BadInput
+    from posttrain.scoring.harness.tasks import preflight
+
+    if not step.gate.enabled:
+        return []
+    try:
+        preflight(step.tasks)
+    except BadInput as error:
+        return [replace(problem, where=f"{step.name}.gate.{problem.where}") for problem in error.problems]
+    return []
+
+
+@hookimpl
+def evaluate_artifact(request: GateRequest, progress: GateProgress) -> Scorecard:
+    """Score every system of the request with lm-eval, or from the cache."""
+    from posttrain.model.loading import default_device, load_model, load_tokenizer
+    from posttrain.scoring.evaluate import evaluate
+    from posttrain.scoring.systems import Loading
+
+    return evaluate(request, progress, Loading(load_model, load_tokenizer, default_device().type))

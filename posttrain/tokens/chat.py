@@ -1,0 +1,176 @@
+"""Conversations become token ids, with the mask of the tokens that are trained."""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from posttrain.data.records import Conversation, Document, Message, Preference, Text
+from posttrain.data.refusal import refuse
+from posttrain.tokens.spans import Answer, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A document as the model sees it; ``ids`` and ``mask`` are equally long."""
+
+    ids: list[int]
+    mask: list[bool]
+    """Whether the token is trained as a target: the answers and their stop tokens."""
+    text: str
+    where: str = ""
+    """Where the record came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """A prompt with two answers, each of which ends with its stop token."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template, and proves which tokens are the answers.
+
+    The ids of a prompt are those that inference makes of it: where a token would reach over the border between
+    prompt and answer, the two are tokenized apart.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Take a fast tokenizer with a chat template and an end-of-sequence token; raises BadInput for any other."""
+        if not getattr(tokenizer, "is_fast", False):
+            refuse("model", "the tokenizer is not a fast one", "Save it as tokenizer.json")
+        if not tokenizer.chat_template:
+            refuse("model", "the tokenizer has no chat template", "Give one: model.chat_template=FILE")
+        if tokenizer.eos_token_id is None:
+            what = "the tokenizer has no end-of-sequence token, so no answer would end"
+            refuse("model", what, "Set eos_token in tokenizer_config.json")
+        self._tokenizer = tokenizer
+        self._template = Template(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        # An unknown character becomes the unknown token as well: it marks no place in the text.
+        unknown = tokenizer.unk_token_id
+        self._controls = {token.content: key for key, token in added if token.special and key != unknown}
+        self._control_ids = set(self._controls.values())
+        self._head_ids = lru_cache(maxsize=1024)(self._encode)
+
+    def document(self, record: Document, *, last_only: bool = False) -> Rendered:
+        """Render a conversation or a raw text; raises BadInput as the two do."""
+        return self.raw(record) if isinstance(record, Text) else self.conversation(record, last_only=last_only)
+
+    def raw(self, record: Text) -> Rendered:
+        """Raw text as the tokenizer begins any text, ended by the end-of-sequence token; all but the first are trained.
+
+        Raises:
+            BadInput: The text holds a special token.
+        """
+        if forged := self._template.control.search(record.text):
+            what = f"the text holds the special token {forged[0]!r}, which would fake an end or a header"
+            refuse(record.where, what, "Remove or rewrite the record")
+        end = self._tokenizer.eos_token_id
+        ids = self._encode(record.text, whole=True)
+        ids += [] if ids[-1:] == [end] else [end]
+        return Rendered(ids, [place > 0 for place in range(len(ids))], record.text, record.where)
+
+    def conversation(self, record: Conversation, *, last_only: bool = False) -> Rendered:
+        """Render all turns; trained are the assistant turns with their stop tokens and nothing else.
+
+        A turn marked ``train: false`` is context. With ``last_only`` so is every assistant turn but the last, and what
+        follows it is left away: nothing that is trained would see it.
+
+        Raises:
+            BadInput: A span cannot be proven, a content holds a special token, or the template fails.
+        """
+        answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
+        if last_only and answers:
+            answers = answers[-1:]
+            record = replace(record, messages=record.messages[: answers[0] + 1])
+        text = self._template.render(record)
+        self._template.check(record, text)
+        trained = [index for index in answers if record.messages[index].get("train", True)]
+        ids, mask = self._tokens(text, [self._template.answer(record, index, text) for index in trained], record.where)
+        return Rendered(ids, mask, text, record.where)
+
+    def preference(self, record: Preference) -> RenderedPair:
+        """Render the prompt with both answers; raises BadInput as ``conversation`` does, or if they come out equal."""
+        prompt, chosen = self._completion(record, record.chosen)
+        other_prompt, rejected = self._completion(record, record.rejected)
+        if prompt != other_prompt:
+            refuse(record.where, "the chat template renders the prompt differently for chosen and rejected")
+        if chosen == rejected:
+            refuse(record.where, "chosen and rejected are the same once rendered", "Remove the record")
+        return RenderedPair(prompt, chosen, rejected)
+
+    def _completion(self, record: Preference, said: Sequence[Message]) -> tuple[list[int], list[int]]:
+        chat = Conversation(messages=(*record.prompt, *said), where=record.where, tools=record.tools)
+        text = self._template.render(chat)
+        self._template.check(chat, text)
+        answer = self._template.answer(chat, len(chat.messages) - 1, text)
+        ids, mask = self._tokens(text, [answer], record.where)
+        start, end = mask.index(True), len(mask) - mask[::-1].index(True)
+        return ids[:start], ids[start:end]
+
+    def _tokens(self, text: str, answers: Sequence[Answer], where: str) -> tuple[list[int], list[bool]]:
+        """Ids of ``text`` and their mask.
+
+        Special tokens stand at known places in text and ids alike, and no token reaches over one: from the last
+        special token before an answer the prompt's own tokens are compared with those of the whole text.
+        """
+        whole = self._encode(text)
+        found = list(self._template.control.finditer(text))
+        places = [place for place, token in enumerate(whole) if token in self._control_ids]
+        if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
+            refuse(where, "the tokenizer does not keep the special tokens of the chat template whole")
+        ends = [match.end() for match in found]
+        ids: list[int] = []
+        mask: list[bool] = []
+        done = 0
+        for answer in answers:
+            before = bisect_right(ends, answer.start) - 1
+            first, char = (places[before], found[before].start()) if before >= 0 else (0, 0)
+            last = places[ends.index(answer.end)] + 1
+            head = self._head_ids(text[char : answer.start])
+            if whole[first : first + len(head)] == head:
+                said = whole[first + len(head) : last]
+            else:
+                said = self._encode(text[answer.start : answer.end])
+                self._verify_border(head + said, text[char : answer.end], answer.turn, where)
+            # The head may begin with the stop token of the answer before, which is in ids already.
+            asked = (whole[done:first] + head)[max(0, done - first) :]
+            self._verify(said, text[answer.start : answer.end], answer.turn, where)
+            ids += asked + said
+            mask += [False] * len(asked) + [True] * len(said)
+            done = last
+        return ids + whole[done:], mask + [False] * (len(whole) - done)
+
+    def _verify_border(self, ids: list[int], text: str, turn: int, where: str) -> None:
+        """Refuse an answer that is not the same text when it is tokenized apart from its prompt."""
+        if self._decode(ids) != text:
+            what = f"the mask for turn {turn} cannot be proven: a token reaches over the border of prompt and answer"
+            refuse(where, what, "The tokenizer cannot tokenize the two apart: remove whitespace around the content")
+
+    def _verify(self, said: list[int], span: str, turn: int, where: str) -> None:
+        """Refuse ids that do not decode to the trained span."""
+        decoded = self._decode(said)
+        if decoded != span and without_space(decoded) != without_space(span):
+            what = f"the mask for turn {turn} cannot be proven: its tokens decode to {decoded!r}, not to {span!r}"
+            refuse(where, what, "The tokenizer cannot express the content")
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+
+    def _encode(self, text: str, *, whole: bool = False) -> list[int]:
+        """Ids of ``text``; of a ``whole`` one with those that the tokenizer puts around it."""
+        encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
+
+
+def without_space(text: str) -> str:
+    """Text without what tokenizers normalise away: compatibility forms and whitespace."""
+    return "".join(unicodedata.normalize("NFKC", text).split())

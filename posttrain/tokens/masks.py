@@ -1,0 +1,78 @@
+"""The mask of a rendered conversation, read back: what is trained must be the answers, each with its stop token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from posttrain.data.records import Conversation, Document, Message, Text
+from posttrain.tokens.chat import Rendered, without_space
+
+_TAG = re.compile(r"^<\w+>")
+"""The tag with which a generation prompt may begin the answer, such as that of thoughts; it is not trained then."""
+
+
+def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
+    """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is."""
+    if isinstance(record, Text):
+        return _fault_of_text(record, rendered, tokenizer)
+    return _fault_of_answers(record, rendered, tokenizer, last_only)
+
+
+def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | None:
+    """All tokens of a text but its first have to be trained, and the last has to end it."""
+    if not all(rendered.mask[1:]):
+        return "not every token of the text is trained"
+    if rendered.ids[-1] != tokenizer.eos_token_id:
+        return "the end-of-sequence token is not trained"
+    said = _bare(tokenizer, [token for token in rendered.ids if token not in tokenizer.all_special_ids])
+    return None if said == without_space(record.text) else "its tokens are not the text"
+
+
+def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, last_only: bool) -> str | None:
+    """Every answer has to be trained as a whole with its stop token, and nothing else.
+
+    Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only; where
+    the turn calls tools, the calls may stand between the two. What users and the system say stands in untrained tokens.
+    """
+    answers = [message for message in record.messages if message["role"] == "assistant"]
+    answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
+    pairs = zip(rendered.ids, rendered.mask, strict=True)
+    runs = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if trained]
+    if len(runs) != len(answers):
+        return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
+    special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for answer, run in zip(answers, runs, strict=True):
+        end = len(run)
+        while end and (run[end - 1] in special or not _bare(tokenizer, run[end - 1 : end])):
+            end -= 1
+        content = answer["content"]
+        if not special & set(run[end:]):
+            return f"the stop token behind {content!r} is not trained"
+        bare, wanted = _bare(tokenizer, run[:end]), without_space(content)
+        begun = _TAG.sub("", wanted, count=1)
+        if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
+            return f"{content!r} is not trained as a whole"
+    last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
+    asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, tokenizer)
+    return None if asked is None else f"{asked!r} stands among trained tokens alone, but is not for the model to write"
+
+
+def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: Any) -> str | None:
+    """The first content of a user or system turn that is in the text, but not in its untrained tokens."""
+    pairs = zip(rendered.ids, rendered.mask, strict=True)
+    context = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if not trained]
+    untrained, whole = [_bare(tokenizer, run) for run in context], _bare(tokenizer, rendered.ids)
+    for message in messages:
+        said = without_space(message["content"])
+        told = message["role"] in ("user", "system") and said and said in whole
+        if told and not any(said in text for text in untrained):
+            return str(message["content"])
+    return None
+
+
+def _bare(tokenizer: Any, ids: list[int]) -> str:
+    return without_space(str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)))

@@ -1,0 +1,92 @@
+"""Documents that are longer than a row: cut at the end, split into several, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.schema import Overlong
+from posttrain.errors import BadInput, Problem
+from posttrain.tokens.chat import Rendered
+
+NAMED = 5
+"""Overlong documents that a refusal names; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of one, that a row has room for; ``ids`` and ``mask`` are equally long."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    """Whether the token is trained; never true for the first, which nothing predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What of a document is put into rows."""
+
+    pieces: tuple[Piece, ...]
+    """The pieces in which something is trained."""
+    parts: int
+    """Pieces that the document was split into, those in which nothing is trained among them."""
+    cut: int
+    """Tokens that stand in no piece."""
+    unpredicted: int
+    """Trained tokens that are no target any more, because they begin a piece of a split document."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pieces."""
+        return sum(len(piece.ids) for piece in self.pieces)
+
+    @property
+    def trained(self) -> int:
+        """Trained tokens of all pieces."""
+        return sum(int(piece.mask.sum()) for piece in self.pieces)
+
+
+def fit(document: Rendered, sequence_length: int, overlong: Overlong) -> Fitted:
+    """The document in pieces of at most ``sequence_length`` tokens.
+
+    Truncating keeps the head. Splitting gives full pieces one after the other and what is left at the end: no token is
+    lost or doubled, but a piece does not see the one before, so its first token is not trained, as if it began a text.
+    """
+    kept = document.ids if overlong is Overlong.split else document.ids[:sequence_length]
+    parts = [_piece(document, start, sequence_length) for start in range(0, len(kept), sequence_length)]
+    pieces = tuple(part for part in parts if part.mask.any())
+    borders = range(sequence_length, len(kept), sequence_length)
+    return Fitted(
+        pieces=pieces,
+        parts=len(parts),
+        cut=len(document.ids) - sum(len(piece.ids) for piece in pieces),
+        unpredicted=sum(document.mask[border] for border in borders) if pieces else 0,
+    )
+
+
+def check_lengths(documents: Sequence[Rendered], sequence_length: int) -> None:
+    """Refuse documents that are longer than a row; the first few are named, all are counted."""
+    overlong = [document for document in documents if len(document.ids) > sequence_length]
+    if overlong:
+        raise BadInput(list(_problems(overlong, len(documents), sequence_length)))
+
+
+def _piece(document: Rendered, start: int, sequence_length: int) -> Piece:
+    end = start + sequence_length
+    mask = np.array(document.mask[start:end], dtype=np.bool_)
+    mask[:1] = False
+    return Piece(np.fromiter(document.ids[start:end], dtype=np.int32), mask)
+
+
+def _problems(overlong: Sequence[Rendered], total: int, sequence_length: int) -> Iterator[Problem]:
+    for document in overlong[:NAMED]:
+        yield Problem(where=document.where, what=f"has {len(document.ids):,} tokens, a row takes {sequence_length:,}")
+    longest = max(len(document.ids) for document in overlong)
+    yield Problem(
+        where="overlong=refuse",
+        what=f"{len(overlong):,} of {total:,} records are longer than {sequence_length:,} tokens",
+        fix=f"Raise sequence_length (the longest has {longest:,} tokens), or set overlong to truncate or split",
+    )

@@ -1,0 +1,225 @@
+"""Documents of different lengths become rows of one length, with as few empty slots as possible.
+
+    row of 12 slots      a a a a a  b b b b  c c .
+    lengths              5          4        2
+    position_ids         0 1 2 3 4  0 1 2 3  0 1
+    cu_seqlens           0          5        9     11
+
+A document never sees another: attention is confined by ``position_ids`` or ``cu_seqlens``, and no position is asked for
+the first token of the next document.
+"""
+
+# T = tokens of one row, N = documents of one row
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.schema import Overlong
+from posttrain.errors import BadInput, Problem
+from posttrain.tokens.chat import Rendered
+from posttrain.tokens.exact_fit import exact_fit
+from posttrain.tokens.overlong import Fitted, Piece, check_lengths, fit
+
+IntArray = NDArray[np.int32]
+
+ENOUGH = 1.005
+"""Bins per bin that the items would fill without a gap: with fewer than this, nothing better is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Documents side by side, without padding."""
+
+    input_ids: IntArray
+    """Token ids, [T]."""
+    mask: NDArray[np.bool_]
+    """Whether a token is trained, [T]; never true for the first token of a document, which nothing predicts."""
+    lengths: tuple[int, ...]
+    """Tokens of each document, [N]; their sum is T."""
+
+    def targets(self, ignore_index: int = -100) -> IntArray:
+        """What each position has to predict, [T]: the next token of its document if it is trained.
+
+        The last position of every document and those before an untrained token hold ``ignore_index``.
+        """
+        targets_T = np.full(len(self.input_ids), ignore_index, dtype=np.int32)
+        targets_T[:-1] = np.where(self.mask[1:], self.input_ids[1:], ignore_index)
+        return targets_T
+
+    def position_ids(self) -> IntArray:
+        """Positions counted from 0 in every document, [T]."""
+        return np.concatenate([np.arange(length, dtype=np.int32) for length in self.lengths])
+
+    def cu_seqlens(self) -> IntArray:
+        """Where each document begins, and where the last one ends, [N + 1]."""
+        return np.cumsum((0, *self.lengths), dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackingCounts:
+    """What became of the documents; ``documents == packed + untrained``."""
+
+    documents: int
+    """Documents that were given."""
+    packed: int
+    """Documents that stand in the rows, whole or in part."""
+    untrained: int
+    """Documents left out because no token of them is trained (any more, after they were cut)."""
+    truncated: int
+    """Documents in the rows of which only the first ``sequence_length`` tokens are kept."""
+    split: int
+    """Documents in the rows that were split."""
+    pieces: int
+    """Documents that the rows keep apart: those that are whole, and every piece of the others."""
+    cut_tokens: int
+    """Tokens that truncated documents lost, and those in pieces of split ones in which nothing is trained."""
+    unpredicted: int
+    """Trained tokens that begin a piece of a split document, where nothing predicts them."""
+    tokens: int
+    """Tokens in the rows."""
+    trained_tokens: int
+    """Tokens in the rows that are targets."""
+    rows: int
+    """Number of rows."""
+    sequence_length: int
+    """Slots of a row."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots that hold a token."""
+        return self.tokens / (self.rows * self.sequence_length)
+
+    def notes(self) -> Iterator[str]:
+        """What was not put into the rows as it was given, one line each."""
+        longer = f"of {self.documents:,} records are longer than {self.sequence_length:,} tokens"
+        if self.truncated:
+            yield f"{self.truncated:,} {longer} and cut there: {self.cut_tokens:,} tokens lost (overlong=truncate)"
+        if self.split:
+            lost = f"{self.unpredicted:,} tokens begin a piece and are not trained"
+            left = f", {self.cut_tokens:,} stand in pieces without a trained token" if self.cut_tokens else ""
+            yield f"{self.split:,} {longer} and split: {lost}{left} (overlong=split)"
+        if self.untrained:
+            yield f"{self.untrained:,} of {self.documents:,} records have no trained token and are left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Packed rows and what became of the documents."""
+
+    rows: list[PackedRow]
+    counts: PackingCounts
+
+
+def pack(
+    documents: Sequence[Rendered],
+    sequence_length: int,
+    *,
+    packing: bool = True,
+    overlong: Overlong = Overlong.truncate,
+) -> Packing:
+    """Put documents into rows of at most ``sequence_length`` tokens, as few rows as ``few_bins`` finds.
+
+    The same documents always give the same rows.
+
+    Args:
+        documents: Token ids with their masks.
+        sequence_length: Slots of a row.
+        packing: False gives every document a row of its own, in the order given.
+        overlong: What happens to a document that is longer than a row.
+
+    Raises:
+        BadInput: No document has a trained token, or one is longer than a row and ``overlong`` refuses that.
+    """
+    if overlong is Overlong.refuse:
+        check_lengths(documents, sequence_length)
+    fitted = [fit(document, sequence_length, overlong) for document in documents]
+    pieces = [piece for document in fitted for piece in document.pieces]
+    if not pieces:
+        raise BadInput(_nothing_trained(documents, sequence_length))
+    groups = few_bins([len(piece.ids) for piece in pieces], sequence_length) if packing else _alone(len(pieces))
+    rows = [_row([pieces[index] for index in group]) for group in groups]
+    return Packing(rows, _counts(fitted, rows, sequence_length))
+
+
+def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``lengths``, from 1 to the capacity, in bins: by best fit, or by exact fit if that is better.
+
+    Best fit leaves hardly a gap when items are much shorter than a bin. Where a few fill one, exact fit often does.
+    The same lengths always give the same bins.
+    """
+    bins = best_fit(lengths, capacity)
+    if len(bins) * capacity <= ENOUGH * sum(lengths):
+        return bins
+    return min(bins, exact_fit(lengths, capacity), key=len)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``lengths`` in bins: longest first, each into the fullest bin that still takes it.
+
+    Best-fit decreasing needs at most 11/9 of the best number of bins, plus one (Johnson 1973, "Near-optimal bin
+    packing algorithms"). Bins are kept by the space left in them, so an item costs one search among the spaces
+    that occur.
+    """
+    bins: list[list[int]] = []
+    with_space: dict[int, list[int]] = {}
+    spaces: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        at = bisect_left(spaces, length)
+        if at == len(spaces):
+            space, number = capacity, len(bins)
+            bins.append([])
+        else:
+            space = spaces[at]
+            number = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[at]
+        bins[number].append(index)
+        left = space - length
+        if not with_space.setdefault(left, []):
+            insort(spaces, left)
+        with_space[left].append(number)
+    return bins
+
+
+def _alone(count: int) -> list[list[int]]:
+    return [[index] for index in range(count)]
+
+
+def _row(pieces: Sequence[Piece]) -> PackedRow:
+    return PackedRow(
+        np.concatenate([piece.ids for piece in pieces]),
+        np.concatenate([piece.mask for piece in pieces]),
+        tuple(len(piece.ids) for piece in pieces),
+    )
+
+
+def _counts(fitted: Sequence[Fitted], rows: Sequence[PackedRow], sequence_length: int) -> PackingCounts:
+    kept = [document for document in fitted if document.pieces]
+    return PackingCounts(
+        documents=len(fitted),
+        packed=len(kept),
+        untrained=len(fitted) - len(kept),
+        truncated=sum(document.parts == 1 and document.cut > 0 for document in kept),
+        split=sum(document.parts > 1 for document in kept),
+        pieces=sum(len(document.pieces) for document in kept),
+        cut_tokens=sum(document.cut for document in kept),
+        unpredicted=sum(document.unpredicted for document in kept),
+        tokens=sum(len(row.input_ids) for row in rows),
+        trained_tokens=sum(int(row.mask.sum()) for row in rows),
+        rows=len(rows),
+        sequence_length=sequence_length,
+    )
+
+
+def _nothing_trained(documents: Sequence[Rendered], sequence_length: int) -> Problem:
+    longest = max((len(document.ids) for document in documents), default=0)
+    fix = f"The longest has {longest} tokens: raise sequence_length above {sequence_length}"
+    what = f"no trained token in {len(documents)} records"
+    return Problem(where="data", what=what, fix=fix if longest > sequence_length else "")

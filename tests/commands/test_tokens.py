@@ -1,0 +1,138 @@
+"""What ``posttrain tokens`` shows: what is trained, where documents meet, and how much each source brings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from posttrain import cli
+from posttrain.commands.tokens import Page
+from posttrain.data.records import Conversation
+from posttrain.tokens.chat import ChatRenderer
+from tests.support.tiny import tiny_tokenizer, write_base
+
+RECIPE = """\
+defaults: [/stage@sft: sft, /gate@sft.gate: none, _self_]
+model: {path: base, dtype: float32}
+sft: {data: [{path: one.jsonl}, {path: two.jsonl, columns: {prompt: q, completion: a}}], sequence_length: 64}
+"""
+
+
+@pytest.fixture
+def project(working_folder: Path) -> Path:
+    (working_folder / "recipes").mkdir()
+    (working_folder / "recipes" / "mine.yaml").write_text(RECIPE)
+    write_base(working_folder / "base")
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}] * 2
+    (working_folder / "one.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (working_folder / "two.jsonl").write_text(json.dumps({"q": "1+1", "a": "2"}) + "\n")
+    (working_folder / "raw.jsonl").write_text(json.dumps({"text": "abcdefghij" * 3}) + "\n")
+    return working_folder
+
+
+def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tokens", "recipe=mine", *words])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the last line of the output that begins with ``first``."""
+    return [line.split() for line in text.splitlines() if line.startswith(first)][-1]
+
+
+def test_trained_tokens_are_marked_and_counted_per_source(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys)
+    assert text.count("<|user|>hi<|end|><|assistant|>⟦hello<|end|>⟧") == 4  # the record, and its packed row
+    assert "<|user|>1+1<|end|><|assistant|>⟦2<|end|>⟧" in text
+    assert cells(text, "one.jsonl") == ["one.jsonl", "1", "1", "22", "73.3%", "12", "54.5%"]
+    assert cells(text, "two.jsonl") == ["two.jsonl", "1", "1", "8", "26.7%", "2", "25.0%"]
+    assert cells(text, "all") == ["all", "2", "2", "30", "100.0%", "14", "46.7%"]
+    assert "1 rows of 64 slots, 46.9% filled" in text
+    assert not (project / "runs").exists()
+
+
+def test_a_packed_row_shows_where_documents_meet(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = output(capsys).partition("packed row 1 of 1")[2]
+    assert "▌document 1 of 2: slots 0 to 21, positions 0 to 21\n<|user|>hi" in row
+    assert "▌document 2 of 2: slots 22 to 29, positions 0 to 7\n<|user|>1+1" in row
+    assert "▌34 of 64 slots empty" in row
+
+
+def test_raw_text_is_split_drawn_to_its_share_and_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = "sft.data=[{path: raw.jsonl, format: text}, {path: one.jsonl, share: 0.6}]"
+    text = output(capsys, sources, "sft.sequence_length=22", "sft.overlong=split")
+    assert f"a⟦{'bcdefghij' + 'abcdefghij' * 2}<|end|>⟧" in text
+    assert cells(text, "raw.jsonl") == ["raw.jsonl", "1", "1", "31", "41.3%", "29", "93.5%"]
+    assert cells(text, "one.jsonl") == ["one.jsonl", "1", "2", "44", "58.7%", "24", "54.5%"]
+    assert "1 of 3 records are longer than 22 tokens and split: 1 tokens begin a piece and are not trained" in text
+
+
+def test_long_documents_of_a_row_are_shown_by_their_ends(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "one.jsonl").write_text(json.dumps({"prompt": "q", "completion": "x" * 100 + "end"}) + "\n")
+    row = output(capsys, "sft.data=one.jsonl", "sft.sequence_length=128").partition("packed row")[2]
+    assert f"<|user|>q<|end|><|assistant|>⟦{'x' * 26}⟧ … 48 tokens … ⟦{'x' * 26}end<|end|>⟧" in row
+
+
+def test_too_long_records_are_refused_when_the_recipe_says_so(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tokens", "recipe=mine", "sft.sequence_length=16", "sft.overlong=refuse"])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert "one.jsonl:1: has 22 tokens, a row takes 16" in captured.err
+    assert "1 of 2 records are longer than 16 tokens" in captured.err
+    assert "⟦hello<|end|>⟧" in captured.out
+
+
+def test_the_first_thousand_records_are_read_unless_all_are_asked_for(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.commands.tokens.COUNTED", 3)
+    (project / "two.jsonl").write_text((json.dumps({"q": "1+1", "a": "2"}) + "\n") * 5)
+    some, every = output(capsys), output(capsys, "--all")
+    assert cells(some, "two.jsonl")[1] == "3"
+    assert "Only the first 3 records of each source were read; --all reads every one." in some
+    assert cells(every, "two.jsonl")[1] == "5"
+    assert "Only the first" not in every
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "left_out"),
+    [(2, "weight: 2", False), (5, "weight: 0.5", True), (5, "limit: 3", False), (5, "limit: 4", True)],
+)
+def test_records_that_were_not_read_are_not_told_by_weights_and_limits(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    records: int,
+    settings: str,
+    left_out: bool,
+) -> None:
+    monkeypatch.setattr("posttrain.commands.tokens.COUNTED", 3)
+    (project / "one.jsonl").write_text((json.dumps({"prompt": "1+1", "completion": "2"}) + "\n") * records)
+    text = output(capsys, f"sft.data=[{{path: one.jsonl, {settings}}}]")
+    assert ("Only the first 3 records" in text) is left_out
+
+
+def test_turns_that_are_not_trained_are_not_marked(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "sft.train_on=last").partition("packed row")[0]
+    assert text.count("<|assistant|>hello<|end|>") == text.count("<|assistant|>⟦hello<|end|>⟧") == 1
+
+
+@pytest.mark.parametrize(
+    ("no_color", "marked"), [(False, "\x1b[1;32mhello<|end|>\x1b[0m"), (True, "\x1b[1m⟦hello<|end|>⟧\x1b[0m")]
+)
+def test_a_terminal_gets_colours_instead_of_brackets(no_color: bool, marked: str) -> None:
+    tokenizer = tiny_tokenizer()
+    messages = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
+    row = ChatRenderer(tokenizer).conversation(Conversation(messages=messages, where="here"))
+    console = Console(force_terminal=True, color_system="standard", width=200, no_color=no_color)
+    with console.capture() as capture:
+        console.print(Page(console, tokenizer).marked(row.ids, row.mask))
+    assert marked in capture.get()

@@ -1,0 +1,155 @@
+"""The embedded default, run as its user runs it: real training, real gates, killed and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.artifact import verify
+from posttrain.ledger import audit
+from tests.support.pages import read_page
+
+STAGES = ("sft", "dpo", "safety")
+COMMAND = [sys.executable, "-m", "posttrain", "recipe=quickstart"]
+PATIENCE = 600
+"""Seconds that a loaded machine may take."""
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("clean")
+    result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "quickstart: done" in result.stdout
+    return only_run(folder)
+
+
+def only_run(folder: Path) -> Path:
+    (state,) = (folder / "runs").glob("*/run.json")
+    return state.parent
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "run.json").read_text()))
+
+
+def adapters(run: Path) -> dict[str, bytes]:
+    return {path.parts[-3]: path.read_bytes() for path in run.glob("stages/*/artifact/adapter_model.safetensors")}
+
+
+def lifts(run: Path, stage: str, against: str) -> dict[str, dict[str, Any]]:
+    verdict = json.loads((run / "stages" / stage / "verdict.json").read_text())
+    assert verdict["state"] == "pass"
+    return {task["task"]: task for task in verdict["tasks"] if task["against"] == against}
+
+
+def test_every_stage_is_promoted_and_the_lifts_are_large(clean: Path) -> None:
+    assert {stage["name"]: stage["state"] for stage in state_of(clean)["stages"]} == dict.fromkeys(STAGES, "promoted")
+    facts = lifts(clean, "sft", "base")["towns_facts"]
+    assert facts["base"] < 0.05
+    assert facts["low"] > 0.6
+    assert lifts(clean, "dpo", "parent")["towns_sentences"]["low"] > 0
+    assert all(task["state"] == "pass" for task in lifts(clean, "dpo", "base").values())
+    safety = lifts(clean, "safety", "parent")
+    assert safety["towns_harmful"]["low"] > 0.9
+    assert safety["towns_harmless"]["candidate"] > 0.9
+
+
+def test_the_artifacts_verify_and_hold_their_lineage(clean: Path) -> None:
+    sft, dpo, safety = (verify(clean / "stages" / name / "artifact") for name in STAGES)
+    assert (dpo.manifest["parent_digest"], safety.manifest["parent_digest"]) == (sft.digest, dpo.digest)
+    assert safety.manifest["lineage"] == list(STAGES)
+    assert safety.manifest["metrics"]["mix"]["refusal_share"] == 0.5
+    assert safety.manifest["metrics"]["audit"]["triggers"] == []
+    assert sft.manifest["metrics"]["trained_tokens"] < sft.manifest["metrics"]["tokens"]
+
+
+def test_metrics_tell_every_step_once(clean: Path) -> None:
+    rows = [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()]
+    for stage in STAGES:
+        steps = [row["step"] for row in rows if row["stage"] == stage]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) == verify(clean / "stages" / stage / "artifact").manifest["metrics"]["steps"]
+
+
+def test_the_scorecard_holds_every_answer(clean: Path) -> None:
+    rows = [json.loads(line) for line in (clean / "stages/dpo/scorecard.jsonl").read_text().split("\n") if line]
+    assert {row["system"] for row in rows} == {"base", "parent", "candidate"}
+    assert all(row["response"] for row in rows if row["system"] == "candidate" and row["task"] == "towns_sentences")
+
+
+def test_the_report_shows_what_the_run_did(clean: Path) -> None:
+    page = read_page((clean / "report.html").read_text())
+    assert {"loss", "lr"} <= {curve["data-name"] for curve in page.all("polyline")}
+    assert "3 of 3 stages promoted" in page.words
+    assert "posttrain recipe=quickstart" in page.words
+    assert "Not in this report" not in page.words
+    assert "<|im_start|>user" in page.words
+
+
+def test_the_ledger_holds_every_lift_and_its_runs_agree(clean: Path) -> None:
+    recorded = [(row["stage"], row["task"], row["against"]) for row in audit.verify(clean.parent)]
+    judged = [
+        (stage, task["task"], task["against"])
+        for stage in STAGES
+        for task in json.loads((clean / "stages" / stage / "verdict.json").read_text())["tasks"]
+    ]
+    assert recorded == judged
+
+
+def steps_logged(folder: Path, stage: str) -> int:
+    files = list(folder.glob("runs/*/metrics.jsonl"))
+    return sum(f'"stage": "{stage}"' in line for file in files for line in file.read_text().split("\n"))
+
+
+def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) -> int:
+    """Start the recipe, send ``number`` once ``stage`` has logged ``after`` steps; returns the exit code."""
+    with subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        started = time.monotonic()
+        while steps_logged(folder, stage) < after:
+            assert process.poll() is None, f"ended with {process.returncode} before {stage} took {after} steps"
+            assert time.monotonic() - started < PATIENCE
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        return process.wait(PATIENCE)
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(clean: Path, working_folder: Path) -> None:
+    assert kill_during(working_folder, "sft", 60, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_during(working_folder, "sft", 100, signal.SIGTERM) == 75
+    assert state_of(only_run(working_folder))["state"] == "interrupted"
+    assert kill_during(working_folder, "dpo", 8, signal.SIGINT) == 75
+    assert kill_during(working_folder, "safety", 20, signal.SIGKILL) == -signal.SIGKILL
+    result = subprocess.run(COMMAND, cwd=working_folder, capture_output=True, timeout=PATIENCE, check=False)
+    assert result.returncode == 0
+    assert adapters(only_run(working_folder)) == adapters(clean)
+    assert only_run(working_folder).name == clean.name
+
+
+def test_the_second_time_nothing_is_trained(clean: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")}
+    result = subprocess.run(
+        COMMAND, cwd=clean.parent.parent, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert result.returncode == 0
+    assert result.stderr.count("already done") == 3
+    assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
+
+
+def test_a_learning_rate_of_zero_is_refused_with_the_reason(working_folder: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "sft.lr=0"], cwd=working_folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert result.returncode == 5
+    assert "the adapter changes nothing" in result.stderr
+    assert "learning rate 0" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,101 @@
+"""What ``posttrain gate`` judged stands in the ledger and on the leaderboard, beside what runs have made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import cli
+from posttrain.ledger import lifts
+from tests.support.gated import write_gated
+
+Posttrain = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gated(tmp_path_factory.mktemp("gated"))
+
+
+def posttrain(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    return int(str(ended.value.code))
+
+
+def gate(material: Path, name: str, *words: str) -> int:
+    return posttrain("gate", f"adapter={material / name}", "gate=quiz", "--config-dir", str(material / "conf"), *words)
+
+
+def exported(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert posttrain("ledger", "export") == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_verdict_is_recorded_once(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(material, "good") == 0
+    assert gate(material, "good") == 0
+    assert gate(material, "artifact") == 0
+    assert gate(material, "other", "gate.tasks.quiz.min_lift=0.9") == 3
+    assert gate(material, "good", "gate.tasks.quiz.limit=2") == 4
+    rows = exported(capsys)
+    assert [(row["stage"], row["lineage"], row["n"], row["verdict"]) for row in rows] == [
+        ("good", "adapter", 48, "pass"),
+        ("sft", "sft", 48, "pass"),
+        ("other", "adapter", 48, "fail"),
+        ("good", "adapter", 2, "undecided"),
+    ]
+    first = rows[0]
+    assert first["recipe"] == first["task"] == "quiz"
+    assert first["low"] < first["lift"] == first["candidate_score"] - first["base_score"] < first["high"]
+    assert first["recorded_by"]
+    assert len({row["base"] for row in rows}) == 1
+
+
+def test_a_baseline_is_the_parent(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(material, "other") in (3, 4)
+    assert gate(material, "good", f"baseline={material / 'other'}") == 0
+    alone, over_base, over_other = exported(capsys)
+    assert [over_base["against"], over_other["against"]] == ["base", "parent"]
+    assert alone["parent"] != over_base["parent"] == over_other["parent"] == alone["artifact"]
+    assert over_base["parent_score"] == over_other["parent_score"] == alone["candidate_score"]
+
+
+def test_what_was_gated_is_on_the_leaderboard(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate(material, "good")
+    gate(material, "other")
+    capsys.readouterr()
+    assert posttrain("leaderboard", "--format", "json") == 0
+    (board,) = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in board["entries"][:2]] == ["quiz good", "quiz other"]
+    assert board["entries"][2]["lineage"] == "base"
+
+
+def test_the_ledger_can_be_rebuilt_from_what_gates_left(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(material, "good") == 0
+    assert gate(material, "good", "gate.tasks.quiz.limit=2") == 4
+    before = lifts(Path("runs"))
+    Path("runs/ledger.sqlite").unlink()
+    assert posttrain("ledger", "rebuild") == 0
+    assert lifts(Path("runs")) == before
+    assert posttrain("ledger", "verify") == 0
+    (history,) = Path("runs/gates").glob("*/lifts.jsonl")
+    history.unlink()
+    assert posttrain("ledger", "verify") == 5
+    assert "is not in its run" in capsys.readouterr().err
+    shutil.rmtree("runs/gates")  # as where only the ledger is kept
+    assert posttrain("ledger", "verify") == 0
+
+
+def test_with_a_baseline_every_document_is_compared(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    early = "gate.sequential=obrien_fleming"
+    assert gate(material, "good", early) == 0
+    assert gate(material, "good", early, f"baseline={material / 'artifact'}") == 0  # of equal weights: no lift
+    found = {(row["against"], row["n"]) for row in exported(capsys)}
+    assert found == {("base", 20), ("base", 48), ("parent", 48)}

@@ -1,0 +1,144 @@
+"""The leaderboard: what is ranked, in which order, and what is never put side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.ledger import lifts
+from posttrain.report.leaderboard import Board, boards
+from tests.support.command import complete, main
+from tests.support.fakes import Script, run_recipe, write_project
+from tests.support.judgements import add
+
+
+def board(root: str = "runs") -> Board:
+    """The only board."""
+    (found,) = boards(row.lift for row in lifts(Path(root)))
+    return found
+
+
+def names(found: Board) -> list[str]:
+    return [entry.name for entry in found.entries]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main("leaderboard", *words) == 0
+    return capsys.readouterr().out
+
+
+def test_artifacts_are_ranked_beside_their_base() -> None:
+    for run, score in (("weak", 0.05), ("strong", 0.6), ("middle", 0.3)):
+        add(run, tasks=1, candidate=score)
+    found = board()
+    assert [entry.score for entry in found.entries] == [0.6, 0.3, 0.1, 0.05]
+    assert [entry.lineage for entry in found.entries] == ["sft", "sft", "base", "sft"]
+    assert (found.n, found.task, found.metric) == (100, "task0", "acc")
+
+
+def test_where_less_is_better_the_least_comes_first() -> None:
+    for run, score in (("weak", 20.0), ("strong", 2.0)):
+        add(run, tasks=1, base=10.0, candidate=score, higher_is_better=False)
+    assert [entry.score for entry in board().entries] == [2.0, 10.0, 20.0]
+
+
+def test_an_artifact_that_was_judged_again_stands_there_once_with_its_last_verdict() -> None:
+    for state in ("undecided", "pass"):
+        add("run", tasks=1, state=state)
+    (entry,) = [entry for entry in board().entries if entry.lineage != "base"]
+    assert entry.verdict == "pass"
+
+
+@pytest.mark.parametrize("order", [("base", "parent"), ("parent", "base")])
+def test_the_lift_is_that_over_the_base(order: tuple[str, str]) -> None:
+    for against in order:
+        add("run", tasks=1, against=against, lift={"base": 0.5, "parent": 0.2}[against])
+    (entry,) = [entry for entry in board().entries if entry.lineage != "base"]
+    assert entry.lift == 0.5
+
+
+def test_an_artifact_that_was_never_compared_with_its_base_has_no_lift_over_it() -> None:
+    add("run", tasks=1, against="parent")
+    (entry,) = [entry for entry in board().entries if entry.lineage != "base"]
+    assert (entry.score, entry.lift) == (0.6, None)
+
+
+def test_an_artifact_that_was_held_to_a_limit_stands_beside_its_base() -> None:
+    add("run", tasks=1, against="threshold", role="limit")
+    assert [(entry.lineage, entry.score, entry.lift) for entry in board().entries] == [
+        ("sft", 0.6, None),
+        ("base", 0.1, None),
+    ]
+
+
+def test_scores_that_cannot_be_compared_are_never_in_one_board(capsys: pytest.CaptureFixture[str]) -> None:
+    add("first", tasks=1, n=100, questions="a")
+    add("second", tasks=1, n=20, questions="b", candidate=0.9)
+    found = boards(row.lift for row in lifts(Path("runs")))
+    assert [(one.questions, one.n, len(one.entries)) for one in found] == [("b", 20, 2), ("a", 100, 2)]
+    for words in ([], ["--format", "markdown"]):
+        text = printed(capsys, *words)
+        newer, told, older = text.partition("Other documents or settings")
+        assert told
+        assert "20 documents" in newer
+        assert "90.0" in newer
+        assert "100 documents" in older
+        assert "90.0" not in older
+
+
+def test_the_table_fits_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    add("run-with-a-long-name" * 3, tasks=3, low=-1.0, lift=-0.999, high=0.0)
+    text = printed(capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "-99.9 [-100.0, +0.0]" in text
+
+
+def test_the_forms_of_the_leaderboard_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    add("run", stage="a|b", tasks=2)
+    found: list[dict[str, Any]] = json.loads(printed(capsys, "--format=json"))
+    assert [one["task"] for one in found] == ["task0", "task1"]
+    assert found[0]["entries"][0]["lift"] == 0.5
+    markdown = printed(capsys, "--format", "markdown", "task=task1")
+    assert "task0" not in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {8}
+    assert "| mine a\\|b | sft | 100 | 60.0 | +50.0 [+40.0, +60.0] | pass |" in markdown
+
+
+def test_the_runs_of_the_pipeline_stand_in_the_leaderboard(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(working_folder)
+    run_recipe(Script(), "output_root=elsewhere")
+    text = printed(capsys, "output_root=elsewhere")
+    for words in ("some: acc, 100 documents", "mine sft", "mine dpo", "sft>dpo", "+50.0 [+40.0, +60.0]", "pass"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["task=tsak0"], "Did you mean task0?"),
+        (["task0"], "posttrain leaderboard task=task0"),
+        (["tsk=task0"], "Did you mean task?"),
+        (["--format", "html"], "Available: json, markdown, table"),
+        (["--format"], "Available: json, markdown, table"),
+        (["--markdown"], "Available: --format"),
+        (["output_root=nowhere"], "no lift is recorded there"),
+    ],
+)
+def test_bad_words(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    add("run", tasks=1)
+    assert main("leaderboard", *words) == 2
+    assert expected in capsys.readouterr().err
+    assert not Path("nowhere").exists()
+
+
+def test_completion_of_the_commands() -> None:
+    assert complete("posttrain le") == ["leaderboard", "ledger"]
+    assert complete("posttrain ledger ") == ["export", "rebuild", "verify"]
+    assert complete("posttrain ledger re") == ["rebuild"]

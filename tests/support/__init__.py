@@ -1,0 +1,1 @@
+"""What several tests need: tiny models, scripted plugins, gates, questions, pages."""

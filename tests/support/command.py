@@ -1,0 +1,31 @@
+"""The command, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from posttrain import cli
+
+PROGRAM = [sys.executable, "-m", "posttrain"]
+
+
+def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def main(*words: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(words))
+    return int(caught.value.code or 0)
+
+
+def complete(line: str) -> list[str]:
+    result = call("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert not result.stderr
+    return result.stdout.split()

@@ -1,0 +1,63 @@
+"""The training loop, on a few short rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import Dtype, LoraSettings, Method
+from posttrain.engine.evaluation import Evaluation
+from posttrain.engine.loop import Training
+from posttrain.model.loading import load_model, load_trainable, new_adapter
+from posttrain.tokens.packing import PackedRow
+from tests.support.tiny import (
+    Recorder,
+    documents_of,
+    packed_rows,
+    sft_config,
+)
+
+ROWS = packed_rows([3, 1, 2, 2, 1])
+
+
+DROPOUT = LoraSettings(r=4, alpha=8, dropout=0.1)
+
+
+def policy(base: ModelSource, method: Method, dtype: str = "float32") -> Any:
+    if method is Method.full:
+        return load_trainable(base, dtype)
+    return new_adapter(load_model(base, dtype), DROPOUT, seed=0)
+
+
+def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **settings: Any) -> Training:
+    progress = settings.pop("progress", None) or Recorder()
+    stop: Callable[[], bool] = settings.pop("stop_requested", lambda: False)
+    seed, dtype = settings.pop("seed", 0), settings.pop("dtype", "float32")
+    evaluation = settings.pop("evaluation", None)
+    config = sft_config(**{"compute_dtype": Dtype(dtype), **settings})
+    return Training(
+        model=model,
+        rows=rows,
+        config=config,
+        seed=seed,
+        dtype=dtype,
+        progress=progress,
+        stop_requested=stop,
+        checkpoints=folder,
+        evaluation=evaluation or Evaluation(rows=(), refusals=0, config=config),
+    )
+
+
+def trained_bytes(model: torch.nn.Module) -> bytes:
+    return b"".join(p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad)
+
+
+HELD_OUT = [document for row in packed_rows([4, 3], seed=5, longest=60) for document in documents_of(row)]
+
+
+def evaluation(rows: Sequence[PackedRow] = HELD_OUT, refusals: int = 0, **settings: Any) -> Evaluation:
+    return Evaluation(rows=rows, refusals=refusals, config=sft_config(**settings))
