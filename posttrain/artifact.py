@@ -8,27 +8,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.chat_template import (
+    check_template,
+)
+from posttrain.digests import digest_of, file_digests
+from posttrain.disk import sync, write_synced
 from posttrain.errors import ArtifactDamaged
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization_config.json"
 """Beside an adapter: how the weights under it are quantised, in the form that transformers takes."""
-TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Names of files that would have to be unpickled."""
 
@@ -119,28 +116,6 @@ class Artifact:
         )
 
 
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_digests(paths: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of several files at once, by name."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(zip(paths, pool.map(file_digest, paths.values()), strict=True))
-
-
 def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Artifact:
     """Move the folder ``draft`` to ``destination`` so that it is there whole or not at all.
 
@@ -156,12 +131,12 @@ def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Arti
         record = {"format": FORMAT, **manifest, "files": entries}
         record["digest"] = digest_of(record)
         for path in files.values():
-            _sync(path)
+            sync(path)
         write_synced(draft / MANIFEST, json.dumps(record, indent=2, sort_keys=True) + "\n")
         for folder in sorted({path.parent for path in files.values()} | {draft}):
-            _sync(folder)
+            sync(folder)
         draft.rename(destination)
-        _sync(destination.parent)
+        sync(destination.parent)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -187,41 +162,6 @@ def verify(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def template_record(template: str) -> dict[str, str]:
-    """The entries of a manifest that pin a chat template."""
-    return {"chat_template": template, "template_sha256": hashlib.sha256(template.encode()).hexdigest()}
-
-
-def check_template(folder: Path, pinned: str) -> None:
-    """Raise ArtifactDamaged with the difference when a chat template in ``folder`` is not the ``pinned`` one."""
-    found = {folder / TEMPLATE: _read_text(folder / TEMPLATE)}
-    if (inside := template_in_config(folder / TOKENIZER_CONFIG)) is not None:
-        found[folder / TOKENIZER_CONFIG] = inside
-    for path, template in found.items():
-        if template != pinned:
-            raise ArtifactDamaged(f"{path} is not the pinned chat template:\n{template_diff(pinned, template)}")
-
-
-def template_diff(pinned: str, found: str) -> str:
-    """How a chat template differs from the pinned one, as a unified diff."""
-    lines = difflib.unified_diff(pinned.splitlines(), found.splitlines(), "pinned", "found", lineterm="")
-    return "\n".join(lines) or "they differ in line ends alone"
-
-
-def template_in_config(path: Path) -> str | None:
-    """The chat template inside a tokenizer_config.json: a text, or the ``default`` of several named ones."""
-    if not path.exists():
-        return None
-    try:
-        template = json.loads(_read_text(path)).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise ArtifactDamaged(f"{path} is damaged: {error}") from None
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
 def quantization_of(folder: Path) -> str | None:
     """The quantised form of the weights under the adapter in ``folder``, such as ``nf4``; None when they are as saved.
 
@@ -234,36 +174,6 @@ def quantization_of(folder: Path) -> str | None:
         return str(json.loads(path.read_text(encoding="utf-8"))["bnb_4bit_quant_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactDamaged(f"{path} describes no quantisation: {error!r}") from None
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a text file and sync it to disk."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old text or the new, and several may write."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write_synced(draft, text)
-        draft.replace(path)
-        _sync(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # as it is: reading as text would change the ends of lines
-    except FileNotFoundError:
-        raise ArtifactDamaged(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ArtifactDamaged(f"{path} is damaged: {error}") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -299,11 +209,3 @@ def _content(folder: Path) -> dict[str, Path]:
                 f"{path} would have to be unpickled; artifacts hold safetensors and JSON only: {name}"
             )
     return files
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

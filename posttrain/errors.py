@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +107,14 @@ def explain(error: PosttrainError) -> int:
     if isinstance(error, Interrupted):
         print("Run the same command again to go on.", file=sys.stderr)
     return error.exit_code
+
+
+def reject(where: str, what: str, fix: str = "") -> NoReturn:
+    """Raise BadInput with one problem."""
+    raise BadInput(Problem(where=where, what=what, fix=fix))
+
+
+def shown(value: Any) -> str:
+    """The value for an error, shortened to 40 characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from posttrain import artifact
-from posttrain.artifact import digest_of, publish, replace_text, verify
+from posttrain.artifact import publish, verify
+from posttrain.digests import digest_of
+from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.artifact import publish, template_record, verify
+from posttrain.artifact import publish, verify
+from posttrain.chat_template import template_record
 from posttrain.config.schema import ModelConfig
 from posttrain.context import StageContext
 from posttrain.errors import ArtifactDamaged, BadInput

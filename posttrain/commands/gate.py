@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from posttrain import environment
-from posttrain.artifact import replace_text
 from posttrain.config.compose import compose
 from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, OnFail
+from posttrain.disk import replace_text
 from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PosttrainError, Problem
 from posttrain.host import plugins
 from posttrain.host.guard import DISK_ERRORS

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.records import Message, Tool
-from posttrain.data.refusal import refuse, shown
+from posttrain.errors import reject, shown
 
 
 def checked_tools(value: Any, where: str) -> tuple[Tool, ...]:
@@ -20,10 +20,10 @@ def checked_tools(value: Any, where: str) -> tuple[Tool, ...]:
     if listed is None:
         return ()
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
-        refuse(where, f"tools must be a list of definitions, not {shown(value)}")
+        reject(where, f"tools must be a list of definitions, not {shown(value)}")
     for number, tool in enumerate(listed, start=1):
         if not isinstance(_function(tool).get("name"), str):
-            refuse(where, f"tool {number} has no name")
+            reject(where, f"tool {number} has no name")
     return tuple(listed)
 
 
@@ -37,11 +37,11 @@ def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
         BadInput: A call has no name, or its arguments are no object.
     """
     if value is not None and not isinstance(value, list):
-        refuse(where, f"{name}: tool_calls must be a list, not {shown(value)}")
+        reject(where, f"{name}: tool_calls must be a list, not {shown(value)}")
     calls = [_checked_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
     known = [call["id"] for call in calls if call.get("id") is not None]
     if repeated := [key for key in known if known.count(key) > 1]:
-        refuse(
+        reject(
             where, f"{name}: two calls have the id {shown(repeated[0])}", "Give every call of a turn an id of its own"
         )
     return calls
@@ -56,7 +56,7 @@ def calls_in(value: Any, where: str, name: str) -> list[Any]:
     parsed = _parsed(value)
     calls = [parsed] if isinstance(parsed, Mapping) else parsed
     if not isinstance(calls, list) or not calls:
-        refuse(where, f"{name} must say a call, as JSON with name and arguments, not {shown(value)}")
+        reject(where, f"{name} must say a call, as JSON with name and arguments, not {shown(value)}")
     return calls
 
 
@@ -67,7 +67,7 @@ def check_results(messages: Sequence[Message], where: str) -> None:
         made += [call["id"] for call in message.get("tool_calls") or () if call.get("id") is not None]
         answered = message.get("tool_call_id")
         if message["role"] == "tool" and made and answered is not None and answered not in made:
-            refuse(where, f"turn {number} (tool) answers the call {shown(answered)}, which no turn before it makes")
+            reject(where, f"turn {number} (tool) answers the call {shown(answered)}, which no turn before it makes")
 
 
 def calls_of(message: Message) -> Sequence[Mapping[str, Any]]:
@@ -119,13 +119,13 @@ def stands_in(word: Any, text: str) -> bool:
 
 def _checked_call(call: Any, where: str, name: str) -> dict[str, Any]:
     if not isinstance(call, Mapping):
-        refuse(where, f"{name} must be an object, not {shown(call)}")
+        reject(where, f"{name} must be an object, not {shown(call)}")
     function = _function(call)
     if not isinstance(function.get("name"), str) or not function["name"].strip():
-        refuse(where, f"{name} has no name of a function")
+        reject(where, f"{name} has no name of a function")
     arguments = _parsed(function.get("arguments"))
     if arguments is not None and not isinstance(arguments, Mapping):
-        refuse(where, f"{name}: arguments must be an object, not {shown(arguments)}")
+        reject(where, f"{name}: arguments must be an object, not {shown(arguments)}")
     outer = {key: value for key, value in call.items() if key not in ("name", "arguments") and value is not None}
     return {"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}
 

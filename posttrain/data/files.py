@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from posttrain.data.refusal import refuse
-from posttrain.errors import nearest
+from posttrain.errors import nearest, reject
 
 LONGEST_LINE = 2**26
 """Bytes of a line of JSONL: more is no record, and would only fill the memory."""
@@ -30,9 +29,9 @@ def rows(path: Path) -> Rows:
             found = True
             yield found_row
     except OSError as error:
-        refuse(str(path), f"cannot be read: {error.strerror or error}")
+        reject(str(path), f"cannot be read: {error.strerror or error}")
     if not found:
-        refuse(str(path), "holds no records")
+        reject(str(path), "holds no records")
 
 
 def local_files(name: str) -> list[Path] | None:
@@ -43,9 +42,9 @@ def local_files(name: str) -> list[Path] | None:
     if path.exists():
         return [_checked_file(path)]
     if path.is_symlink():
-        refuse(name, "is a link that leads to no file")
+        reject(name, "is a link that leads to no file")
     if path.suffix in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        refuse(name, "no such file or directory", _sibling(path))
+        reject(name, "no such file or directory", _sibling(path))
     return None
 
 
@@ -54,15 +53,15 @@ def _directory(path: Path) -> list[Path]:
     # beside data, a text file is a note about it
     files = [file for file in files if file.suffix != TEXT] or files
     if not files:
-        refuse(str(path), f"the directory holds no file of {', '.join(READERS)}")
+        reject(str(path), f"the directory holds no file of {', '.join(READERS)}")
     return [_checked_file(entry) for entry in files]
 
 
 def _checked_file(path: Path) -> Path:
     if not path.is_file():
-        refuse(str(path), "is not a regular file")
+        reject(str(path), "is not a regular file")
     if path.suffix not in READERS:
-        refuse(str(path), f"the ending {path.suffix!r} is not known", f"Known: {', '.join(READERS)}")
+        reject(str(path), f"the ending {path.suffix!r} is not known", f"Known: {', '.join(READERS)}")
     return path
 
 
@@ -77,7 +76,7 @@ def _jsonl(path: Path) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
             if len(line) > LONGEST_LINE:
-                refuse(
+                reject(
                     f"{path}:{number}", f"the line is longer than {LONGEST_LINE:,} bytes", "Put one record on a line"
                 )
             text = _text(line, path, number).strip()
@@ -92,7 +91,7 @@ def _json(path: Path) -> Rows:
         return
     values = _parsed(text, path, 1)
     if not isinstance(values, list):
-        refuse(str(path), f"holds {_kind(values)}, not an array", "One object per line belongs in a .jsonl file")
+        reject(str(path), f"holds {_kind(values)}, not an array", "One object per line belongs in a .jsonl file")
     for index, value in enumerate(values):
         where = f"{path}[{index}]"
         yield where, _object(value, where)
@@ -116,7 +115,7 @@ def _parquet(path: Path) -> Rows:
                     yield f"{path}[{index}]", row
                     index += 1
     except pyarrow.ArrowException as error:
-        refuse(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
+        reject(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
 
 
 TEXT = ".txt"
@@ -134,7 +133,7 @@ def _text(data: bytes, path: Path, line: int) -> str:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        refuse(f"{path}:{line}", f"is not UTF-8: byte 0x{data[error.start]:02x}", "Convert the file to UTF-8")
+        reject(f"{path}:{line}", f"is not UTF-8: byte 0x{data[error.start]:02x}", "Convert the file to UTF-8")
 
 
 def _parsed(text: str, path: Path, line: int) -> Any:
@@ -147,7 +146,7 @@ def _parsed(text: str, path: Path, line: int) -> Any:
     except RecursionError:
         where, why = f"{path}:{line}", "nested too deeply"
     fix = "Each line must be one JSON object; an array belongs in a .json file"
-    refuse(where, f"is not valid JSON: {why}", fix if path.suffix == ".jsonl" else "")
+    reject(where, f"is not valid JSON: {why}", fix if path.suffix == ".jsonl" else "")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
@@ -174,7 +173,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_c
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        refuse(where, f"a record must be an object, not {_kind(value)}")
+        reject(where, f"a record must be an object, not {_kind(value)}")
     return value
 
 

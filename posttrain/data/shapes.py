@@ -8,8 +8,8 @@ from typing import Any
 from posttrain.config.schema import Format
 from posttrain.data.calls import check_results, checked_tools
 from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text
-from posttrain.data.refusal import refuse
 from posttrain.data.turns import check_order, checked_text, turn, turns
+from posttrain.errors import reject
 
 Row = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
         known = Format.feedback
     if known not in SERVES[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
-        refuse(where, what, f"Known for {shape}: {_listed(shape)}")
+        reject(where, what, f"Known for {shape}: {_listed(shape)}")
     if known in CHATS:
         _refuse_labelled(row, where)
     return CONVERTERS[known](row, where)
@@ -73,7 +73,7 @@ def recognise(row: Row, where: str) -> Format:
     seen = ", ".join(f"{key} (null)" if row[key] is None else str(key) for key in row) or "none"
     shapes = "; ".join(SHAPES.values())
     hint = "To train every token of a raw text, set format: text. " if "text" in keys else ""
-    refuse(where, f"unknown shape of record; its keys: {seen}", f"{hint}Known: {shapes}. Rename keys with columns")
+    reject(where, f"unknown shape of record; its keys: {seen}", f"{hint}Known: {shapes}. Rename keys with columns")
 
 
 def _listed(shape: str) -> str:
@@ -84,7 +84,7 @@ def _refuse_labelled(row: Row, where: str) -> None:
     # Feedback data marks bad answers with label: false; trained as conversations they would be taught.
     if row.get("label") is False:
         what = "label is false: the answer was judged bad, and training on conversations would teach it"
-        refuse(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
+        reject(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
 
 
 def _says_from(value: Any) -> bool:
@@ -105,7 +105,7 @@ def _prompt_completion(row: Row, where: str) -> Conversation:
     completion = _said(row.get("completion"), "assistant", where, "completion")
     if any(message["role"] == "assistant" and message.get("train", True) for message in prompt):
         fix = "Mark it train: false, or use messages, in which every assistant turn is trained"
-        refuse(where, "prompt holds an assistant turn", fix)
+        reject(where, "prompt holds an assistant turn", fix)
     return _conversation(row, prompt + completion, where)
 
 
@@ -120,15 +120,15 @@ def _preference(row: Row, where: str) -> Preference:
     prompt = _explicit_prompt(row, where)
     shared = _shared_prefix(chosen, rejected)
     if shared and prompt and shared[-len(prompt) :] != prompt:
-        refuse(where, "prompt is not the beginning that chosen and rejected share", "Keep one of the two prompts")
+        reject(where, "prompt is not the beginning that chosen and rejected share", "Keep one of the two prompts")
     prompt = shared or prompt
     if not prompt:
         what = "there is no prompt, and chosen and rejected do not begin with the same turns"
-        refuse(where, what, "Add prompt, or put the whole conversation into both")
+        reject(where, what, "Add prompt, or put the whole conversation into both")
     for name, side in (("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])):
         _check_side(prompt, side, where, name)
     if _core(chosen[-1]) == _core(rejected[-1]):
-        refuse(where, "chosen and rejected are the same", "Remove the record")
+        reject(where, "chosen and rejected are the same", "Remove the record")
     tools = checked_tools(row.get("tools"), where)
     return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
@@ -136,7 +136,7 @@ def _preference(row: Row, where: str) -> Preference:
 def _feedback(row: Row, where: str) -> Feedback:
     label = row.get("label")
     if not isinstance(label, bool):
-        refuse(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
+        reject(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
     prompt, completion = _judged(row, where)
     _check_side(prompt, completion, where, "completion")
     tools = checked_tools(row.get("tools"), where)
@@ -151,7 +151,7 @@ def _judged(row: Row, where: str) -> tuple[list[Message], list[Message]]:
         return prompt, _said(row.get("completion"), "assistant", where, "completion")
     chat = CONVERTERS[known](row, where)
     if not isinstance(chat, Conversation):
-        refuse(where, f"the record has the shape {known.value}, and holds no single answer", SHAPES[Format.feedback])
+        reject(where, f"the record has the shape {known.value}, and holds no single answer", SHAPES[Format.feedback])
     messages = list(chat.messages)
     return messages[:-1], messages[-1:]
 
@@ -176,18 +176,18 @@ def _conversation(row: Row, messages: list[Message], where: str) -> Conversation
     check_order(messages, where)
     check_results(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
-        refuse(where, "the conversation has no assistant turn, so nothing in it can be trained")
+        reject(where, "the conversation has no assistant turn, so nothing in it can be trained")
     return Conversation(messages=tuple(messages), where=where, tools=checked_tools(row.get("tools"), where))
 
 
 def _check_side(prompt: list[Message], side: list[Message], where: str, name: str) -> None:
     if [message["role"] for message in side] != ["assistant"]:
-        refuse(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
+        reject(where, f"{name} must end in one assistant turn after the shared prompt; it has {_roles(side)}")
     if side[0].get("train") is False:
-        refuse(where, f"{name} is marked train: false, but every answer here is trained", "Remove train")
+        reject(where, f"{name} is marked train: false, but every answer here is trained", "Remove train")
     check_order([*prompt, *side], where)
     if prompt[-1]["role"] == "assistant":
-        refuse(where, f"the prompt ends with an assistant turn, so {name} answers nothing")
+        reject(where, f"the prompt ends with an assistant turn, so {name} answers nothing")
 
 
 def _core(message: Message) -> tuple[str, Any]:
@@ -218,7 +218,7 @@ def _alpaca_prompt(row: Row, where: str) -> list[Message]:
     messages = _system(row, where)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        refuse(where, "history must be a list of [question, answer]")
+        reject(where, "history must be a list of [question, answer]")
     for number, (question, answer) in enumerate(history, start=1):
         messages.append(turn("user", question, where, f"question {number} of history"))
         messages.append(turn("assistant", answer, where, f"answer {number} of history"))

@@ -7,8 +7,7 @@ from typing import Any
 
 from posttrain.data.calls import calls_in, checked_calls
 from posttrain.data.records import Message
-from posttrain.data.refusal import refuse, shown
-from posttrain.errors import suggest
+from posttrain.errors import reject, shown, suggest
 
 ROLES = ("system", "user", "assistant", "tool")
 """The roles that a message can have."""
@@ -47,7 +46,7 @@ def turns(value: Any, where: str, name: str) -> list[Message]:
     """
     listed = [value] if isinstance(value, Mapping) else value
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        refuse(where, f"{name} must be a list of messages, not {shown(value)}")
+        reject(where, f"{name} must be a list of messages, not {shown(value)}")
     return [_message(entry, where, f"turn {number} of {name}") for number, entry in enumerate(listed, start=1)]
 
 
@@ -61,7 +60,7 @@ def check_order(messages: Sequence[Message], where: str) -> None:
         role = message["role"]
         if last not in _FOLLOWS[role]:
             after = "begins the conversation" if last == "start" else f"follows {last}"
-            refuse(
+            reject(
                 where,
                 f"turn {number} ({role}) {after}",
                 "Order: [system,] user, assistant, [tool, assistant,] user, ...",
@@ -72,19 +71,19 @@ def check_order(messages: Sequence[Message], where: str) -> None:
 def checked_text(content: Any, where: str, name: str) -> str:
     """``content`` if it is text with something in it that UTF-8 can hold; raises BadInput otherwise."""
     if not isinstance(content, str):
-        refuse(where, f"{name}: content must be a string, not {shown(content)}")
+        reject(where, f"{name}: content must be a string, not {shown(content)}")
     if not content.strip():
-        refuse(where, f"{name}: content is empty")
+        reject(where, f"{name}: content is empty")
     try:
         content.encode()
     except UnicodeEncodeError:
-        refuse(where, f"{name}: content holds half of a surrogate pair, which is no character")
+        reject(where, f"{name}: content holds half of a surrogate pair, which is no character")
     return content
 
 
 def _message(entry: Any, where: str, name: str) -> Message:
     if not isinstance(entry, Mapping):
-        refuse(where, f"{name} must be an object with role and content, not {shown(entry)}")
+        reject(where, f"{name} must be an object with role and content, not {shown(entry)}")
     # Parquet gives every message all keys that any message has; an absent one reads as null.
     extra = {key: value for key, value in entry.items() if value is not None}
     if "from" in entry and "role" not in entry:
@@ -103,7 +102,7 @@ def _spoken(role: str, content: Any, extra: dict[str, Any], where: str, name: st
     _check_refuses(role, extra.get("refuses"), where, name)
     calls = checked_calls(extra.pop("tool_calls", None), where, name)
     if calls and role != "assistant":
-        refuse(where, f"{name}: only an assistant turn can have tool_calls")
+        reject(where, f"{name}: only an assistant turn can have tool_calls")
     if calls:
         extra["tool_calls"] = calls
     silent = content is None or (isinstance(content, str) and not content.strip())
@@ -114,16 +113,16 @@ def _spoken(role: str, content: Any, extra: dict[str, Any], where: str, name: st
 
 def _check_train(role: str, train: Any, where: str, name: str) -> None:
     if train is not None and not isinstance(train, bool):
-        refuse(where, f"{name}: train must be true or false, not {shown(train)}")
+        reject(where, f"{name}: train must be true or false, not {shown(train)}")
     if train and role != "assistant":
-        refuse(where, f"{name}: train is true, but only assistant turns can be trained", "Remove train")
+        reject(where, f"{name}: train is true, but only assistant turns can be trained", "Remove train")
 
 
 def _check_refuses(role: str, refuses: Any, where: str, name: str) -> None:
     if refuses is not None and not isinstance(refuses, bool):
-        refuse(where, f"{name}: refuses must be true or false, not {shown(refuses)}")
+        reject(where, f"{name}: refuses must be true or false, not {shown(refuses)}")
     if refuses and role != "assistant":
-        refuse(where, f"{name}: refuses is true, but only assistant turns can refuse", "Remove refuses")
+        reject(where, f"{name}: refuses is true, but only assistant turns can refuse", "Remove refuses")
 
 
 def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str, name: str) -> str:
@@ -132,4 +131,4 @@ def _known_role(role: Any, known: Sequence[str] | Mapping[str, str], where: str,
     meant = SHAREGPT_ROLES.get(str(role).lower())
     options = ", ".join(known)
     fix = f"Did you mean {meant}? Roles: {options}" if meant else suggest(str(role), known)
-    refuse(where, f"{name} has no role" if role is None else f"{name}: role {role!r} is unknown", fix)
+    reject(where, f"{name} has no role" if role is None else f"{name}: role {role!r} is unknown", fix)

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from posttrain.artifact import digest_of
+from posttrain.digests import digest_of
 from posttrain.engine.attention import causal_model, install
 from posttrain.engine.batches import RowOrder
 from posttrain.engine.checkpoint import CheckpointFolder, Position, capture, restore

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from posttrain.artifact import digest_of
 from posttrain.config.schema import Role
+from posttrain.digests import digest_of
 from posttrain.gate.evidence import Evidence, Pool, beside, paired
 from posttrain.gate.multiple import LowAt, holm
 from posttrain.gate.sequential import Look, hopeless

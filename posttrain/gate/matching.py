@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.artifact import digest_of
+from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.sequential import portion_size
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.artifact import digest_of
+from posttrain.digests import digest_of
 from posttrain.ledger.lift import KINDS, Lift
 
 START = ""

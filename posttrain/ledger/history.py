@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from posttrain.artifact import canonical, replace_text
+from posttrain.digests import canonical
+from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.ledger.lift import Lift, lift_from_json, same_finding
 

@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource, digest_of, file_digests, template_diff, template_in_config
+from posttrain.artifact import Artifact, ModelSource
+from posttrain.chat_template import template_diff, template_in_config
 from posttrain.config.schema import ModelConfig
+from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
 
 WEIGHTS = "model.safetensors"

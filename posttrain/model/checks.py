@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from posttrain.artifact import ModelSource, check_template
+from posttrain.artifact import ModelSource
+from posttrain.chat_template import check_template
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.base import ADAPTER_WEIGHTS
 

@@ -18,7 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from posttrain.artifact import Artifact, ModelSource, digest_of, publish
+from posttrain.artifact import Artifact, ModelSource, publish
+from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
 from posttrain.model.loading import ADAPTER, added_token_ids, load_model, load_tokenizer

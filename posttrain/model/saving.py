@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from posttrain.artifact import TEMPLATE, TOKENIZER_CONFIG, ModelSource
+from posttrain.artifact import ModelSource
+from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
 from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES, read_json
 from posttrain.model.loading import ADAPTER, DTYPES, stored_tokenizer
 from posttrain.model.quantisation import save_quantisation

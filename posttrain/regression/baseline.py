@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import canonical, digest_of, replace_text
+from posttrain.digests import canonical, digest_of
+from posttrain.disk import replace_text
 from posttrain.errors import BadInput, Problem
 from posttrain.gate.spec import DocumentScore, Scorecard
 

@@ -9,21 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.artifact import (
-    MANIFEST,
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-    Artifact,
-    ModelSource,
-    digest_of,
-    file_digests,
-    quantization_of,
-    template_diff,
-    template_in_config,
-    verify,
-)
+from posttrain.artifact import MANIFEST, Artifact, ModelSource, quantization_of, verify
+from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
 from posttrain.config.regression import GatedModel
 from posttrain.config.schema import ModelConfig
+from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
 from posttrain.model.base import PICKLED, TOKENIZER_FILES, read_json, resolve_base
 

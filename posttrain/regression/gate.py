@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import ledger
-from posttrain.artifact import Artifact, ModelSource, digest_of, replace_text
+from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, Role, Sequential
+from posttrain.digests import digest_of
+from posttrain.disk import replace_text
 from posttrain.errors import PluginFailed
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict, worst
 from posttrain.gate.verdict import verdict_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.artifact import replace_text
+from posttrain.disk import replace_text
 
 PLAIN_WIDTH = 140
 """Columns of a table that goes into a file or a pipe."""

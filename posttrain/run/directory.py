@@ -15,7 +15,7 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
-from posttrain.artifact import replace_text
+from posttrain.disk import replace_text
 from posttrain.errors import Problem, RunLocked
 from posttrain.host import activity
 from posttrain.plan import Plan

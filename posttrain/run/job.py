@@ -11,9 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import ModelSource, digest_of
+from posttrain.artifact import ModelSource
 from posttrain.config.schema import StageConfig
 from posttrain.data.reading import data_digest
+from posttrain.digests import digest_of
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, Step
 from posttrain.run.directory import RunDirectory, StageState

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from posttrain.artifact import Artifact, ModelSource, replace_text
+from posttrain.artifact import Artifact, ModelSource
+from posttrain.disk import replace_text
 from posttrain.errors import BadInput, PluginFailed
 from posttrain.gate.spec import GateRequest, Verdict
 from posttrain.gate.verdict import read_verdict, verdict_json

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record, verify
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, verify
+from posttrain.chat_template import template_record
 from posttrain.context import StageContext
 from posttrain.data.overlap import overlap
 from posttrain.data.records import Record

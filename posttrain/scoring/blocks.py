@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import canonical, digest_of
+from posttrain.digests import canonical, digest_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import canonical, digest_of, replace_text
+from posttrain.digests import canonical, digest_of
+from posttrain.disk import replace_text
 from posttrain.scoring.blocks import Blocks
 from posttrain.scoring.scorecard import lines_of, row_from_json, row_line
 

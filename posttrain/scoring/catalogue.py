@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from posttrain.artifact import file_digests
+from posttrain.digests import file_digests
 
 EVALUATED = ("test_split", "validation_split", "training_split")
 """Which split lm-eval scores: the first of these that a task has."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from posttrain.artifact import digest_of
 from posttrain.config.schema import Backend
+from posttrain.digests import digest_of
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import looks_of, settled
 from posttrain.scoring.blocks import Blocks

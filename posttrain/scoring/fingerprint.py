@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import digest_of, file_digest
+from posttrain.digests import digest_of, file_digest
 
 LIBRARIES = ("posttrain", "lm_eval", "transformers", "torch", "peft")
 

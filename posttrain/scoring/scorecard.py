@@ -8,7 +8,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import canonical, replace_text
+from posttrain.digests import canonical
+from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore
 

@@ -6,7 +6,8 @@ import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of
+from posttrain.chat_template import template_record
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from posttrain.data.records import Conversation, Document, Message, Preference, Text
-from posttrain.data.refusal import refuse
+from posttrain.errors import reject
 from posttrain.tokens.spans import Answer, Template
 
 
@@ -45,12 +45,12 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any) -> None:
         """Take a fast tokenizer with a chat template and an end-of-sequence token; raises BadInput for any other."""
         if not getattr(tokenizer, "is_fast", False):
-            refuse("model", "the tokenizer is not a fast one", "Save it as tokenizer.json")
+            reject("model", "the tokenizer is not a fast one", "Save it as tokenizer.json")
         if not tokenizer.chat_template:
-            refuse("model", "the tokenizer has no chat template", "Give one: model.chat_template=FILE")
+            reject("model", "the tokenizer has no chat template", "Give one: model.chat_template=FILE")
         if tokenizer.eos_token_id is None:
             what = "the tokenizer has no end-of-sequence token, so no answer would end"
-            refuse("model", what, "Set eos_token in tokenizer_config.json")
+            reject("model", what, "Set eos_token in tokenizer_config.json")
         self._tokenizer = tokenizer
         self._template = Template(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
@@ -72,7 +72,7 @@ class ChatRenderer:
         """
         if forged := self._template.control.search(record.text):
             what = f"the text holds the special token {forged[0]!r}, which would fake an end or a header"
-            refuse(record.where, what, "Remove or rewrite the record")
+            reject(record.where, what, "Remove or rewrite the record")
         end = self._tokenizer.eos_token_id
         ids = self._encode(record.text, whole=True)
         ids += [] if ids[-1:] == [end] else [end]
@@ -102,9 +102,9 @@ class ChatRenderer:
         prompt, chosen = self._completion(record, record.chosen)
         other_prompt, rejected = self._completion(record, record.rejected)
         if prompt != other_prompt:
-            refuse(record.where, "the chat template renders the prompt differently for chosen and rejected")
+            reject(record.where, "the chat template renders the prompt differently for chosen and rejected")
         if chosen == rejected:
-            refuse(record.where, "chosen and rejected are the same once rendered", "Remove the record")
+            reject(record.where, "chosen and rejected are the same once rendered", "Remove the record")
         return RenderedPair(prompt, chosen, rejected)
 
     def _completion(self, record: Preference, said: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -126,7 +126,7 @@ class ChatRenderer:
         found = list(self._template.control.finditer(text))
         places = [place for place, token in enumerate(whole) if token in self._control_ids]
         if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
-            refuse(where, "the tokenizer does not keep the special tokens of the chat template whole")
+            reject(where, "the tokenizer does not keep the special tokens of the chat template whole")
         ends = [match.end() for match in found]
         ids: list[int] = []
         mask: list[bool] = []
@@ -153,14 +153,14 @@ class ChatRenderer:
         """Refuse an answer that is not the same text when it is tokenized apart from its prompt."""
         if self._decode(ids) != text:
             what = f"the mask for turn {turn} cannot be proven: a token reaches over the border of prompt and answer"
-            refuse(where, what, "The tokenizer cannot tokenize the two apart: remove whitespace around the content")
+            reject(where, what, "The tokenizer cannot tokenize the two apart: remove whitespace around the content")
 
     def _verify(self, said: list[int], span: str, turn: int, where: str) -> None:
         """Refuse ids that do not decode to the trained span."""
         decoded = self._decode(said)
         if decoded != span and without_space(decoded) != without_space(span):
             what = f"the mask for turn {turn} cannot be proven: its tokens decode to {decoded!r}, not to {span!r}"
-            refuse(where, what, "The tokenizer cannot express the content")
+            reject(where, what, "The tokenizer cannot express the content")
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))

@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 
 from posttrain.data.calls import calls_of, disguised, renamed, stands_in, tool_names, words
 from posttrain.data.records import Conversation, Message
-from posttrain.data.refusal import refuse
+from posttrain.errors import reject
 from posttrain.tokens.time_limit import patience
 
 OURS = ("train", "refuses")
@@ -110,31 +110,31 @@ class Template:
                 text = str(self._tokenizer.apply_chat_template(messages, **options))
             text.encode()
         except TimeoutError:
-            refuse(chat.where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
         except _FAILURES as error:
             why = str(error) or type(error).__name__
-            refuse(chat.where, f"the chat template refuses the conversation: {why}", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template refuses the conversation: {why}", _OTHER_TEMPLATE)
         if len(text) > SIZE and len(text) > SIZE_PER_CHARACTER * sum(
             len(str(word)) for word in words([messages, tools])
         ):
-            refuse(chat.where, f"the chat template makes {len(text):,} characters of it", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template makes {len(text):,} characters of it", _OTHER_TEMPLATE)
         return text
 
     def check(self, chat: Conversation, text: str) -> None:
         """Refuse what holds special tokens, and templates that leave out what was said or the tools on offer."""
         bos = self._tokenizer.bos_token
         if bos and text.startswith(2 * bos):
-            refuse(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
         for turn, message in enumerate(chat.messages, start=1):
             self._check_forged(message, f"turn {turn} ({message['role']})", chat.where)
             if not _is_told(message, text) or not self._is_apart(chat, turn - 1):
                 what = f"the chat template leaves out or rewrites turn {turn} ({message['role']})"
-                refuse(chat.where, what, _OTHER_TEMPLATE)
+                reject(chat.where, what, _OTHER_TEMPLATE)
         if chat.tools:
             self._check_forged(chat.tools, "tools", chat.where)
             offer = self.render(replace(chat, messages=(_ASKED,)))
             if not all(name in offer for name in tool_names(chat.tools)):
-                refuse(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
+                reject(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
 
     def _is_apart(self, chat: Conversation, index: int) -> bool:
         """Whether turn ``index`` is written for itself.
@@ -155,7 +155,7 @@ class Template:
         for text in words(value):
             if forged := self.control.search(str(text)):
                 what = f"{name} holds the special token {forged[0]!r}, which would fake an end of turn or a header"
-                refuse(where, what, "Remove or rewrite the record")
+                reject(where, what, "Remove or rewrite the record")
 
     def answer(self, chat: Conversation, index: int, text: str) -> Answer:
         """The trained span of turn ``index`` (from 0) in ``text``, which is the rendering of the whole chat.
@@ -367,4 +367,4 @@ def _short(text: str) -> str:
 
 
 def _unproven(where: str, turn: int, why: str, fix: str = _OTHER_TEMPLATE) -> NoReturn:
-    refuse(where, f"the mask for turn {turn} cannot be proven: {why}", fix)
+    reject(where, f"the mask for turn {turn} cannot be proven: {why}", fix)

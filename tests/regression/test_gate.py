@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from posttrain import cli
-from posttrain.artifact import digest_of
 from posttrain.config.schema import GateTask, Role
+from posttrain.digests import digest_of
 from posttrain.errors import BadInput
 from posttrain.gate.spec import Scorecard
 from posttrain.regression.baseline import read_baseline, require_same_asked, with_baseline

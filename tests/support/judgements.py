@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, digest_of
+from posttrain.artifact import Artifact
+from posttrain.digests import digest_of
 from posttrain.gate.spec import State, TaskVerdict, Verdict
 from posttrain.ledger import Judgement, record
 

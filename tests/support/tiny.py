@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, template_record
+from posttrain.artifact import Artifact, ModelSource, publish, quantization_of
+from posttrain.chat_template import template_record
 from posttrain.config.schema import Dtype, Method, ModelConfig
 from posttrain.model.base import resolve_base
 from posttrain.model.probe import Probe

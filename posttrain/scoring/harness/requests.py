@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
-from posttrain.artifact import digest_of
+from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem
 from posttrain.scoring.fingerprint import settings_of
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters

@@ -13,7 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from posttrain.artifact import digest_of
+from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.scoring.isolation import plain_generation, tied_already
 from posttrain.scoring.systems import Loading, SharedWeights
