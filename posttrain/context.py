@@ -30,8 +30,8 @@ class StageContext:
     """The verified weights to start from."""
     records: Sequence[Any]
     """Prepared records in the shape that the stage asked for; ``feedback`` is Feedback and Preference, mixed."""
-    held_out: Sequence[Any] = ()
-    """Records of the same shape that are measured on and never trained on."""
+    eval_records: Sequence[Any] = ()
+    """Records of the same shape for the eval loss; never trained."""
     seed: int
     """Seeds everything random in the stage."""
     dtype: str
@@ -78,7 +78,7 @@ class StageContext:
     def finetune(self, records: Sequence[Document]) -> None:
         """Train ``policy()`` on the answers of ``records`` with SFT's loop and save it.
 
-        ``config`` has to be a FineTuneConfig. Masks, packing, progress, held-out loss and exact resume are those of
+        ``config`` has to be a FineTuneConfig. Masks, packing, progress, eval loss and exact resume are those of
         SFT, and so are the figures in ``metrics``. Raises BadInput when the records cannot be trained on, Interrupted
         when the run was asked to stop.
         """

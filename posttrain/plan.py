@@ -35,8 +35,8 @@ class Step:
     stage: Stage
     config: StageConfig
     sources: tuple[Source, ...]
-    held_out: tuple[Source, ...]
-    """Sources of records that the stage measures itself on and does not train on."""
+    eval_sources: tuple[Source, ...]
+    """Sources of the records whose loss is measured and which are not trained."""
     tasks: Mapping[str, GateTask]
     """The gate's tasks, typed."""
     seed: int
@@ -224,11 +224,11 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     with host.calling(stage.name, "problems"):
         problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
     sources = _sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
-    held_out = settings.held_out()
-    evaluated = () if held_out is None else _sources(f"{name}.eval_data", held_out, problems)
+    eval_data = settings.eval_sources()
+    eval_sources = () if eval_data is None else _sources(f"{name}.eval_data", eval_data, problems)
     tasks = gate_tasks(f"{name}.gate", settings.gate, host, problems)
     return Step(
-        name=name, stage=stage, config=settings, sources=sources, held_out=evaluated, tasks=tasks,
+        name=name, stage=stage, config=settings, sources=sources, eval_sources=eval_sources, tasks=tasks,
         seed=config.seed, origin=host.origin(stage.name),
     )  # fmt: skip
 

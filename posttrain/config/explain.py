@@ -19,7 +19,7 @@ from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
 ROOT = (
-    "seed", "output_root", "stages", "start_from", "model", "data", "eval_data", "tracker", "variant", "plugin_timeout",
+    "seed", "output_root", "stages", "start_from", "model", "data", "gate_data", "tracker", "variant", "plugin_timeout",
 )  # fmt: skip
 """Keys at the top level of every recipe besides its stages."""
 FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline")

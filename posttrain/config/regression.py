@@ -34,8 +34,8 @@ class Gating:
     """Write ``baseline`` (FILE.json) from the scores of an adapter that passes against its base."""
     model: GatedModel = field(default_factory=GatedModel)
     gate: GateConfig = field(default_factory=GateConfig)
-    eval_data: Any = None
-    """Files of held-out rows, for gates that ask for them."""
+    gate_data: Any = None
+    """Files of rows to score, for gates that ask for them."""
     output_root: str = "runs"
     """Folder of cached scores, and of what the gate leaves behind."""
     junit: str | None = None

@@ -269,8 +269,8 @@ class StageConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     """The gate that decides about this stage's artifact: choose one with gate@<stage>.gate=NAME."""
 
-    def held_out(self) -> Any:
-        """Records to measure the stage on, in the form of ``data``; None for a kind that has no such setting."""
+    def eval_sources(self) -> Any:
+        """Return the sources of the eval loss, in the form of ``data``; None for a kind without such a setting."""
         return None
 
     def problems(self) -> Sequence[tuple[str, str]]:

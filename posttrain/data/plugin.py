@@ -22,7 +22,7 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
     problems: list[Problem] = []
     for step in plan.steps:
         problems += _share_problems(step)
-        for setting, sources in (("data", step.sources), ("eval_data", step.held_out)):
+        for setting, sources in (("data", step.sources), ("eval_data", step.eval_sources)):
             for source in sources:
                 try:
                     local_files(source.path)
@@ -42,9 +42,9 @@ def load_records(step: Step) -> Sequence[Record]:
 
 def _share_problems(step: Step) -> Iterator[Problem]:
     where = f"{step.name}.data"
-    for source in step.held_out:
+    for source in step.eval_sources:
         if source.share is not None:
-            what = f"share {source.share} of {source.path} means nothing: held-out records are measured as they are"
+            what = f"share {source.share} of {source.path} means nothing: records of eval_data are measured as they are"
             yield Problem(where=f"{step.name}.eval_data", what=what, fix="Leave it out")
     shared = [source for source in step.sources if source.share is not None]
     for source in shared:

@@ -74,8 +74,8 @@ class FineTuneConfig(StageConfig):
     loss_chunk: int = 1024
     """Trained tokens whose logits are held at once."""
 
-    def held_out(self) -> Any:
-        """The sources of held-out records."""
+    def eval_sources(self) -> Any:
+        """Return the sources of the eval loss."""
         return self.eval_data
 
     def problems(self) -> Sequence[tuple[str, str]]:

@@ -60,7 +60,7 @@ class Chart:
 
 
 def main_charts(stage: StageReport) -> list[Chart]:
-    """Loss, on training and on held-out records where they were measured, and learning rate."""
+    """Return the charts of the loss, with the eval loss where it was measured, and of the learning rate."""
     return [chart for names in MAIN if (chart := _chart(stage, names)) is not None]
 
 

@@ -21,9 +21,9 @@ def reasons(report: RunReport) -> list[tuple[str, str]]:
 
 
 def remarks(stage: StageState) -> list[str]:
-    """What else is to be known of a stage: the loss of held-out records, and warnings."""
-    held_out = [] if stage.eval_loss is None else [f"held-out loss {stage.eval_loss:.4f}"]
-    return [*held_out, *stage.warnings]
+    """Return the remarks on a stage: its eval loss, and its warnings."""
+    eval_loss = [] if stage.eval_loss is None else [f"eval loss {stage.eval_loss:.4f}"]
+    return [*eval_loss, *stage.warnings]
 
 
 def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:

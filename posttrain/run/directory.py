@@ -40,7 +40,7 @@ class StageState:
     seconds: float | None = None
     """Time spent training and evaluating, over all attempts."""
     eval_loss: float | None = None
-    """Loss of the held-out records at the end, when there are any."""
+    """Loss of the records of eval_data or eval_share at the end, when there are any."""
     warnings: list[str] = field(default_factory=list)
     """What the stage found unusual without stopping."""
 

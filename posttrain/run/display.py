@@ -18,7 +18,7 @@ from posttrain.host import activity
 
 LINE_SECONDS = 10
 """How often a progress line is printed where there is no terminal to draw on."""
-SHOWN = {"loss": "loss {:.3f}", "eval_loss": "held-out {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
+SHOWN = {"loss": "loss {:.3f}", "eval_loss": "eval loss {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
 
 
 class Display:

@@ -96,7 +96,7 @@ def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -
 def records_digest(step: Step) -> str:
     """Digest of what a stage trains on, and of what it measures itself on if there is any."""
     trained = data_digest(step.sources)
-    return digest_of([trained, data_digest(step.held_out)]) if step.held_out else trained
+    return digest_of([trained, data_digest(step.eval_sources)]) if step.eval_sources else trained
 
 
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Records:
     """What a stage trains on, and what it measures itself on."""
 
     trained: Sequence[Record]
-    held_out: Sequence[Record]
+    eval_records: Sequence[Record]
 
 
 def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
@@ -66,7 +66,7 @@ def _figures(artifact: Artifact) -> str:
         "steps": "{:,} steps",
         "tokens": "{:,} tokens",
         "final_loss": "loss {:.3f}",
-        "eval_loss": "held-out {:.3f}",
+        "eval_loss": "eval loss {:.3f}",
     }
     found = artifact.manifest["metrics"]
     return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
@@ -95,7 +95,7 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
     context = StageContext(
         name=job.name, config=job.step.config, parent=parent, records=records.trained,
-        held_out=records.held_out, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
+        eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
         stop_requested=job.interrupts.requested,
         checkpoints=checkpoints, output=draft,
     )  # fmt: skip
@@ -192,8 +192,9 @@ def read_records(job: Job) -> Records:
     Says how many rows the gate is to score that are trained on as well. Raises BadInput when the records are not those
     that the run is named after.
     """
-    held_out = replace(job.step, sources=job.step.held_out)
-    records = Records(trained=_read(job, job.step), held_out=_read(job, held_out) if held_out.sources else ())
+    evaluation = replace(job.step, sources=job.step.eval_sources)
+    eval_records = _read(job, evaluation) if evaluation.sources else ()
+    records = Records(trained=_read(job, job.step), eval_records=eval_records)
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))

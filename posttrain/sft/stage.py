@@ -46,7 +46,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()
     examples, held_out = hold_out(examples_of(records, tokenizer, config), config.eval_share, context.seed)
-    held_out += examples_of(context.held_out, tokenizer, config)
+    held_out += examples_of(context.eval_records, tokenizer, config)
     evaluation = evaluation_of(held_out, config)
     mixed = mixture([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
     for note in mixed.notes():

@@ -201,8 +201,8 @@ def test_the_shipped_recipe_replays_and_says_what_it_scores_and_trains(
     answers = [{"instruction": f"Say {number}", "input": "", "output": "As you wish."} for number in range(8)]
     for name, found in (("t", rows[:6]), ("heldout", rows[4:]), ("a", answers[:4]), ("others", answers[4:])):
         (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    words = ["sft.data.0.path=t.jsonl", "sft.data.1.path=a.jsonl", "eval_data.texts=heldout.jsonl"]
-    words += ["eval_data.responses=others.jsonl", "model.path=base", "model.dtype=float32", "sft.lr=1e-3"]
+    words = ["sft.data.0.path=t.jsonl", "sft.data.1.path=a.jsonl", "gate_data.texts=heldout.jsonl"]
+    words += ["gate_data.responses=others.jsonl", "model.path=base", "model.dtype=float32", "sft.lr=1e-3"]
     assert run("recipe=smollm2_cpt_replay", *words, "sft.gate.on_undecided=warn", "sft.gate.on_fail=warn") == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "warning: 2 of 4 rows of the task texts (heldout.jsonl) are trained on as well" in shown

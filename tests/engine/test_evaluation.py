@@ -280,14 +280,14 @@ def test_a_share_is_not_trained(base: ModelSource, tmp_path: Path) -> None:
 
 def test_other_records_can_be_given(base: ModelSource, tmp_path: Path) -> None:
     others = conversations(20)[12:]
-    stage = replace(context(base, tmp_path, records=conversations(12)), held_out=others)
+    stage = replace(context(base, tmp_path, records=conversations(12)), eval_records=others)
     run(stage)
     assert (stage.metrics["records"], stage.metrics["eval_documents"]) == (12, 8)
     assert "trained as well" not in str(stage.metrics["warnings"])
 
 
 def test_held_out_records_that_are_trained_as_well_are_counted(base: ModelSource, tmp_path: Path) -> None:
-    stage = replace(context(base, tmp_path, eval_data="a.jsonl", max_steps=1), held_out=conversations(15)[9:])
+    stage = replace(context(base, tmp_path, eval_data="a.jsonl", max_steps=1), eval_records=conversations(15)[9:])
     run(stage)
     assert "eval_data: 3 held-out records are trained as well" in str(stage.metrics["warnings"])
 
@@ -301,7 +301,7 @@ def test_eval_data_is_read_checked_and_part_of_the_run(host: Host, working_folde
     Path("other.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
     both = sft_step(host, "sft.data=[train.jsonl,other.jsonl]")
     apart = sft_step(host, "sft.eval_data=other.jsonl")
-    assert [source.path for source in apart.held_out] == ["other.jsonl"]
+    assert [source.path for source in apart.eval_sources] == ["other.jsonl"]
     assert len({records_digest(step) for step in (both, apart, sft_step(host))}) == 3
     with pytest.raises(BadInput, match=r"sft\.eval_data: nothing\.jsonl: no such file"):
         sft_step(host, "sft.eval_data=nothing.jsonl")

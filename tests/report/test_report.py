@@ -202,13 +202,13 @@ def test_curves_hold_every_step(run: Path) -> None:
     rows.append({"stage": "sft", "step": 101, "loss": float("nan"), "lr": 1e-3})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "sft", "st')
     shown = written(run)
-    (loss,), (held_out,) = shown.all("polyline", data_name="loss"), shown.all("polyline", data_name="eval_loss")
+    (loss,), (eval_loss,) = shown.all("polyline", data_name="loss"), shown.all("polyline", data_name="eval_loss")
     points = [tuple(map(float, point.split(","))) for point in loss["points"].split()]
     assert len(points) == 100
     assert [x for x, _ in points] == pytest.approx([1000 * step / 99 for step in range(100)], abs=0.06)
     heights = [y for _, y in points]
     assert heights == sorted(heights)  # a loss that falls is drawn downwards, and y grows downwards
-    assert len(held_out["points"].split()) == 2
+    assert len(eval_loss["points"].split()) == 2
     assert not shown.all("polyline", data_name="tokens")
 
 
@@ -400,12 +400,12 @@ def test_a_stage_without_a_gate_says_so(working_folder: Path) -> None:
     assert "Promoted unseen: the recipe switched this gate off." in written(only_run()).words
 
 
-def test_warnings_and_the_held_out_loss_are_in_every_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_and_the_eval_loss_are_in_every_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = json.loads((run / "run.json").read_text())
     state["stages"][0] |= {"warnings": ["the loss [sft] rises again after step 3"], "eval_loss": 1.25}
     change(run / "run.json", stages=state["stages"])
     page_words = written(run).words
     report.show(run)
     for text in (page_words, (run / "report.md").read_text(), capsys.readouterr().out):
-        assert "held-out loss 1.2500" in text
+        assert "eval loss 1.2500" in text
         assert "the loss [sft] rises again after step 3" in text

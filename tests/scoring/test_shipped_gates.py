@@ -32,10 +32,10 @@ GIVEN: dict[str, list[str]] = {
 }
 """What a gate leaves to its user."""
 EVALUATED = {
-    "gsm8k_form": ["eval_data=rows.jsonl"],
-    "preferences": ["+eval_data.preferences=rows.jsonl"],
-    "responses": ["+eval_data.responses=rows.jsonl", "+eval_data.preferences=rows.jsonl"],
-    "texts": ["+eval_data.texts=rows.jsonl", "+eval_data.responses=rows.jsonl"],
+    "gsm8k_form": ["gate_data=rows.jsonl"],
+    "preferences": ["+gate_data.preferences=rows.jsonl"],
+    "responses": ["+gate_data.responses=rows.jsonl", "+gate_data.preferences=rows.jsonl"],
+    "texts": ["+gate_data.texts=rows.jsonl", "+gate_data.responses=rows.jsonl"],
 }
 """What a gate takes from the recipe."""
 
@@ -48,7 +48,7 @@ def rows() -> None:
 @pytest.mark.parametrize("name", GATES)
 def test_a_shipped_gate_composes_and_plans(host: Host, name: str) -> None:
     evaluated = EVALUATED.get(name, [])
-    evaluated = ["eval_data={}", *evaluated] if any(word.startswith("+") for word in evaluated) else evaluated
+    evaluated = ["gate_data={}", *evaluated] if any(word.startswith("+") for word in evaluated) else evaluated
     words = [f"gate.{setting}" for setting in GIVEN.get(name, [])]
     _, gating, tasks, wrong = gated(host, ["adapter=x", f"gate={name}", *words, *evaluated])
     assert not wrong

@@ -205,9 +205,9 @@ def test_warnings_are_in_log_state_manifest_and_report(
     manifest = json.loads((run / "stages/sft/artifact/manifest.json").read_text())
     assert manifest["metrics"]["warnings"] == ["[strange]: and | odd"]
     assert "- **sft**: [strange]: and | odd" in (run / "report.md").read_text()
-    assert "- **sft**: held-out loss 1.2500" in (run / "report.md").read_text()
+    assert "- **sft**: eval loss 1.2500" in (run / "report.md").read_text()
     capsys.readouterr()
     report.show(run)
     shown = capsys.readouterr().out
     assert "sft: [strange]: and | odd" in shown
-    assert "sft: held-out loss 1.2500" in shown
+    assert "sft: eval loss 1.2500" in shown

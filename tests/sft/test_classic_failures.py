@@ -202,7 +202,7 @@ def test_overfitting_is_named_with_the_step_to_stop_at(base: ModelSource, tmp_pa
         for i, record in enumerate(conversations(30))
     ]
     settings: dict[str, Any] = {"epochs": 12, "lr": 3e-2, "sequence_length": 96}
-    stage = replace(context(base, tmp_path, records=told[:6], method=Method.full, **settings), held_out=told[6:])
+    stage = replace(context(base, tmp_path, records=told[:6], method=Method.full, **settings), eval_records=told[6:])
     (line,) = [line for line in warnings(stage) if line.startswith("overfitting")]
     step = stage.metrics["eval_loss_lowest_step"]
     assert 0 < step < stage.metrics["steps"]
@@ -236,7 +236,7 @@ def test_a_model_that_learns_to_refuse_is_named(base: ModelSource, tmp_path: Pat
     run(helpful)
     parent = replace(base, model=helpful.output)
     stage = context(parent, tmp_path / "refusing", records=refused[:10], **settings)
-    stage = replace(stage, held_out=[*refused[10:], *asked[20:]])
+    stage = replace(stage, eval_records=[*refused[10:], *asked[20:]])
     (line,) = [line for line in warnings(stage) if "learns to refuse" in line]
     assert "fell by" in line
     last = stage.progress.steps[stage.metrics["steps"]]  # type: ignore[attr-defined]
@@ -289,13 +289,13 @@ def test_what_the_record_says_about_a_refusal_wins_and_the_template_never_sees_i
 # --- 6. Tokens that the model has no embeddings for -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_tokens_without_embeddings_are_refused(base: ModelSource, tmp_path: Path, held_out: bool) -> None:
+@pytest.mark.parametrize("in_eval", [False, True])
+def test_tokens_without_embeddings_are_refused(base: ModelSource, tmp_path: Path, in_eval: bool) -> None:
     shutil.copytree(base.model, tmp_path / "small")
     tiny_llama(vocab_size=99).save_pretrained(tmp_path / "small")
     large = [
         replace(each, messages=({"role": "user", "content": "a\nb"}, each.messages[1])) for each in conversations(2)
     ]
-    stage = context(base_source(tmp_path / "small"), tmp_path / "run", records=conversations(3) if held_out else large)
-    why = refusal(replace(stage, held_out=large) if held_out else stage)
+    stage = context(base_source(tmp_path / "small"), tmp_path / "run", records=conversations(3) if in_eval else large)
+    why = refusal(replace(stage, eval_records=large) if in_eval else stage)
     assert "the model has only 99 embeddings" in why

@@ -42,9 +42,9 @@ def register_eval_tasks() -> Sequence[Path]:
 
 @hookimpl(wrapper=True)
 def load_records(step: Any) -> Generator[None, Sequence[Any] | None, Sequence[Any] | None]:
-    """Refuse records of one kind alone while nothing is trained yet; those held out may be of either kind."""
+    """Refuse records of one kind alone while nothing is trained yet; those of eval_data may be of either kind."""
     records = yield
-    if step.stage.name == NAME and records is not None and step.sources != step.held_out:
+    if step.stage.name == NAME and records is not None and step.sources != step.eval_sources:
         from posttrain_safety.mixing import Kinds
 
         Kinds.of(records, step.config, step.name)

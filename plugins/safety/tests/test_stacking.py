@@ -119,7 +119,7 @@ def test_data_of_one_kind_cost_no_training(data: str, expected: str) -> None:
     assert script.trained == []
 
 
-def test_held_out_records_may_be_of_one_kind() -> None:
+def test_records_of_eval_data_may_be_of_one_kind() -> None:
     script = Script()
     run_recipe(script, "safety.eval_data=refusals.jsonl")
     assert script.trained == ["sft", "dpo", "safety"]
