@@ -21,7 +21,7 @@ from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.comparison import POOL, Comparison, decide
 from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
 from posttrain.gate.sequential import looks, portion_size
-from posttrain.gate.spec import State, worst
+from posttrain.gate.spec import VerdictState, worst
 from posttrain.gate.statistics import Bounds
 
 CONFIDENCE = 0.95
@@ -65,7 +65,7 @@ def shipped_guards(name: str) -> tuple[list[Task], float]:
 class Outcome:
     """What a simulated gate came to."""
 
-    state: State
+    state: VerdictState
     claimed: int
     """Lifts that passed, each by itself."""
     used: float

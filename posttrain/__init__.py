@@ -1,7 +1,8 @@
-"""posttrain: an evaluation-gated post-training pipeline for language models.
+"""Evaluation-gated post-training of language models.
 
-This is the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else. A name is
-imported when it is first asked for, so that a command waits for nothing that it does not use.
+These names are the public API: a plugin imports from here and from ``posttrain.testing``, and from nowhere else. Every
+type in a hook's signature, on StageContext and on their fields is among them. Each is imported at its first use, so
+that no command waits for a module it does not need.
 """
 
 import importlib
@@ -10,8 +11,24 @@ from typing import TYPE_CHECKING
 from posttrain.version import __version__
 
 if TYPE_CHECKING:
+    from posttrain.artifact import Artifact, ModelSource
+    from posttrain.config.schema import (
+        Backend,
+        Dtype,
+        Format,
+        GateConfig,
+        GateTask,
+        ModelConfig,
+        OnFail,
+        Role,
+        Sequential,
+        Source,
+        Tracker,
+        TrackerConfig,
+    )
     from posttrain.context import StageContext
-    from posttrain.data.records import Conversation, Feedback, Preference, Text
+    from posttrain.data.records import Conversation, Document, Feedback, Message, Origin, Preference, Record, Text, Tool
+    from posttrain.engine.checkpoint import Position
     from posttrain.engine.config import FineTuneConfig, TrainOn
     from posttrain.errors import (
         ArtifactDamaged,
@@ -24,30 +41,77 @@ if TYPE_CHECKING:
         Problem,
         suggest,
     )
+    from posttrain.gate.sequential import Look
+    from posttrain.gate.spec import (
+        Comparator,
+        DocumentScore,
+        GateProgress,
+        GateRequest,
+        Scorecard,
+        TaskVerdict,
+        Verdict,
+        VerdictState,
+    )
     from posttrain.hookspecs import hookimpl
+    from posttrain.plan import Plan, Step
     from posttrain.sft.refusals import declines
     from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe
+    from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
 
 __all__ = [
     "MISSING",
+    "Artifact",
     "ArtifactDamaged",
+    "Backend",
     "BadInput",
+    "ChatRenderer",
+    "Comparator",
     "Conversation",
+    "Document",
+    "DocumentScore",
+    "Dtype",
     "Feedback",
     "FineTuneConfig",
+    "Format",
+    "GateConfig",
+    "GateProgress",
     "GateRefused",
+    "GateRequest",
+    "GateTask",
     "GateUndecided",
     "Interrupted",
+    "Look",
+    "Message",
+    "ModelConfig",
+    "ModelSource",
+    "OnFail",
+    "Origin",
+    "Plan",
     "PluginFailed",
+    "Position",
     "PosttrainError",
     "Preference",
     "Problem",
     "Progress",
+    "Record",
+    "Rendered",
+    "RenderedPair",
+    "Role",
+    "Scorecard",
+    "Sequential",
+    "Source",
     "Stage",
     "StageConfig",
     "StageContext",
+    "Step",
+    "TaskVerdict",
     "Text",
+    "Tool",
+    "Tracker",
+    "TrackerConfig",
     "TrainOn",
+    "Verdict",
+    "VerdictState",
     "__version__",
     "declines",
     "from_recipe",
@@ -56,7 +120,42 @@ __all__ = [
 ]
 
 HOMES = {
-    "posttrain.data.records": ("Conversation", "Feedback", "Preference", "Text"),
+    "posttrain.artifact": (
+        "Artifact",
+        "ModelSource",
+    ),
+    "posttrain.config.schema": (
+        "Backend",
+        "Dtype",
+        "Format",
+        "GateConfig",
+        "GateTask",
+        "ModelConfig",
+        "OnFail",
+        "Role",
+        "Sequential",
+        "Source",
+        "Tracker",
+        "TrackerConfig",
+    ),
+    "posttrain.gate.sequential": ("Look",),
+    "posttrain.context": ("StageContext",),
+    "posttrain.data.records": (
+        "Conversation",
+        "Document",
+        "Feedback",
+        "Message",
+        "Origin",
+        "Preference",
+        "Record",
+        "Text",
+        "Tool",
+    ),
+    "posttrain.engine.checkpoint": ("Position",),
+    "posttrain.engine.config": (
+        "FineTuneConfig",
+        "TrainOn",
+    ),
     "posttrain.errors": (
         "ArtifactDamaged",
         "BadInput",
@@ -68,13 +167,36 @@ HOMES = {
         "Problem",
         "suggest",
     ),
+    "posttrain.gate.spec": (
+        "Comparator",
+        "DocumentScore",
+        "GateProgress",
+        "GateRequest",
+        "Scorecard",
+        "TaskVerdict",
+        "Verdict",
+        "VerdictState",
+    ),
     "posttrain.hookspecs": ("hookimpl",),
-    "posttrain.engine.config": ("FineTuneConfig", "TrainOn"),
+    "posttrain.plan": (
+        "Plan",
+        "Step",
+    ),
     "posttrain.sft.refusals": ("declines",),
-    "posttrain.context": ("StageContext",),
-    "posttrain.stage": ("MISSING", "Progress", "Stage", "StageConfig", "from_recipe"),
+    "posttrain.stage": (
+        "MISSING",
+        "Progress",
+        "Stage",
+        "StageConfig",
+        "from_recipe",
+    ),
+    "posttrain.tokens.chat": (
+        "ChatRenderer",
+        "Rendered",
+        "RenderedPair",
+    ),
 }
-"""The modules that define the public names, the same as type checkers read above."""
+"""The module that defines each public name, as type checkers read it above."""
 
 
 if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of the API

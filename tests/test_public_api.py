@@ -3,12 +3,127 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import posttrain
+from posttrain import hookspecs
+from posttrain.context import StageContext
+
+PUBLIC = [
+    "MISSING",
+    "Artifact",
+    "ArtifactDamaged",
+    "Backend",
+    "BadInput",
+    "ChatRenderer",
+    "Comparator",
+    "Conversation",
+    "Document",
+    "DocumentScore",
+    "Dtype",
+    "Feedback",
+    "FineTuneConfig",
+    "Format",
+    "GateConfig",
+    "GateProgress",
+    "GateRefused",
+    "GateRequest",
+    "GateTask",
+    "GateUndecided",
+    "Interrupted",
+    "Look",
+    "Message",
+    "ModelConfig",
+    "ModelSource",
+    "OnFail",
+    "Origin",
+    "Plan",
+    "PluginFailed",
+    "Position",
+    "PosttrainError",
+    "Preference",
+    "Problem",
+    "Progress",
+    "Record",
+    "Rendered",
+    "RenderedPair",
+    "Role",
+    "Scorecard",
+    "Sequential",
+    "Source",
+    "Stage",
+    "StageConfig",
+    "StageContext",
+    "Step",
+    "TaskVerdict",
+    "Text",
+    "Tool",
+    "Tracker",
+    "TrackerConfig",
+    "TrainOn",
+    "Verdict",
+    "VerdictState",
+    "__version__",
+    "declines",
+    "from_recipe",
+    "hookimpl",
+    "suggest",
+]
+"""The whole public API. A name that is added or removed is a change that plugins feel: it belongs in CHANGELOG.md."""
+FOREIGN = {
+    "Any",
+    "Callable",
+    "Mapping",
+    "None",
+    "Path",
+    "PreTrainedModel",
+    "PreTrainedTokenizerBase",
+    "Sequence",
+    "torch",
+}
+"""Names in signatures that come from Python, torch and transformers."""
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert sorted(posttrain.__all__) == sorted(PUBLIC)
+
+
+def named_types(annotations: Iterable[str]) -> set[str]:
+    """Names of classes in annotations, without those of builtins."""
+    trees = [ast.parse(annotation) for annotation in annotations]
+    names = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return {name for name in names if not hasattr(builtins, name)} - FOREIGN
+
+
+def annotations_of(thing: Any) -> list[str]:
+    """Annotations of a class's public fields and methods, or of a function."""
+    if not isinstance(thing, type):
+        return [str(annotation) for annotation in thing.__annotations__.values()]
+    found = [str(value) for name, value in vars(thing).get("__annotations__", {}).items() if not name.startswith("_")]
+    methods = [item for name, item in vars(thing).items() if inspect.isfunction(item) and not name.startswith("_")]
+    return found + [annotation for method in methods for annotation in annotations_of(method)]
+
+
+def test_every_type_that_a_plugin_meets_is_public() -> None:
+    """Those of the hooks' signatures, of the context, and of all that can be reached from them."""
+    hooks = [item for item in vars(hookspecs).values() if hasattr(item, "posttrain_spec")]
+    waiting = {name for thing in (*hooks, StageContext) for name in named_types(annotations_of(thing))}
+    met: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        met.add(name)
+        assert name in posttrain.__all__, name
+        found = getattr(posttrain, name)
+        if isinstance(found, type):
+            waiting |= named_types(annotations_of(found)) - met
+    assert {"Plan", "Step", "Record", "Artifact", "DocumentScore", "ModelSource", "Position"} <= met
 
 
 def test_every_public_name_is_the_one_that_its_module_defines() -> None:

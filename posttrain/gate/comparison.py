@@ -13,7 +13,7 @@ from posttrain.digests import digest_of
 from posttrain.gate.evidence import Evidence, Pool, beside, paired
 from posttrain.gate.multiple import LowAt, holm
 from posttrain.gate.sequential import Look, hopeless
-from posttrain.gate.spec import Comparator, State
+from posttrain.gate.spec import Comparator, VerdictState
 from posttrain.gate.statistics import Bounds
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Comparison:
 class Decision:
     """The answer."""
 
-    state: State
+    state: VerdictState
     bounds: Bounds
     confidence: float
     """Of either bound: at an early look, as much as it takes for all looks to have the gate's."""
@@ -190,7 +190,7 @@ def _low_at(evidence: Evidence | None, look: Look) -> LowAt:
     return lambda confidence: evidence.bounds(look.nominal(confidence)).low
 
 
-def _state(comparison: Comparison, bounds: Bounds, *, passed: bool) -> State:
+def _state(comparison: Comparison, bounds: Bounds, *, passed: bool) -> VerdictState:
     if passed:
         return "pass"
     if comparison.evidence is None:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.config.schema import GateConfig, GateTask
 
-State = Literal["pass", "fail", "undecided"]
+VerdictState = Literal["pass", "fail", "undecided"]
 Comparator = Literal["base", "parent", "threshold"]
 """What the candidate is compared with; a limit compares it with a threshold."""
 
 
-def worst(states: Iterable[State]) -> State:
+def worst(states: Iterable[VerdictState]) -> VerdictState:
     """What several answers come to: all have to pass, and none at all is no pass."""
     found = set(states)
     return "fail" if "fail" in found else "undecided" if "undecided" in found or not found else "pass"
@@ -121,7 +121,7 @@ class TaskVerdict:
     """One-sided confidence of either bound."""
     threshold: float
     """What the lower bound has to exceed."""
-    state: State
+    state: VerdictState
     reason: str
     """What decided, in words a person understands."""
     method: str = ""
@@ -137,7 +137,7 @@ class TaskVerdict:
 class Verdict:
     """What a gate says about an artifact."""
 
-    state: State
+    state: VerdictState
     gated: bool
     """False when the recipe switched the gate off."""
     tasks: tuple[TaskVerdict, ...]

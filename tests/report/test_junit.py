@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecided, PosttrainError, Problem
-from posttrain.gate.spec import DocumentScore, State, Verdict
+from posttrain.gate.spec import DocumentScore, Verdict, VerdictState
 from posttrain.report.junit import junit, junit_error
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.summary import LARGEST, refusal, summary
@@ -24,7 +24,7 @@ def stage(name: str, state: str, verdict: Verdict | None = None, **settings: Any
     return StageReport(state=StageState(name=name, kind=name, state=state, seconds=12.5), verdict=verdict, **settings)
 
 
-def verdict(*states: State, **settings: Any) -> Verdict:
+def verdict(*states: VerdictState, **settings: Any) -> Verdict:
     tasks = tuple(replace(task_verdict(state), task=f"task{n}", **settings) for n, state in enumerate(states))
     return Verdict(state=states[0], gated=True, tasks=tasks, reason="because")
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from posttrain.config.compose import compose
 from posttrain.context import StageContext
-from posttrain.gate.spec import GateRequest, Scorecard, State, Verdict
+from posttrain.gate.spec import GateRequest, Scorecard, Verdict, VerdictState
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -58,7 +58,7 @@ class Script:
     def __init__(self) -> None:
         self.trained: list[str] = []
         self.judged: list[str] = []
-        self.verdicts: dict[str, State] = {}
+        self.verdicts: dict[str, VerdictState] = {}
         self.during_training: Callable[[StageContext], None] = lambda context: None
         self.during_evaluation: Callable[[GateRequest], None] = lambda request: None
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from posttrain.artifact import Artifact
 from posttrain.digests import digest_of
-from posttrain.gate.spec import State, TaskVerdict, Verdict
+from posttrain.gate.spec import TaskVerdict, Verdict, VerdictState
 from posttrain.ledger import Judgement, record
 
 ROOT = Path("runs")
 
 
-def task_verdict(state: State) -> TaskVerdict:
+def task_verdict(state: VerdictState) -> TaskVerdict:
     return TaskVerdict(
         task="some", metric="acc", filter="none", higher_is_better=True, questions="q" * 64, role="lift",
         against="base", n=100, base=0.1, parent=0.1, candidate=0.6, lift=0.5, low=0.4, high=0.6, confidence=0.95,
@@ -22,7 +22,9 @@ def task_verdict(state: State) -> TaskVerdict:
     )  # fmt: skip
 
 
-def judgement(run: str = "run", stage: str = "sft", state: State = "pass", tasks: int = 2, **figures: Any) -> Judgement:
+def judgement(
+    run: str = "run", stage: str = "sft", state: VerdictState = "pass", tasks: int = 2, **figures: Any
+) -> Judgement:
     """A verdict about an artifact of a run."""
     manifest = {
         "digest": digest_of([run, stage]), "parent_digest": "parent", "lineage": ["sft"],
