@@ -15,12 +15,12 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, OnFail
+from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import replace_text
 from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PosttrainError, Problem
 from posttrain.host import plugins
 from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
-from posttrain.plan import gate_tasks, unresolved
 from posttrain.regression.gate import Outcome, gate, is_scores
 from posttrain.scoring.checks import check_backend, check_tasks
 
@@ -84,11 +84,11 @@ def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateT
     flags = {"--update-baseline": "update_baseline=true"}
     composition = compose(host, [flags.get(word, word) for word in words], "gate")
     config, problems = composition.config, list(composition.problems)
-    problems += [problem for key in map(str, config) for problem in unresolved(config, key)]
+    problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
     if problems:
         raise BadInput(problems)
     gating: Gating = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Gating), config))  # type: ignore[assignment]
-    tasks = gate_tasks("gate", gating.gate, host, problems)
+    tasks = conform_gate_tasks("gate", gating.gate, host, problems)
     problems += _contradictions(gating)
     found = [*check_backend(gating.gate), *check_tasks(tasks)]
     problems += [replace(problem, where=f"gate.{problem.where}") for problem in found]

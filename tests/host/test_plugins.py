@@ -10,11 +10,12 @@ import pytest
 
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig
+from posttrain.config.typed import conform_gate_tasks
 from posttrain.errors import BadInput, Problem
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
-from posttrain.plan import gate_tasks, make_plan
+from posttrain.plan import make_plan
 from posttrain.scoring.checks import check_tasks
 from posttrain.stage import Stage, StageConfig
 from tests.support.installed import command, install
@@ -163,7 +164,7 @@ def test_tasks_of_a_plugin_are_known_by_name(monkeypatch: pytest.MonkeyPatch, tm
         }
     )
     problems: list[Problem] = []
-    found = gate_tasks("sft.gate", gate, host, problems)
+    found = conform_gate_tasks("sft.gate", gate, host, problems)
     assert {name: task.task for name, task in found.items()} == {
         "polite": str(tmp_path / "polite.yaml"),
         "again": str(tmp_path / "polite.yaml"),

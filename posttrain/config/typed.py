@@ -1,0 +1,122 @@
+"""Nodes of a composed recipe as typed dataclasses, with a Problem for every missing, misspelt or mistyped value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+from posttrain.config.schema import GateConfig, GateTask, Role, Source
+from posttrain.errors import Problem, suggest
+from posttrain.host.plugins import Host
+
+
+def check_resolved(config: DictConfig, key: str) -> list[Problem]:
+    """Return a Problem for every missing value, dangling interpolation and wrong type below ``key``."""
+    problems = []
+    for path in _leaves(config, key):
+        try:
+            OmegaConf.select(config, path, throw_on_missing=True, throw_on_resolution_failure=True)
+        except OmegaConfBaseException as error:
+            problems.append(_unresolved_problem(config, path, error))
+    return problems
+
+
+def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseException) -> Problem:
+    """Name the value, and the key it is interpolated from: that one is to be given."""
+    parent, _, leaf = path.rpartition(".")
+    raw = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False) if parent else None
+    value = raw.get(leaf) if isinstance(raw, dict) else None
+    source = value[2:-1] if isinstance(value, str) and value.startswith("${") else None
+    where = f"{path} (from {source})" if source else path
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        return Problem(where=where, what="has no value", fix=f"Give {source or path}=VALUE")
+    return Problem(where=where, what=str(error).splitlines()[0])
+
+
+def _leaves(config: DictConfig, path: str) -> Iterator[str]:
+    """Yield the dotted paths of the values below ``path``."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for part in path.split("."):
+        node = node[part]
+    yield from _descend(node, path)
+
+
+def _descend(node: Any, path: str) -> Iterator[str]:
+    if not isinstance(node, dict):
+        yield path
+        return
+    for key, value in node.items():
+        yield from _descend(value, f"{path}.{key}")
+
+
+def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
+    """Return ``value`` as the dataclass ``kind``, or None; add every wrong key and type to ``problems``."""
+    schema = OmegaConf.structured(kind)
+    known = [str(key) for key in schema]
+    if not isinstance(value, Mapping):
+        problems.append(Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(known)}"))
+        return None
+    sound = True
+    for key, item in value.items():
+        try:
+            schema = OmegaConf.merge(schema, {key: item})
+        except OmegaConfBaseException as error:
+            sound = False
+            unknown = str(key) not in known
+            what = f"unknown key {key!r}" if unknown else str(error).splitlines()[0]
+            fix = suggest(str(key), known) if unknown else ""
+            problems.append(Problem(where=f"{where}.{key}", what=what, fix=fix))
+    for key in sorted(OmegaConf.missing_keys(schema) - set(map(str, value))):
+        sound = False
+        problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {key}"))
+    return OmegaConf.to_object(schema) if sound else None
+
+
+def conform_sources(setting: str, data: Any, problems: list[Problem]) -> tuple[Source, ...]:
+    """Return the sources that a path, a source or a list of either names; add what is wrong to ``problems``."""
+    entries = data if isinstance(data, list) else [data]
+    sources = []
+    for index, entry in enumerate(entries):
+        where = f"{setting}[{index}]" if isinstance(data, list) else setting
+        given = {"path": entry} if isinstance(entry, str) else entry
+        source = conform(Source, given, where, problems)
+        if source is not None:
+            sources.append(source)
+    if not sources and not problems:
+        problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
+    for source in sources:
+        if not 0 < source.weight < inf:
+            what = f"weight {source.weight} of {source.path} is not positive and finite"
+            problems.append(Problem(where=setting, what=what))
+        if source.limit is not None and source.limit < 1:
+            problems.append(Problem(where=setting, what=f"limit {source.limit} of {source.path} is not positive"))
+    return tuple(sources)
+
+
+def conform_gate_tasks(where: str, gate: GateConfig, host: Host, problems: list[Problem]) -> dict[str, GateTask]:
+    """Return the typed tasks of a gate, those of plugins with their files; add what is wrong to ``problems``."""
+    if gate.enabled and not gate.tasks:
+        fix = f"Choose a gate: gate@{where}=NAME (or +gate@{where}=NAME); gate none promotes unseen"
+        problems.append(Problem(where=where, what="asks for no task", fix=fix))
+    problems += [Problem(where=f"{where}.{key}", what=what) for key, what in gate.problems()]
+    conformed = {key: conform(GateTask, value, f"{where}.tasks.{key}", problems) for key, value in gate.tasks.items()}
+    tasks = {key: task for key, task in conformed.items() if task is not None}
+    problems += [
+        Problem(where=f"{where}.tasks.{name}.{key}", what=what)
+        for name, task in tasks.items()
+        for key, what in task.problems()
+    ]
+    if gate.pooled_max_drop is not None and not any(task.role is Role.guard for task in tasks.values()):
+        problems.append(Problem(where=f"{where}.pooled_max_drop", what="the gate has no guard to pool"))
+    return {name: _with_file(name, task, host) for name, task in tasks.items()}
+
+
+def _with_file(name: str, task: GateTask, host: Host) -> GateTask:
+    """Return a plugin's task with the path of its file in place of its name."""
+    path = host.tasks.get(task.task or name)
+    return task if path is None else replace(task, task=str(path))
