@@ -59,7 +59,7 @@ class Overlong(Enum):
 
     truncate = "truncate"
     split = "split"
-    refuse = "refuse"
+    reject = "reject"
 
 
 class Tracker(Enum):

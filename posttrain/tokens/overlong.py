@@ -1,4 +1,4 @@
-"""Documents that are longer than a row: cut at the end, split into several, or refused."""
+"""Documents that are longer than a row: cut at the end, split into several, or rejected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from posttrain.errors import BadInput, Problem
 from posttrain.tokens.chat import Rendered
 
 NAMED = 5
-"""Overlong documents that a refusal names; the others are counted."""
+"""Overlong documents that the error names; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def _problems(overlong: Sequence[Rendered], total: int, sequence_length: int) ->
         yield Problem(where=document.where, what=f"has {len(document.ids):,} tokens, a row takes {sequence_length:,}")
     longest = max(len(document.ids) for document in overlong)
     yield Problem(
-        where="overlong=refuse",
+        where="overlong=reject",
         what=f"{len(overlong):,} of {total:,} records are longer than {sequence_length:,} tokens",
         fix=f"Raise sequence_length (the longest has {longest:,} tokens), or set overlong to truncate or split",
     )

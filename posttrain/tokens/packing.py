@@ -134,9 +134,9 @@ def pack(
         overlong: What happens to a document that is longer than a row.
 
     Raises:
-        BadInput: No document has a trained token, or one is longer than a row and ``overlong`` refuses that.
+        BadInput: No document has a trained token, or one is longer than a row and ``overlong`` is reject.
     """
-    if overlong is Overlong.refuse:
+    if overlong is Overlong.reject:
         check_lengths(documents, sequence_length)
     fitted = [fit(document, sequence_length, overlong) for document in documents]
     pieces = [piece for document in fitted for piece in document.pieces]

@@ -82,7 +82,7 @@ def test_too_long_records_are_refused_when_the_recipe_says_so(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["tokens", "recipe=mine", "sft.sequence_length=16", "sft.overlong=refuse"])
+        cli.main(["tokens", "recipe=mine", "sft.sequence_length=16", "sft.overlong=reject"])
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert "one.jsonl:1: has 22 tokens, a row takes 16" in captured.err

@@ -286,7 +286,7 @@ def test_it_is_refused_with_its_place_and_reason(
         (lambda: None, ["sft.sequence_length=5"], "no trained token in 1 records\n    The longest has 11 tokens"),
         (lambda: None, ["sft.sequence_length=1"], "sft.sequence_length: must be at least 2"),
         (lambda: None, ["sft.sequence_length=0"], "sft.sequence_length: must be at least 2"),
-        (lambda: None, ["sft.sequence_length=9", "sft.overlong=refuse"], "train.jsonl:1: has 11 tokens, a row takes 9"),
+        (lambda: None, ["sft.sequence_length=9", "sft.overlong=reject"], "train.jsonl:1: has 11 tokens, a row takes 9"),
     ],
 )
 def test_it_is_refused_with_settings(

@@ -173,14 +173,14 @@ def test_a_long_document_is_cut_split_or_refused() -> None:
         "1 of 2 records are longer than 4 tokens and split: 2 tokens begin a piece and are not trained (overlong=split)"
     ]
     with pytest.raises(BadInput, match=r"long\.jsonl:7: has 10 tokens, a row takes 4\n.*1 of 2 records are longer"):
-        pack([long, short], 4, overlong=Overlong.refuse)
-    assert list(pack([long, short], 10, overlong=Overlong.refuse).counts.notes()) == []
+        pack([long, short], 4, overlong=Overlong.reject)
+    assert list(pack([long, short], 10, overlong=Overlong.reject).counts.notes()) == []
 
 
 def test_a_refusal_names_the_first_few_and_counts_all() -> None:
     long = [Rendered([1] * 9, [False] + [True] * 8, "", f"a.jsonl:{number}") for number in range(1, 21)]
     with pytest.raises(BadInput) as caught:
-        pack(long, 4, overlong=Overlong.refuse)
+        pack(long, 4, overlong=Overlong.reject)
     assert [problem.where for problem in caught.value.problems[:-1]] == [f"a.jsonl:{n}" for n in range(1, NAMED + 1)]
     assert "20 of 20 records are longer than 4 tokens" in caught.value.problems[-1].what
 
