@@ -1,4 +1,4 @@
-"""What stands in training data and templates: refused by file, line, field and reason, or read as it is meant."""
+"""What stands in training data and templates: rejected by file, line, field and reason, or read as it is meant."""
 
 from __future__ import annotations
 
@@ -255,22 +255,31 @@ TEMPLATES: dict[str, tuple[Spoil, str]] = {
         template("{% for i in range(10 ** 9) %}{% endfor %}"),
         f"{RENDERED} refuses the conversation: Range too big",
     ),
-    "endless loop": (template(ENDLESS), f"{RENDERED} takes longer than"),
     "endless recursion": (template(BOTTOMLESS), f"{RENDERED} refuses the conversation: maximum recursion depth"),
     "much output": (template(TEMPLATE + "{{ 'x' * 2000000 }}"), f"{RENDERED} makes 2,000,042 characters of it"),
     "more output than memory": (template("{{ 'x' * 10 ** 15 }}"), f"{RENDERED} refuses the conversation: MemoryError"),
     "no end-of-sequence token": (lambda: tokenizer(eos_token=None), "the tokenizer has no end-of-sequence token"),
 }
-REFUSED = {**BYTES, **CHATS, **TEMPLATES}
+REJECTED = {**BYTES, **CHATS, **TEMPLATES}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_with_its_place_and_reason(
-    case: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spans, "SECONDS", 0.2)
-    spoil, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_it_is_rejected_with_its_place_and_reason(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, message = REJECTED[case]
     spoil()
+    check_rejected(capfd, message)
+
+
+def test_a_template_that_never_ends_is_rejected(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the one case that uses the time up: the others would meet so short a limit on a busy machine
+    monkeypatch.setattr(spans, "SECONDS", 0.2)
+    template(ENDLESS)()
+    check_rejected(capfd, f"{RENDERED} takes longer than 0.2 s")
+
+
+def check_rejected(capfd: pytest.CaptureFixture[str], message: str) -> None:
     assert run("recipe=mine") == 2
     captured = capfd.readouterr()
     assert message in captured.err
@@ -289,7 +298,7 @@ def test_it_is_refused_with_its_place_and_reason(
         (lambda: None, ["sft.sequence_length=9", "sft.overlong=reject"], "train.jsonl:1: has 11 tokens, a row takes 9"),
     ],
 )
-def test_it_is_refused_with_settings(
+def test_it_is_rejected_with_settings(
     spoil: Spoil, words: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spoil()
@@ -340,7 +349,7 @@ def test_one_trained_token_is_enough(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(manifest.read_text())["metrics"]["epoch_trained_tokens"] == 1
 
 
-def test_data_that_change_while_they_are_read_are_refused(
+def test_data_that_change_while_they_are_read_are_rejected(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = files.rows
