@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
     from posttrain.sft.refusals import declines
-    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe
+    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe, from_variant
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
 
 __all__ = [
@@ -115,6 +115,7 @@ __all__ = [
     "__version__",
     "declines",
     "from_recipe",
+    "from_variant",
     "hookimpl",
     "suggest",
 ]
@@ -189,6 +190,7 @@ HOMES = {
         "Stage",
         "StageConfig",
         "from_recipe",
+        "from_variant",
     ),
     "posttrain.tokens.chat": (
         "ChatRenderer",

@@ -73,6 +73,7 @@ PUBLIC = [
     "__version__",
     "declines",
     "from_recipe",
+    "from_variant",
     "hookimpl",
     "suggest",
 ]

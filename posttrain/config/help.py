@@ -10,6 +10,8 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any
 
+from posttrain.config.schema import variant_rates
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -63,4 +65,6 @@ def _default(field: Field[Any]) -> Any:
 def _shown(default: Any) -> str:
     if default == "???":
         return "(must be given)"
+    if rates := variant_rates(default):
+        return f"{rates[0]}, with variant=full {rates[1]}"
     return "null" if default is None else str(default)

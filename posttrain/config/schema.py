@@ -6,6 +6,7 @@ dataclass that inherits from StageConfig.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,11 +20,27 @@ MAX_DROP = 0.02
 MAX_DROP_IN_POOL = 0.1
 """The same where the pool of guards is held to less: a limit for catastrophes."""
 MOST_LOOKS = 20
+FROM_VARIANT = "from_variant"
+"""Name of the resolver that ``from_variant`` writes into a default."""
 
 
 def from_recipe(key: str) -> Any:
-    """Default of a setting that takes its value from another key of the recipe, such as ``variant.sft.lr``."""
+    """Return the default of a setting that takes its value from another key of the recipe, such as ``seed``."""
     return "${" + key + "}"
+
+
+def from_variant(*, adapter: float, full: float) -> Any:
+    """Return a default that follows ``variant``: ``full`` when every weight is trained, ``adapter`` otherwise.
+
+    ``variant.KIND.SETTING`` replaces it for all stages of a kind, on the command line and in a variant file.
+    """
+    return f"${{{FROM_VARIANT}:${{variant.method}},{adapter},{full}}}"
+
+
+def variant_rates(default: object) -> tuple[float, float] | None:
+    """Return ``adapter`` and ``full`` of a default made by ``from_variant``; None for any other."""
+    found = re.match(rf"\${{{FROM_VARIANT}:.*,(.*),(.*)}}$", default) if isinstance(default, str) else None
+    return None if found is None else (float(found[1]), float(found[2]))
 
 
 class Method(Enum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +24,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.regression import Gating
-from posttrain.config.schema import ModelConfig, Source, TrackerConfig
+from posttrain.config.schema import (
+    FROM_VARIANT,
+    Method,
+    ModelConfig,
+    Source,
+    StageConfig,
+    TrackerConfig,
+    from_recipe,
+    variant_rates,
+)
 from posttrain.errors import BadInput, PluginFailed, Problem
 from posttrain.host.guard import SETTINGS
 from posttrain.host.plugins import Host
+from posttrain.stage import Stage
 
 SCHEMA = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
 """Typed nodes of every recipe besides its stages."""
@@ -40,27 +51,43 @@ def register(host: Host) -> None:
     A plugin with settings that it cannot hold is left out.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=OmegaConf.create({key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}))
     store.store(name="gating_schema", node=Gating)
+    variant: dict[str, dict[str, str]] = {}
     for kind, stage in list(host.stages.items()):
         if kind not in host.stages:  # its plugin has been left out for another of its stages
             continue
         try:
             with host.calling(kind, SETTINGS):
-                store.store(group="settings", name=kind, node=stage.config(kind=kind))
+                store.store(group="settings", name=kind, node=_settings(stage, variant))
         except PluginFailed as failure:
             host.leave_out(kind, failure)
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
     conf = conf_folders(plugin_folders)
     for kind, stage in host.stages.items():
         if not any((folder / "stage" / f"{kind}.yaml").exists() for folder in conf):  # it starts from settings
-            store.store(group="stage", name=kind, node=stage.config(kind=kind))
+            store.store(group="stage", name=kind, node=_settings(stage, variant))
+    typed = {key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}
+    store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant}))
+    OmegaConf.register_new_resolver(FROM_VARIANT, _from_variant, replace=True)
     OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf = conf[1:]
     plugins = Plugins.instance()
     for plugin in (RecipeSource, RecipeSearchPath):
         plugins.register(plugin)
+
+
+def _settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageConfig:
+    """Return the settings of ``stage``; defaults that follow the variant become keys of ``variant`` and point there."""
+    defaults = {field.name: field.default for field in fields(stage.config) if variant_rates(field.default)}
+    if not defaults or stage.name == "method":  # variant.method is taken: the setting keeps its own default
+        return stage.config(kind=stage.name)
+    variant[stage.name] = {name: str(default) for name, default in defaults.items()}
+    return stage.config(kind=stage.name, **{name: from_recipe(f"variant.{stage.name}.{name}") for name in defaults})
+
+
+def _from_variant(method: str, adapter: float, full: float) -> float:
+    return full if method == Method.full.value else adapter
 
 
 class RecipeSearchPath(SearchPathPlugin):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import LoraSettings, Method
 from posttrain.engine.config import FineTuneConfig
-from posttrain.stage import from_recipe
+from posttrain.stage import from_recipe, from_variant
 
 if TYPE_CHECKING:
     from posttrain.sft.advice import Known
@@ -26,7 +26,7 @@ class SFTConfig(FineTuneConfig):
     """full trains every weight, lora an adapter, qlora an adapter on weights of 4 bits (arXiv:2305.14314)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter, when the method is not full."""
-    lr: float = from_recipe("variant.sft.lr")
+    lr: float = from_variant(adapter=2e-4, full=1e-5)
     """Peak learning rate."""
 
     def problems(self) -> Sequence[tuple[str, str]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from posttrain import MISSING, StageConfig, from_recipe, suggest
+from posttrain import MISSING, StageConfig, from_variant, suggest
 from posttrain_preference import losses
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
@@ -80,8 +80,8 @@ class PreferenceSettings(StageConfig):
 class DPOSettings(PreferenceSettings):
     """Direct preference optimisation (arXiv:2305.18290), with the losses that grew from it."""
 
-    lr: float = from_recipe("variant.dpo.lr")
-    """Peak learning rate; it falls linearly to 0. 5e-6 for adapters, 5e-7 for full weights."""
+    lr: float = from_variant(adapter=5e-6, full=5e-7)
+    """Peak learning rate; it falls linearly to 0."""
     beta: float = 0.1
     """How strongly the policy is held to the reference: rewards are beta times the log-probability ratio."""
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
@@ -141,8 +141,8 @@ class DPOSettings(PreferenceSettings):
 class KTOSettings(PreferenceSettings):
     """Kahneman-Tversky optimisation (arXiv:2402.01306): answers judged good or bad, each on its own."""
 
-    lr: float = from_recipe("variant.kto.lr")
-    """Peak learning rate; it falls linearly to 0. 5e-6 for adapters, 5e-7 for full weights."""
+    lr: float = from_variant(adapter=5e-6, full=5e-7)
+    """Peak learning rate; it falls linearly to 0."""
     per_device_batch_size: int = 8
     """Answers per forward pass. Good and bad ones share each batch, and its other answers estimate the KL term."""
     beta: float = 0.1
@@ -165,8 +165,8 @@ class KTOSettings(PreferenceSettings):
 class ORPOSettings(PreferenceSettings):
     """Odds ratio preference optimisation (arXiv:2403.07691): likelihood and odds of the chosen answer, no reference."""
 
-    lr: float = from_recipe("variant.orpo.lr")
-    """Peak learning rate; it falls linearly to 0. 2e-5 for adapters, 5e-6 for full weights."""
+    lr: float = from_variant(adapter=2e-5, full=5e-6)
+    """Peak learning rate; it falls linearly to 0."""
     beta: float = 0.1
     """Weight of the odds ratio beside the chosen answer's negative log-likelihood (lambda in the paper)."""
 
@@ -175,8 +175,8 @@ class ORPOSettings(PreferenceSettings):
 class CPOSettings(PreferenceSettings):
     """Contrastive preference optimisation (arXiv:2401.08417): DPO without a reference, held by the likelihood."""
 
-    lr: float = from_recipe("variant.cpo.lr")
-    """Peak learning rate; it falls linearly to 0. 1e-5 for adapters, 1e-6 for full weights."""
+    lr: float = from_variant(adapter=1e-5, full=1e-6)
+    """Peak learning rate; it falls linearly to 0."""
     beta: float = 0.1
     """Temperature: rewards are beta times the log-probability."""
     loss_type: str = "sigmoid"
@@ -199,8 +199,8 @@ class CPOSettings(PreferenceSettings):
 class SimPOSettings(PreferenceSettings):
     """Simple preference optimisation (arXiv:2405.14734): log-probabilities per token, a target margin, no reference."""
 
-    lr: float = from_recipe("variant.simpo.lr")
-    """Peak learning rate; it falls linearly to 0. 1e-5 for adapters, 1e-6 for full weights."""
+    lr: float = from_variant(adapter=1e-5, full=1e-6)
+    """Peak learning rate; it falls linearly to 0."""
     beta: float = 2.0
     """Temperature: rewards are beta times the mean log-probability of an answer's tokens."""
     gamma: float = 1.0

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain import FineTuneConfig, from_recipe
+from posttrain import FineTuneConfig, from_variant
 
 
 @dataclass(kw_only=True)
 class SafetySettings(FineTuneConfig):
     """Fine-tuning on refusals and helpful answers, from the promoted parent; every setting of SFT's loop holds."""
 
-    lr: float = from_recipe("variant.safety.lr")
-    """Peak learning rate: 1e-4 for adapters, 5e-6 for full weights, half of SFT's."""
+    lr: float = from_variant(adapter=1e-4, full=5e-6)
+    """Peak learning rate: half of SFT's."""
     refusal_share: float = 0.5
     """Share of refusals among the trained records; the others are helpful answers. An epoch has as many as data."""
 
