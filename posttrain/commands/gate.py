@@ -115,19 +115,16 @@ def _report(name: str, outcome: Outcome) -> RunReport:
     ended = "done" if verdict.state == "pass" else stage.state
     return RunReport(
         path=outcome.folder,
-        state=RunState(recipe=name, state=ended, stages=[stage]),
-        stages=(StageReport(state=stage, verdict=verdict),),
+        run=RunState(recipe=name, state=ended, stages=[stage]),
+        stages=(StageReport(entry=stage, verdict=verdict),),
     )
 
 
 def _print(report: RunReport) -> None:
-    from rich.console import Console
+    from posttrain.report.table import print_table, table_console
 
-    from posttrain.report import PLAIN_WIDTH
-    from posttrain.report.terminal import print_table
-
-    console = Console()
-    print_table(report, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    console = table_console()
+    print_table(report, console)
     console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", highlight=False, soft_wrap=True)
 
 
@@ -143,10 +140,10 @@ def _tell(gating: Gating, report: RunReport, outcome: Outcome) -> None:
 def _tell_error(name: str, gating: Gating, error: PosttrainError) -> None:
     """Write that there is no verdict, and why."""
     from posttrain.report.junit import junit_error
-    from posttrain.report.summary import refusal
+    from posttrain.report.summary import summary_error
 
     _write(gating.junit, junit_error(name, error))
-    _summarise(gating, refusal(name, gating.adapter, str(error), error.exit_code))
+    _summarise(gating, summary_error(name, gating.adapter, str(error), error.exit_code))
 
 
 def _summarise(gating: Gating, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Reports of a run: read from what it left on disk, so that they can be made again at any time."""
+"""Reports of a run. They are made from the files in its directory, and can be made again at any time."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ from pathlib import Path
 
 from posttrain.disk import replace_text
 
-PLAIN_WIDTH = 140
-"""Columns of a table that goes into a file or a pipe."""
-
 
 def write(path: Path) -> None:
     """Write report.md, report.html and junit.xml into the directory of a run."""
     from posttrain.report.junit import junit
-    from posttrain.report.markdown import markdown
     from posttrain.report.page import page
     from posttrain.report.run import read_report
+    from posttrain.report.table import markdown
 
-    found = read_report(path)
-    for name, text in (("report.md", markdown(found)), ("report.html", page(found)), ("junit.xml", junit(found))):
+    report = read_report(path)
+    for name, text in (("report.md", markdown(report)), ("report.html", page(report)), ("junit.xml", junit(report))):
         # A model may have written half a surrogate pair, which no encoding holds.
         replace_text(path / name, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def show(path: Path) -> None:
-    """Print the final table of the run in ``path`` on standard output."""
-    from rich.console import Console
-
+    """Print the final table of the run in ``path``, and the path of its report.html."""
     from posttrain.report.run import read_report
-    from posttrain.report.terminal import print_report
+    from posttrain.report.table import print_table, table_console
 
-    console = Console()
-    print_report(read_report(path), console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    console = table_console()
+    print_table(read_report(path), console)
+    console.print(f"{path / 'report.html'}", style="dim", highlight=False)

@@ -1,4 +1,4 @@
-"""Charts of what a stage logged: their curves as points of an SVG, their ticks as positions beside it."""
+"""Charts of a stage's metrics: curves as points of an SVG, ticks as HTML around it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from posttrain.report.run import StageReport
 
 WIDTH, HEIGHT = 1000, 300
-"""Size of the drawing in its own units; it is stretched to whatever room there is."""
+"""Size of the drawing in its own units. The page stretches it to the width of its column, which would distort text:
+ticks and dots are therefore HTML, placed in percent."""
 MOST_POINTS = 400
-"""Points of a curve that are drawn; of longer ones the lowest and the highest of every stretch."""
+"""Points drawn of one curve; a longer curve is thinned."""
 TICKS = 4
+"""Intervals on an axis, about."""
 SMALLEST = 1e-30
 """Values whose size is below this are drawn as zero."""
 COUNTERS = ("tokens", "trained_tokens", "tokens_per_second")
-"""What is logged at every step and says nothing about the course of the training."""
+"""Metrics of every step that do not show the course of training, and have no chart."""
 MAIN = (("loss", "eval_loss"), ("lr",))
-"""The metrics of the charts that every stage is shown with; each other metric has a chart of its own."""
+"""Metrics of the charts shown for every stage; each further metric has a chart of its own."""
 
 Point = tuple[int, float]
 
@@ -29,7 +31,7 @@ class Tick:
 
     label: str
     place: float
-    """In percent from the left, or from the top."""
+    """Percent from the left, or from the top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,11 @@ class Curve:
 
     name: str
     points: str
-    """As a polyline takes them: ``x,y x,y``."""
+    """Attribute of a polyline: ``x,y x,y``."""
     dots: tuple[tuple[float, float], ...]
-    """Places in percent, for a curve of few points, which a line alone would hide."""
+    """Places in percent, for a curve of few points: a line through one point is invisible."""
     last: str
-    """Its last value and step, in words."""
+    """Its last value and step, as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,14 @@ def main_charts(stage: StageReport) -> list[Chart]:
 
 
 def further_charts(stage: StageReport) -> list[Chart]:
-    """Whatever else the stage logged."""
+    """Return a chart for each further metric of the stage."""
     known = {*COUNTERS, *(name for names in MAIN for name in names)}
     names = [name for name in stage.metrics if name not in known]
     return [chart for name in names if (chart := _chart(stage, (name,))) is not None]
 
 
 def _chart(stage: StageReport, names: Sequence[str]) -> Chart | None:
-    series = {name: thinned(stage.metrics[name], MOST_POINTS) for name in names if stage.metrics.get(name)}
+    series = {name: thin(stage.metrics[name], MOST_POINTS) for name in names if stage.metrics.get(name)}
     if not series:
         return None
     steps = [step for points in series.values() for step, _ in points]
@@ -98,7 +100,7 @@ class _Axis:
     high: float
 
     def percent(self, value: float) -> float:
-        """Where a value lies, from the low end."""
+        """Return the place of a value, in percent from the low end."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
 
@@ -112,8 +114,9 @@ def _curve(name: str, points: Sequence[Point], x_axis: _Axis, y_axis: _Axis) -> 
     )
 
 
-def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most ``most`` points that keep every peak: of each stretch of a longer curve, the lowest and the highest."""
+def thin(points: Sequence[Point], most: int) -> list[Point]:
+    """Return at most ``most`` points of a curve: the lowest and the highest of each stretch."""
+    # Every n-th point, or a mean, would hide the single step at which a loss explodes.
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
@@ -123,11 +126,11 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def marks(low: float, high: float) -> list[float]:
-    """About four round numbers, the first not above ``low`` and the last not below ``high``."""
+    """Return about four round numbers, the first at or below ``low``, the last at or above ``high``."""
     size = max(abs(low), abs(high))
     if size < SMALLEST:
         low, high = -0.5, 0.5
-    elif high - low <= 1e-6 * size:
+    elif high - low <= 1e-6 * size:  # a constant, save for rounding: the axis needs a width all the same
         low, high = low - size / 2, high + size / 2
     rough = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(rough))

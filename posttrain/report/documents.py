@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from posttrain.gate.spec import DocumentScore, TaskVerdict
 
-SHOWN = 5
-"""Documents of a kind that are shown: those that changed most, in the order of the task."""
-LONGEST = 2000
-"""Characters of an answer that are shown."""
+MOST_DOCUMENTS = 5
+"""Documents shown of those that got worse, and of those that got better: the largest changes."""
+MOST_CHARACTERS = 2000
+"""Characters shown of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Change:
     after: DocumentScore
     metric: str
     gain: float
-    """How much better the candidate's score is; negative when it is worse."""
+    """Improvement of the score; negative when the candidate's is worse."""
 
     @property
     def scores(self) -> tuple[float, float]:
@@ -30,28 +30,29 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What happened to the documents of one task between one system and the candidate."""
+class TaskChanges:
+    """The documents of one task, compared between one system and the candidate."""
 
     task: TaskVerdict
     worse: Sequence[Change]
-    """Most worsened first."""
+    """The largest loss first; equal losses in the order of the task."""
     better: Sequence[Change]
+    """The largest gain first; equal gains in the order of the task."""
     same: int
 
     @property
     def compared(self) -> int:
-        """Documents that both systems answered."""
+        """Documents answered by both systems."""
         return len(self.worse) + len(self.better) + self.same
 
 
-def comparisons(tasks: Iterable[TaskVerdict], rows: Sequence[DocumentScore]) -> list[Comparison]:
-    """The documents of every comparison of a verdict that the scorecard holds for both systems."""
+def changed_documents(tasks: Iterable[TaskVerdict], rows: Sequence[DocumentScore]) -> list[TaskChanges]:
+    """Return the changes of every comparison in a verdict, for the documents scored for both systems."""
     by_system: dict[tuple[str, str, str], dict[int, DocumentScore]] = {}
     for row in rows:
         by_system.setdefault((row.system, row.task, row.filter), {})[row.doc_id] = row
     return [
-        _comparison(
+        _task_changes(
             task,
             by_system.get((task.against, task.task, task.filter), {}),
             by_system.get(("candidate", task.task, task.filter), {}),
@@ -60,21 +61,21 @@ def comparisons(tasks: Iterable[TaskVerdict], rows: Sequence[DocumentScore]) -> 
     ]
 
 
-def shortened(text: str) -> str:
-    """A text as far as it is shown."""
-    left_out = len(text) - LONGEST
-    return text if left_out <= 0 else f"{text[:LONGEST]}… ({left_out:,} more characters)"
+def shorten(text: str) -> str:
+    """Cut a text after MOST_CHARACTERS, and say how much is missing."""
+    left_out = len(text) - MOST_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MOST_CHARACTERS]}… ({left_out:,} more characters)"
 
 
-def _comparison(
+def _task_changes(
     task: TaskVerdict, before: Mapping[int, DocumentScore], after: Mapping[int, DocumentScore]
-) -> Comparison:
+) -> TaskChanges:
     changes = [
         _change(task, before[doc_id], after[doc_id])
         for doc_id in sorted(before.keys() & after.keys())
         if task.metric in before[doc_id].metrics and task.metric in after[doc_id].metrics
     ]
-    return Comparison(
+    return TaskChanges(
         task=task,
         worse=sorted((change for change in changes if change.gain < 0), key=lambda change: change.gain),
         better=sorted((change for change in changes if change.gain > 0), key=lambda change: -change.gain),

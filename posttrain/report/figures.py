@@ -1,4 +1,4 @@
-"""Figures of a stage in words: what was trained on, and what it cost."""
+"""Figures of a stage as text: its data, and its cost in time, steps and tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock
 
 DERIVED = ("epoch_tokens", "epoch_trained_tokens", "tokens", "trained_tokens")
-"""Metrics of the manifest that are shown as lengths, shares and costs."""
+"""Metrics of the manifest shown as lengths, shares and costs instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One line of the table of costs."""
+    """One line of the table of costs; an unknown figure is an empty text."""
 
     stage: str
     time: str
@@ -25,13 +25,11 @@ class Cost:
 
 
 def costs(report: RunReport) -> list[Cost]:
-    """Time, steps and tokens of every stage, and of all of them."""
+    """Return time, steps and tokens of every stage, and of all stages when there are several."""
     lines = [_cost(stage) for stage in report.stages]
-    seconds = [stage.state.seconds for stage in report.stages if stage.state.seconds is not None]
-    tokens = [stage.state.tokens for stage in report.stages if stage.state.tokens is not None]
-    total = Cost(
-        stage="all", time=clock(sum(seconds)), steps="", tokens=f"{sum(tokens):,}", tokens_per_second=""
-    )  # fmt: skip
+    seconds = [stage.entry.seconds for stage in report.stages if stage.entry.seconds is not None]
+    tokens = [stage.entry.tokens for stage in report.stages if stage.entry.tokens is not None]
+    total = Cost(stage="all", time=clock(sum(seconds)), steps="", tokens=f"{sum(tokens):,}", tokens_per_second="")
     return [*lines, total] if len(lines) > 1 and seconds else lines
 
 
@@ -40,21 +38,21 @@ def _cost(stage: StageReport) -> Cost:
     rates = stage.metrics.get("tokens_per_second", [])
     return Cost(
         stage=stage.name,
-        time=clock(stage.state.seconds),
+        time=clock(stage.entry.seconds),
         steps=f"{steps[-1][0]:,}" if steps else "",
-        tokens=f"{stage.state.tokens:,}" if stage.state.tokens is not None else "",
+        tokens=f"{stage.entry.tokens:,}" if stage.entry.tokens is not None else "",
         tokens_per_second=f"{rates[-1][1]:,.0f}" if rates else "",
     )
 
 
 def trained_share(stage: StageReport) -> float | None:
-    """Share of the tokens that the loss is taken on; None when the stage does not tell."""
+    """Return the share of the tokens that enter the loss; None when the manifest lacks the counts."""
     tokens, trained = (_number(stage.figures, key) for key in ("epoch_tokens", "epoch_trained_tokens"))
     return trained / tokens if tokens and trained is not None else None
 
 
 def data_figures(stage: StageReport) -> list[tuple[str, str]]:
-    """What the stage's data came to, by name; first lengths, then the manifest's other figures."""
+    """Return the figures of the stage's data by name: first lengths, then the manifest's other figures."""
     figures = stage.figures
     shown = [
         (key.replace("_", " "), _text(value))

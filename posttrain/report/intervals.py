@@ -1,4 +1,4 @@
-"""The plot of a stage's lifts: every paired difference with its bounds, on one axis for all that share a scale."""
+"""The plot of a stage's lifts: every paired difference with its bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from posttrain.report.curves import Tick, marks
 from posttrain.report.scores import Scale, scale_of
 
 MARGIN = 4
-"""Percent of the plot's width that stay free on either side."""
+"""Percent of the plot's width left free on either side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +23,26 @@ class Interval:
     lift: float
     high: float
     threshold: float
-    """What the lower bound has to lie right of."""
+    """The lower bound must lie to the right of it."""
     ticks: tuple[Tick, ...]
 
     @property
     def text(self) -> str:
-        """The lift with its bounds, in words."""
+        """The lift with its bounds, as text."""
         return self.scale.interval(self.task.lift, self.task.low, self.task.high)
 
     @property
     def required(self) -> str:
-        """What the gate asks, in words."""
+        """The condition of the gate, as text."""
         return f"needs > {self.scale.change(self.task.threshold)}"
 
     @property
-    def beside(self) -> str:
-        """What else is known of the bounds, in words: how they are found, Holm's and the bootstrap's."""
+    def note(self) -> str:
+        """Method of the bounds, Holm's bound and the bootstrap's, as text; empty when there are none."""
         task, change = self.task, self.scale.change
         words = [task.method] if task.method else []
         if task.adjusted_low is not None:
-            words.append(f"> {change(task.adjusted_low)} beside the other lifts")
+            words.append(f"> {change(task.adjusted_low)} after Holm's correction")
         if task.bootstrap_low is not None and task.bootstrap_high is not None:
             words.append(f"bootstrap [{change(task.bootstrap_low)}, {change(task.bootstrap_high)}]")
         return "; ".join(words)
@@ -54,17 +54,19 @@ class Interval:
 
 
 def intervals(tasks: Sequence[TaskVerdict]) -> list[Interval]:
-    """A plot line per comparison; shares have one axis together, other scores one per task."""
+    """Return a line of the plot per comparison; all shares have one axis, other scores one per task."""
     return [_interval(task, [other for other in tasks if _axis(other) == _axis(task)]) for task in tasks]
 
 
 def _axis(task: TaskVerdict) -> str:
+    # Lifts of shares can be compared by eye. A log-likelihood on their axis would shrink them to dots at zero.
     return "shares" if scale_of(task).factor == 100 else task.task
 
 
 def _interval(task: TaskVerdict, together: Sequence[TaskVerdict]) -> Interval:
     scale = scale_of(task)
     shown = [value for other in together for value in (other.low, other.high, other.lift, other.threshold)]
+    # Zero and the thresholds are on the axis, so that a bar shows at a glance on which side of either it lies.
     low, high = scale.factor * min(0, *shown), scale.factor * max(0, *shown)
     width = high - low or 1.0
 

@@ -1,6 +1,6 @@
-"""Verdicts as JUnit XML: a test case for every comparison, with failure and error told apart.
+"""Verdicts as JUnit XML: a test case for every comparison.
 
-A failure is what a gate said: refused or undecided. An error is what kept it from saying anything.
+A failure is the answer of a gate: failed or undecided. An error kept the gate from giving one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from posttrain.errors import PosttrainError
-from posttrain.gate.spec import TaskVerdict
+from posttrain.gate.spec import TaskVerdict, Verdict
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import scale_of
 
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that no XML document can hold."""
-UNDECIDED_ENDS = ("done", "refused", "undecided")
-"""States of a run that ended by what its gates said."""
+GATED_ENDS = ("done", "refused", "undecided")
+"""States of a run that ended by the answer of its gates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,12 @@ class Case:
 
 
 def junit(report: RunReport) -> str:
-    """The verdicts of a run: a test suite for each stage, a case for each task and each system it was compared with."""
-    return _document(report.state.recipe, [(stage, list(_cases(report, stage))) for stage in report.stages])
+    """Return the verdicts of a run: a test suite for each stage, a case for each task and system compared with."""
+    return _document(report.run.recipe, [(stage, list(_cases(report, stage))) for stage in report.stages])
 
 
 def junit_error(name: str, error: PosttrainError) -> str:
-    """One test case for a gate that could not judge, or that refused before it asked anything."""
+    """Return one test case for a gate that failed before it asked anything, or could not judge."""
     kind = "failure" if error.exit_code in (3, 4) else "error"
     case = Case(name="gate", outcome=kind, kind=type(error).__name__, message=str(error))
     return _document(name, [(None, [case])])
@@ -51,11 +51,11 @@ def _cases(report: RunReport, stage: StageReport) -> Iterable[Case]:
     elif stage.verdict is not None and stage.verdict.tasks:
         yield from map(_case, stage.verdict.tasks)
     elif stage.verdict is not None:
-        yield _untasked(stage)
-    elif stage.state.state == "pending" or report.state.state in UNDECIDED_ENDS:
+        yield _case_without_tasks(stage.verdict)
+    elif stage.entry.state == "pending" or report.run.state in GATED_ENDS:
         yield Case(name="stage", outcome="skipped", message="the run stopped before this stage")
     else:
-        yield Case(name="stage", outcome="error", kind=report.state.state, message=f"the run is {report.state.state}")
+        yield Case(name="stage", outcome="error", kind=report.run.state, message=f"the run is {report.run.state}")
 
 
 def _case(task: TaskVerdict) -> Case:
@@ -66,16 +66,15 @@ def _case(task: TaskVerdict) -> Case:
     )
     if task.state == "pass":
         return Case(name=name, output=shown)
-    kind = "refused" if task.state == "fail" else "undecided"
+    kind = "failed" if task.state == "fail" else "undecided"
     return Case(name=name, outcome="failure", kind=kind, message=task.reason, output=shown)
 
 
-def _untasked(stage: StageReport) -> Case:
-    """A verdict without tasks: of a gate that was switched off, or of one that asked nothing."""
-    assert stage.verdict is not None
-    if stage.verdict.state == "pass":
-        return Case(name="gate", outcome="skipped", message=stage.verdict.reason)
-    return Case(name="gate", outcome="failure", kind=stage.verdict.state, message=stage.verdict.reason)
+def _case_without_tasks(verdict: Verdict) -> Case:
+    """Return the case of a gate that was switched off, or that asked nothing."""
+    if verdict.state == "pass":
+        return Case(name="gate", outcome="skipped", message=verdict.reason)
+    return Case(name="gate", outcome="failure", kind=verdict.state, message=verdict.reason)
 
 
 def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]]) -> str:
@@ -84,8 +83,8 @@ def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]]) ->
     for stage, cases in suites:
         title = name if stage is None else f"{name}.{stage.name}"
         suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(title), **_counts(cases)})
-        if stage is not None and stage.state.seconds is not None:
-            suite.set("time", str(stage.state.seconds))
+        if stage is not None and stage.entry.seconds is not None:
+            suite.set("time", str(stage.entry.seconds))
         for case in cases:
             _append(suite, title, case)
     ElementTree.indent(root)

@@ -1,4 +1,4 @@
-"""The leaderboard: artifacts beside their bases, ranked by the scores of the ledger that can be compared."""
+"""The leaderboard: artifacts and their bases, ranked by comparable scores of the ledger."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posttrain.report.scores import Scale
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line: an artifact with the lift over its base, or a base."""
+    """One line: an artifact with its lift over the base, or a base."""
 
     digest: str
     name: str
@@ -21,32 +21,33 @@ class Entry:
     n: int
     score: float
     lift: float | None = None
-    """Over the base, with bounds; None for a base, and for an artifact that was compared with its parent alone."""
+    """Lift over the base; None for a base, and for an artifact never compared with its base."""
     low: float | None = None
     high: float | None = None
     verdict: str = ""
-    """Of the whole gate that judged the artifact."""
+    """Verdict of the whole gate about the artifact; empty for a base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Scores of one task that can be compared, best first."""
+    """Comparable scores of one task, the best first."""
 
     task: str
     metric: str
     higher_is_better: bool
     questions: str
+    """Equal for comparable scores; see TaskVerdict."""
     n: int
     entries: Sequence[Entry]
 
     @property
     def scale(self) -> Scale:
-        """How its scores are written."""
+        """The unit in which its scores are written."""
         return Scale.of(*(entry.score for entry in self.entries))
 
 
 def boards(lifts: Iterable[Lift]) -> list[Board]:
-    """The boards of every task, by name; a task that was asked in several ways has one for each, the newest first."""
+    """Return the boards by name of task; a task asked in several ways has a board for each, the newest first."""
     groups: dict[tuple[str, str, str], list[Lift]] = {}
     for lift in lifts:
         key = (lift.task, lift.metric, lift.questions)
@@ -56,20 +57,26 @@ def boards(lifts: Iterable[Lift]) -> list[Board]:
 
 
 def _board(group: Sequence[Lift]) -> Board:
-    """The board of lifts about the same questions, in the order of recording."""
+    """Return the board of lifts about the same questions, given in the order of recording."""
     last = group[-1]
+    # An artifact judged again has one entry, from its last verdict; one with the lift over the base where there is any.
     artifacts = {lift.artifact: _artifact(lift) for lift in group if lift.against != "base"}
     artifacts |= {lift.artifact: _over_base(lift) for lift in group if lift.against == "base"}
     bases = {lift.base: _base(lift) for lift in group}
-    entries = sorted([*artifacts.values(), *bases.values()], key=lambda entry: entry.score)
     return Board(
         task=last.task,
         metric=last.metric,
         higher_is_better=last.higher_is_better,
         questions=last.questions,
         n=last.n,
-        entries=entries[::-1] if last.higher_is_better else entries,
+        entries=_rank([*artifacts.values(), *bases.values()], last.higher_is_better),
     )
+
+
+def _rank(entries: Sequence[Entry], higher_is_better: bool) -> list[Entry]:
+    """Sort the entries of a board: the best score first."""
+    ranked = sorted(entries, key=lambda entry: entry.score)
+    return ranked[::-1] if higher_is_better else ranked
 
 
 def _artifact(lift: Lift) -> Entry:

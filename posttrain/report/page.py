@@ -1,6 +1,6 @@
-"""The report of a run as one self-contained HTML page: no script, nothing loaded from anywhere.
+"""The report of a run as one self-contained HTML page, without scripts and without requests.
 
-Whatever models and data wrote is untrusted: the template engine escapes it, and the page forbids scripts and requests.
+Text of models and data is untrusted: the template engine escapes it, and the policy of the page forbids to act on it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from posttrain.errors import ArtifactDamaged
 from posttrain.report.curves import further_charts, main_charts
-from posttrain.report.documents import SHOWN, Comparison, comparisons, shortened
+from posttrain.report.documents import MOST_DOCUMENTS, TaskChanges, changed_documents, shorten
 from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
-from posttrain.report.rows import remarks
-from posttrain.report.run import RunReport, StageReport, reason
+from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
+from posttrain.report.table import remarks
 
 TONES = {
     "pass": "good", "promoted": "good", "done": "good",
@@ -29,34 +29,34 @@ TONES = {
 """Colour of a state; others have none."""
 ENDINGS = {
     "done": "The run is complete.",
-    "running": "The run has not ended: this is how far it has come.",
-    "refused": "A gate refused an artifact, and the run stopped there.",
+    "running": "The run is not finished; this is its state so far.",
+    "refused": "A gate failed an artifact, and the run stopped there.",
     "undecided": "A gate could not decide, and the run stopped there.",
-    "interrupted": "The run was interrupted; the command below goes on with it.",
-    "failed": "The run failed; what it had published until then is kept.",
+    "interrupted": "The run was interrupted; the command below resumes it.",
+    "failed": "The run failed; artifacts published before are kept.",
 }
-"""What the state of a run means to its reader."""
+"""The state of a run in a sentence."""
 
 
 def page(report: RunReport) -> str:
-    """The run as an HTML document, whatever of it there is; what is missing is said."""
-    names = {stage.state.digest: stage.name for stage in report.stages if stage.state.digest is not None}
+    """Render the run as HTML; name any missing part."""
+    names = {stage.entry.digest: stage.name for stage in report.stages if stage.entry.digest is not None}
     return (
         _environment()
         .get_template("page.html")
         .render(
             report=report,
-            state=report.state,
-            promoted=sum(stage.state.state == "promoted" for stage in report.stages),
-            ending=ENDINGS.get(report.state.state, ""),
-            seconds=sum(stage.state.seconds or 0 for stage in report.stages),
+            run=report.run,
+            promoted=sum(stage.entry.state == "promoted" for stage in report.stages),
+            ending=ENDINGS.get(report.run.state, ""),
+            seconds=sum(stage.entry.seconds or 0 for stage in report.stages),
             stages=[_stage(report, stage, names) for stage in report.stages],
             costs=costs(report),
             base=_base(report.stages),
             versions=_versions(report.stages),
-            command=shlex.join(report.state.command),
+            command=shlex.join(report.run.command),
             recipe=_recipe(report),
-            most=SHOWN,
+            most=MOST_DOCUMENTS,
         )
     )
 
@@ -70,18 +70,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shortened": shortened, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
+    environment.filters |= {"shorten": shorten, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
     return environment
 
 
 def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> dict[str, Any]:
-    """What the template shows of one stage."""
+    """Return the values of one stage for the template."""
     tasks = stage.verdict.tasks if stage.verdict is not None else ()
     documents, prompts, missing = _documents(report, stage)
     return {
         "name": stage.name,
         "report": stage,
-        "state": stage.state,
+        "entry": stage.entry,
         "origin": _origin(stage, names),
         "verdict": stage.verdict,
         "intervals": intervals(tasks),
@@ -91,25 +91,25 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
         "data": data_figures(stage),
         "documents": documents,
         "prompts": prompts,
-        "remarks": remarks(stage.state),
+        "remarks": remarks(stage.entry),
         "missing": [*stage.missing, *missing],
     }
 
 
 def _documents(
     report: RunReport, stage: StageReport
-) -> tuple[list[Comparison], Mapping[tuple[str, int], str], list[str]]:
-    """The documents of a stage's comparisons and what they asked, or why there are none."""
+) -> tuple[list[TaskChanges], Mapping[tuple[str, int], str], list[str]]:
+    """Return the changed documents of a stage, their prompts, and a note of each part that cannot be read."""
     if stage.verdict is None or not stage.verdict.tasks:
         return [], {}, []
     try:
-        found = comparisons(stage.verdict.tasks, report.scores(stage))
+        found = changed_documents(stage.verdict.tasks, report.scores(stage))
     except (OSError, ArtifactDamaged) as error:
-        return [], {}, [f"the answers: {reason(error)}"]
+        return [], {}, [f"the answers: {explain_missing(error)}"]
     try:
         return found, report.prompts(stage), []
     except (OSError, ArtifactDamaged) as error:
-        return found, {}, [f"the questions: {reason(error)}"]
+        return found, {}, [f"the questions: {explain_missing(error)}"]
 
 
 def _base(stages: Sequence[StageReport]) -> Mapping[str, Any]:
@@ -118,8 +118,8 @@ def _base(stages: Sequence[StageReport]) -> Mapping[str, Any]:
 
 
 def _origin(stage: StageReport, names: Mapping[str, str]) -> str:
-    """What a stage was trained from: a stage of this run, the base, or an artifact of another run."""
-    parent, lineage = stage.state.parent_digest or "", stage.manifest.get("lineage")
+    """Name the parent of a stage: a stage of this run, the base, or an artifact of another run."""
+    parent, lineage = stage.entry.parent_digest or "", stage.manifest.get("lineage")
     if parent in names:
         return names[parent]
     return "base" if isinstance(lineage, list) and len(lineage) == 1 else f"artifact {parent}"
@@ -130,6 +130,6 @@ def _versions(stages: Sequence[StageReport]) -> Mapping[str, Any]:
 
 
 def _recipe(report: RunReport) -> str:
-    """The resolved recipe, or nothing when it is not there."""
+    """Return the resolved recipe, or an empty text when the file is missing."""
     path = report.path / "recipe.yaml"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -1,4 +1,4 @@
-"""A run as its reports show it: everything that it left on disk, and what is missing there."""
+"""A run as its reports show it: the content of its directory, and a note of each part that is missing."""
 
 from __future__ import annotations
 
@@ -23,84 +23,85 @@ Metrics = Mapping[str, list[tuple[int, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One stage of a run, with whatever it has left so far."""
+    """One stage of a run, with the files it has written so far."""
 
-    state: StageState
+    entry: StageState
+    """The stage's entry in run.json."""
     verdict: Verdict | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
-    """What a plugin failed with."""
+    """The last line of a plugin's error, when one failed."""
     missing: tuple[str, ...] = ()
-    """What the report cannot show, and why."""
+    """Parts that cannot be shown, each with the reason."""
 
     @property
     def name(self) -> str:
         """Name of the stage's node in the recipe."""
-        return self.state.name
+        return self.entry.name
 
     @property
     def figures(self) -> Mapping[str, Any]:
-        """The figures that the stage put into its manifest."""
+        """The stage's metrics in the manifest: token counts, final loss and the like."""
         found = self.manifest.get("metrics")
         return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """A run."""
+    """A run: its directory, the content of run.json, and its stages."""
 
     path: Path
-    state: RunState
+    run: RunState
     stages: tuple[StageReport, ...]
 
     def scores(self, stage: StageReport) -> list[DocumentScore]:
-        """Every score of a stage's gate; raises ArtifactDamaged or OSError when they cannot be read."""
+        """Read every score of a stage's gate; raise ArtifactDamaged or OSError when they cannot be read."""
         return read_scorecard(self.path / "stages" / stage.name / "scorecard.jsonl")
 
     def prompts(self, stage: StageReport) -> dict[tuple[str, int], str]:
-        """The prompts of a stage's gate by task and document; raises as ``scores``."""
+        """Read the prompts of a stage's gate by task and document; raise as ``scores`` does."""
         return read_questions(self.path / "stages" / stage.name / "questions.jsonl")
 
 
 def read_report(path: Path) -> RunReport:
-    """The run in ``path``, however far it came. Raises BadInput when run.json is not there or not one."""
+    """Read the run in ``path``, finished or not; raise BadInput when run.json is missing or unreadable."""
     try:
-        state = read_state(path)
+        run = read_state(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"is not the state of a run: {error}"
         raise BadInput(Problem(where=str(path / "run.json"), what=what, fix="Run its recipe again")) from None
     metrics = _metrics(path / "metrics.jsonl")
-    stages = tuple(_stage(path, stage, metrics.get(stage.name, {})) for stage in state.stages)
-    return RunReport(path=path, state=state, stages=stages)
+    stages = tuple(_stage(path, stage, metrics.get(stage.name, {})) for stage in run.stages)
+    return RunReport(path=path, run=run, stages=stages)
 
 
-def _stage(path: Path, state: StageState, metrics: Metrics) -> StageReport:
-    folder = path / "stages" / state.name
+def _stage(path: Path, entry: StageState, metrics: Metrics) -> StageReport:
+    folder = path / "stages" / entry.name
     missing = []
     verdict, manifest = None, {}
     try:
-        verdict = read_verdict(folder / "verdict.json") if state.verdict is not None else None
+        verdict = read_verdict(folder / "verdict.json") if entry.verdict is not None else None
     except (OSError, ArtifactDamaged) as error:
-        missing.append(f"the verdict: {reason(error)}")
+        missing.append(f"the verdict: {explain_missing(error)}")
     try:
-        manifest = _manifest(path / state.artifact / MANIFEST) if state.artifact is not None else {}
+        manifest = _manifest(path / entry.artifact / MANIFEST) if entry.artifact is not None else {}
     except (OSError, ValueError) as error:
-        missing.append(f"the manifest: {reason(error)}")
-    if not metrics and state.digest is not None:
+        missing.append(f"the manifest: {explain_missing(error)}")
+    if not metrics and entry.digest is not None:
         missing.append("the curves: metrics.jsonl holds no step of this stage")
     return StageReport(
-        state=state, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(folder), missing=tuple(missing)
+        entry=entry, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(folder), missing=tuple(missing)
     )
 
 
-def reason(error: Exception) -> str:
-    """Why a file could not be shown."""
+def explain_missing(error: Exception) -> str:
+    """Say in a few words why a file cannot be shown."""
     return f"there is no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """A manifest as it stands: a report shows it, and verifying its files is for those who build on them."""
+    """Read a manifest without verifying the artifact: a report shows a damaged one, too."""
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} holds no manifest")
@@ -108,7 +109,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _error(folder: Path) -> str | None:
-    """The last line of what a plugin failed with."""
+    """Return the last line of error.txt, which a failed plugin leaves."""
     try:
         lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
@@ -117,19 +118,19 @@ def _error(folder: Path) -> str | None:
 
 
 def _metrics(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Every finite number of metrics.jsonl by stage and metric; lines that a kill tore are passed over."""
+    """Read every finite number of metrics.jsonl by stage and metric; skip lines torn by a kill."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     if not path.exists():
         return found
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        row = _row(line)
+        row = _parse(line)
         for name, value in row.items():
             if name != "step" and _is_number(value):
                 found.setdefault(str(row["stage"]), {}).setdefault(name, []).append((row["step"], float(value)))
     return found
 
 
-def _row(line: str) -> dict[str, Any]:
+def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError:

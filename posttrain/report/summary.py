@@ -1,78 +1,81 @@
-"""Verdicts as Markdown for a pull request: short, the verdict first, the answers that got worse folded away."""
+"""Verdicts as a Markdown comment for a pull request: the verdict first, the answers that got worse folded away."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from posttrain.gate.spec import DocumentScore
-from posttrain.report.documents import Comparison, comparisons
-from posttrain.report.rows import COLUMNS, reasons, table_rows
+from posttrain.report.documents import TaskChanges, changed_documents
 from posttrain.report.run import RunReport
+from posttrain.report.table import COLUMNS, reasons, table_rows
 
-LARGEST = 60_000
-"""Bytes: a comment on GitHub holds 65,536 characters, a job's summary a megabyte."""
-ANSWER = 300
-"""Characters of an answer that are shown."""
-MARKS = {"pass": "✅ passed", "fail": "❌ refused", "undecided": "❔ undecided"}
+MOST_BYTES = 60_000
+"""Size of a summary: a comment on GitHub holds 65,536 characters, the summary of a job a megabyte."""
+MOST_DOCUMENTS = 10
+"""Documents shown of one task."""
+MOST_CHARACTERS = 300
+"""Characters shown of an answer."""
+MARKS = {"pass": "✅ passed", "fail": "❌ failed", "undecided": "❔ undecided"}
 ESCAPED = str.maketrans(
     {**{mark: f"\\{mark}" for mark in "\\`*_[]|~"}, "&": "&amp;", "<": "&lt;", "@": "&#64;"},
 )
-SHOWN = tuple(column for column in COLUMNS if column not in ("stage", "tokens", "time"))
+SUMMARY_COLUMNS = tuple(column for column in COLUMNS if column not in ("stage", "tokens", "time"))
 
 
 def summary(report: RunReport, rows: Sequence[DocumentScore]) -> str:
-    """The verdicts of a gate, with the documents that got worse; at most LARGEST bytes."""
+    """Return the verdicts of a gate with the documents that got worse, in at most MOST_BYTES bytes."""
     lines: list[str] = []
     for stage in report.stages:
         if stage.verdict is not None:
             lines += [
-                f"### {MARKS[stage.verdict.state]}: {_inline(stage.name)}, gate {_inline(report.state.recipe)}",
+                f"### {MARKS[stage.verdict.state]}: {_inline(stage.name)}, gate {_inline(report.run.recipe)}",
                 "",
             ]
-    lines += [f"| {' | '.join(SHOWN)} |", "|" + "---|" * len(SHOWN)]
+    lines += [f"| {' | '.join(SUMMARY_COLUMNS)} |", "|" + "---|" * len(SUMMARY_COLUMNS)]
     for row in table_rows(report):
         cells = dict(zip(COLUMNS, row, strict=True))
-        lines.append(f"| {' | '.join(_inline(cells[column]) for column in SHOWN)} |")
+        lines.append(f"| {' | '.join(_inline(cells[column]) for column in SUMMARY_COLUMNS)} |")
     lines += ["", *(f"- {_inline(reason)}" for _, reason in reasons(report)), ""]
     tasks = [task for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks]
-    for comparison in comparisons(tasks, rows):
-        lines += _worse(comparison)
-    return _limited("\n".join(lines) + "\n")
+    for changes in changed_documents(tasks, rows):
+        lines += _worse(changes)
+    return _limit("\n".join(lines) + "\n")
 
 
-def refusal(name: str, adapter: str, reason: str, exit_code: int) -> str:
-    """What is said in the place of a table that there is none of."""
+def summary_error(name: str, adapter: str, reason: str, exit_code: int) -> str:
+    """Return the summary of a gate that has no table: it failed before it asked anything, or could not judge."""
     mark = MARKS["fail"] if exit_code == 3 else "⚠️ not judged"
-    return _limited(f"### {mark}: {_inline(adapter)}, gate {_inline(name)}\n\n- {_inline(reason)}\n")
+    return _limit(f"### {mark}: {_inline(adapter)}, gate {_inline(name)}\n\n- {_inline(reason)}\n")
 
 
-def _worse(comparison: Comparison) -> Iterable[str]:
-    if not comparison.worse:
+def _worse(changes: TaskChanges) -> Iterable[str]:
+    if not changes.worse:
         return
-    task, count = comparison.task, len(comparison.worse)
-    changed = f"{count:,} got worse, {len(comparison.better):,} better"
-    yield f"<details><summary>{_inline(task.task)} against {task.against}: {changed}</summary>\n"
+    task, count = changes.task, len(changes.worse)
+    counts = f"{count:,} got worse, {len(changes.better):,} better"
+    yield f"<details><summary>{_inline(task.task)} against {task.against}: {counts}</summary>\n"
     yield "| document | before | after | wanted |\n|---|---|---|---|"
-    for change in comparison.worse[:10]:
+    for change in changes.worse[:MOST_DOCUMENTS]:
         texts = (change.before.response, change.after.response, change.after.target)
-        yield f"| {change.after.doc_id} | {' | '.join(_inline(text[:ANSWER]) for text in texts)} |"
+        yield f"| {change.after.doc_id} | {' | '.join(_inline(text[:MOST_CHARACTERS]) for text in texts)} |"
     yield "\n</details>\n"
 
 
 def _inline(text: str) -> str:
-    """A text in one cell, as it is: what a model wrote is no markup, and calls nobody."""
+    """Escape a text for one cell: an answer is shown as it is, is no markup, and mentions no user."""
     return " ".join(text.split()).translate(ESCAPED)
 
 
-def _limited(text: str) -> str:
+def _limit(text: str) -> str:
+    """Cut a summary at the end of a line, and say so."""
     data = text.encode("utf-8", "replace")
-    if len(data) <= LARGEST:
+    if len(data) <= MOST_BYTES:
         return data.decode("utf-8")
     note = "\n\n(the rest is left out; the scorecard holds all of it)\n"
     lines, size = [], len(note.encode())
     for line in data.decode("utf-8").split("\n"):
         size += len(line.encode()) + 1
-        if size > LARGEST:
+        if size > MOST_BYTES:
             break
         lines.append(line)
     return "\n".join(lines) + note

@@ -259,7 +259,7 @@ def test_reports_and_ledger_take_every_kind_of_comparison(tmp_path: Path) -> Non
     verdict = judge(request_of(tasks, pooled_max_drop=0.02), card)
     (tmp_path / "verdict.json").write_text(json.dumps(verdict_json(verdict), allow_nan=False))
     assert read_verdict(tmp_path / "verdict.json") == verdict
-    shown = {line.task.task: line.beside for line in intervals(verdict.tasks)}
+    shown = {line.task.task: line.note for line in intervals(verdict.tasks)}
     assert shown["limit"] == "Clopper and Pearson's exact interval"
     assert shown["first"].startswith("Tango's score interval; > +")
     assert "corrected for skewness; bootstrap [+" in shown["loss"]

@@ -83,7 +83,7 @@ def test_refused_and_undecided_are_failures(gate: Gate, capsys: pytest.CaptureFi
     assert gate("other", "gate.tasks.quiz.min_lift=0.9", "junit=junit.xml", "markdown=pr.md") == 3
     assert "does not exceed" in capsys.readouterr().err
     assert cases() == {"lift quiz against base": "failure"}
-    assert "❌ refused" in Path("pr.md").read_text()
+    assert "❌ failed" in Path("pr.md").read_text()
     assert gate("good", "gate.tasks.quiz.limit=2", "junit=junit.xml") == 4
     assert "n = 2" in capsys.readouterr().err
     assert cases() == {"lift quiz against base": "failure"}

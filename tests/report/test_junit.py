@@ -15,13 +15,13 @@ from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecid
 from posttrain.gate.spec import DocumentScore, Verdict, VerdictState
 from posttrain.report.junit import junit, junit_error
 from posttrain.report.run import RunReport, StageReport
-from posttrain.report.summary import LARGEST, refusal, summary
+from posttrain.report.summary import MOST_BYTES, summary, summary_error
 from posttrain.run.directory import RunState, StageState
 from tests.support.judgements import task_verdict
 
 
 def stage(name: str, state: str, verdict: Verdict | None = None, **settings: Any) -> StageReport:
-    return StageReport(state=StageState(name=name, kind=name, state=state, seconds=12.5), verdict=verdict, **settings)
+    return StageReport(entry=StageState(name=name, kind=name, state=state, seconds=12.5), verdict=verdict, **settings)
 
 
 def verdict(*states: VerdictState, **settings: Any) -> Verdict:
@@ -31,7 +31,7 @@ def verdict(*states: VerdictState, **settings: Any) -> Verdict:
 
 def report(state: str, *stages: StageReport) -> RunReport:
     return RunReport(
-        path=Path("run"), state=RunState(recipe="mine", state=state, stages=[s.state for s in stages]), stages=stages
+        path=Path("run"), run=RunState(recipe="mine", state=state, stages=[s.entry for s in stages]), stages=stages
     )
 
 
@@ -60,7 +60,7 @@ def test_every_comparison_is_a_case_and_failure_is_not_error() -> None:
     assert outcomes(text) == {
         "mine.sft: lift task0 against base": ("passed", None, None),
         "mine.sft: lift task1 against base": ("passed", None, None),
-        "mine.dpo: lift task0 against base": ("failure", "refused", "because"),
+        "mine.dpo: lift task0 against base": ("failure", "failed", "because"),
         "mine.dpo: lift task1 against base": ("failure", "undecided", "because"),
         "mine.dpo: lift task2 against base": ("passed", None, None),
         "mine.kto: stage": ("error", "PluginFailed", "RuntimeError: no memory"),
@@ -96,7 +96,7 @@ def test_a_gate_that_did_not_ask_is_not_a_pass() -> None:
         (PosttrainError("bug"), "error"),
     ],
 )
-def test_what_a_gate_refuses_is_a_failure_and_all_else_an_error(error: PosttrainError, outcome: str) -> None:
+def test_the_answer_of_a_gate_is_a_failure_and_all_else_an_error(error: PosttrainError, outcome: str) -> None:
     (case,) = outcomes(junit_error("quick", error)).values()
     assert case == (outcome, type(error).__name__, str(error))
 
@@ -121,7 +121,7 @@ def row(system: str, doc_id: int, score: float, response: str = "answer") -> Doc
 def test_a_summary_says_the_verdict_first_and_shows_what_got_worse() -> None:
     rows = [row("base", 0, 1.0, "right"), row("candidate", 0, 0.0, "<b>| @all\n`x`"), row("base", 1, 0.0)]
     text = summary(report("refused", stage("sft", "refused", verdict("fail"))), [*rows, row("candidate", 1, 1.0)])
-    assert text.splitlines()[0] == "### ❌ refused: sft, gate mine"
+    assert text.splitlines()[0] == "### ❌ failed: sft, gate mine"
     assert "| task0 (lift, n 100) | 10.0 | 10.0 | 60.0 | +50.0 \\[+40.0, +60.0\\] vs base | fail |" in text
     assert "- because" in text
     assert "1 got worse, 1 better" in text
@@ -133,11 +133,11 @@ def test_a_summary_has_a_limit() -> None:
     tasks = tuple(replace(task_verdict("pass"), task=f"{n} {'é' * 3000}") for n in range(100))
     long = Verdict(state="pass", gated=True, tasks=tasks, reason="because")
     text = summary(report("done", stage("sft", "promoted", long)), [])
-    assert LARGEST / 2 < len(text.encode()) <= LARGEST
+    assert MOST_BYTES / 2 < len(text.encode()) <= MOST_BYTES
     assert text.startswith("### ✅ passed")
     assert "the rest is left out" in text
 
 
-def test_a_refusal_without_a_table_says_why() -> None:
-    assert refusal("quick", "v2", "every lora_B is zero", 3).startswith("### ❌ refused: v2, gate quick")
-    assert "not judged" in refusal("quick", "v2", "damaged", 5)
+def test_a_gate_without_a_table_says_why() -> None:
+    assert summary_error("quick", "v2", "every lora_B is zero", 3).startswith("### ❌ failed: v2, gate quick")
+    assert "not judged" in summary_error("quick", "v2", "damaged", 5)

@@ -20,7 +20,7 @@ from posttrain import report
 from posttrain.context import StageContext
 from posttrain.errors import BadInput, GateRefused, Interrupted, PluginFailed
 from posttrain.gate.spec import DocumentScore, Verdict
-from posttrain.report.curves import marks, thinned
+from posttrain.report.curves import marks, thin
 from posttrain.report.page import page
 from posttrain.report.run import RunReport, StageReport
 from posttrain.run.directory import RunState, StageState
@@ -143,7 +143,7 @@ def test_a_run_that_started_from_an_artifact_names_it(run: Path) -> None:
 
 
 @given(
-    st.text(),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0")),  # the name of the stage, and so of a folder
     st.text(),
     st.text(),
     st.tuples(*[st.floats(-1e6, 1e6)] * 7),
@@ -156,12 +156,12 @@ def test_whatever_a_verdict_says_the_page_is_well_formed(
     names = ("base", "parent", "candidate", "lift", "low", "high", "threshold")
     judged = replace(task_verdict(state), task=task, metric=metric, **dict(zip(names, numbers, strict=True)))  # type: ignore[arg-type]
     stage = StageReport(
-        state=StageState(name=task, kind=metric, verdict=state),
+        entry=StageState(name=task, kind=metric, verdict=state),
         verdict=Verdict(state=state, gated=True, tasks=(judged,), reason=reason),
         manifest={"base": {"name": reason}, "metrics": {metric: task}, "config": {"sequence_length": metric}},
         metrics={metric: [(1, numbers[0])], "loss": list(enumerate(numbers))},
     )
-    found = RunReport(path=Path(task), state=RunState(recipe=reason, command=[task, metric]), stages=(stage,))
+    found = RunReport(path=Path(task), run=RunState(recipe=reason, command=[task, metric]), stages=(stage,))
     shown = read_page(page(found))
     assert len(shown.all("polyline", data_name="loss")[0]["points"].split()) == len(numbers)
     assert len(shown.all("circle")) == 1
@@ -215,7 +215,7 @@ def test_curves_hold_every_step(run: Path) -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500), st.integers(4, 60))
 def test_a_thinned_curve_keeps_its_peaks(values: list[float], most: int) -> None:
     points = list(enumerate(values))
-    kept = thinned(points, most)
+    kept = thin(points, most)
     assert len(kept) <= max(most, 4)
     assert kept == sorted(kept)
     assert set(kept) <= set(points)
@@ -293,7 +293,7 @@ DAMAGE = {
     "odd verdict": ("stages/sft/verdict.json", '{"state": "pass", "tasks": [{}]}', "does not hold a verdict"),
     "no manifest": ("stages/sft/artifact/manifest.json", None, "Not in this report: the manifest:"),
     "torn manifest": ("stages/sft/artifact/manifest.json", "{", "Not in this report: the manifest:"),
-    "odd manifest": ("stages/sft/artifact/manifest.json", '{"base": 1, "metrics": [], "config": 2}', "is not told"),
+    "odd manifest": ("stages/sft/artifact/manifest.json", '{"base": 1, "metrics": [], "config": 2}', "sft unknown"),
     "odd metrics": (
         "metrics.jsonl", f'{{"stage": "sft", "step": 1, "loss": 1{"0" * 400}, "lr": true}}\n[]\n3', "holds no step",
     ),
@@ -397,7 +397,7 @@ def test_a_stage_without_a_gate_says_so(working_folder: Path) -> None:
     script = Script()
     run_recipe(script, "stages=[sft]")
     change(only_run() / "stages/sft/verdict.json", tasks=[], gated=False, reason="the recipe switched this gate off")
-    assert "Promoted unseen: the recipe switched this gate off." in written(only_run()).words
+    assert "Promoted without evaluation: the recipe switched this gate off." in written(only_run()).words
 
 
 def test_warnings_and_the_eval_loss_are_in_every_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,114 @@
+"""The final table of a run: a line per stage, task and system compared with; on a terminal and as report.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from posttrain.gate.spec import TaskVerdict
+from posttrain.report.run import RunReport, StageReport
+from posttrain.report.scores import clock, scale_of
+from posttrain.run.directory import StageState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = ("stage", "task", "base", "parent", "candidate", "lift", "verdict", "tokens", "time")
+RIGHT = ("base", "parent", "candidate", "tokens", "time")
+"""Columns aligned to the right."""
+COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "refused": "red", "undecided": "yellow"}
+"""Colour of a state; others have none."""
+PLAIN_WIDTH = 140
+"""Columns of a table written to a file or a pipe."""
+
+
+def table_rows(report: RunReport) -> list[tuple[str, ...]]:
+    """Return the cells in the order of COLUMNS, one line per stage, task and system compared with."""
+    return [row for stage in report.stages for row in _stage_rows(stage)]
+
+
+def reasons(report: RunReport) -> list[tuple[str, str]]:
+    """Return the name of every judged stage, and the reason of its verdict."""
+    return [(stage.name, stage.verdict.reason) for stage in report.stages if stage.verdict is not None]
+
+
+def remarks(stage: StageState) -> list[str]:
+    """Return the remarks on a stage: its eval loss, and its warnings."""
+    eval_loss = [] if stage.eval_loss is None else [f"eval loss {stage.eval_loss:.4f}"]
+    return [*eval_loss, *stage.warnings]
+
+
+def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:
+    entry = stage.entry
+    cost = (f"{entry.tokens:,}" if entry.tokens else "", clock(entry.seconds))
+    tasks = stage.verdict.tasks if stage.verdict is not None else ()
+    if not tasks:
+        return [(stage.name, "", "", "", "", "", entry.state, *cost)]
+    rows = [_task_row(stage.name, task) for task in tasks]
+    return [(*row, *(cost if index == 0 else ("", ""))) for index, row in enumerate(rows)]
+
+
+def _task_row(stage: str, task: TaskVerdict) -> tuple[str, ...]:
+    scale = scale_of(task)
+    scores = (scale.score(score) for score in (task.base, task.parent, task.candidate))
+    lift = f"{scale.interval(task.lift, task.low, task.high)} vs {task.against}"
+    return (stage, f"{task.task} ({task.role}, n {task.n:,})", *scores, lift, task.state)
+
+
+def table_console() -> Console:
+    """Return a console on standard output: as wide as the terminal, PLAIN_WIDTH where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+def print_table(report: RunReport, console: Console) -> None:
+    """Print the table of a run with the reason of every verdict; shares are in points of 100."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{report.run.recipe}: {report.run.state}"
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE)
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
+    previous = None
+    for stage, *cells in table_rows(report):
+        if previous not in (None, stage):
+            table.add_section()
+        colour = COLOURS.get(cells[5], "default")
+        cells[5] = f"[{colour}]{cells[5]}[/{colour}]"
+        table.add_row("" if stage == previous else stage, *cells)
+        previous = stage
+    console.print(table)
+    for stage, reason in reasons(report):
+        console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
+    for entry in report.run.stages:
+        for remark in remarks(entry):
+            console.print(f"[yellow]{entry.name}[/yellow]: {escape(remark)}", highlight=False)
+
+
+def markdown(report: RunReport) -> str:
+    """Return report.md: the table, the reasons, and the lineage of every artifact."""
+    lines = [
+        f"# {report.run.recipe}: {report.run.state}",
+        "",
+        "Shares are in points of 100, other scores as they are; brackets hold the bounds of the paired difference.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "|".join("---" for _ in COLUMNS) + "|",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table_rows(report)),
+        "",
+        *(f"- **{stage}**: {reason}" for stage, reason in reasons(report)),
+        *(f"- **{entry.name}**: {remark}" for entry in report.run.stages for remark in remarks(entry)),
+        "",
+        "| stage | kind | state | artifact | digest | parent digest |",
+        "|---|---|---|---|---|---|",
+        *(_lineage(entry) for entry in report.run.stages),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _lineage(entry: StageState) -> str:
+    digests = ((entry.digest or "")[:12], (entry.parent_digest or "")[:12])
+    return "| " + " | ".join((entry.name, entry.kind, entry.state, entry.artifact or "", *digests)) + " |"
