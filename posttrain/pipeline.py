@@ -13,7 +13,8 @@ from pathlib import Path
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.config.schema import OnFail
-from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PluginFailed, Problem
+from posttrain.errors import BadInput, Interrupted, PluginFailed, Problem
+from posttrain.gate.procedure import ERRORS, STATES, policy_for, verdict_error
 from posttrain.gate.spec import Verdict
 from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
@@ -23,14 +24,12 @@ from posttrain.run.directory import RunDirectory, open_run
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
-from posttrain.run.judge import check_gates, judged
+from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.tracking import WandbTracker
 from posttrain.run.train import read_records, trained
 
-ENDINGS = {GateRefused: "refused", GateUndecided: "undecided", Interrupted: "interrupted"}
+ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
 """State of a run by the error that ended it."""
-STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
-"""State of a stage by the verdict about it."""
 
 
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
@@ -59,7 +58,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             for job in jobs:
                 with job.timed():
                     artifact = trained(job, parent, records.pop(job.name))
-                    verdict = judged(job, parent, artifact)
+                    verdict = judge_stage(job, parent, artifact)
                 _record(job, artifact, verdict)
                 parent = _next_parent(job, parent, artifact, verdict)
     return directory
@@ -94,14 +93,13 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
 
 def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict) -> ModelSource:
     """The promoted artifact; after any other verdict what the recipe says: stop, go back, or go on all the same."""
-    policy = job.step.gate.on_fail if verdict.state == "fail" else job.step.gate.on_undecided
-    if verdict.state == "pass" or policy is OnFail.warn:
+    policy = policy_for(job.step.gate, verdict.state)
+    if policy is None or policy is OnFail.warn:
         return artifact.source(job.base)
     if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
         job.display.line(job.name, "gate", f"rolled back: the pipeline goes on from {parent.name}")
         return parent
-    error = GateRefused if verdict.state == "fail" else GateUndecided
-    raise error(f"{job.name}: {verdict.reason}")
+    raise verdict_error(job.name, verdict)
 
 
 @contextlib.contextmanager

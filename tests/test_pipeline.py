@@ -266,10 +266,6 @@ def test_a_plugin_that_raises_is_named() -> None:
 @pytest.mark.parametrize("answer", [None, "pass", True])
 def test_an_answer_that_is_no_verdict_is_never_a_pass(answer: object) -> None:
     class Odd:
-        @hookimpl(tryfirst=True)
-        def evaluate_artifact(self) -> object:
-            return object()
-
         @hookimpl(wrapper=True)
         def judge_artifact(self) -> Iterator[None]:  # type: ignore[misc]
             yield

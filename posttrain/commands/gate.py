@@ -17,7 +17,8 @@ from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, OnFail
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import replace_text
-from posttrain.errors import BadInput, GateRefused, GateUndecided, Interrupted, PosttrainError, Problem
+from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem
+from posttrain.gate.procedure import STATES, policy_for, verdict_error
 from posttrain.host import plugins
 from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """Names the file that GitHub shows with a job."""
-RUN_STATES = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
 
 
 def gate_command(words: list[str]) -> int:
@@ -111,7 +111,7 @@ def _report(name: str, outcome: Outcome) -> RunReport:
     from posttrain.run.directory import RunState, StageState
 
     verdict, candidate = outcome.verdict, outcome.candidate
-    stage = StageState(name=candidate.source.name, kind="gate", state=RUN_STATES[verdict.state], verdict=verdict.state)
+    stage = StageState(name=candidate.source.name, kind="gate", state=STATES[verdict.state], verdict=verdict.state)
     ended = "done" if verdict.state == "pass" else stage.state
     return RunReport(
         path=outcome.folder,
@@ -162,9 +162,6 @@ def _write(path: str | None, text: str) -> None:
 
 def _code(gating: Gating, outcome: Outcome) -> int:
     """0 for a pass; a verdict that the gate only warns of is one, too."""
-    verdict, settings = outcome.verdict, gating.gate
-    policy = settings.on_fail if verdict.state == "fail" else settings.on_undecided
-    if verdict.state == "pass" or policy is OnFail.warn:
+    if policy_for(gating.gate, outcome.verdict.state) in (None, OnFail.warn):
         return 0
-    error = GateRefused if verdict.state == "fail" else GateUndecided
-    raise error(f"{outcome.candidate.path}: {verdict.reason}")
+    raise verdict_error(str(outcome.candidate.path), outcome.verdict)

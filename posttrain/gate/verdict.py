@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Sequential
+from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.comparison import Comparison, Decision, comparisons, decide
 from posttrain.gate.evidence import Mean
@@ -64,13 +65,18 @@ def settled(request: GateRequest, scorecard: Scorecard) -> bool:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as JSON values, as verdict.json holds it."""
+    """Return the verdict as JSON values, in the form of verdict.json."""
     return {
         "state": verdict.state,
         "gated": verdict.gated,
         "reason": verdict.reason,
         "tasks": [asdict(task) for task in verdict.tasks],
     }
+
+
+def write_verdict(path: Path, verdict: Verdict, **more: str) -> None:
+    """Write a verdict.json in one step; ``more`` are further keys of the file."""
+    replace_text(path, json.dumps({**verdict_json(verdict), **more}, indent=2) + "\n")
 
 
 def read_verdict(path: Path) -> Verdict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,9 @@ from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, Role, Sequential
 from posttrain.digests import digest_of
-from posttrain.disk import replace_text
-from posttrain.errors import PluginFailed
+from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict, worst
-from posttrain.gate.verdict import verdict_json
+from posttrain.gate.verdict import write_verdict
 from posttrain.host.plugins import Host
 from posttrain.regression.baseline import (
     baseline_of,
@@ -136,7 +134,7 @@ class _Run:
             scorecard = with_baseline(scores, committed, self.tasks, self._evaluate(alone), self.candidate.base.digest)
         verdict = self._judged(request, scorecard, baseline)
         folder = request.scorecard.parent
-        replace_text(folder / "verdict.json", json.dumps(verdict_json(verdict), indent=2) + "\n")
+        write_verdict(folder / "verdict.json", verdict)
         ledger.record(Path(self.gating.output_root), folder, self._judgement(folder, verdict, baseline))
         if self.gating.update_baseline:
             self._update(verdict, scorecard)
@@ -145,12 +143,9 @@ class _Run:
     def _evaluate(self, request: GateRequest) -> Scorecard:
         progress = EvaluationProgress(self.display, "gate")
         try:
-            scorecard = self.host.hook.evaluate_artifact(request=request, progress=progress)
+            return score_systems(self.host, request, progress)
         finally:
             progress.stop()
-        if not isinstance(scorecard, Scorecard):
-            raise PluginFailed(f"the gate scored {scorecard!r}, which is no scorecard")
-        return scorecard
 
     def _request(self, systems: Mapping[str, ModelSource]) -> GateRequest:
         root = Path(self.gating.output_root)
@@ -171,7 +166,7 @@ class _Run:
     def _judged(self, request: GateRequest, scorecard: Scorecard, baseline: ModelSource | None) -> Verdict:
         """By the gate's own rules against the base; no task may be worse than the baseline's by ``max_drop``."""
         if baseline is None:
-            return self._judge(request, scorecard)
+            return decide_candidate(self.host, request, scorecard)
         compared = replace(request, systems={**request.systems, "parent": baseline})
         kept = replace(
             compared,
@@ -179,13 +174,7 @@ class _Run:
             tasks={name: replace(task, role=Role.guard) for name, task in request.tasks.items()},
         )
         over_base = replace(compared, gate=replace(request.gate, against=["base"]))
-        return _both(self._judge(over_base, scorecard), self._judge(kept, scorecard))
-
-    def _judge(self, request: GateRequest, scorecard: Scorecard) -> Verdict:
-        verdict = self.host.hook.judge_artifact(request=request, scorecard=scorecard)
-        if not isinstance(verdict, Verdict):
-            raise PluginFailed(f"the gate answered {verdict!r}, which is not a verdict: never a pass")
-        return verdict
+        return _both(*(decide_candidate(self.host, asked, scorecard) for asked in (over_base, kept)))
 
     def _judgement(self, folder: Path, verdict: Verdict, baseline: ModelSource | None) -> ledger.Judgement:
         """The verdict as the ledger records it; what posttrain has not trained has no lineage but its kind."""

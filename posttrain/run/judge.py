@@ -1,4 +1,4 @@
-"""From a published artifact to a verdict, unless the run already holds it."""
+"""From a published artifact to its verdict; an existing verdict about the same question is reused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 
 from posttrain.artifact import Artifact, ModelSource
-from posttrain.disk import replace_text
-from posttrain.errors import BadInput, PluginFailed
+from posttrain.errors import BadInput
+from posttrain.gate.procedure import ask_gate
 from posttrain.gate.spec import GateRequest, Verdict
-from posttrain.gate.verdict import read_verdict, verdict_json
+from posttrain.gate.verdict import read_verdict, write_verdict
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
 
@@ -25,13 +25,12 @@ def check_gates(jobs: Sequence[Job]) -> None:
         raise BadInput(problems)
 
 
-def judged(job: Job, parent: ModelSource, artifact: Artifact) -> Verdict:
-    """The gate's verdict about an artifact, from scores of what was published, not of the trainer's memory."""
-    systems = compared_systems(job, parent, artifact)
+def judge_stage(job: Job, parent: ModelSource, artifact: Artifact) -> Verdict:
+    """Judge an artifact by its gate. The published files are scored, not the trainer's memory."""
+    systems = _systems(job, parent, artifact)
     key = job.gate_digest(systems)
-    earlier = _earlier(job, key)
-    if earlier is not None:
-        return earlier
+    if (existing := _read_existing(job, key)) is not None:
+        return existing
     request = GateRequest(
         stage=job.name,
         gate=job.step.gate,
@@ -43,27 +42,23 @@ def judged(job: Job, parent: ModelSource, artifact: Artifact) -> Verdict:
     )
     progress = EvaluationProgress(job.display, job.name)
     try:
-        scorecard = job.host.hook.evaluate_artifact(request=request, progress=progress)
-        verdict = job.host.hook.judge_artifact(request=request, scorecard=scorecard)
+        _, verdict = ask_gate(job.host, request, progress)
     finally:
         progress.stop()
-    if not isinstance(verdict, Verdict):
-        raise PluginFailed(f"stage {job.name!r}: the gate answered {verdict!r}, which is not a verdict: never a pass")
-    record = {**verdict_json(verdict), "gate_digest": key}
-    replace_text(job.folder / "verdict.json", json.dumps(record, indent=2) + "\n")
+    write_verdict(job.folder / "verdict.json", verdict, gate_digest=key)
     return verdict
 
 
-def compared_systems(job: Job, parent: ModelSource, artifact: Artifact) -> dict[str, ModelSource]:
-    """Base, candidate, and the parent where it is not the base."""
+def _systems(job: Job, parent: ModelSource, artifact: Artifact) -> dict[str, ModelSource]:
+    """Return base, candidate, and the parent where it is not the base."""
     systems = {"base": job.base, "candidate": artifact.source(job.base)}
     if parent.digest != job.base.digest:
         systems["parent"] = parent
     return systems
 
 
-def _earlier(job: Job, key: str) -> Verdict | None:
-    """The verdict in the stage's folder if it answers the same question."""
+def _read_existing(job: Job, key: str) -> Verdict | None:
+    """Return the verdict in the stage's folder; None unless it is about the same gate and the same systems."""
     path = job.folder / "verdict.json"
     if not path.exists():
         return None

@@ -1,0 +1,54 @@
+"""The steps of a gate, for runs and for ``posttrain gate`` alike: score, decide, and act on the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from posttrain.config.schema import OnFail
+from posttrain.errors import GateRefused, GateUndecided, PluginFailed, PosttrainError
+from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict, VerdictState
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import GateConfig
+    from posttrain.host.plugins import Host
+
+STATES: Mapping[VerdictState, str] = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
+"""State of a stage by the verdict about it."""
+ERRORS: Mapping[VerdictState, type[PosttrainError]] = {"fail": GateRefused, "undecided": GateUndecided}
+"""Errors of the verdicts that stop a command."""
+
+
+def ask_gate(host: Host, request: GateRequest, progress: GateProgress) -> tuple[Scorecard, Verdict]:
+    """Score the systems of a request and decide about its candidate."""
+    scorecard = score_systems(host, request, progress)
+    return scorecard, decide_candidate(host, request, scorecard)
+
+
+def score_systems(host: Host, request: GateRequest, progress: GateProgress) -> Scorecard:
+    """Score every system of a request. Raises PluginFailed when no plugin answers with a scorecard."""
+    scorecard = host.hook.evaluate_artifact(request=request, progress=progress)
+    # The guard checks plain hooks; this also covers no answer at all, and wrappers.
+    if not isinstance(scorecard, Scorecard):
+        raise PluginFailed(f"{request.stage}: the gate scored {scorecard!r}, which is not a scorecard: never a pass")
+    return scorecard
+
+
+def decide_candidate(host: Host, request: GateRequest, scorecard: Scorecard) -> Verdict:
+    """Decide about the candidate of a request. Raises PluginFailed when no plugin answers with a verdict."""
+    verdict = host.hook.judge_artifact(request=request, scorecard=scorecard)
+    if not isinstance(verdict, Verdict):
+        raise PluginFailed(f"{request.stage}: the gate answered {verdict!r}, which is not a verdict: never a pass")
+    return verdict
+
+
+def policy_for(gate: GateConfig, state: VerdictState) -> OnFail | None:
+    """Return the gate's policy for a verdict; None for a pass, which needs none."""
+    if state == "pass":
+        return None
+    return gate.on_fail if state == "fail" else gate.on_undecided
+
+
+def verdict_error(where: str, verdict: Verdict) -> PosttrainError:
+    """Return the error of a verdict that stops the command: GateRefused for a fail, GateUndecided for undecided."""
+    return ERRORS[verdict.state](f"{where}: {verdict.reason}")
