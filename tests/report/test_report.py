@@ -367,14 +367,14 @@ def test_a_directory_that_cannot_be_written_is_named(run: Path, capsys: pytest.C
     assert f"error: {run}: the reports cannot be written:" in captured.err
 
 
-def test_a_refusal_has_its_reason_at_the_top(working_folder: Path) -> None:
+def test_a_failed_gate_has_its_reason_at_the_top(working_folder: Path) -> None:
     write_project(working_folder)
     script = Script()
     script.verdicts["sft"] = "fail"
     with pytest.raises(GateRefused):
         run_recipe(script)
     words = read_page((only_run() / "report.html").read_text()).words
-    assert "mine refused 0 of 2 stages promoted. A gate refused an artifact" in words
+    assert "mine refused 0 of 2 stages promoted. A gate failed an artifact" in words
     assert "sft refused sft is a fail" in words
 
 
