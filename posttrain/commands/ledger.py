@@ -12,8 +12,8 @@ from pathlib import Path
 from posttrain.commands.words import understood
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.ledger import Row, lifts
-from posttrain.ledger.audit import rebuild, require, verify
-from posttrain.ledger.store import COLUMNS, path_in
+from posttrain.ledger.audit import rebuild, require_ledger, verify
+from posttrain.ledger.store import COLUMNS, ledger_path
 
 ACTIONS = ("export", "rebuild", "verify")
 
@@ -30,15 +30,15 @@ def ledger_command(words: list[str]) -> int:
         raise BadInput(Problem(where=f"ledger {' '.join(words)}", what="is not key=value", fix="output_root=DIR"))
     root = Path(given.settings.get("output_root", "runs"))
     if action == "export":
-        require(root)
+        require_ledger(root)
         _export(lifts(root), given.format)
     elif action == "verify":
         records = verify(root)
         head = f", the last one {records[-1]['hash']}" if records else ""
-        print(f"{path_in(root)}: {len(records):,} rows, every one as it was written{head}")
+        print(f"{ledger_path(root)}: {len(records):,} rows, every one as it was written{head}")
     else:
         count, changed = rebuild(root)
-        print(f"{path_in(root)}: {count:,} rows from the runs below {root}, {changed:,} of them not as before")
+        print(f"{ledger_path(root)}: {count:,} rows from the runs below {root}, {changed:,} of them not as before")
     return 0
 
 

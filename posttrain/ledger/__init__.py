@@ -1,11 +1,11 @@
-"""Every lift ever recorded below one output root: a chain of hashes in SQLite, with a copy of each row in its run.
+"""The ledger: every lift ever recorded below one output root, in SQLite, with a copy of each row in its run.
 
-    <root>/ledger.sqlite                        one row per verdict, task and system that was compared with
-    <root>/<run>/stages/<stage>/lifts.jsonl     the rows of this stage, from which the ledger can be rebuilt
-    <root>/gates/<gate>-<digest>/lifts.jsonl    the same of what ``posttrain gate`` judged
+    <root>/ledger.sqlite                        one row per verdict, task and system compared with
+    <root>/<run>/stages/<stage>/lifts.jsonl     the rows of this stage
+    <root>/gates/<gate>-<digest>/lifts.jsonl    the rows of one adapter judged by ``posttrain gate``
 
-Rows are only ever added. Each holds the hash of its content and of the row before it, so that a row that was changed,
-taken out or moved afterwards is found.
+Rows are only ever added. They form a chain of hashes, which shows every later change; and they can be rebuilt from the
+copies, so that a lost or damaged file costs no history.
 """
 
 from __future__ import annotations
@@ -16,51 +16,53 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from posttrain.ledger import history
-from posttrain.ledger.chain import Row, linked
+from posttrain.ledger.chain import Row, link
 from posttrain.ledger.history import GATES
 from posttrain.ledger.lift import Judgement, Lift, same_finding
-from posttrain.ledger.store import append, last_entry, last_row, path_in, reading, rows_in, writing
+from posttrain.ledger.store import append, last_finding, last_row, ledger_path, reading, rows_in, writing
 
 __all__ = ["GATES", "Judgement", "Lift", "Row", "check", "lifts", "record"]
 
 
 def check(root: Path) -> None:
-    """Raise before any work is done when the ledger below ``root`` is there and cannot be written to later."""
-    if path_in(root).exists():
+    """Raise before any work is done when an existing ledger below ``root`` cannot be written later."""
+    if ledger_path(root).exists():
         with writing(root):
             pass
 
 
 def record(root: Path, folder: Path, judgement: Judgement) -> None:
-    """Add every lift of a verdict, once; ``folder`` is the stage's, or that of a gate about an adapter.
+    """Add every lift of a verdict once, to the ledger and to ``folder``, the folder of the stage or of the gate.
 
-    A verdict that says what the stage's last one said is not added again, and one without a task holds no lift.
-    Returns when the rows are on disk. Raises Interrupted when the disk is full or another process holds the ledger for
-    too long, ArtifactDamaged when the file is not sound, BadInput when it cannot be opened.
+    A verdict equal to the stage's last one is not added again; one without tasks holds no lift. Return when the rows
+    are on disk. Raise Interrupted when the disk is full or another process holds the ledger for too long,
+    ArtifactDamaged when the file is damaged, BadInput when it cannot be opened.
     """
     if not judgement.verdict.tasks:
         return
     with writing(root) as connection:
-        former = last_entry(connection, judgement.run, judgement.stage)
+        former = last_finding(connection, judgement.run, judgement.stage)
         last = last_row(connection)
-        entry = judgement.lifts(_after(last), _user())
-        known = same_finding(former, entry)
+        finding = judgement.lifts(_time_after(last), _user())
+        known = same_finding(former, finding)
         if not known:
-            append(connection, linked(entry, last))
-        # Written before the rows are final: after a crash between the two a rebuild still finds them.
-        history.keep(folder, former if known else entry)
+            append(connection, link(finding, last))
+        # The copy is written before the transaction ends. A crash between the two leaves rows in the copy alone: the
+        # same command, or a rebuild, adds them. In the other order, rows of the ledger could lack a copy for ever.
+        history.add(folder, former if known else finding)
 
 
 def lifts(root: Path) -> list[Row]:
-    """Every recorded lift, oldest first; none when there is no ledger."""
-    if not path_in(root).exists():
+    """Return every recorded lift, oldest first; none when there is no ledger."""
+    if not ledger_path(root).exists():
         return []
     with reading(root) as connection:
         return rows_in(connection)
 
 
-def _after(last: Row | None) -> str:
-    """The time now, later than that of the last row whatever the clocks of those who write say."""
+def _time_after(last: Row | None) -> str:
+    """Return the present time, or a microsecond after the last row when the clock is behind it."""
+    # A rebuild sorts the copies by time. Times that only ever grow give it the order in which the rows were written.
     now = datetime.now(UTC)
     if last is not None:
         now = max(now, datetime.fromisoformat(last.lift.recorded_at) + timedelta(microseconds=1))

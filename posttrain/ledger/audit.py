@@ -1,4 +1,4 @@
-"""Whether the ledger still says what was written, and how it is made again from the runs."""
+"""The audit: the ledger checked against its chain and its runs, and rebuilt from the runs."""
 
 from __future__ import annotations
 
@@ -10,83 +10,84 @@ from typing import Any
 from posttrain.artifact import read_manifest
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.ledger import history
-from posttrain.ledger.chain import Row, faults, linked
+from posttrain.ledger.chain import Row, faults, link
 from posttrain.ledger.lift import Lift
-from posttrain.ledger.store import append, empty, path_in, reading, records_in, rows_ever, writing
+from posttrain.ledger.store import append, clear, ledger_path, raw_rows, reading, rows_ever, writing
 
-SHOWN = 10
-"""Faults that a message lists."""
+MOST_FAULTS = 10
+"""Faults listed in a message."""
 
 Key = tuple[Any, ...]
 
 
-def require(root: Path) -> None:
+def require_ledger(root: Path) -> None:
     """Raise BadInput when there is no ledger below ``root``."""
-    if not path_in(root).exists():
+    if not ledger_path(root).exists():
         fix = "A run makes one; posttrain ledger rebuild makes it again from runs; output_root=DIR names another folder"
-        raise BadInput(Problem(where=str(path_in(root)), what="there is no ledger", fix=fix))
+        raise BadInput(Problem(where=str(ledger_path(root)), what="there is no ledger", fix=fix))
 
 
 def verify(root: Path) -> list[dict[str, Any]]:
-    """Every row of the ledger, after checking the chain and comparing it with the runs that are there.
+    """Check the chain, compare the ledger with the existing runs, and return every row as SQLite holds it.
 
-    Raises ArtifactDamaged naming what was changed, BadInput when there is no ledger.
+    Raise ArtifactDamaged naming the changed rows, BadInput when there is no ledger. Runs that were removed or moved away
+    are no fault.
     """
-    require(root)
-    with writing(root) as connection:  # so that no run is between its own copy of a row and the ledger's
-        records, ever = records_in(connection), rows_ever(connection)
+    require_ledger(root)
+    with writing(root) as connection:  # no run may be between its copy of a row and the ledger's
+        records, ever = raw_rows(connection), rows_ever(connection)
         found = faults(records, ever) or list(_disagreements(root, records))
     if found:
-        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        listed = "".join(f"\n  {fault}" for fault in found[:SHOWN])
-        raise ArtifactDamaged(f"{path_in(root)} is not what was written:{listed}{more}")
+        more = f"\n  and {len(found) - MOST_FAULTS} more" if len(found) > MOST_FAULTS else ""
+        listed = "".join(f"\n  {fault}" for fault in found[:MOST_FAULTS])
+        raise ArtifactDamaged(f"{ledger_path(root)} was changed after it was written:{listed}{more}")
     return records
 
 
 def rebuild(root: Path) -> tuple[int, int]:
-    """Make the ledger again from the runs below ``root``; returns how many rows it has and how many were not as now.
+    """Rebuild the ledger from the runs below ``root``; return the number of its rows, and of those that changed.
 
-    A file that SQLite cannot read is set aside. Raises BadInput, and changes nothing, when the ledger holds rows of
-    runs that are not there; ArtifactDamaged when a run contradicts itself.
+    A file unreadable for SQLite is set aside. Raise BadInput, and change nothing, when the ledger holds rows of missing
+    runs; ArtifactDamaged when a run contradicts itself.
     """
-    if not path_in(root).exists() and not history.histories(root):
-        raise BadInput(Problem(where=str(root), what="holds no run that was judged", fix="Give output_root=DIR"))
+    if not ledger_path(root).exists() and not history.histories(root):
+        raise BadInput(Problem(where=str(root), what="holds no judged run", fix="Give output_root=DIR"))
     _set_aside_unreadable(root)
     with writing(root) as connection:
         lifts = [lift for path in history.histories(root) for lift in _lifts(path)]
-        rows = list(linked(sorted(lifts, key=lambda lift: lift.recorded_at), None))
-        before = records_in(connection)
+        rows = list(link(sorted(lifts, key=lambda lift: lift.recorded_at), None))
+        before = raw_rows(connection)
         _check_nothing_is_lost(root, before, rows)
-        empty(connection)
+        clear(connection)
         append(connection, rows)
-        return len(rows), _differences(before, records_in(connection))
+        return len(rows), _count_differences(before, raw_rows(connection))
 
 
 def _disagreements(root: Path, records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """What the ledger and the runs that are there do not both say."""
-    told = {_key(asdict(lift)): asdict(lift) for path in history.histories(root) for lift in _lifts(path)}
+    """Yield each row that differs between the ledger and the existing runs."""
+    copies = {_key(asdict(lift)): asdict(lift) for path in history.histories(root) for lift in _lifts(path)}
     held = {_key(record): record for record in records}
-    for key in sorted(told.keys() | held.keys(), key=str):
-        row, copy = held.get(key), told.get(key)
+    for key in sorted(copies.keys() | held.keys(), key=str):
+        row, copy = held.get(key), copies.get(key)
         name = " ".join(map(str, key))
         if row is None:
-            yield f"a run holds a row that the ledger does not: {name} (posttrain ledger rebuild puts it in)"
+            yield f"a run holds a row that the ledger lacks: {name} (posttrain ledger rebuild adds it)"
         elif copy is None:
             if history.folder_of(root, str(row["run"]), str(row["stage"])).is_dir():
                 yield f"row {row['seq']} is not in its run: {name}"
         elif any(row[field] != value for field, value in copy.items()):
-            yield f"row {row['seq']} is not what its run holds: {name}"
+            yield f"row {row['seq']} differs from the copy in its run: {name}"
 
 
 def _lifts(path: Path) -> list[Lift]:
-    """The rows of one stage, which must agree with the manifest of the artifact that lies beside them."""
-    lifts = [lift for entry in history.read(path) for lift in entry]
+    """Read the history of one stage; raise ArtifactDamaged when it contradicts the artifact's manifest."""
+    lifts = [lift for finding in history.read(path) for lift in finding]
     folder = path.parent / "artifact"
     if folder.exists():
         manifest = read_manifest(folder)
-        told = (manifest["parent_digest"], manifest["base"]["digest"], ">".join(manifest["lineage"]))
+        lineage = (manifest["parent_digest"], manifest["base"]["digest"], ">".join(manifest["lineage"]))
         about_it = [lift for lift in lifts if lift.artifact == manifest["digest"]]
-        if any((lift.parent, lift.base, lift.lineage) != told for lift in about_it):
+        if any((lift.parent, lift.base, lift.lineage) != lineage for lift in about_it):
             raise ArtifactDamaged(f"{path} contradicts the manifest in {folder}")
     return lifts
 
@@ -95,8 +96,8 @@ def _key(values: Mapping[str, Any]) -> Key:
     return tuple(values[name] for name in ("recorded_at", "run", "stage", "task", "metric", "against"))
 
 
-def _differences(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> int:
-    """How many rows are not what they were."""
+def _count_differences(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> int:
+    """Count the rows that were added, removed or changed."""
     old, new = ({record["seq"]: record for record in records} for records in (before, after))
     return sum(old.get(seq) != new.get(seq) for seq in old.keys() | new.keys())
 
@@ -106,21 +107,24 @@ def _check_nothing_is_lost(root: Path, before: Iterable[Mapping[str, Any]], rows
     lost = [record for record in before if _key(record) not in known]
     if lost:
         runs = ", ".join(sorted({str(record["run"]) for record in lost}))
-        what = f"{len(lost)} rows stand in the ledger alone, of {runs}: no run below {root} holds them"
-        raise BadInput(Problem(where=str(path_in(root)), what=what, fix="Bring the runs back, or move the ledger away"))
+        what = f"{len(lost)} rows are in the ledger alone, of {runs}: no run below {root} holds them"
+        raise BadInput(
+            Problem(where=str(ledger_path(root)), what=what, fix="Bring the runs back, or move the ledger away")
+        )
 
 
 def _set_aside_unreadable(root: Path) -> None:
-    """Move a file away that is no database, with what SQLite left beside it, so that nothing of it is mixed in."""
-    path = path_in(root)
+    """Move away a file that is no database."""
+    path = ledger_path(root)
     if not path.exists():
         return
     try:
         with reading(root) as connection:
-            records_in(connection)
+            raw_rows(connection)
     except ArtifactDamaged:
         number = next(n for n in range(1, 1_000_000) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+        # The journal goes with it: SQLite would roll it back into the new file.
         for suffix in ("", "-journal"):
-            beside = path.with_name(path.name + suffix)
-            if beside.exists():
-                beside.rename(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
+            damaged = path.with_name(path.name + suffix)
+            if damaged.exists():
+                damaged.rename(path.with_name(f"{path.name}.damaged-{number}{suffix}"))

@@ -1,4 +1,10 @@
-"""The chain: every row holds the hash of its content and of the row before it."""
+"""The chain: every row holds the hash of its content and of the row before it.
+
+A ledger decides which adapter is served, so an edited row must be found. A hash per row would show an edit, but neither
+a removed row nor two exchanged ones; the link to the row before shows both, and the count of rows ever written shows
+rows removed from the end. A forger can hash all later rows anew: the copies in the runs (``audit.verify``) and a noted
+hash of the last row find that.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +16,12 @@ from posttrain.digests import digest_of
 from posttrain.ledger.lift import KINDS, Lift
 
 START = ""
-"""What the first row holds as the hash of the row before it."""
+"""The previous hash of the first row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A lift in its place."""
+    """A lift in its place in the chain."""
 
     seq: int
     """From 1, without gaps."""
@@ -25,8 +31,8 @@ class Row:
     hash: str
 
 
-def linked(lifts: Iterable[Lift], last: Row | None) -> Iterator[Row]:
-    """The rows that follow ``last``."""
+def link(lifts: Iterable[Lift], last: Row | None) -> Iterator[Row]:
+    """Yield the rows of these lifts, linked to ``last`` and to each other."""
     seq, previous = (last.seq, last.hash) if last is not None else (0, START)
     for lift in lifts:
         row = Row(seq=seq + 1, lift=lift, previous=previous, hash=hash_of(asdict(lift), previous))
@@ -35,30 +41,30 @@ def linked(lifts: Iterable[Lift], last: Row | None) -> Iterator[Row]:
 
 
 def hash_of(content: Mapping[str, Any], previous: str) -> str:
-    """SHA-256 of a row's content and its link."""
+    """Return the SHA-256 of a row's content and its link."""
     return digest_of({**content, "previous": previous})
 
 
 def faults(records: Sequence[Mapping[str, Any]], ever: int) -> list[str]:
-    """What was done to rows as SQLite holds them after they were written; ``ever`` rows were added in all."""
+    """Return the changes made to written rows; ``records`` are the rows as SQLite holds them, ``ever`` their count so far."""
     found = []
     seq, previous = 0, START
     for record in records:
         name = f"row {record['seq']} ({record['run']}, {record['stage']}, {record['task']})"
         if record["seq"] != seq + 1:
-            found.append(f"between row {seq} and row {record['seq']} rows were taken out or put in")
-        if not _sound(record):
+            found.append(f"rows were removed or inserted between row {seq} and row {record['seq']}")
+        if not _is_sound(record):
             found.append(f"{name} was changed after it was written")
         elif record["previous"] != previous:
-            found.append(f"{name} does not follow the row that stands before it")
+            found.append(f"{name} does not follow the row before it")
         seq, previous = record["seq"], record["hash"]
     if seq != ever:
         found.append(f"the chain ends with row {seq}, but {ever} rows were written")
     return found
 
 
-def _sound(record: Mapping[str, Any]) -> bool:
-    """Whether a row's content is what its hash says."""
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Tell whether a row's content has its hash."""
     content = {name: record[name] for name in KINDS}
     try:
         return bool(hash_of(content, record["previous"]) == record["hash"])

@@ -1,4 +1,4 @@
-"""The copy of its rows that a stage keeps, and a gate about an adapter; the ledger can be rebuilt from them."""
+"""The history of a stage, or of a gate about an adapter: its own copy of its rows, to rebuild the ledger from."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.ledger.lift import Lift, lift_from_json, same_finding
 
-NAME = "lifts.jsonl"
+HISTORY = "lifts.jsonl"
 GATES = "gates"
-"""What ``posttrain gate`` judged lies here, each gate about one adapter in a folder of its own."""
+"""Folder of ``posttrain gate``, with a folder for each gate about one adapter."""
 
 
-def keep(folder: Path, entry: Sequence[Lift]) -> None:
-    """Write the rows of one verdict at the end, in place of a last one that says the same."""
-    path = folder / NAME
-    entries = read(path) if path.exists() else []
-    if entries and same_finding(entries[-1], entry):
-        entries = entries[:-1]
-    lines = [canonical(asdict(lift)) for each in [*entries, entry] for lift in each]
+def add(folder: Path, finding: Sequence[Lift]) -> None:
+    """Write a finding at the end, in place of a last one that is equal."""
+    path = folder / HISTORY
+    findings = read(path) if path.exists() else []
+    if findings and same_finding(findings[-1], finding):
+        findings = findings[:-1]
+    lines = [canonical(asdict(lift)) for each in [*findings, finding] for lift in each]
     replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read(path: Path) -> list[list[Lift]]:
-    """The rows of a stage, verdict by verdict; raises ArtifactDamaged naming the line that is not one."""
-    entries: list[list[Lift]] = []
+    """Read the findings of a stage, oldest first; raise ArtifactDamaged naming the first line that is no lift."""
+    findings: list[list[Lift]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             lift = lift_from_json(json.loads(line)) if line else None
@@ -37,18 +37,18 @@ def read(path: Path) -> list[list[Lift]]:
             raise ArtifactDamaged(f"{path}:{number} is not a lift: {error}") from None
         if lift is None:
             continue
-        if entries and entries[-1][0].recorded_at == lift.recorded_at:
-            entries[-1].append(lift)
+        if findings and findings[-1][0].recorded_at == lift.recorded_at:
+            findings[-1].append(lift)
         else:
-            entries.append([lift])
-    return entries
+            findings.append([lift])
+    return findings
 
 
 def histories(root: Path) -> list[Path]:
-    """The histories of every stage of every run below ``root``, and of every gate about an adapter."""
-    return sorted([*root.glob(f"*/stages/*/{NAME}"), *root.glob(f"{GATES}/*/{NAME}")])
+    """Return the history of every stage of every run below ``root``, and of every gate about an adapter."""
+    return sorted([*root.glob(f"*/stages/*/{HISTORY}"), *root.glob(f"{GATES}/*/{HISTORY}")])
 
 
 def folder_of(root: Path, run: str, stage: str) -> Path:
-    """Where the history of rows lies."""
+    """Return the folder of the history that holds the rows of a run and a stage."""
     return root / run if run.startswith(f"{GATES}/") else root / run / "stages" / stage

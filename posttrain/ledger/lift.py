@@ -1,4 +1,4 @@
-"""One lift: a task's paired difference between an artifact and what it was compared with."""
+"""One lift: the paired difference of a task between an artifact and another system."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from posttrain.gate.spec import TaskVerdict, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Lift:
-    """One row of the ledger, without its place in the chain."""
+    """One row of the ledger, without its place in the chain; the lifts of one verdict are a finding."""
 
     recorded_at: str
     """UTC with microseconds; no two verdicts of one ledger have the same."""
     recorded_by: str
     run: str
-    """Name of the run's directory, or ``gates/<gate>-<digest>`` of what ``posttrain gate`` judged."""
+    """Name of the run's directory; ``gates/<gate>-<digest>`` for ``posttrain gate``."""
     recipe: str
-    """Or the gate's name."""
+    """Name of the recipe, or of the gate for ``posttrain gate``."""
     stage: str
-    """Or the adapter's name."""
+    """Name of the stage, or of the adapter for ``posttrain gate``."""
     lineage: str
     """Kinds of the stages that made the artifact, in order, ``sft>dpo``; else ``adapter`` or ``weights``."""
     base_model: str
-    """The base weights as the recipe names them."""
+    """Base weights, as named in the recipe."""
     base: str
     """Digest of the base weights."""
     parent: str
-    """Digest of what the artifact was trained from, or of the baseline that it was compared with."""
+    """Digest of the artifact's parent, or of the baseline for ``posttrain gate``."""
     artifact: str
     """Digest of the judged artifact."""
     task: str
@@ -40,7 +40,7 @@ class Lift:
     filter: str
     higher_is_better: bool
     questions: str
-    """Equal for scores that are comparable; see TaskVerdict."""
+    """Equal for comparable scores; see TaskVerdict."""
     role: str
     against: str
     n: int
@@ -53,23 +53,24 @@ class Lift:
     confidence: float
     threshold: float
     state: str
-    """pass, fail or undecided, of this task."""
+    """Verdict on this task: pass, fail or undecided."""
     verdict: str
-    """The same, of the whole gate."""
+    """Verdict of the whole gate: pass, fail or undecided."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError when a value is not of its type, so that equal rows have equal hashes."""
+        """Raise ValueError when a value is not of its type."""
+        # SQLite would give an integer back as a float where a float belongs, with another hash than was written.
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS[field.name]
             if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-                raise ValueError(f"{field.name} is {value!r}, not {SPOKEN[kind]}")
+                raise ValueError(f"{field.name} is {value!r}, not {KIND_NAMES[kind]}")
 
 
 KINDS: dict[str, type] = {
     field.name: {"str": str, "int": int, "float": float, "bool": bool}[str(field.type)] for field in fields(Lift)
 }
 """Type of every field of a Lift."""
-SPOKEN: dict[type, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Judgement:
     verdict: Verdict
 
     def lifts(self, recorded_at: str, recorded_by: str) -> list[Lift]:
-        """Its rows; raises PluginFailed when a plugin's verdict holds something that is no figure of a lift."""
+        """Return its lifts; raise PluginFailed when a plugin's verdict holds a value of a wrong type."""
         manifest = self.artifact.manifest
         shared = {
             "recorded_at": recorded_at, "recorded_by": recorded_by, "run": self.run, "recipe": self.recipe,
@@ -98,23 +99,23 @@ class Judgement:
 
 
 def lift_from_json(value: Any) -> Lift:
-    """A lift from its JSON value; raises ValueError when it has not exactly the fields of one."""
+    """Return the lift in a JSON value; raise ValueError when the fields are not exactly those of a lift."""
     if not isinstance(value, dict) or set(value) != set(KINDS):
         raise ValueError("it does not have the fields of a lift")
     return Lift(**value)
 
 
 def same_finding(first: Sequence[Lift], second: Sequence[Lift]) -> bool:
-    """Whether two entries say the same, whoever recorded them when."""
-    return [_finding(lift) for lift in first] == [_finding(lift) for lift in second]
+    """Tell whether two findings are equal, apart from when and by whom they were recorded."""
+    return [_content(lift) for lift in first] == [_content(lift) for lift in second]
 
 
-def _finding(lift: Lift) -> dict[str, Any]:
+def _content(lift: Lift) -> dict[str, Any]:
     return {key: value for key, value in asdict(lift).items() if key not in ("recorded_at", "recorded_by")}
 
 
 def _figures(task: TaskVerdict) -> dict[str, Any]:
-    """What a row takes from a task's verdict."""
+    """Return the fields taken from a task's verdict."""
     numbers = {
         "base_score": task.base, "parent_score": task.parent, "candidate_score": task.candidate, "lift": task.lift,
         "low": task.low, "high": task.high, "confidence": task.confidence, "threshold": task.threshold,

@@ -1,4 +1,4 @@
-"""The ledger in SQLite: one writer at a time, whole transactions, and an exit code for whatever SQLite refuses."""
+"""The ledger in SQLite: one writer at a time, whole transactions, and an exit code for each error of SQLite."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PosttrainEr
 from posttrain.ledger.chain import Row
 from posttrain.ledger.lift import KINDS, Lift
 
-NAME = "ledger.sqlite"
+LEDGER = "ledger.sqlite"
 FORMAT = 1
-"""Kept as SQLite's user_version."""
+"""Format of the table, kept as SQLite's user_version."""
 WAIT_SECONDS = 60
-"""How long a writer waits for another one."""
+"""Seconds that a writer waits for another one."""
 TYPES = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL"}
 COLUMNS = ("seq", *KINDS, "previous", "hash")
 SCHEMA = (
-    # AUTOINCREMENT keeps count of all rows ever written, so that rows taken from the end are missed.
+    # AUTOINCREMENT counts all rows ever written: rows removed from the end are missed.
     "CREATE TABLE lifts (seq INTEGER PRIMARY KEY AUTOINCREMENT, "
     + "".join(f"{name} {TYPES[kind]} NOT NULL, " for name, kind in KINDS.items())
     + "previous TEXT NOT NULL UNIQUE, hash TEXT NOT NULL)",
@@ -31,25 +31,27 @@ SCHEMA = (
 )
 
 
-def path_in(root: Path) -> Path:
-    """Where the ledger of an output root lies."""
-    return root / NAME
+def ledger_path(root: Path) -> Path:
+    """Return the path of an output root's ledger."""
+    return root / LEDGER
 
 
 @contextlib.contextmanager
 def writing(root: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction that holds the write lock from its start, so that writers queue and never fail half-way."""
+    """Open one transaction for writing, in a ledger that is created when it is missing."""
+    # IMMEDIATE takes the write lock at the start, so that writers queue. Two transactions that read first and
+    # lock later would block each other, and SQLite fails one of them at once, without waiting.
     root.mkdir(parents=True, exist_ok=True)
-    with _transaction(path_in(root), "rwc", "BEGIN IMMEDIATE") as connection:
-        _prepare(connection, path_in(root))
+    with _transaction(ledger_path(root), "rwc", "BEGIN IMMEDIATE") as connection:
+        _prepare(connection, ledger_path(root))
         yield connection
 
 
 @contextlib.contextmanager
 def reading(root: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction on a ledger that is there, which sees one state of it throughout."""
-    with _transaction(path_in(root), "rw", "BEGIN") as connection:
-        _prepare(connection, path_in(root))
+    """Open one transaction for reading an existing ledger; it sees one state of it throughout."""
+    with _transaction(ledger_path(root), "rw", "BEGIN") as connection:
+        _prepare(connection, ledger_path(root))
         yield connection
 
 
@@ -61,43 +63,45 @@ def append(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
         connection.execute(statement, (row.seq, *asdict(row.lift).values(), row.previous, row.hash))
 
 
-def records_in(connection: sqlite3.Connection) -> list[dict[str, Any]]:
-    """Every row as SQLite holds it, whatever was done to it."""
+def raw_rows(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+    """Return every row as SQLite holds it, changed or not."""
     return [_record(row) for row in connection.execute(f"SELECT {', '.join(COLUMNS)} FROM lifts ORDER BY seq")]
 
 
 def rows_in(connection: sqlite3.Connection) -> list[Row]:
-    """Every row; raises ArtifactDamaged when one holds something that is never written."""
-    return [_row(record) for record in records_in(connection)]
+    """Return every row; raise ArtifactDamaged when a value has a type that is never written."""
+    return [_row(record) for record in raw_rows(connection)]
 
 
 def last_row(connection: sqlite3.Connection) -> Row | None:
-    """The newest row."""
+    """Return the newest row, None in an empty ledger."""
     found = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM lifts ORDER BY seq DESC LIMIT 1").fetchone()
     return _row(_record(found)) if found is not None else None
 
 
-def last_entry(connection: sqlite3.Connection, run: str, stage: str) -> list[Lift]:
-    """The rows of the verdict that was recorded last about a stage of a run."""
+def last_finding(connection: sqlite3.Connection, run: str, stage: str) -> list[Lift]:
+    """Return the lifts recorded last about a stage of a run."""
     query = f"""SELECT {", ".join(COLUMNS)} FROM lifts WHERE run = :run AND stage = :stage AND recorded_at = (
         SELECT max(recorded_at) FROM lifts WHERE run = :run AND stage = :stage) ORDER BY seq"""
     return [_row(_record(found)).lift for found in connection.execute(query, {"run": run, "stage": stage})]
 
 
 def rows_ever(connection: sqlite3.Connection) -> int:
-    """How many rows were ever written."""
+    """Return the number of rows ever written."""
     found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'lifts'").fetchone()
     return int(found[0]) if found is not None else 0
 
 
-def empty(connection: sqlite3.Connection) -> None:
-    """Take every row out, for a rebuild that puts them in again."""
+def clear(connection: sqlite3.Connection) -> None:
+    """Remove every row, and the count of them, for a rebuild."""
     connection.execute("DELETE FROM lifts")
     connection.execute("DELETE FROM sqlite_sequence")
 
 
 @contextlib.contextmanager
 def _transaction(path: Path, mode: str, begin: str) -> Iterator[sqlite3.Connection]:
+    # A URI because its mode keeps a reader from creating an empty ledger. Without an isolation level Python begins no
+    # transaction of its own, so that BEGIN and COMMIT stand here and nowhere else.
     address = f"file:{quote(str(path.absolute()))}?mode={mode}"
     try:
         connection = sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None)
@@ -111,17 +115,17 @@ def _transaction(path: Path, mode: str, begin: str) -> Iterator[sqlite3.Connecti
                     connection.execute("ROLLBACK")
                 raise
     except sqlite3.Error as error:
-        if (known := _explained(error, path)) is None:
+        if (known := _explain(error, path)) is None:
             raise
         raise known from error
 
 
-def _explained(error: sqlite3.Error, path: Path) -> PosttrainError | None:
-    """The error with the exit code that it has, for those that are not our own fault."""
-    # The low byte is the kind; the rest says where in SQLite it arose.
+def _explain(error: sqlite3.Error, path: Path) -> PosttrainError | None:
+    """Return the error as one with an exit code; None for an error of our own making."""
+    # The low byte is the kind of the error, the rest its place in SQLite.
     kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if kind in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        return Interrupted(f"{path} could not be written: {error}. Every row in it is as it was: make room")
+        return Interrupted(f"{path} could not be written: {error}. No recorded row is lost; free some space")
     if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Interrupted(f"{path}: another process has kept it locked for {WAIT_SECONDS:g} seconds")
     if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -133,7 +137,7 @@ def _explained(error: sqlite3.Error, path: Path) -> PosttrainError | None:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the table in a file that is new or empty; refuse a file of another format."""
+    """Create the table in a new or empty file; reject a file of another format."""
     if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         for statement in SCHEMA:
             connection.execute(statement)
@@ -146,7 +150,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 def _record(values: Iterable[Any]) -> dict[str, Any]:
     record = dict(zip(COLUMNS, values, strict=True))
-    # SQLite has no truth values; whatever else was put in their place stays as it is.
+    # SQLite has no truth values. Another number in their place stays as it is, for the audit to find.
     return {key: bool(value) if KINDS.get(key) is bool and value in (0, 1) else value for key, value in record.items()}
 
 

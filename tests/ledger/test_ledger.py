@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PluginFailed, PosttrainError
 from posttrain.ledger import Lift, check, lifts, store
 from posttrain.ledger.audit import rebuild, verify
-from posttrain.ledger.chain import faults, linked
+from posttrain.ledger.chain import faults, link
 from posttrain.ledger.lift import KINDS
-from posttrain.ledger.store import records_in
+from posttrain.ledger.store import raw_rows
 from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_recipe, write_project
 from tests.support.judgements import ROOT, add
@@ -39,7 +39,7 @@ def edit(*statements: str) -> None:
 
 def content() -> list[dict[str, Any]]:
     with store.reading(ROOT) as connection:
-        return records_in(connection)
+        return raw_rows(connection)
 
 
 def test_a_row_tells_who_when_what_and_how_it_ended() -> None:
@@ -91,12 +91,12 @@ EDITS = {
     "bytes": (["UPDATE lifts SET task = x'00ff' WHERE seq = 3"], "row 3"),
     "truth value": (["UPDATE lifts SET higher_is_better = 0 WHERE seq = 3"], "row 3"),
     "hash": (["UPDATE lifts SET hash = 'other' WHERE seq = 3"], "row 3"),
-    "first row taken out": (["DELETE FROM lifts WHERE seq = 1"], "between row 0 and row 2"),
+    "first row taken out": (["DELETE FROM lifts WHERE seq = 1"], "removed or inserted between row 0 and row 2"),
     "row taken out": (["DELETE FROM lifts WHERE seq = 3"], "between row 2 and row 4"),
     "last row taken out": (["DELETE FROM lifts WHERE seq = 8"], "ends with row 7, but 8 rows were written"),
     "taken out and closed up": (
         ["DELETE FROM lifts WHERE seq = 3", "UPDATE lifts SET seq = seq - 1 WHERE seq > 3"],
-        "does not follow the row",
+        "does not follow the row before it",
     ),
     "exchanged": (
         [
@@ -104,7 +104,7 @@ EDITS = {
             "UPDATE lifts SET seq = 3 WHERE seq = 5",
             "UPDATE lifts SET seq = 5 WHERE seq = 100",
         ],
-        "does not follow the row",
+        "does not follow the row before it",
     ),
     "put in": (
         [
@@ -125,7 +125,7 @@ def test_whatever_is_done_to_a_past_row_is_found(case: str, capsys: pytest.Captu
     edit(*statements)
     assert main("ledger", "verify") == 5
     message = capsys.readouterr().err
-    assert message.startswith("error: runs/ledger.sqlite is not what was written:")
+    assert message.startswith("error: runs/ledger.sqlite was changed after it was written:")
     assert expected in message
 
 
@@ -141,7 +141,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 
 @given(st.lists(LIFTS, min_size=1, max_size=6), st.data())
 def test_no_value_of_no_row_can_be_another(found: list[Lift], data: st.DataObject) -> None:
-    rows = list(linked(found, None))
+    rows = list(link(found, None))
     records = [{"seq": row.seq, **asdict(row.lift), "previous": row.previous, "hash": row.hash} for row in rows]
     assert faults(records, len(rows)) == []
     record = data.draw(st.sampled_from(records))
@@ -157,15 +157,15 @@ def forge() -> None:
     rows = lifts(ROOT)
     changed = [replace(row.lift, lift=0.9) if row.seq == 3 else row.lift for row in rows]
     with store.writing(ROOT) as connection:
-        store.empty(connection)
-        store.append(connection, linked(changed, None))
+        store.clear(connection)
+        store.append(connection, link(changed, None))
 
 
 def test_a_forged_chain_does_not_agree_with_its_runs() -> None:
     for number in range(3):
         add(f"run{number}")
     forge()
-    with pytest.raises(ArtifactDamaged, match="row 3 is not what its run holds"):
+    with pytest.raises(ArtifactDamaged, match="row 3 differs from the copy in its run"):
         verify(ROOT)
 
 
@@ -173,7 +173,7 @@ def test_a_row_that_only_its_run_holds_is_missed() -> None:
     add("first")
     path = ROOT / "first/stages/sft/lifts.jsonl"
     path.write_text(path.read_text().replace("task1", "task2"))
-    with pytest.raises(ArtifactDamaged, match="a run holds a row that the ledger does not") as caught:
+    with pytest.raises(ArtifactDamaged, match="a run holds a row that the ledger lacks") as caught:
         verify(ROOT)
     assert "row 2 is not in its run" in str(caught.value)
 
@@ -218,12 +218,12 @@ def test_a_rebuild_from_the_runs_of_the_pipeline_gives_the_same_rows(
     assert capsys.readouterr().out == before
 
 
-def test_a_rebuild_that_would_lose_rows_is_refused() -> None:
+def test_a_rebuild_that_would_lose_rows_is_rejected() -> None:
     add("first")
     add("second")
     before = content()
     (ROOT / "first/stages/sft/lifts.jsonl").unlink()
-    with pytest.raises(BadInput, match="2 rows stand in the ledger alone, of first"):
+    with pytest.raises(BadInput, match="2 rows are in the ledger alone, of first"):
         rebuild(ROOT)
     assert content() == before
 
@@ -385,7 +385,7 @@ def test_a_page_damaged_in_the_middle_is_named() -> None:
 
 
 @pytest.mark.parametrize("version", [0, 7])
-def test_a_ledger_of_another_format_is_refused(version: int) -> None:
+def test_a_ledger_of_another_format_is_rejected(version: int) -> None:
     ROOT.mkdir()
     edit("CREATE TABLE lifts (artifact TEXT)", f"PRAGMA user_version = {version}")
     for call in (add, lambda: lifts(ROOT), lambda: rebuild(ROOT), lambda: verify(ROOT), lambda: check(ROOT)):
@@ -427,7 +427,7 @@ def test_export(capsys: pytest.CaptureFixture[str]) -> None:
         (["ledger", "verify", "root=runs"], "Available: output_root"),
         (["ledger", "verify"], "there is no ledger"),
         (["ledger", "export"], "there is no ledger"),
-        (["ledger", "rebuild"], "holds no run that was judged"),
+        (["ledger", "rebuild"], "holds no judged run"),
     ],
 )
 def test_bad_words(words: list[str], expected: str, capsys: pytest.CaptureFixture[str], working_folder: Path) -> None:
