@@ -4,8 +4,8 @@
     <root>/<run>/stages/<stage>/lifts.jsonl     the rows of this stage
     <root>/gates/<gate>-<digest>/lifts.jsonl    the rows of one adapter judged by ``posttrain gate``
 
-Rows are only ever added. They form a chain of hashes, which shows every later change; and they can be rebuilt from the
-copies, so that a lost or damaged file costs no history.
+Rows are only ever added. They form a chain of hashes, which shows a row that was changed, removed or moved; and they
+can be rebuilt from the copies, so that a lost or damaged file costs no history.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def require_ledger(root: Path) -> None:
 def verify(root: Path) -> list[dict[str, Any]]:
     """Check the chain, compare the ledger with the existing runs, and return every row as SQLite holds it.
 
-    Raise ArtifactDamaged naming the changed rows, BadInput when there is no ledger. Runs that were removed or moved away
-    are no fault.
+    Raise ArtifactDamaged naming the changed rows, BadInput when there is no ledger. A run that was removed or
+    moved away is no fault.
     """
     require_ledger(root)
     with writing(root) as connection:  # no run may be between its copy of a row and the ledger's

@@ -46,7 +46,10 @@ def hash_of(content: Mapping[str, Any], previous: str) -> str:
 
 
 def faults(records: Sequence[Mapping[str, Any]], ever: int) -> list[str]:
-    """Return the changes made to written rows; ``records`` are the rows as SQLite holds them, ``ever`` their count so far."""
+    """Return every change made to written rows.
+
+    ``records`` are the rows as SQLite holds them, ``ever`` is the number of rows ever written.
+    """
     found = []
     seq, previous = 0, START
     for record in records:
