@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
-from posttrain.data.counting import count_records
+from posttrain.data.mixing import count_records
 from posttrain.host import plugins
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.scoring.outlook import DISCORDANCES, HOPED, Outlook

@@ -17,7 +17,7 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.schema import Source
 from posttrain.data import records
-from posttrain.data.mixing import mix
+from posttrain.data.mixing import read_sources
 from posttrain.engine.config import FineTuneConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
@@ -69,7 +69,7 @@ class Page:
     def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
         """Print a stage; with ``count``, from so many records of each source at most."""
         sources = [_limited(source, count) for source in step.sources]
-        found = [r for r in mix(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
+        found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
         documents = render(found, ChatRenderer(self.tokenizer), config)
         for origin, group in groupby(zip(found, documents, strict=True), key=lambda pair: pair[0].origin):
             self._rule(f"{step.name}: {origin.path}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -89,12 +88,6 @@ def conform_sources(setting: str, data: Any, problems: list[Problem]) -> tuple[S
             sources.append(source)
     if not sources and not problems:
         problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
-    for source in sources:
-        if not 0 < source.weight < inf:
-            what = f"weight {source.weight} of {source.path} is not positive and finite"
-            problems.append(Problem(where=setting, what=what))
-        if source.limit is not None and source.limit < 1:
-            problems.append(Problem(where=setting, what=f"limit {source.limit} of {source.path} is not positive"))
     return tuple(sources)
 
 

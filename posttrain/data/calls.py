@@ -1,4 +1,4 @@
-"""Tools and their calls: one dialect for all files, and how a template may spell the words of a call."""
+"""Tools and their calls in one dialect for all files, and the words of a call in a rendered text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from posttrain.data.records import Message, Tool
 from posttrain.errors import reject, shown
 
 
-def checked_tools(value: Any, where: str) -> tuple[Tool, ...]:
-    """The definitions of tools that a record offers: a list of objects, or the same as JSON text.
+def read_tools(value: Any, where: str) -> tuple[Tool, ...]:
+    """Return the tools that a record offers, from a list of definitions or the same as JSON text.
 
     Raises:
-        BadInput: It is neither, or a tool has no name.
+        BadInput: ``value`` is neither, or a tool has no name.
     """
-    listed = _parsed(value)
+    listed = _parse_json(value)
     if listed is None:
         return ()
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
@@ -27,18 +27,18 @@ def checked_tools(value: Any, where: str) -> tuple[Tool, ...]:
     return tuple(listed)
 
 
-def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
-    """The calls of a message as ``{"type": "function", "function": {"name", "arguments"}}``, arguments parsed.
+def read_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
+    """Return the calls of a message as ``{"type": "function", "function": {"name", "arguments"}}``, arguments parsed.
 
-    Files hold arguments as objects or as JSON text, and leave the outer object away; chat templates are written for
-    the form above.
+    Chat templates are written for this form. Files differ: arguments are objects or JSON text, and the outer object
+    may be missing.
 
     Raises:
-        BadInput: A call has no name, or its arguments are no object.
+        BadInput: A call has no name, its arguments are no object, or two calls have one id.
     """
     if value is not None and not isinstance(value, list):
         reject(where, f"{name}: tool_calls must be a list, not {shown(value)}")
-    calls = [_checked_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
+    calls = [_read_call(call, where, f"{name}: call {number}") for number, call in enumerate(value or [], start=1)]
     known = [call["id"] for call in calls if call.get("id") is not None]
     if repeated := [key for key in known if known.count(key) > 1]:
         reject(
@@ -47,42 +47,45 @@ def checked_calls(value: Any, where: str, name: str) -> list[dict[str, Any]]:
     return calls
 
 
-def calls_in(value: Any, where: str, name: str) -> list[Any]:
-    """The calls that a turn says: one object with name and arguments or a list of them, or the same as JSON text.
+def parse_calls(value: Any, where: str, name: str) -> list[Any]:
+    """Return the calls in the content of a turn: one object with name and arguments, a list of them, or their JSON.
 
     Raises:
-        BadInput: It is neither, or an empty list.
+        BadInput: ``value`` is none of these, or an empty list.
     """
-    parsed = _parsed(value)
+    parsed = _parse_json(value)
     calls = [parsed] if isinstance(parsed, Mapping) else parsed
     if not isinstance(calls, list) or not calls:
-        reject(where, f"{name} must say a call, as JSON with name and arguments, not {shown(value)}")
+        reject(where, f"{name} must be a call, as JSON with name and arguments, not {shown(value)}")
     return calls
 
 
 def check_results(messages: Sequence[Message], where: str) -> None:
-    """Refuse a result of a tool that names a call which no turn before has made, where calls have ids at all."""
+    """Raise BadInput for a tool's result whose call id no earlier turn has; calls without ids match any result."""
     made: list[Any] = []
     for number, message in enumerate(messages, start=1):
         made += [call["id"] for call in message.get("tool_calls") or () if call.get("id") is not None]
         answered = message.get("tool_call_id")
         if message["role"] == "tool" and made and answered is not None and answered not in made:
-            reject(where, f"turn {number} (tool) answers the call {shown(answered)}, which no turn before it makes")
+            reject(where, f"turn {number} (tool) answers the call {shown(answered)}, which no earlier turn makes")
 
 
-def calls_of(message: Message) -> Sequence[Mapping[str, Any]]:
-    """The functions that a message calls, each with ``name`` and ``arguments``."""
+def called_functions(message: Message) -> Sequence[Mapping[str, Any]]:
+    """Return the functions that a message calls, each with ``name`` and ``arguments``."""
     return [call["function"] for call in message.get("tool_calls") or ()]
 
 
-def renamed(message: Message, name: str) -> Message:
-    """The message with another name of the first function that it calls."""
+def rename_call(message: Message, name: str) -> Message:
+    """Return the message with another name for the first function it calls."""
     first, *others = message["tool_calls"]
     return {**message, "tool_calls": [{**first, "function": {**first["function"], "name": name}}, *others]}
 
 
-def disguised(message: Message) -> tuple[Message, list[str]]:
-    """The message with a word of its own for every name, key and scalar of its calls, and those words."""
+def disguise_calls(message: Message) -> tuple[Message, list[str]]:
+    """Return the message with a new word for every name, key and scalar of its calls, and the new words.
+
+    Each word is invented and unique: a template that writes all of them writes the whole calls.
+    """
     taken: list[str] = []
     calls = [
         {**call, "function": {"name": _new_word(taken), "arguments": _in_words(call["function"]["arguments"], taken)}}
@@ -92,12 +95,12 @@ def disguised(message: Message) -> tuple[Message, list[str]]:
 
 
 def tool_names(tools: Sequence[Tool]) -> list[str]:
-    """The names of the functions that tools define."""
+    """Return the names of the functions that tools define."""
     return [_function(tool)["name"] for tool in tools]
 
 
 def words(value: Any) -> Iterator[Any]:
-    """Every key and every scalar in nested lists and objects."""
+    """Yield every key and every scalar in nested lists and objects."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key
@@ -109,21 +112,21 @@ def words(value: Any) -> Iterator[Any]:
         yield value
 
 
-def stands_in(word: Any, text: str) -> bool:
-    """Whether ``text`` holds a word of a call, plain or as JSON spells it."""
+def occurs_in(word: Any, text: str) -> bool:
+    """Return whether ``text`` holds a word of a call, plain or in one of its JSON spellings."""
     spellings = [json.dumps(word), json.dumps(word, ensure_ascii=False)]
     if isinstance(word, str):
         spellings = [spelling[1:-1] for spelling in spellings]
     return any(spelling in text for spelling in (str(word), *spellings))
 
 
-def _checked_call(call: Any, where: str, name: str) -> dict[str, Any]:
+def _read_call(call: Any, where: str, name: str) -> dict[str, Any]:
     if not isinstance(call, Mapping):
         reject(where, f"{name} must be an object, not {shown(call)}")
     function = _function(call)
     if not isinstance(function.get("name"), str) or not function["name"].strip():
-        reject(where, f"{name} has no name of a function")
-    arguments = _parsed(function.get("arguments"))
+        reject(where, f"{name} names no function")
+    arguments = _parse_json(function.get("arguments"))
     if arguments is not None and not isinstance(arguments, Mapping):
         reject(where, f"{name}: arguments must be an object, not {shown(arguments)}")
     outer = {key: value for key, value in call.items() if key not in ("name", "arguments") and value is not None}
@@ -150,11 +153,11 @@ def _new_word(taken: list[str]) -> str:
     return taken[-1]
 
 
-def _parsed(value: Any) -> Any:
-    """JSON text as what it says; anything else, and text that is not JSON or cannot be read, as it is."""
+def _parse_json(value: Any) -> Any:
+    """Return the value of JSON text; return anything else, and text that is no readable JSON, unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError):  # not JSON, or a number too long or lists too deep for Python to read
+    except (ValueError, RecursionError):  # no JSON, or too long a number or too deep a list for Python
         return value

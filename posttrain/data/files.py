@@ -1,31 +1,59 @@
-"""Rows of local files: JSON, JSONL, Parquet and plain text, each row with the place it came from."""
+"""Rows of local files: JSON, JSONL, Parquet and plain text, each row with its place.
+
+A new kind of file is one entry of ``FORMATS``, at the end: reading, counting, directories and gates go by this table.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from posttrain.errors import nearest, reject
 
 LONGEST_LINE = 2**26
-"""Bytes of a line of JSONL: more is no record, and would only fill the memory."""
+"""Bytes of the longest line of JSONL: a longer one is no record, and would only fill the memory."""
+COUNTED_BYTES = 64_000_000
+"""Size of the largest file whose lines are counted: a few hundredths of a second."""
+PARSED_BYTES = 8_000_000
+"""The same for a JSON array, parsed as a whole."""
 
-Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row]]
+RawRow = dict[str, Any]
+"""One record under the keys of its file, before its shape is recognised."""
+Rows = Iterator[tuple[str, RawRow]]
+"""Rows with their places: ``file:line`` counted from 1, or ``file[index]`` counted from 0."""
 
 
-def rows(path: Path) -> Rows:
-    """Yield ``(where, row)`` for every record of one file, reading JSONL and Parquet piece by piece.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFormat:
+    """One kind of file, found by its ending."""
 
-    ``where`` is ``file:line`` (JSONL, counted from 1) or ``file[index]`` (counted from 0). A text file is one row with
-    the key ``text``. Raises BadInput for anything else that is not a file of JSON objects, naming the line.
+    read: Callable[[Path], Rows]
+    """Yields the rows; raises BadInput at the place of a fault."""
+    count: Callable[[Path], int | None] | None = None
+    """Counts the rows without reading them as records; returns None for a damaged file."""
+    largest_counted: float = math.inf
+    """Bytes of the largest file worth counting."""
+    datasets_builder: str | None = None
+    """Builder of ``datasets`` for such files, by which lm-eval reads a gate's ``data``; None for no such use."""
+    is_note: bool = False
+    """Whether such a file beside data is a note about the data."""
+
+
+def read_rows(path: Path) -> Rows:
+    """Yield ``(where, row)`` for every record of one file, JSONL and Parquet piece by piece.
+
+    A text file is one row with the key ``text``.
+
+    Raises:
+        BadInput: The file cannot be read, holds no records, or a record is no JSON object; names the line.
     """
     found = False
     try:
-        for found_row in READERS[path.suffix](path):
+        for found_row in FORMATS[path.suffix].read(path):
             found = True
             yield found_row
     except OSError as error:
@@ -34,76 +62,89 @@ def rows(path: Path) -> Rows:
         reject(str(path), "holds no records")
 
 
+def count_rows(path: Path) -> int | None:
+    """Return the number of rows in one file; None when counting takes long or the ending is unknown."""
+    known = FORMATS.get(path.suffix)
+    if known is None or known.count is None or path.stat().st_size > known.largest_counted:
+        return None
+    return known.count(path)
+
+
 def local_files(name: str) -> list[Path] | None:
-    """The files that ``name`` stands for, or None when it can only be the name of a hub dataset."""
+    """Return the files behind ``name``, or None when it can only be the name of a hub dataset.
+
+    Raises:
+        BadInput: ``name`` looks like a path but leads to no readable file.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _directory(path)
+        return _list_directory(path)
     if path.exists():
-        return [_checked_file(path)]
+        return [_check_file(path)]
     if path.is_symlink():
-        reject(name, "is a link that leads to no file")
-    if path.suffix in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        reject(name, "no such file or directory", _sibling(path))
+        reject(name, "is a broken link")
+    if path.suffix in FORMATS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        reject(name, "no such file or directory", _suggest_sibling(path))
     return None
 
 
-def _directory(path: Path) -> list[Path]:
-    files = sorted(entry for entry in path.iterdir() if entry.suffix in READERS and not entry.name.startswith("."))
-    # beside data, a text file is a note about it
-    files = [file for file in files if file.suffix != TEXT] or files
+def _list_directory(path: Path) -> list[Path]:
+    files = sorted(entry for entry in path.iterdir() if entry.suffix in FORMATS and not entry.name.startswith("."))
+    files = [file for file in files if not FORMATS[file.suffix].is_note] or files
     if not files:
-        reject(str(path), f"the directory holds no file of {', '.join(READERS)}")
-    return [_checked_file(entry) for entry in files]
+        reject(str(path), f"the directory holds no file of {', '.join(FORMATS)}")
+    return [_check_file(entry) for entry in files]
 
 
-def _checked_file(path: Path) -> Path:
+def _check_file(path: Path) -> Path:
     if not path.is_file():
         reject(str(path), "is not a regular file")
-    if path.suffix not in READERS:
-        reject(str(path), f"the ending {path.suffix!r} is not known", f"Known: {', '.join(READERS)}")
+    if path.suffix not in FORMATS:
+        reject(str(path), "unknown ending", f"Known: {', '.join(FORMATS)}")
     return path
 
 
-def _sibling(path: Path) -> str:
+def _suggest_sibling(path: Path) -> str:
     if not path.parent.is_dir():
         return f"The directory {path.parent} does not exist either"
     close = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
     return f"Did you mean {path.parent / close}?" if close else ""
 
 
-def _jsonl(path: Path) -> Rows:
+# --- Readers ----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path) -> Rows:
+    fix = "Each line must be one JSON object; an array belongs in a .json file"
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            where = f"{path}:{number}"
             if len(line) > LONGEST_LINE:
-                reject(
-                    f"{path}:{number}", f"the line is longer than {LONGEST_LINE:,} bytes", "Put one record on a line"
-                )
-            text = _text(line, path, number).strip()
+                reject(where, f"the line is longer than {LONGEST_LINE:,} bytes", "Put one record on a line")
+            text = _decode(line, path, number).strip()
             if text:
-                where = f"{path}:{number}"
-                yield where, _object(_parsed(text, path, number), where)
+                yield where, _check_object(_parse(text, path, number, fix), where)
 
 
-def _json(path: Path) -> Rows:
-    text = _text(path.read_bytes(), path, 1)
+def _read_json(path: Path) -> Rows:
+    text = _decode(path.read_bytes(), path, 1)
     if not text.strip():
         return
-    values = _parsed(text, path, 1)
+    values = _parse(text, path, 1)
     if not isinstance(values, list):
         reject(str(path), f"holds {_kind(values)}, not an array", "One object per line belongs in a .jsonl file")
     for index, value in enumerate(values):
         where = f"{path}[{index}]"
-        yield where, _object(value, where)
+        yield where, _check_object(value, where)
 
 
-def _whole_text(path: Path) -> Rows:
-    text = _text(path.read_bytes(), path, 1)
+def _read_text(path: Path) -> Rows:
+    text = _decode(path.read_bytes(), path, 1)
     if text.strip():
         yield str(path), {"text": text}
 
 
-def _parquet(path: Path) -> Rows:
+def _read_parquet(path: Path) -> Rows:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -118,25 +159,16 @@ def _parquet(path: Path) -> Rows:
         reject(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
 
 
-TEXT = ".txt"
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-    TEXT: _whole_text,
-}
-"""How each kind of file is read, by its ending."""
-
-
-def _text(data: bytes, path: Path, line: int) -> str:
+def _decode(data: bytes, path: Path, line: int) -> str:
     try:
+        # Windows editors put a byte order mark before the first line.
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         reject(f"{path}:{line}", f"is not UTF-8: byte 0x{data[error.start]:02x}", "Convert the file to UTF-8")
 
 
-def _parsed(text: str, path: Path, line: int) -> Any:
+def _parse(text: str, path: Path, line: int, fix: str = "") -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -145,19 +177,18 @@ def _parsed(text: str, path: Path, line: int) -> Any:
         where, why = f"{path}:{line}", str(error)
     except RecursionError:
         where, why = f"{path}:{line}", "nested too deeply"
-    fix = "Each line must be one JSON object; an array belongs in a .json file"
-    reject(where, f"is not valid JSON: {why}", fix if path.suffix == ".jsonl" else "")
+    reject(where, f"is not valid JSON: {why}", fix)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
     return keys
 
 
-def _no_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
@@ -168,10 +199,11 @@ def _finite(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+# Stricter than Python's own: a second key, NaN and 1e400 would each lose what the author wrote without a word.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant, parse_float=_finite)
 
 
-def _object(value: Any, where: str) -> Row:
+def _check_object(value: Any, where: str) -> RawRow:
     if not isinstance(value, dict):
         reject(where, f"a record must be an object, not {_kind(value)}")
     return value
@@ -180,3 +212,38 @@ def _object(value: Any, where: str) -> Row:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", type(None): "null", bool: "a boolean"}
     return names.get(type(value), "a number")
+
+
+# --- Counters: a damaged file is reported where its rows are read, not here -------------------------------------------
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if not line.isspace())
+
+
+def _count_elements(path: Path) -> int | None:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return len(values) if isinstance(values, list) else None
+
+
+def _count_table_rows(path: Path) -> int | None:
+    import pyarrow
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return int(read_metadata(path).num_rows)
+    except pyarrow.ArrowException:
+        return None
+
+
+FORMATS: dict[str, FileFormat] = {
+    ".json": FileFormat(read=_read_json, count=_count_elements, largest_counted=PARSED_BYTES, datasets_builder="json"),
+    ".jsonl": FileFormat(read=_read_jsonl, count=_count_lines, largest_counted=COUNTED_BYTES, datasets_builder="json"),
+    ".parquet": FileFormat(read=_read_parquet, count=_count_table_rows, datasets_builder="parquet"),
+    ".txt": FileFormat(read=_read_text, is_note=True),
+}
+"""The known kinds of files by ending."""

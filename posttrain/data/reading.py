@@ -1,4 +1,9 @@
-"""From a source of a recipe to records, and to the digest of what was read."""
+"""Rows and records of one source of a recipe, and the digest of all sources.
+
+The options of a source act here and nowhere else: ``select_rows`` picks rows and ``count_selected`` counts them,
+``read_source`` makes records of them, ``data_digest`` covers every option. ``weight`` and ``share`` concern several
+sources; they act in ``data.mixing`` and ``tokens.shares``.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +11,78 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from enum import Enum
 from itertools import islice
 from typing import Any
 
 from posttrain.config.schema import Source
-from posttrain.data.files import Row, Rows, local_files, rows
+from posttrain.data.files import RawRow, Rows, count_rows, local_files, read_rows
 from posttrain.data.records import Record
 from posttrain.data.shapes import to_record
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.errors import BadInput, Problem, reject, suggest
+
+
+def select_rows(source: Source) -> Rows:
+    """Yield ``(where, row)`` for the rows of ``source`` that its options select, under the keys of its files.
+
+    An existing path is read from disk (JSON, JSONL, Parquet, text, or a directory of them in the order of their
+    names), any other name is streamed from the hub.
+
+    Raises:
+        BadInput: The source cannot be found or read; names file and line.
+    """
+    return islice(_all_rows(source), source.limit)
+
+
+def count_selected(source: Source) -> int | None:
+    """Return the number of rows that ``select_rows`` yields; None when only reading them would tell.
+
+    Uncounted files and hub datasets are taken to hold as many rows as their ``limit``.
+    """
+    found = [count_rows(path) for path in local_files(source.path) or []]
+    known = [count for count in found if count is not None]
+    if not found or len(known) < len(found):
+        return source.limit
+    return sum(known) if source.limit is None else min(sum(known), source.limit)
 
 
 def read_source(source: Source, shape: str) -> Iterator[Record]:
-    """Yield the records of ``source`` in the shape that a stage needs.
-
-    A path that exists is read from disk (JSON, JSONL, Parquet, text, or a directory of them in the order of their
-    names), anything else is streamed from the hub. ``columns`` renames keys before the shape is recognised, and
-    ``limit`` keeps the first records.
+    """Yield the records of ``source`` in the shape that a stage needs; ``columns`` renames keys first.
 
     Args:
-        source: What to read.
+        source: Path or hub name, with options.
         shape: One of RECORD_SHAPES.
 
     Raises:
         BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
     """
-    if source.limit is not None and source.limit < 1:
-        what = f"limit is {source.limit}"
-        raise BadInput(Problem(where=source.path, what=what, fix="Use at least 1, or null for all"))
-    for where, row in islice(_rows(source), source.limit):
-        yield to_record(_renamed(row, source.columns, where), source.format, shape, where)
+    for where, row in select_rows(source):
+        yield to_record(_rename(row, source.columns, where), source.format, shape, where)
 
 
 def data_digest(sources: Sequence[Source]) -> str:
-    """SHA-256 over the content of all files and the options that change what is read from them.
+    """Return the SHA-256 over the content of all files and all options of their sources.
 
-    Paths do not count: moved files keep their digest. A hub dataset counts by its name and options, of which
-    ``revision`` pins its content.
+    Paths do not count: moved files keep their digest. A hub dataset counts by its name and options; its ``revision``
+    pins its content.
     """
     described = [{"options": _options(source), "content": _content(source)} for source in sources]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _rows(source: Source) -> Rows:
-    files = local_files(source.path)
-    if files is None:
-        yield from _hub_rows(source)
+def _all_rows(source: Source) -> Rows:
+    paths = local_files(source.path)
+    if paths is None:
+        yield from _read_hub(source)
         return
-    for path in files:
-        yield from rows(path)
+    for path in paths:
+        yield from read_rows(path)
 
 
-def _hub_rows(source: Source) -> Rows:
+def _read_hub(source: Source) -> Rows:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path):
-        what = "no such file or directory, and not a hub name"
-        raise BadInput(Problem(where=source.path, what=what, fix="A hub dataset is named owner/name"))
+        reject(source.path, "no such file or directory, and not a hub name", "A hub dataset is named owner/name")
     from datasets import load_dataset
 
     options = {"name": source.subset, "split": source.split, "revision": source.revision}
@@ -70,7 +93,7 @@ def _hub_rows(source: Source) -> Rows:
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         raise _hub_failure(source, error) from error
     if index < 0:
-        raise BadInput(Problem(where=source.path, what=f"split {source.split!r} of the hub dataset holds no records"))
+        reject(source.path, f"split {source.split!r} of the hub dataset holds no records")
 
 
 def _hub_failure(source: Source, error: Exception) -> BadInput:
@@ -79,34 +102,29 @@ def _hub_failure(source: Source, error: Exception) -> BadInput:
     return BadInput(Problem(where=source.path, what=what, fix="Check name, split, subset, revision and the network"))
 
 
-def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
+def _rename(row: RawRow, columns: dict[str, str], where: str) -> RawRow:
     absent = [name for name in columns.values() if name not in row]
     if absent:
-        what = f"columns names {absent[0]!r}, which the record does not have"
-        raise BadInput(Problem(where=where, what=what, fix=suggest(absent[0], row)))
+        reject(where, f"columns names {absent[0]!r}, a key that the record lacks", suggest(absent[0], row))
+    # All old keys leave before the new ones come, so that two columns can swap.
     kept = {key: value for key, value in row.items() if key not in columns.values()}
     return kept | {target: row[name] for target, name in columns.items()}
 
 
 def _options(source: Source) -> dict[str, Any]:
-    return {
-        "format": source.format.value,
-        "columns": dict(source.columns),
-        "limit": source.limit,
-        "weight": float(source.weight),
-        "share": source.share,
-        "split": source.split,
-        "subset": source.subset,
-        "revision": source.revision,
-    }
+    """Return all options but the path; a new option enters the digest by being a field of Source."""
+    values = {option.name: getattr(source, option.name) for option in fields(source) if option.name != "path"}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    # weight=2 and weight=2.0 are one setting, but two texts in JSON.
+    return plain | {"weight": float(source.weight)}
 
 
 def _content(source: Source) -> str | list[str]:
-    files = local_files(source.path)
-    if files is None:
+    paths = local_files(source.path)
+    if paths is None:
         return source.path
     digests = []
-    for path in files:
+    for path in paths:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests

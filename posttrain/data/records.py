@@ -1,4 +1,4 @@
-"""Records as the stages see them, whatever shape their file had."""
+"""Records as the stages see them, the same for all shapes of files."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = Mapping[str, Any]
-"""``{"role": "user", "content": "..."}`` and whatever else the chat template reads.
+"""``{"role": "user", "content": "..."}`` with further keys for the chat template.
 
 Calls of tools are ``tool_calls: [{"type": "function", "function": {"name": "...", "arguments": {...}}}]``; beside them
-content may be empty. ``train: false`` on an assistant turn keeps it as context, and ``refuses`` says whether it is a
-refusal; the template is shown neither key.
+content may be empty. On an assistant turn, ``train: false`` makes it context, and ``refuses`` marks an answer that
+declines the request, or one that does not. The template sees neither key.
 """
 
 Tool = Mapping[str, Any]
-"""The definition of a tool, as the chat template reads it."""
+"""The definition of a tool, in the form of chat templates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The source that a record came from."""
+    """The source of a record."""
 
     number: int
     """Its place in the recipe's list of sources, from 0."""
     path: str
     share: float = 0.0
-    """Its share of the tokens of the mix; 0 when the recipe gives none, and all records are taken."""
+    """Its share of all tokens of the stage; 0 when the recipe gives none and takes all records."""
 
 
 UNKNOWN = Origin(number=0, path="data")
-"""The origin of records that did not come from a source of the recipe."""
+"""The origin of records from outside the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +39,15 @@ class Conversation:
 
     messages: tuple[Message, ...]
     where: str
-    """``file:line`` (JSONL) or ``file[index]``, for messages."""
+    """``file:line`` (JSONL) or ``file[index]``, for errors."""
     tools: tuple[Tool, ...] = ()
-    """The tools that the prompt offers."""
+    """The tools on offer in the prompt."""
     origin: Origin = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Raw text, every token of which is trained."""
+    """Raw text; every token is trained."""
 
     text: str
     where: str
@@ -67,17 +67,17 @@ class Preference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feedback:
-    """A prompt with one answer that was judged on its own."""
+    """A prompt with one answer, judged on its own."""
 
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
     label: bool
-    """Whether the answer was judged good."""
+    """True for a good answer."""
     where: str
     tools: tuple[Tool, ...] = ()
 
 
 Document = Conversation | Text
-"""What a stage that asks for documents gets."""
+"""A record of a stage that asks for documents."""
 
 Record = Document | Preference | Feedback

@@ -1,4 +1,4 @@
-"""The shapes that records have in files, recognised by their keys and converted to what the stages see."""
+"""The shapes of records in files, recognised by their keys and converted to the records of the stages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain.config.schema import Format
-from posttrain.data.calls import check_results, checked_tools
+from posttrain.data.calls import check_results, read_tools
+from posttrain.data.files import RawRow
 from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text
-from posttrain.data.turns import check_order, checked_text, turn, turns
+from posttrain.data.turns import check_order, make_turn, read_turns, require_text
 from posttrain.errors import reject
-
-Row = Mapping[str, Any]
 
 SHAPES = {
     Format.messages: "messages (role, content) [, tools], or conversations with the same",
@@ -31,20 +30,20 @@ SERVES = {
     "preferences": (Format.preference,),
     "feedback": (Format.feedback, Format.preference),
 }
-"""The shapes in files that each shape of prepared records is made from."""
+"""The shapes in files behind each shape of records that a stage can ask for."""
 
 
-def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
-    """Convert one row.
+def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
+    """Convert one row to the record that a stage needs.
 
     Args:
         row: Keys and values of the record; null counts as absent.
-        form: Its shape, or ``auto`` to recognise it; raw text has to be asked for, as all of it is trained.
-        shape: What the stage needs: one of RECORD_SHAPES.
+        form: Its shape, or ``auto`` to recognise it. Raw text must be asked for, since all of it is trained.
+        shape: One of RECORD_SHAPES.
         where: ``file:line``, for errors and for the record.
 
     Raises:
-        BadInput: The shape is unknown, is not what the stage needs, or a turn breaks the rules of conversations.
+        BadInput: The shape is unknown, does not serve the stage, or a turn breaks the rules of conversations.
     """
     known = recognise(row, where) if form is Format.auto else form
     if shape == "feedback" and (known is Format.prompt_completion or (known in CHATS and row.get("label") is not None)):
@@ -53,19 +52,19 @@ def to_record(row: Row, form: Format, shape: str, where: str) -> Record:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
         reject(where, what, f"Known for {shape}: {_listed(shape)}")
     if known in CHATS:
-        _refuse_labelled(row, where)
+        _reject_bad_answer(row, where)
     return CONVERTERS[known](row, where)
 
 
-def recognise(row: Row, where: str) -> Format:
-    """The shape of a row, from the keys it has."""
+def recognise(row: RawRow, where: str) -> Format:
+    """Return the shape of a row, judged by its keys; null counts as absent."""
     keys = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= keys:
         return Format.preference
     if "messages" in keys:
         return Format.messages
     if "conversations" in keys:
-        return Format.sharegpt if _says_from(row["conversations"]) else Format.messages
+        return Format.sharegpt if _is_sharegpt(row["conversations"]) else Format.messages
     if {"prompt", "completion"} <= keys:
         return Format.prompt_completion
     if {"instruction", "output"} <= keys:
@@ -80,87 +79,89 @@ def _listed(shape: str) -> str:
     return "; ".join(SHAPES[form] for form in SERVES[shape])
 
 
-def _refuse_labelled(row: Row, where: str) -> None:
-    # Feedback data marks bad answers with label: false; trained as conversations they would be taught.
+def _reject_bad_answer(row: RawRow, where: str) -> None:
+    # Feedback data marks bad answers by label: false. Trained as conversations they would be taught.
     if row.get("label") is False:
-        what = "label is false: the answer was judged bad, and training on conversations would teach it"
+        what = "label is false: the answer was judged bad, and this stage would teach it"
         reject(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
 
 
-def _says_from(value: Any) -> bool:
+def _is_sharegpt(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
 
 
-def _messages(row: Row, where: str) -> Conversation:
+def _messages(row: RawRow, where: str) -> Conversation:
     name = "messages" if row.get("messages") is not None else "conversations"
-    return _conversation(row, turns(row.get(name), where, name), where)
+    return _conversation(row, read_turns(row.get(name), where, name), where)
 
 
-def _sharegpt(row: Row, where: str) -> Conversation:
-    return _conversation(row, _system(row, where) + turns(row.get("conversations"), where, "conversations"), where)
+def _sharegpt(row: RawRow, where: str) -> Conversation:
+    return _conversation(row, _system(row, where) + read_turns(row.get("conversations"), where, "conversations"), where)
 
 
-def _prompt_completion(row: Row, where: str) -> Conversation:
-    prompt = _said(row.get("prompt"), "user", where, "prompt")
-    completion = _said(row.get("completion"), "assistant", where, "completion")
+def _prompt_completion(row: RawRow, where: str) -> Conversation:
+    prompt = _read_side(row.get("prompt"), "user", where, "prompt")
+    completion = _read_side(row.get("completion"), "assistant", where, "completion")
     if any(message["role"] == "assistant" and message.get("train", True) for message in prompt):
         fix = "Mark it train: false, or use messages, in which every assistant turn is trained"
         reject(where, "prompt holds an assistant turn", fix)
     return _conversation(row, prompt + completion, where)
 
 
-def _alpaca(row: Row, where: str) -> Conversation:
-    answer = turn("assistant", row.get("output"), where, "output")
+def _alpaca(row: RawRow, where: str) -> Conversation:
+    answer = make_turn("assistant", row.get("output"), where, "output")
     return _conversation(row, [*_alpaca_prompt(row, where), answer], where)
 
 
-def _preference(row: Row, where: str) -> Preference:
-    chosen = _said(row.get("chosen"), "assistant", where, "chosen")
-    rejected = _said(row.get("rejected"), "assistant", where, "rejected")
+def _preference(row: RawRow, where: str) -> Preference:
+    chosen = _read_side(row.get("chosen"), "assistant", where, "chosen")
+    rejected = _read_side(row.get("rejected"), "assistant", where, "rejected")
     prompt = _explicit_prompt(row, where)
     shared = _shared_prefix(chosen, rejected)
     if shared and prompt and shared[-len(prompt) :] != prompt:
-        reject(where, "prompt is not the beginning that chosen and rejected share", "Keep one of the two prompts")
+        reject(
+            where, "prompt differs from the turns that chosen and rejected begin with", "Keep one of the two prompts"
+        )
     prompt = shared or prompt
     if not prompt:
-        what = "there is no prompt, and chosen and rejected do not begin with the same turns"
+        what = "no prompt: chosen and rejected do not begin with the same turns"
         reject(where, what, "Add prompt, or put the whole conversation into both")
     for name, side in (("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])):
         _check_side(prompt, side, where, name)
     if _core(chosen[-1]) == _core(rejected[-1]):
         reject(where, "chosen and rejected are the same", "Remove the record")
-    tools = checked_tools(row.get("tools"), where)
+    tools = read_tools(row.get("tools"), where)
     return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
 
-def _feedback(row: Row, where: str) -> Feedback:
+def _feedback(row: RawRow, where: str) -> Feedback:
     label = row.get("label")
     if not isinstance(label, bool):
         reject(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
-    prompt, completion = _judged(row, where)
+    prompt, completion = _split_judged(row, where)
     _check_side(prompt, completion, where, "completion")
-    tools = checked_tools(row.get("tools"), where)
+    tools = read_tools(row.get("tools"), where)
     return Feedback(prompt=tuple(prompt), completion=tuple(completion), label=label, where=where, tools=tools)
 
 
-def _judged(row: Row, where: str) -> tuple[list[Message], list[Message]]:
-    """The prompt of a judged answer, and the answer: given as such, or the last turn of a conversation."""
+def _split_judged(row: RawRow, where: str) -> tuple[list[Message], list[Message]]:
+    """Return the prompt and the judged answer, which is the completion or the last turn of a conversation."""
     known = recognise(row, where)
     if known is Format.prompt_completion:
-        prompt = _said(row.get("prompt"), "user", where, "prompt")
-        return prompt, _said(row.get("completion"), "assistant", where, "completion")
+        prompt = _read_side(row.get("prompt"), "user", where, "prompt")
+        return prompt, _read_side(row.get("completion"), "assistant", where, "completion")
     chat = CONVERTERS[known](row, where)
     if not isinstance(chat, Conversation):
-        reject(where, f"the record has the shape {known.value}, and holds no single answer", SHAPES[Format.feedback])
+        reject(where, f"the record has the shape {known.value}, without a single answer", SHAPES[Format.feedback])
     messages = list(chat.messages)
     return messages[:-1], messages[-1:]
 
 
-def _text(row: Row, where: str) -> Text:
-    return Text(text=checked_text(row.get("text"), where, "text"), where=where)
+def _text(row: RawRow, where: str) -> Text:
+    return Text(text=require_text(row.get("text"), where, "text"), where=where)
 
 
-CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
+CONVERTERS: dict[Format, Callable[[RawRow, str], Record]] = {
     Format.messages: _messages,
     Format.prompt_completion: _prompt_completion,
     Format.alpaca: _alpaca,
@@ -169,15 +170,15 @@ CONVERTERS: dict[Format, Callable[[Row, str], Record]] = {
     Format.feedback: _feedback,
     Format.text: _text,
 }
-"""How a row of each shape becomes a record."""
+"""The converter of each shape."""
 
 
-def _conversation(row: Row, messages: list[Message], where: str) -> Conversation:
+def _conversation(row: RawRow, messages: list[Message], where: str) -> Conversation:
     check_order(messages, where)
     check_results(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
-        reject(where, "the conversation has no assistant turn, so nothing in it can be trained")
-    return Conversation(messages=tuple(messages), where=where, tools=checked_tools(row.get("tools"), where))
+        reject(where, "the conversation has no assistant turn, so nothing can be trained")
+    return Conversation(messages=tuple(messages), where=where, tools=read_tools(row.get("tools"), where))
 
 
 def _check_side(prompt: list[Message], side: list[Message], where: str, name: str) -> None:
@@ -194,46 +195,46 @@ def _core(message: Message) -> tuple[str, Any]:
     return message["content"].strip(), message.get("tool_calls")
 
 
-def _said(value: Any, role: str, where: str, name: str) -> list[Message]:
-    """Text said by ``role``, or messages that name their roles."""
+def _read_side(value: Any, role: str, where: str, name: str) -> list[Message]:
+    """Return text as one turn of ``role``, or messages with roles of their own."""
     if isinstance(value, Mapping | list):
-        return turns(value, where, name)
-    return [turn(role, value, where, name)]
+        return read_turns(value, where, name)
+    return [make_turn(role, value, where, name)]
 
 
-def _explicit_prompt(row: Row, where: str) -> list[Message]:
-    """The prompt of a preference that stands beside the two answers; empty when they hold it themselves."""
+def _explicit_prompt(row: RawRow, where: str) -> list[Message]:
+    """Return the prompt beside the two answers of a preference; empty when the answers hold it themselves."""
     if row.get("prompt") is not None:
-        return _said(row["prompt"], "user", where, "prompt")
+        return _read_side(row["prompt"], "user", where, "prompt")
     if row.get("conversations") is not None:
-        return _system(row, where) + turns(row["conversations"], where, "conversations")
+        return _system(row, where) + read_turns(row["conversations"], where, "conversations")
     if row.get("instruction") is not None:
         return _alpaca_prompt(row, where)
     if row.get("messages") is not None:
-        return turns(row["messages"], where, "messages")
+        return read_turns(row["messages"], where, "messages")
     return []
 
 
-def _alpaca_prompt(row: Row, where: str) -> list[Message]:
+def _alpaca_prompt(row: RawRow, where: str) -> list[Message]:
     messages = _system(row, where)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         reject(where, "history must be a list of [question, answer]")
     for number, (question, answer) in enumerate(history, start=1):
-        messages.append(turn("user", question, where, f"question {number} of history"))
-        messages.append(turn("assistant", answer, where, f"answer {number} of history"))
-    asked = [checked_text(row.get("instruction"), where, "instruction")]
+        messages.append(make_turn("user", question, where, f"question {number} of history"))
+        messages.append(make_turn("assistant", answer, where, f"answer {number} of history"))
+    asked = [require_text(row.get("instruction"), where, "instruction")]
     if row.get("input") not in (None, ""):
-        asked.append(checked_text(row["input"], where, "input"))
+        asked.append(require_text(row["input"], where, "input"))
     return [*messages, {"role": "user", "content": "\n".join(asked)}]
 
 
-def _system(row: Row, where: str) -> list[Message]:
-    return [turn("system", row["system"], where, "system")] if row.get("system") not in (None, "") else []
+def _system(row: RawRow, where: str) -> list[Message]:
+    return [make_turn("system", row["system"], where, "system")] if row.get("system") not in (None, "") else []
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """The turns before the last that both sides begin with."""
+    """Return the turns that both sides begin with, their last turns excluded."""
     count = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:

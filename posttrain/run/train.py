@@ -14,7 +14,7 @@ from typing import Any
 from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, verify
 from posttrain.chat_template import template_record
 from posttrain.context import StageContext
-from posttrain.data.overlap import overlap
+from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
 from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
@@ -199,7 +199,7 @@ def read_records(job: Job) -> Records:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
     files = {name: task.data for name, task in job.step.tasks.items() if task.data}
-    counts = overlap(job.step.sources, list(files.values()))
+    counts = count_overlap(job.step.sources, list(files.values()))
     for (name, file), (shared, scored) in zip(files.items(), counts, strict=True):
         if shared:
             what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"

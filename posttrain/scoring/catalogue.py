@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from posttrain.data.files import FORMATS
 from posttrain.digests import file_digests
 
 EVALUATED = ("test_split", "validation_split", "training_split")
@@ -137,7 +138,7 @@ def documents_from(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if split is None:
         raise ValueError("the task names no split that documents could stand in for")
     return {
-        "dataset_path": "parquet" if path.suffix == ".parquet" else "json",
+        "dataset_path": FORMATS[path.suffix].datasets_builder,
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(path)}},
         **dict.fromkeys(("training_split", "validation_split", "test_split"), None),

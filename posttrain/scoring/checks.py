@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from posttrain.config.schema import Backend
+from posttrain.data.files import FORMATS
 from posttrain.errors import Problem, nearest, suggest
 from posttrain.scoring.catalogue import Function, is_path, local_data_files, read_task_file, registered
 
@@ -39,8 +40,8 @@ def check_backend(gate: GateConfig) -> list[Problem]:
 
 def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
     yield from _check_numbers(where, task)
-    if task.data is not None and not Path(task.data).expanduser().is_file():
-        yield Problem(where=f"{where}.data", what=f"there is no file {task.data}")
+    if task.data is not None:
+        yield from _check_data(f"{where}.data", Path(task.data).expanduser())
     reference = task.task or name
     if is_path(reference):
         yield from _check_file(where, Path(reference).expanduser(), task)
@@ -54,6 +55,14 @@ def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
             fix=(f"Did you mean {close}? " if close else "")
             + "A task of your own is given by its file: task: PATH.yaml",
         )
+
+
+def _check_data(where: str, path: Path) -> Iterator[Problem]:
+    endings = [ending for ending, known in FORMATS.items() if known.datasets_builder is not None]
+    if not path.is_file():
+        yield Problem(where=where, what=f"there is no file {path}")
+    elif path.suffix not in endings:
+        yield Problem(where=where, what=f"{path} has an unknown ending", fix=f"Known: {', '.join(endings)}")
 
 
 def _check_numbers(where: str, task: GateTask) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Role
-from posttrain.data.counting import count_in_file
+from posttrain.data.files import count_rows
 from posttrain.gate.power import POWER, paired_documents, paired_power
 from posttrain.gate.statistics import normal_quantile
 from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered
@@ -139,7 +139,7 @@ def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
 
 def _counted(files: Sequence[str]) -> int | None:
     paths = [Path(file).expanduser() for file in files]
-    counts = [count_in_file(path) if path.is_file() else None for path in paths]
+    counts = [count_rows(path) if path.is_file() else None for path in paths]
     known = [count for count in counts if count is not None]
     return sum(known) if known and len(known) == len(counts) else None
 

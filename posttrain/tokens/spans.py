@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
-from posttrain.data.calls import calls_of, disguised, renamed, stands_in, tool_names, words
+from posttrain.data.calls import called_functions, disguise_calls, occurs_in, rename_call, tool_names, words
 from posttrain.data.records import Conversation, Message
 from posttrain.errors import reject
 from posttrain.tokens.time_limit import patience
@@ -113,7 +113,7 @@ class Template:
             reject(chat.where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
         except _FAILURES as error:
             why = str(error) or type(error).__name__
-            reject(chat.where, f"the chat template refuses the conversation: {why}", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template cannot render the conversation: {why}", _OTHER_TEMPLATE)
         if len(text) > SIZE and len(text) > SIZE_PER_CHARACTER * sum(
             len(str(word)) for word in words([messages, tools])
         ):
@@ -184,7 +184,7 @@ class Template:
         if not text.startswith(prompt):
             _unproven(chat.where, turn, "the template does not begin it with its own generation prompt")
         before = _shared_length(bare, prompt)
-        if calls_of(message):
+        if called_functions(message):
             answer = self._with_calls(chat, text, before, len(prompt))
         else:
             verbatim = self._verbatim(text, before, len(prompt), _core(message), turn)
@@ -237,11 +237,11 @@ class Template:
         if name is None or not start <= name < stop:
             _unproven(where, turn, f"its calls do not stand between the generation prompt and {self._closing}")
         span = text[start : stop + len(self._closing)]
-        said = [word for call in calls_of(message) for word in (call["name"], *words(call["arguments"]))]
-        missing = [word for word in said if not stands_in(word, span)]
+        said = [word for call in called_functions(message) for word in (call["name"], *words(call["arguments"]))]
+        missing = [word for word in said if not occurs_in(word, span)]
         if missing or message["content"].strip() not in text[before:stop]:
             _unproven(where, turn, f"{_short(str(missing[0])) if missing else 'its content'} does not stand in it")
-        other, new_words = disguised(message)
+        other, new_words = disguise_calls(message)
         shown = self._alone(chat, other).partition(self._closing)[0]
         if not all(word in shown for word in new_words):
             _unproven(where, turn, "the template does not write all of its calls")
@@ -316,7 +316,7 @@ class Template:
             why = "the template does not mark every assistant turn once with {% generation %}"
             _unproven(chat.where, answer.turn, why)
         start, end = len(text) - len(pieces[-1]) - len(pieces[-2]), len(text) - len(pieces[-1])
-        latest = answer.start if calls_of(chat.messages[-1]) else max(answer.start, answer.content)
+        latest = answer.start if called_functions(chat.messages[-1]) else max(answer.start, answer.content)
         if not (before <= start <= latest and answer.content_end <= end <= _skip_space(text, answer.end)):
             _unproven(chat.where, answer.turn, f"{{% generation %}} marks {_short(text[start:end])} in its place")
         return replace(answer, start=max(start, answer.start))
@@ -324,20 +324,20 @@ class Template:
 
 def _core(message: Message) -> str:
     """What a message says that can be found in the text: its content, or the name of the first function it calls."""
-    calls = calls_of(message)
+    calls = called_functions(message)
     return str(calls[0]["name"] if calls else message["content"]).strip()
 
 
 def _saying(message: Message, sentinel: str) -> Message:
-    return renamed(message, sentinel) if calls_of(message) else {**message, "content": sentinel}
+    return rename_call(message, sentinel) if called_functions(message) else {**message, "content": sentinel}
 
 
 def _is_told(message: Message, text: str) -> bool:
     """Whether ``text`` holds what a message says; thoughts of earlier answers may be left out."""
     if message["role"] == "assistant":
-        return all(call["name"] in text for call in calls_of(message))
+        return all(call["name"] in text for call in called_functions(message))
     content = message["content"].strip()
-    return content in text or (message["role"] == "tool" and stands_in(content, text))
+    return content in text or (message["role"] == "tool" and occurs_in(content, text))
 
 
 def _make_visible(tag: re.Match[str]) -> str:

@@ -158,7 +158,7 @@ BYTES: dict[str, tuple[Spoil, str]] = {
     "trailing comma": (raw(LINE[:-1] + b",}"), "train.jsonl:1: is not valid JSON"),
     "duplicate keys": (
         raw(b'{"prompt": "a", "prompt": "b"}'),
-        "train.jsonl:1: is not valid JSON: the key 'prompt' stands",
+        "train.jsonl:1: is not valid JSON: the key 'prompt' occurs",
     ),
     "NaN": (raw(LINE[:-1] + b', "n": NaN}'), "train.jsonl:1: is not valid JSON: NaN is not a JSON value"),
     "Infinity": (raw(LINE[:-1] + b', "n": -Infinity}'), "train.jsonl:1: is not valid JSON: -Infinity is not"),
@@ -174,7 +174,7 @@ BYTES: dict[str, tuple[Spoil, str]] = {
     "gzip bomb": (instead(packed_zeros), "train.jsonl: no such file or directory\n    Did you mean train.jsonl.gz?"),
     "gzip bomb by another name": (renamed_zeros, "train.jsonl:1: is not UTF-8: byte 0x8b"),
     "FIFO": (instead(lambda: os.mkfifo(DATA)), "train.jsonl: is not a regular file"),
-    "symlink loop": (instead(lambda: DATA.symlink_to(DATA)), "train.jsonl: is a link that leads to no file"),
+    "symlink loop": (instead(lambda: DATA.symlink_to(DATA)), "train.jsonl: is a broken link"),
     "empty directory": (instead(DATA.mkdir), "train.jsonl: the directory holds no file of .json"),
 }
 TURN = "train.jsonl:2: turn 2 of messages (assistant): "
@@ -214,7 +214,7 @@ CHATS: dict[str, tuple[Spoil, str]] = {
         "turn 1 (user) holds the special token '<|end|>'",
     ),
     "arguments that are no JSON": (calling([call('{"a": ')]), "call 1: arguments must be an object, not '{\"a\": '"),
-    "a call without a name": (calling([{"function": {}}]), "turn 2 of messages (assistant): call 1 has no name"),
+    "a call without a name": (calling([{"function": {}}]), "turn 2 of messages (assistant): call 1 names no function"),
     "a result for nobody": (
         said(("user", "a"), ("tool", "5"), ("assistant", "b")),
         "train.jsonl:2: turn 2 (tool) follows user",
@@ -232,9 +232,9 @@ CHATS: dict[str, tuple[Spoil, str]] = {
 RENDERED = "train.jsonl:1: the chat template"
 TEMPLATES: dict[str, tuple[Spoil, str]] = {
     "no template": (lambda: Path("base/chat_template.jinja").unlink(), "the tokenizer of base has no chat template"),
-    "not Jinja": (template("{% for %}"), f"{RENDERED} refuses the conversation: Expected an expression"),
-    "raising": (template("{{ raise_exception('not me') }}"), f"{RENDERED} refuses the conversation: not me"),
-    "dividing by zero": (template("{{ 1 / 0 }}"), f"{RENDERED} refuses the conversation: division by zero"),
+    "not Jinja": (template("{% for %}"), f"{RENDERED} cannot render the conversation: Expected an expression"),
+    "raising": (template("{{ raise_exception('not me') }}"), f"{RENDERED} cannot render the conversation: not me"),
+    "dividing by zero": (template("{{ 1 / 0 }}"), f"{RENDERED} cannot render the conversation: division by zero"),
     "dropping the system turn": (
         template(NO_SYSTEM, rows({"messages": [{"role": "system", "content": "s"}, *CHAT["messages"]]})),
         f"{RENDERED} leaves out or rewrites turn 1 (system)",
@@ -253,11 +253,14 @@ TEMPLATES: dict[str, tuple[Spoil, str]] = {
     ),
     "long loop": (
         template("{% for i in range(10 ** 9) %}{% endfor %}"),
-        f"{RENDERED} refuses the conversation: Range too big",
+        f"{RENDERED} cannot render the conversation: Range too big",
     ),
-    "endless recursion": (template(BOTTOMLESS), f"{RENDERED} refuses the conversation: maximum recursion depth"),
+    "endless recursion": (template(BOTTOMLESS), f"{RENDERED} cannot render the conversation: maximum recursion depth"),
     "much output": (template(TEMPLATE + "{{ 'x' * 2000000 }}"), f"{RENDERED} makes 2,000,042 characters of it"),
-    "more output than memory": (template("{{ 'x' * 10 ** 15 }}"), f"{RENDERED} refuses the conversation: MemoryError"),
+    "more output than memory": (
+        template("{{ 'x' * 10 ** 15 }}"),
+        f"{RENDERED} cannot render the conversation: Memory",
+    ),
     "no end-of-sequence token": (lambda: tokenizer(eos_token=None), "the tokenizer has no end-of-sequence token"),
 }
 REJECTED = {**BYTES, **CHATS, **TEMPLATES}
@@ -290,7 +293,7 @@ def check_rejected(capfd: pytest.CaptureFixture[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words", "message"),
     [
-        (packed_zeros, ["sft.data=train.jsonl.gz"], "train.jsonl.gz: the ending '.gz' is not known"),
+        (packed_zeros, ["sft.data=train.jsonl.gz"], "train.jsonl.gz: unknown ending"),
         (unknown_stop, ["model.path=small"], "the tokenizer gives token 104, but the model has only 104 embeddings"),
         (lambda: None, ["sft.sequence_length=5"], "no trained token in 1 records\n    The longest has 11 tokens"),
         (lambda: None, ["sft.sequence_length=1"], "sft.sequence_length: must be at least 2"),
@@ -352,14 +355,14 @@ def test_one_trained_token_is_enough(capfd: pytest.CaptureFixture[str]) -> None:
 def test_data_that_change_while_they_are_read_are_rejected(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = files.rows
+    read = files.read_rows
 
     def change(path: Path) -> files.Rows:
         yield from read(path)
         with path.open("ab") as file:
             file.write(LINE + b"\n")
 
-    monkeypatch.setattr("posttrain.data.reading.rows", change)
+    monkeypatch.setattr("posttrain.data.reading.read_rows", change)
     assert run("recipe=mine") == 2
     assert "sft.data: the data changed while it was read" in capfd.readouterr().err
     assert not list(Path("runs").rglob("artifact"))

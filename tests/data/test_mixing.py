@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from posttrain import cli
 from posttrain.config.schema import Source
-from posttrain.data.mixing import mix
+from posttrain.data.mixing import read_sources
 from posttrain.data.records import Conversation, Origin, Text
 from posttrain.errors import BadInput
 from posttrain.tokens.shares import Size, by_share, portions
@@ -28,7 +28,7 @@ def source(tmp_path: Path, name: str, count: int, **options: Any) -> Source:
 
 
 def prompts(sources: list[Source], seed: int = 0) -> list[str]:
-    records = mix(sources, "conversations", seed)
+    records = read_sources(sources, "conversations", seed)
     return [record.messages[0]["content"] for record in records if isinstance(record, Conversation)]
 
 
@@ -55,13 +55,7 @@ def test_equal_sources_draw_different_halves(tmp_path: Path) -> None:
     assert mixed[:20] != mixed[20:]
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
-def test_weights_that_are_no_positive_number_are_refused(tmp_path: Path, weight: float) -> None:
-    with pytest.raises(BadInput, match=r"a\.jsonl: weight is .*\n.*above 0"):
-        prompts([source(tmp_path, "a", 2, weight=weight)])
-
-
-def test_empty_data_is_refused(tmp_path: Path) -> None:
+def test_empty_data_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="names no source"):
         prompts([])
     with pytest.raises(BadInput, match="holds no records"):
@@ -213,6 +207,12 @@ def test_the_shipped_recipe_replays_and_says_what_it_scores_and_trains(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("sft.data=[{path: books, weight: 0}]", "sft.data: weight of books is 0.0, must be above 0 and finite"),
+        ("sft.data=[{path: books, weight: -1}]", "sft.data: weight of books is -1.0, must be above 0 and finite"),
+        ("sft.data=[{path: books, weight: nan}]", "sft.data: weight of books is nan, must be above 0 and finite"),
+        ("sft.data=[{path: books, weight: inf}]", "sft.data: weight of books is inf, must be above 0 and finite"),
+        ("sft.data=[chats.jsonl,{path: books, limit: 0}]", "sft.data: limit of books is 0, must be at least 1"),
+        ("sft.eval_data={path: books, limit: -1}", "sft.eval_data: limit of books is -1, must be at least 1"),
         ("sft.data=[books,{path: chats.jsonl, share: 1.5}]", "share 1.5 of chats.jsonl is not between 0 and 1"),
         ("sft.data=[books,{path: chats.jsonl, share: 0}]", "share 0.0 of chats.jsonl is not between 0 and 1"),
         ("sft.data=[books,{path: chats.jsonl, share: nan}]", "share nan of chats.jsonl is not between 0 and 1"),
@@ -222,10 +222,13 @@ def test_the_shipped_recipe_replays_and_says_what_it_scores_and_trains(
             "sft.data=[books,{path: chats.jsonl, share: 0.3},{path: pairs.jsonl, share: 0.8}]",
             "the shares sum to 1.1, which leaves nothing",
         ),
-        ("dpo.data=[pairs.jsonl,{path: pairs.jsonl,share: 0.5}]", "share is of the tokens of a mix, but dpo trains"),
+        (
+            "dpo.data=[pairs.jsonl,{path: pairs.jsonl,share: 0.5}]",
+            "share is of the tokens of documents, but dpo",
+        ),
     ],
 )
-def test_shares_that_make_no_mix_are_refused(
+def test_sources_with_wrong_options_are_rejected(
     project: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     assert run("plan", "recipe=mine", override) == 2

@@ -31,7 +31,7 @@ def preference(row: dict[str, Any]) -> tuple[list[tuple[str, str]], str, str]:
     return prompt, record.chosen[0]["content"], record.rejected[0]["content"]
 
 
-def row_refusal(row: dict[str, Any], shape: str = "conversations", form: Format = Format.auto) -> str:
+def row_rejection(row: dict[str, Any], shape: str = "conversations", form: Format = Format.auto) -> str:
     with pytest.raises(BadInput) as caught:
         to_record(row, form, shape, "f.jsonl:3")
     assert str(caught.value).startswith("f.jsonl:3: ")
@@ -85,26 +85,26 @@ def test_shapes_of_conversations(row: dict[str, Any], turns: list[tuple[str, str
 def test_the_format_can_be_given() -> None:
     row = {"messages": [USER, ANSWER], "chosen": "a", "rejected": "b"}
     assert conversation(row, Format.messages) == TURNS
-    assert "content must be a string, not null" in row_refusal(PAIR, form=Format.alpaca)
+    assert "content must be a string, not null" in row_rejection(PAIR, form=Format.alpaca)
 
 
 def test_unknown_shapes_list_what_was_seen_and_what_is_known() -> None:
-    message = row_refusal({"text": "Once", "prompt": None})
+    message = row_rejection({"text": "Once", "prompt": None})
     assert "its keys: text, prompt (null)" in message
     for keys in ("messages", "prompt, completion", "instruction, output", "chosen, rejected", "from, value"):
         assert keys in message
-    assert "its keys: none" in row_refusal({})
+    assert "its keys: none" in row_rejection({})
 
 
 def test_the_wrong_shape_for_the_stage_says_which_is_needed() -> None:
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
-    assert "shape preference, but the stage needs conversations" in row_refusal(pair)
-    assert "shape prompt_completion, but the stage needs preferences" in row_refusal(PAIR, "preferences")
-    assert "shape messages, but the stage needs preferences" in row_refusal(pair, "preferences", Format.messages)
+    assert "shape preference, but the stage needs conversations" in row_rejection(pair)
+    assert "shape prompt_completion, but the stage needs preferences" in row_rejection(PAIR, "preferences")
+    assert "shape messages, but the stage needs preferences" in row_rejection(pair, "preferences", Format.messages)
 
 
 def test_answers_judged_bad_are_not_taught() -> None:
-    assert "label is false" in row_refusal({"messages": [USER, ANSWER], "label": False})
+    assert "label is false" in row_rejection({"messages": [USER, ANSWER], "label": False})
     assert conversation({"messages": [USER, ANSWER], "label": True}) == TURNS
 
 
@@ -126,13 +126,13 @@ def test_the_last_turn_of_a_conversation_with_a_label_is_judged(row: dict[str, A
     assert (len(record.completion), record.label) == (1, label)
 
 
-def test_what_judges_no_answer_is_refused() -> None:
-    assert "must end in one assistant turn" in row_refusal(
+def test_what_judges_no_answer_is_rejected() -> None:
+    assert "must end in one assistant turn" in row_rejection(
         {"messages": [USER, ANSWER, USER], "label": True}, "feedback"
     )
-    assert "label must be true or false, not 'yes'" in row_refusal(JUDGED[0] | {"label": "yes"}, "feedback")
+    assert "label must be true or false, not 'yes'" in row_rejection(JUDGED[0] | {"label": "yes"}, "feedback")
     pair = {"prompt": "Hi", "chosen": "a", "rejected": "b", "label": True}
-    assert "holds no single answer" in row_refusal(pair, "feedback", Format.feedback)
+    assert "without a single answer" in row_rejection(pair, "feedback", Format.feedback)
 
 
 def said(role: Any, content: Any = "x") -> dict[str, Any]:
@@ -158,19 +158,22 @@ def said(role: Any, content: Any = "x") -> dict[str, Any]:
         ([said("system"), said("system"), USER, ANSWER], r"turn 2 \(system\) follows system"),
         ([said("system"), ANSWER], r"turn 2 \(assistant\) follows system"),
         ([USER, said("tool"), ANSWER], r"turn 2 \(tool\) follows user"),
-        ([{**USER, "train": True}, ANSWER], r"turn 1 of messages \(user\): train is true, but only assistant turns"),
+        (
+            [{**USER, "train": True}, ANSWER],
+            r"turn 1 of messages \(user\): only an assistant turn can have train",
+        ),
         ([USER, {**ANSWER, "train": "no"}], r"turn 2 .*: train must be true or false, not 'no'"),
         ([USER, {**ANSWER, "train": 0}], "train must be true or false, not 0"),
         ([USER, {**ANSWER, "refuses": "yes"}], r"turn 2 .*: refuses must be true or false, not 'yes'"),
         (
             [{**USER, "refuses": True}, ANSWER],
-            r"turn 1 of messages \(user\): refuses is true, but only assistant turns",
+            r"turn 1 of messages \(user\): only an assistant turn can have refuses: true",
         ),
         ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], "only an assistant turn can have tool_calls"),
         ([USER, said("assistant", None) | {"tool_calls": []}], "content must be a string, not null"),
         ([USER, {**ANSWER, "tool_calls": "f"}], "tool_calls must be a list, not 'f'"),
         ([USER, {**ANSWER, "tool_calls": ["f"]}], "call 1 must be an object"),
-        ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "call 1 has no name"),
+        ([USER, {**ANSWER, "tool_calls": [{"function": {}}]}], "call 1 names no function"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "x"}]}], "arguments must be an object, not 'x'"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}], "arguments must be an object"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "1" * 5000}]}], "arguments must be an object"),
@@ -205,10 +208,10 @@ def test_sharegpt_calls_and_what_was_observed(value: object, calls: int) -> None
 
 
 @pytest.mark.parametrize("value", ["add(1)", "[]", None, 3])
-def test_sharegpt_calls_that_are_none_are_refused(value: object) -> None:
+def test_sharegpt_calls_that_are_none_are_rejected(value: object) -> None:
     said = [("human", "1+1?"), ("function_call", value), ("observation", "2"), ("gpt", "It is 2.")]
     row = {"conversations": [{"from": role, "value": text} for role, text in said]}
-    assert "turn 2 of conversations (function_call) must say a call" in row_refusal(row)
+    assert "turn 2 of conversations (function_call) must be a call" in row_rejection(row)
 
 
 def test_results_belong_to_calls_and_calls_of_a_turn_have_ids_of_their_own() -> None:
@@ -218,18 +221,18 @@ def test_results_belong_to_calls_and_calls_of_a_turn_have_ids_of_their_own() -> 
         return {"messages": [USER, called, {"role": "tool", "content": "2", "tool_call_id": answered}, ANSWER]}
 
     assert len(conversation(row(["one", "two"], "two"))) == 4
-    assert "turn 3 (tool) answers the call 'three'" in row_refusal(row(["one", "two"], "three"))
-    assert "two calls have the id 'one'" in row_refusal(row(["one", "one"], "one"))
+    assert "turn 3 (tool) answers the call 'three'" in row_rejection(row(["one", "two"], "three"))
+    assert "two calls have the id 'one'" in row_rejection(row(["one", "one"], "one"))
 
 
 def test_sharegpt_roles_are_checked() -> None:
     row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gtp", "value": "Hello"}]}
-    assert "Did you mean gpt?" in row_refusal(row)
+    assert "Did you mean gpt?" in row_rejection(row)
 
 
 def test_prompts_with_answers_belong_in_messages() -> None:
     row = {"prompt": [USER, ANSWER, USER], "completion": "Hello"}
-    assert "prompt holds an assistant turn" in row_refusal(row)
+    assert "prompt holds an assistant turn" in row_rejection(row)
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -257,12 +260,12 @@ def test_tools_are_definitions_or_the_same_as_json() -> None:
     for value in (tools, json.dumps(tools)):
         record = to_record({"messages": [USER, ANSWER], "tools": value}, Format.auto, "conversations", "f:1")
         assert record.tools == tuple(tools)
-    assert "tools must be a list of definitions" in row_refusal({"messages": [USER, ANSWER], "tools": "add"})
-    assert "tool 1 has no name" in row_refusal({"messages": [USER, ANSWER], "tools": [{}]})
+    assert "tools must be a list of definitions" in row_rejection({"messages": [USER, ANSWER], "tools": "add"})
+    assert "tool 1 has no name" in row_rejection({"messages": [USER, ANSWER], "tools": [{}]})
 
 
 def test_history_must_be_pairs() -> None:
-    assert "history must be a list of [question, answer]" in row_refusal(
+    assert "history must be a list of [question, answer]" in row_rejection(
         {"instruction": "Hi", "output": "Hello", "history": ["Hi"]}
     )
 
@@ -317,7 +320,7 @@ GOOD_SIDE = said("assistant", "good")
         ({"prompt": "Hi", "chosen": "", "rejected": "a"}, "chosen: content is empty"),
         ({"prompt": "Hi", "chosen": [], "rejected": "a"}, "chosen must be a list of messages"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt: content is empty"),
-        ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt: chosen and rejected"),
         ({"prompt": "Hi", "chosen": [USER], "rejected": "b"}, "chosen must end in one assistant turn"),
         ({"prompt": "Hi", "chosen": "a", "rejected": [GOOD_SIDE, USER]}, "rejected must end in one assistant turn"),
         (
@@ -325,7 +328,7 @@ GOOD_SIDE = said("assistant", "good")
             "it has assistant, user, assistant",
         ),
         ({"chosen": [USER, GOOD_SIDE], "rejected": [said("user", "Ho"), ANSWER]}, "do not begin with the same turns"),
-        ({"prompt": "Ho", "chosen": [USER, GOOD_SIDE], "rejected": [USER, ANSWER]}, "prompt is not the beginning"),
+        ({"prompt": "Ho", "chosen": [USER, GOOD_SIDE], "rejected": [USER, ANSWER]}, "prompt differs from the turns"),
         ({"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant turn"),
         (
             {"prompt": "Hi", "chosen": [{**GOOD_SIDE, "train": False}], "rejected": "b"},
@@ -335,4 +338,4 @@ GOOD_SIDE = said("assistant", "good")
     ],
 )
 def test_preferences_that_cannot_be_used(row: dict[str, Any], what: str) -> None:
-    assert what in row_refusal(row, "preferences")
+    assert what in row_rejection(row, "preferences")

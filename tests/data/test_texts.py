@@ -76,14 +76,14 @@ def test_stages_that_want_no_documents_get_no_text(tmp_path: Path, shape: str) -
         ("wide".encode("utf-16"), ":1: is not UTF-8: byte 0xff"),
     ],
 )
-def test_text_files_that_hold_no_text_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_text_files_that_hold_no_text_are_rejected(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(BadInput, match=message):
         read(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", 3, ["a"]])
-def test_a_record_without_text_is_refused_by_its_line(tmp_path: Path, value: object) -> None:
+def test_a_record_without_text_is_rejected_by_its_line(tmp_path: Path, value: object) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"text": value}))
     with pytest.raises(BadInput, match=r"a\.jsonl:2: text: content"):
         read(tmp_path / "a.jsonl")
@@ -111,12 +111,12 @@ def test_texts_begin_as_the_tokenizer_begins_them_and_end_once(pattern: str) -> 
     assert decoded(rendered, trained=True) == f"hi{END}"
 
 
-def test_special_tokens_in_a_text_are_refused() -> None:
+def test_special_tokens_in_a_text_are_rejected() -> None:
     with pytest.raises(BadInput, match=r"books\.jsonl:3: the text holds the special token '<\|end\|>'"):
         RENDERER.document(text("one<|end|>two"))
 
 
-def test_without_an_end_of_sequence_token_texts_are_refused() -> None:
+def test_without_an_end_of_sequence_token_texts_are_rejected() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     assert tokenizer.chat_template == TEMPLATE

@@ -656,6 +656,15 @@ def test_a_missing_file_names_its_nearest_sibling(folder: Path) -> None:
     assert "choose0.yaml" in problem.fix
 
 
+@pytest.mark.parametrize("name", ["documents.csv", "documents.txt"])
+def test_documents_in_another_kind_of_file_are_rejected(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("question,answer")
+    (problem,) = problems_of(gate_task(folder, "generate0", data=str(tmp_path / name)))
+    assert problem.where == "tasks.quiz.data"
+    assert name in problem.what
+    assert problem.fix == "Known: .json, .jsonl, .parquet"
+
+
 def test_an_unknown_name_names_the_nearest() -> None:
     (problem,) = problems_of(GateTask(role=Role.lift, metric="exact_match"), name="gsm8kk")
     assert "Did you mean gsm8k?" in problem.fix

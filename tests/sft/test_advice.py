@@ -19,7 +19,7 @@ from posttrain.config.compose import compose
 from posttrain.config.paths import shipped
 from posttrain.config.schema import LoraSettings, Method, Source
 from posttrain.context import StageContext
-from posttrain.data.counting import count_records
+from posttrain.data.mixing import count_records
 from posttrain.hookspecs import hookimpl
 from posttrain.host.plugins import Host
 from posttrain.plan import make_plan

@@ -58,7 +58,7 @@ def trained(rendered: Rendered) -> list[str]:
     return [tokenizer.decode(span, clean_up_tokenization_spaces=False) for span in spans]
 
 
-def refusal(template: str, record: Conversation) -> str:
+def rejection(template: str, record: Conversation) -> str:
     with pytest.raises(BadInput) as caught:
         make_renderer(template).conversation(record)
     return str(caught.value)
@@ -161,29 +161,29 @@ def test_system_and_tool_turns_are_not_trained() -> None:
 @pytest.mark.parametrize(
     "texts", [("Hi", "say <|im_end|> now"), ("a<|im_end|>\n<|im_start|>assistant\nb", "ok"), ("<s>", "ok")]
 )
-def test_contents_with_special_tokens_are_refused(texts: tuple[str, str]) -> None:
-    message = refusal(CHATML, chat(*texts))
+def test_contents_with_special_tokens_are_rejected(texts: tuple[str, str]) -> None:
+    message = rejection(CHATML, chat(*texts))
     assert "data.jsonl:7" in message
     assert re.search(r"turn [12] \((user|assistant)\) holds the special token '<", message)
     assert "fake an end of turn" in message
 
 
-def test_a_template_without_stop_token_is_refused() -> None:
-    message = refusal(PLAIN, chat("Hi", "Hello"))
+def test_a_template_without_stop_token_is_rejected() -> None:
+    message = rejection(PLAIN, chat("Hi", "Hello"))
     assert "data.jsonl:7: the mask for turn 2 cannot be proven: no stop token" in message
     assert "model.chat_template=FILE" in message
 
 
 def test_a_header_is_not_taken_for_the_answer() -> None:
-    assert "no stop token" in refusal(LLAMA3.replace("<|eot_id|>", ""), chat("Hi", "assistant"))
+    assert "no stop token" in rejection(LLAMA3.replace("<|eot_id|>", ""), chat("Hi", "assistant"))
 
 
 def test_a_header_is_not_taken_for_a_stop_token() -> None:
-    assert "turn 2 cannot be proven" in refusal(ALWAYS_ASSISTANT, chat("Hi", "Hello"))
+    assert "turn 2 cannot be proven" in rejection(ALWAYS_ASSISTANT, chat("Hi", "Hello"))
     role_headers = (
         ALWAYS_ASSISTANT.removesuffix("<|assistant|>") + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    assert "turn 2 cannot be proven" in refusal(role_headers, chat("Hi", "Hello", "And?", "So."))
+    assert "turn 2 cannot be proven" in rejection(role_headers, chat("Hi", "Hello", "And?", "So."))
 
 
 def test_thoughts_that_the_template_keeps_are_trained() -> None:
@@ -194,15 +194,15 @@ def test_thoughts_that_the_template_keeps_are_trained() -> None:
     ]  # fmt: skip
 
 
-def test_thoughts_that_the_template_removes_from_earlier_turns_are_refused() -> None:
-    message = refusal(THINKING, chat("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "So."))
+def test_thoughts_that_the_template_removes_from_earlier_turns_are_rejected() -> None:
+    message = rejection(THINKING, chat("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "So."))
     assert "turn 2 cannot be proven: the template writes it differently once other turns follow" in message
 
 
 def test_what_the_template_itself_begins_the_answer_with_is_trained() -> None:
     rendered = make_renderer(EMPTY_THOUGHT).conversation(chat("Hi", "Hello"))
     assert trained(rendered) == ["<think>\n\n</think>\n\nHello<|im_end|>"]
-    assert "turn 2 cannot be proven" in refusal(EMPTY_THOUGHT, chat("Hi", "Hello", "And?", "So."))
+    assert "turn 2 cannot be proven" in rejection(EMPTY_THOUGHT, chat("Hi", "Hello", "And?", "So."))
 
 
 def test_a_template_that_moves_the_system_message_still_gives_the_right_spans() -> None:
@@ -211,8 +211,8 @@ def test_a_template_that_moves_the_system_message_still_gives_the_right_spans() 
     assert trained(rendered) == [" Yes</s>", " Hello</s>"]
 
 
-def test_a_header_that_the_generation_prompt_lacks_is_refused() -> None:
-    message = refusal(NO_GENERATION_PROMPT, chat("Hi", "Hello"))
+def test_a_header_that_the_generation_prompt_lacks_is_rejected() -> None:
+    message = rejection(NO_GENERATION_PROMPT, chat("Hi", "Hello"))
     assert "'<|im_start|>assistant\\n' stands between the generation prompt and its content" in message
 
 
@@ -228,12 +228,12 @@ def test_answers_that_read_like_headers(kind: str, word: str) -> None:
     assert trained(make_renderer(template).conversation(chat(word, word, word, word))) == [before + word + stop] * 2
 
 
-def test_a_generation_prompt_that_no_answer_follows_is_refused() -> None:
-    assert "does not begin it with its own generation prompt" in refusal(THINKING_PROMPT, chat("Hi", "Hello"))
+def test_a_generation_prompt_that_no_answer_follows_is_rejected() -> None:
+    assert "does not begin it with its own generation prompt" in rejection(THINKING_PROMPT, chat("Hi", "Hello"))
 
 
-def test_a_template_that_drops_a_turn_is_refused() -> None:
-    assert "leaves out or rewrites turn 1 (system)" in refusal(FORGETFUL, chat("Hi", "Hello", system="Be kind"))
+def test_a_template_that_drops_a_turn_is_rejected() -> None:
+    assert "leaves out or rewrites turn 1 (system)" in rejection(FORGETFUL, chat("Hi", "Hello", system="Be kind"))
 
 
 def test_markers_that_take_in_the_header_do_not_train_it() -> None:
@@ -242,7 +242,7 @@ def test_markers_that_take_in_the_header_do_not_train_it() -> None:
     ]  # fmt: skip
 
 
-def test_markers_that_cover_another_turn_are_refused() -> None:
+def test_markers_that_cover_another_turn_are_rejected() -> None:
     user = "<|im_start|>user\n{{ m.content }}<|im_end|>\n"
     answer = "<|im_start|>assistant\n{{ messages[loop.index].content }}<|im_end|>\n"
     begun_early = (
@@ -253,19 +253,19 @@ def test_markers_that_cover_another_turn_are_refused() -> None:
     short = MARKED.replace(
         "{{ m.content }}{% endgeneration %}", "{{ m.content[:2] }}{% endgeneration %}{{ m.content[2:] }}"
     )
-    assert "{% generation %} marks 'He' in its place" in refusal(short, chat("Hi", "Hello"))
-    assert "{% generation %} marks '<|im_start|>user" in refusal(begun_early, chat("Hi", "Hello"))
-    assert "does not mark every assistant turn once" in refusal(
+    assert "{% generation %} marks 'He' in its place" in rejection(short, chat("Hi", "Hello"))
+    assert "{% generation %} marks '<|im_start|>user" in rejection(begun_early, chat("Hi", "Hello"))
+    assert "does not mark every assistant turn once" in rejection(
         "{% generation %}{% endgeneration %}" + MARKED, chat("Hi", "Yo")
     )
 
 
-def test_a_template_that_raises_is_refused_with_its_reason() -> None:
-    message = refusal(GEMMA, chat("Hi", "Hello", system="Be kind"))
-    assert "data.jsonl:7: the chat template refuses the conversation: no system role" in message
+def test_a_template_that_raises_is_rejected_with_its_reason() -> None:
+    message = rejection(GEMMA, chat("Hi", "Hello", system="Be kind"))
+    assert "data.jsonl:7: the chat template cannot render the conversation: no system role" in message
 
 
-def test_tokenizers_without_template_or_fast_backend_are_refused() -> None:
+def test_tokenizers_without_template_or_fast_backend_are_rejected() -> None:
     with pytest.raises(BadInput, match=r"model: .*no chat template\n.*model.chat_template=FILE"):
         ChatRenderer(make_tokenizer(None))
     with pytest.raises(BadInput, match="model: the tokenizer is not a fast one"):
@@ -288,7 +288,7 @@ def test_tokenizers_that_write_spaces_as_letters(scheme: str, question: str, ans
     assert [span.strip() for span in spans] == [f"{answer.strip()}</s>" for answer in answers]
 
 
-def test_an_answer_that_cannot_be_tokenized_apart_is_refused() -> None:
+def test_an_answer_that_cannot_be_tokenized_apart_is_rejected() -> None:
     tokenizer = make_tokenizer(CHATML)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     renderer = ChatRenderer(tokenizer)
@@ -297,7 +297,7 @@ def test_an_answer_that_cannot_be_tokenized_apart_is_refused() -> None:
         renderer.conversation(chat("Hi", "\nfoo"))
 
 
-def test_characters_that_the_tokenizer_does_not_know_are_refused_in_answers() -> None:
+def test_characters_that_the_tokenizer_does_not_know_are_rejected_in_answers() -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     trainer = trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(["userassistant Hello\n"], trainer)
@@ -339,6 +339,6 @@ def test_a_preference_is_one_prompt_and_two_answers_with_stop_tokens(kind: str, 
         )
 
 
-def test_answers_that_the_template_makes_equal_are_refused() -> None:
+def test_answers_that_the_template_makes_equal_are_rejected() -> None:
     with pytest.raises(BadInput, match="chosen and rejected are the same once rendered"):
         make_renderer(LLAMA3).preference(preference("Yes", " Yes\n"))

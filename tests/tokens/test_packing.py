@@ -158,7 +158,7 @@ def test_split_documents_keep_every_trained_token_but_those_that_nothing_predict
     assert all(len(row.input_ids) <= length for row in packing.rows)
 
 
-def test_a_long_document_is_cut_split_or_refused() -> None:
+def test_a_long_document_is_cut_split_or_rejected() -> None:
     long = Rendered(list(range(10)), [False] + [True] * 9, "", "long.jsonl:7")
     short = Rendered([20, 21], [False, True], "", "short.jsonl:1")
     cut = pack([long, short], 4, overlong=Overlong.truncate)

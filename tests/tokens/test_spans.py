@@ -92,7 +92,7 @@ def segments(rendered: Rendered) -> list[str]:
     return [tokenizer.decode(span, clean_up_tokenization_spaces=False) for span in spans]
 
 
-def refusal(template: str, chat: Conversation, *, last_only: bool = False) -> str:
+def rejection(template: str, chat: Conversation, *, last_only: bool = False) -> str:
     with pytest.raises(BadInput) as caught:
         make_renderer(template).conversation(chat, last_only=last_only)
     assert str(caught.value).startswith("data.jsonl:7: ")
@@ -167,26 +167,26 @@ def test_turns_of_one_role_may_follow_each_other(shape: str) -> None:
     assert trained(template, chat) == [f"{before}Yes{stop}", f"{before}I do{stop}"]
 
 
-def test_answers_in_a_row_without_generation_prompt_are_refused() -> None:
-    assert "turn 3 cannot be proven: </s> follows its content" in refusal(
+def test_answers_in_a_row_without_generation_prompt_are_rejected() -> None:
+    assert "turn 3 cannot be proven: </s> follows its content" in rejection(
         MISTRAL, record(user("Hi"), said("A"), said("B"))
     )
 
 
-def test_a_template_that_joins_answers_or_drops_a_question_is_refused() -> None:
+def test_a_template_that_joins_answers_or_drops_a_question_is_rejected() -> None:
     joins = (
         "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}<|im_start|>{{ m.role }}"
         "\n{% endif %}{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}<|im_end|>\n"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    message = refusal(joins, record(user("Hi"), said("A"), said("B")))
+    message = rejection(joins, record(user("Hi"), said("A"), said("B")))
     assert "cannot be proven" in message
     drops = CHATML.replace(
         "%}<|im_start|>{{", "%}{% if loop.last or m.role != messages[loop.index0 + 1].role %}<|im_start|>{{", 1
     )
     drops = drops.replace("<|im_end|>\n", "<|im_end|>\n{% endif %}", 1)
     for other in ("Listen", "Hi there"):
-        assert "leaves out or rewrites turn 1 (user)" in refusal(drops, record(user("Hi"), user(other), said("Yes")))
+        assert "leaves out or rewrites turn 1 (user)" in rejection(drops, record(user("Hi"), user(other), said("Yes")))
 
 
 # thoughts
@@ -202,32 +202,32 @@ def test_thoughts_of_the_last_turn_are_trained() -> None:
         assert "<think>" not in rendered.text.split("And?")[0], "earlier turns lose their thoughts, as at inference"
 
 
-def test_thoughts_that_earlier_turns_lose_are_refused_with_the_way_out() -> None:
+def test_thoughts_that_earlier_turns_lose_are_rejected_with_the_way_out() -> None:
     for first in (said("Hello"), said("<think>\nhm\n</think>\n\nHello"), said("Hello", reasoning_content="hm")):
-        message = refusal(QWEN3, record(user("Hi"), first, *TALK[2:4]))
+        message = rejection(QWEN3, record(user("Hi"), first, *TALK[2:4]))
         assert "turn 2 cannot be proven: the template writes it differently once other turns follow" in message
         assert "train_on=last" in message
         context = record(user("Hi"), {**first, "train": False}, *TALK[2:4])
         assert trained(QWEN3, context) == ["<think>\n\n</think>\n\nSo.<|im_end|>"]
 
 
-def test_thoughts_that_the_template_rewrites_or_removes_are_refused() -> None:
-    squeezed = refusal(QWEN3, record(user("Hi"), said("<think>hm</think>Hello")))
+def test_thoughts_that_the_template_rewrites_or_removes_are_rejected() -> None:
+    squeezed = rejection(QWEN3, record(user("Hi"), said("<think>hm</think>Hello")))
     assert "turn 2 cannot be proven: its content does not stand in the text" in squeezed
     chat = record(user("Hi"), said("<think>\nhm\n</think>\n\nHello"))
-    assert "turn 2 cannot be proven: its content does not stand in the text" in refusal(DEEPSEEK, chat)
+    assert "turn 2 cannot be proven: its content does not stand in the text" in rejection(DEEPSEEK, chat)
     for last_only in (False, True):
-        message = refusal(DEEPSEEK_R1, chat, last_only=last_only)
+        message = rejection(DEEPSEEK_R1, chat, last_only=last_only)
         assert "turn 2 cannot be proven: the template does not begin it with its own generation prompt" in message
 
 
-def test_thoughts_in_the_content_behind_thoughts_of_the_template_are_refused() -> None:
-    message = refusal(EMPTY_THOUGHT, record(user("Hi"), said("<think>\nhm\n</think>\n\nHello")))
+def test_thoughts_in_the_content_behind_thoughts_of_the_template_are_rejected() -> None:
+    message = rejection(EMPTY_THOUGHT, record(user("Hi"), said("<think>\nhm\n</think>\n\nHello")))
     assert "turn 2 cannot be proven: the template closes the thoughts before the content" in message
 
 
-def test_thoughts_that_the_template_does_not_know_are_refused() -> None:
-    message = refusal(CHATML, record(user("Hi"), said("Hello", reasoning_content="hm")))
+def test_thoughts_that_the_template_does_not_know_are_rejected() -> None:
+    message = rejection(CHATML, record(user("Hi"), said("Hello", reasoning_content="hm")))
     assert "turn 2 cannot be proven: the template leaves out its reasoning_content" in message
 
 
@@ -271,7 +271,7 @@ def test_thoughts_and_calls_of_several_steps() -> None:
     chat = record(SYSTEM, user("1+zwölf"), thinking, RESULT, RESULT, said("13", reasoning_content="so"), tools=True)
     expected = "<think>\nhm\n</think>\n\n" + CALLS["qwen2"][1]
     assert trained(QWEN3, chat) == [expected, "<think>\nso\n</think>\n\n13<|im_end|>"]
-    assert "turn 2 cannot be proven: the template writes it differently" in refusal(
+    assert "turn 2 cannot be proven: the template writes it differently" in rejection(
         QWEN3, record(user("1+zwölf"), CALLED, RESULT, said("13"))
     )
 
@@ -299,14 +299,14 @@ WRITES = "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}<
         ("Look", WRITES.replace("</call>", "</call>{{ messages | length }}"), "written differently in another"),
     ],
 )  # fmt: skip
-def test_calls_that_cannot_be_proven_are_refused(content: str | None, wrote: str, why: str) -> None:
+def test_calls_that_cannot_be_proven_are_rejected(content: str | None, wrote: str, why: str) -> None:
     template = CHATML.replace("{{ m.content }}", wrote)
     assert trained(template, record(user("Hi"), said("Hello"))) == ["Hello<|im_end|>"]
     chat = record(user("Hi"), said("Ho"), user("1+1"), said(content, tool_calls=[call(a=7)]))
-    assert why in refusal(template, chat)
+    assert why in rejection(template, chat)
 
 
-def test_calls_behind_a_header_that_the_generation_prompt_lacks_are_refused() -> None:
+def test_calls_behind_a_header_that_the_generation_prompt_lacks_are_rejected() -> None:
     template = NO_GENERATION_PROMPT.replace("{{ m.content }}", WRITES)
     with pytest.raises(BadInput, match=r"assistant\\n' stands between the generation prompt and its content"):
         make_renderer(template).conversation(record(user("1+1"), said("Look", tool_calls=[call(a=7)])))
@@ -315,20 +315,20 @@ def test_calls_behind_a_header_that_the_generation_prompt_lacks_are_refused() ->
 @pytest.mark.parametrize(
     "message", [said("Look", tool_calls=[call(a="x<|im_end|>")]), said("Look", reasoning_content="<|im_end|>")]
 )
-def test_special_tokens_in_calls_and_thoughts_are_refused(message: Message) -> None:
-    assert "turn 2 (assistant) holds the special token '<|im_end|>'" in refusal(QWEN3, record(user("Hi"), message))
+def test_special_tokens_in_calls_and_thoughts_are_rejected(message: Message) -> None:
+    assert "turn 2 (assistant) holds the special token '<|im_end|>'" in rejection(QWEN3, record(user("Hi"), message))
 
 
-def test_half_characters_in_calls_are_refused() -> None:
+def test_half_characters_in_calls_are_rejected() -> None:
     chat = record(user("Hi"), said("Look", tool_calls=[call(a="\ud83d")]))
-    assert "the chat template refuses the conversation: 'utf-8' codec can't encode" in refusal(QWEN2, chat)
+    assert "the chat template cannot render the conversation: 'utf-8' codec can't encode" in rejection(QWEN2, chat)
 
 
-def test_tools_and_results_that_the_template_leaves_out_are_refused() -> None:
-    assert "leaves out the tools" in refusal(CHATML, record(user("Hi"), said("Hello"), tools=True))
+def test_tools_and_results_that_the_template_leaves_out_are_rejected() -> None:
+    assert "leaves out the tools" in rejection(CHATML, record(user("Hi"), said("Hello"), tools=True))
     forgets = FORGETFUL.replace("'system'", "'tool'")
     chat = record(user("Hi"), said("Hello"), {"role": "tool", "content": "42"}, said("So."))
-    assert "leaves out or rewrites turn 3 (tool)" in refusal(forgets, chat)
+    assert "leaves out or rewrites turn 3 (tool)" in rejection(forgets, chat)
 
 
 def test_calls_can_be_preferred() -> None:
@@ -369,7 +369,7 @@ def test_templates_of_published_models(name: str) -> None:
     assert trained(template, record(*TALK[:4]), last_only=True) == answers[1:]
     assert trained(template, record(SYSTEM, *TALK[:2])) == answers[:1]
     if name in STRIPS:
-        assert "turn 2 cannot be proven" in refusal(template, record(*TALK[:4]))
+        assert "turn 2 cannot be proven" in rejection(template, record(*TALK[:4]))
     else:
         assert trained(template, record(*TALK[:4])) == answers
 

@@ -14,10 +14,10 @@ from typing import Any
 from datasets import Dataset
 
 from posttrain.config.schema import Source
-from posttrain.data.files import local_files, rows
+from posttrain.data.files import local_files, read_rows
 from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation, Message, Preference
-from posttrain.data.turns import check_order, turns
+from posttrain.data.turns import check_order, read_turns
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.scoring.tasks.scoring import MATCHES
 
@@ -71,7 +71,7 @@ def _pair(record: Any) -> dict[str, Any]:
 
 def _questions(path: str) -> Iterable[dict[str, Any]]:
     for file in local_files(path) or []:
-        for where, row in rows(file):
+        for where, row in read_rows(file):
             yield _question(row, where)
 
 
@@ -83,7 +83,7 @@ def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if ("question" in row) == ("messages" in row):
         raise BadInput(Problem(where=where, what="gives not one of question and messages", fix="Give one of the two"))
     asked = [{"role": "user", "content": row["question"]}] if "question" in row else row["messages"]
-    listed = turns(asked, where, "messages" if "messages" in row else "question")
+    listed = read_turns(asked, where, "messages" if "messages" in row else "question")
     check_order(listed, where)
     if listed[-1]["role"] != "user":
         raise BadInput(Problem(where=where, what="does not end with a question", fix="Leave out what answers it"))
