@@ -1,4 +1,4 @@
-"""How often real gates promote the quickstart's base over itself, where only the batch size of its scoring differs.
+"""Real gates of the quickstart's base over itself: the share that promotes, where only the batch size differs.
 
     python benchmarks/base_gates.py [--samples 20]
 
@@ -39,17 +39,17 @@ TASKS = {
 
 
 class Silence:
-    """A GateProgress for nobody."""
+    """A GateProgress that shows nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def advance(self, system: str, task: str, done: int, total: int) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
 
 def scored(base: ModelSource, dtype: str, batch: int, folder: Path) -> Scorecard:
-    """What the base answers."""
+    """Return the base's answers."""
     request = GateRequest(
         stage="base", gate=GateConfig(batch_size=batch), tasks=TASKS, systems={"candidate": base}, dtype=dtype,
         cache=folder / "cache", scorecard=folder / "scorecard.jsonl",
@@ -58,7 +58,7 @@ def scored(base: ModelSource, dtype: str, batch: int, folder: Path) -> Scorecard
 
 
 def verdicts(base: ModelSource, cards: Mapping[int, Scorecard], samples: int) -> Iterator[str]:
-    """The state of every gate of one number format."""
+    """Return the state of every gate of one number format."""
     request = GateRequest(
         stage="base", gate=GateConfig(), tasks=TASKS, systems={"base": base, "candidate": base}, dtype="",
         cache=Path(), scorecard=Path(),
@@ -75,7 +75,7 @@ def _rows(card: Scorecard, system: str, chosen: set[int]) -> Iterator[DocumentSc
 
 
 def differing(cards: Mapping[int, Scorecard]) -> int:
-    """How many documents do not score the same with every batch size."""
+    """Count the documents whose score depends on the batch size."""
     scores: dict[tuple[str, int], set[float]] = {}
     for card in cards.values():
         for row in card.rows:

@@ -1,9 +1,9 @@
-"""How often gates promote what they should not, refuse what they should, and stop early.
+"""Simulated gates: how often they promote a worse model, fail a better one, and stop early.
 
     python benchmarks/gate_errors.py [--gates 10000]
 
-Every simulated gate draws, for each of its tasks, how many documents only one of two systems answers right; what
-decides about them is ``posttrain.gate.comparison.decide``, as in a run. docs/gates.md holds the tables.
+Every simulated gate draws, for each of its tasks, the number of documents answered right by one of two systems alone;
+``posttrain.gate.comparison.decide`` decides about them, as in a run. docs/gates.md holds the tables.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Task:
     """True difference."""
     role: Role = Role.lift
     threshold: float = 0.0
-    """What the lower bound has to exceed."""
+    """The lower bound must exceed it."""
 
     @property
     def cells(self) -> list[float]:
@@ -51,7 +51,7 @@ SHIPPED = ("sft_default", "dpo_default")
 
 
 def shipped_guards(name: str) -> tuple[list[Task], float]:
-    """The guards of a shipped gate, by its own documents and ``max_drop``, and what it allows the pool of them."""
+    """Return the guards of a shipped gate with their documents and ``max_drop``, and the drop allowed to their pool."""
     gate = OmegaConf.load(shipped("conf") / "gate" / f"{name}.yaml")
     guards = [
         Task(n=task.limit, discordance=0.1, role=Role.guard, threshold=-task.max_drop)
@@ -63,7 +63,7 @@ def shipped_guards(name: str) -> tuple[list[Task], float]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated gate came to."""
+    """The outcome of a simulated gate."""
 
     state: VerdictState
     claimed: int
@@ -74,7 +74,7 @@ class Outcome:
 
 @functools.cache
 def bounds_of(answers: PairedAnswers, confidence: float) -> Bounds:
-    """The bounds of counts that occur again and again."""
+    """Return the bounds of counts, which recur and are computed once."""
     return answers.bounds(confidence)
 
 
@@ -82,21 +82,21 @@ class Remembered(PairedAnswers):
     """Paired answers whose bounds are computed once."""
 
     def bounds(self, confidence: float) -> Bounds:
-        """As PairedAnswers."""
+        """Return the bounds, as PairedAnswers does."""
         return bounds_of(PairedAnswers(self.wins, self.losses, self.n), confidence)
 
 
 def simulated(
     tasks: Sequence[Task], gates: int, *, pool: float | None = None, count: int = 1, seed: int = 0
 ) -> list[Outcome]:
-    """So many gates of the same tasks; ``pool`` is what all guards together may lose, ``count`` the looks."""
+    """Simulate gates of the same tasks; ``pool`` is the drop allowed to all guards together, ``count`` the looks."""
     generator = np.random.default_rng(seed)
     drawn = [_counts(task, gates, count, generator) for task in tasks]
     return [_outcome(tasks, [counts[:, gate] for counts in drawn], pool, count) for gate in range(gates)]
 
 
 def _counts(task: Task, gates: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Wins and losses at every look: ``(look, gate, 2)``."""
+    """Draw wins and losses at every look: ``(look, gate, 2)``."""
     ends = [portion_size(task.n, look) for look in looks(count)]
     blocks = [generator.multinomial(size, task.cells, size=gates)[:, :2] for size in np.diff([0, *ends])]
     return np.cumsum(blocks, axis=0)
@@ -136,17 +136,17 @@ def comparison(name: str, role: Role, evidence: Evidence, threshold: float) -> C
 
 
 def share(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> float:
-    """Share of the outcomes for which something holds."""
+    """Return the share of the outcomes with a property, as text."""
     return float(np.mean([holds(outcome) for outcome in outcomes]))
 
 
 def promoted(outcomes: Sequence[Outcome]) -> float:
-    """Share of the gates that passed."""
+    """Return the share of the gates that passed, as text."""
     return share(outcomes, lambda outcome: outcome.state == "pass")
 
 
 def base_against_base(gates: int) -> Iterator[tuple[str, float]]:
-    """Promotions of a base against itself: no answer differs, batches make a few differ, or chance makes many."""
+    """Tabulate promotions of a base against itself: no answer differs, a few by batches, or many by chance."""
     for n in (50, 100, 200, 541, 1319, 2000):
         for discordance in (0.0, 0.005, 0.02, 0.1, 0.2):
             name = f"one lift, n = {n:,}, {discordance:.1%} discordant"
@@ -156,7 +156,7 @@ def base_against_base(gates: int) -> Iterator[tuple[str, float]]:
 
 
 def several_lifts(gates: int) -> Iterator[tuple[str, float]]:
-    """Claims of any lift where none is true, and where one of five is."""
+    """Tabulate claims of any lift where none is true, and where one of five is."""
     for n in (200, 1319):
         found = simulated([Task(n=n, discordance=0.1) for _ in range(5)], gates)
         yield f"five lifts, none true, n = {n:,}: any claimed", share(found, lambda outcome: outcome.claimed > 0)
@@ -166,7 +166,7 @@ def several_lifts(gates: int) -> Iterator[tuple[str, float]]:
 
 
 def losses(gates: int) -> Iterator[tuple[str, float, float, float]]:
-    """A planted loss of 3 points at n = 1,319 and 10 % discordance: failed, undecided, promoted all the same."""
+    """Tabulate a planted loss of 3 points at n = 1,319 and 10 % discordance: failed, undecided, promoted."""
     loss = Task(n=1319, discordance=0.1, lift=-0.03)
     for allowed in (0.0, 0.01, 0.02):
         name = f"guard with max_drop = {allowed:g}{', the default' if allowed == MAX_DROP else ''}"
@@ -180,13 +180,13 @@ def losses(gates: int) -> Iterator[tuple[str, float, float, float]]:
 
 
 def _states(outcomes: Sequence[Outcome]) -> Iterator[float]:
-    """Shares of the gates that failed, stayed undecided and passed."""
+    """Return the shares of the gates that failed, stayed undecided and passed."""
     for state in ("fail", "undecided", "pass"):
         yield float(np.mean([outcome.state == state for outcome in outcomes]))
 
 
 def pooled(gates: int) -> Iterator[tuple[str, float]]:
-    """Guards together: one that lost the whole margin, one that lost nothing, beside guards that stand alone."""
+    """Tabulate guards together: one that lost the whole margin, one that lost nothing, and guards alone."""
     sizes, margin = (500, 1319, 2000), 0.02
     for lift, what in ((-margin, "each lost 2 points"), (0.0, "unchanged")):
         alone = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-margin) for n in sizes]
@@ -196,7 +196,7 @@ def pooled(gates: int) -> Iterator[tuple[str, float]]:
 
 
 def early(gates: int) -> Iterator[tuple[str, float, float, float]]:
-    """Promotions with one look and with five, and the share of the documents that five looks use."""
+    """Tabulate promotions with one look and with five, and the share of the documents that five looks use."""
     for lift in (-0.1, 0.0, 0.02, 0.05, 0.1):
         task = Task(n=1319, discordance=0.24, lift=lift)
         stopped = simulated([task], gates, count=5)
@@ -213,7 +213,7 @@ DISTRIBUTIONS: Mapping[str, Callable[[np.random.Generator, tuple[int, int]], np.
 
 
 def means(gates: int) -> Iterator[tuple[str, float, float, float]]:
-    """False lifts of scores that are not right or wrong, by what decides, by Student's t and by the bootstrap."""
+    """Tabulate false lifts of scores neither right nor wrong: by the rule used, by Student's t, by the bootstrap."""
     from scipy import stats
 
     for name, draw in DISTRIBUTIONS.items():
@@ -227,7 +227,7 @@ def means(gates: int) -> Iterator[tuple[str, float, float, float]]:
 
 
 def clustered(gates: int) -> Iterator[tuple[str, float, float]]:
-    """False lifts where documents share sources: bounds over sources, and bounds that take no notice of them."""
+    """Tabulate false lifts where documents share sources: by bounds over sources, and by bounds unaware of them."""
     for sources, each in ((20, 10), (50, 10), (100, 5)):
         generator = np.random.default_rng(sources)
         clusters = [document // each for document in range(sources * each)]

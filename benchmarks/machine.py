@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, as every result names it."""
+"""The machine of a benchmark, as every result names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl", "lm_eval")
 
 
 def described() -> dict[str, Any]:
-    """Date, device, threads and versions."""
+    """Return date, device, threads and versions."""
     import torch
 
     return {
@@ -28,7 +28,7 @@ def described() -> dict[str, Any]:
 
 
 def device() -> str:
-    """The name of the GPU, or of the processor."""
+    """Return the name of the GPU, or of the processor."""
     import torch
 
     if torch.cuda.is_available():
@@ -39,7 +39,7 @@ def device() -> str:
 
 
 def peak_bytes() -> int:
-    """The most memory that was in use at once: of the GPU, or of this process."""
+    """Return the peak of the memory in use: of the GPU, or of this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -48,7 +48,7 @@ def peak_bytes() -> int:
 
 
 def matrix_rate(shapes: Iterable[tuple[int, int]], tokens: int, dtype: str) -> float:
-    """GFLOP/s in products of ``tokens`` activations with weights of these shapes, in the number format ``dtype``."""
+    """Measure the GFLOP/s of products of ``tokens`` activations with weights of these shapes, in ``dtype``."""
     import torch
 
     where = {"device": "cuda" if torch.cuda.is_available() else "cpu"}

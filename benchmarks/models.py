@@ -1,4 +1,4 @@
-"""The models that benchmarks train, by what has to be known of them."""
+"""The models of the benchmarks: their weights, and the sizes that their speed depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA_8B = {
 
 
 def random_llama(folder: Path, **settings: int) -> str:
-    """A Llama of 8 billion random bfloat16 weights, or of other ``settings``, with the quickstart's small tokenizer."""
+    """Return a Llama of 8 billion random bfloat16 weights, or other ``settings``, with the quickstart's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -33,14 +33,14 @@ def random_llama(folder: Path, **settings: int) -> str:
 
 
 def shapes(model: str) -> list[tuple[int, int]]:
-    """Rows and columns of the weights of one layer that matter most: of attention, into the MLP, and out of it."""
+    """Return rows and columns of the main weights of one layer: of attention, into the MLP, and out of it."""
     config = _config(model)
     width, hidden = config.hidden_size, config.intermediate_size
     return [(width, width), (hidden, width), (width, hidden)]
 
 
 def multiplying_parameters(model: str) -> int:
-    """Parameters of the model that multiply: all but an input embedding that is not the output projection too."""
+    """Count the parameters that multiply: all but an input embedding that is not the output projection, too."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,9 +1,9 @@
-"""How long packing takes and how full the rows are, beside TRL's best-fit packing of the same documents.
+"""Packing: its time and the fill of its rows, beside TRL's best-fit packing of the same documents.
 
     python benchmarks/packing.py [--documents 20000] [--lengths 1000000]
 
-Both get lists of token ids with their masks and give packed rows of both. TRL wants them in a table first: that is a
-time of its own. It packs every thousand documents by themselves, as its trainer does unless told otherwise. Lengths
+Both get lists of token ids with their masks and give packed rows of both. TRL needs them in a table first, which is
+timed by itself. It packs every thousand documents by themselves, the default of its trainer. Lengths
 are log-normal, median 400, as of conversations.
 """
 
@@ -26,14 +26,14 @@ MEDIAN, SPREAD = 400.0, 0.9
 
 
 def drawn_lengths(count: int) -> list[int]:
-    """``count`` seeded lengths, none above the capacity."""
+    """Draw ``count`` seeded lengths, none above the capacity."""
     drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN), SPREAD, count)
     lengths: list[int] = drawn.astype(int).clip(8, CAPACITY).tolist()
     return lengths
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``work`` gives, and the seconds it took."""
+    """Return the result of ``work``, and the seconds it took."""
     began = time.perf_counter()
     result = work()
     return result, time.perf_counter() - began

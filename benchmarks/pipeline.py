@@ -5,8 +5,8 @@
 Both start from nothing on the quickstart's base, take the same records in as many optimizer steps, and score base,
 fine-tuned and preferred model on the same documents in batches of the same size. The scripts are in benchmarks/scripts.
 The lm_eval command asks all of its tasks with the chat template or all without, so that it runs twice for each model:
-once for the questions, once for the documents. Times are of the wall, imports and start of every process included, and
-both run with idle OpenMP threads asleep, which this project sees to by itself.
+once for the questions, once for the documents. Times are wall times, with imports and start of every process, and
+both run with idle OpenMP threads asleep, which is this project's default.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Part:
     name: str
     seconds: float
     cpu_seconds: float
-    """Time on processors: what a machine shared with others still measures."""
+    """Seconds on processors, a measure that survives other work on the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one contender took, and what its models score."""
+    """The time of one contender, and the scores of its models."""
 
     contender: str
     parts: list[Part]
@@ -59,12 +59,12 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """From the first command to the end of the last."""
+        """Seconds from the first command to the end of the last."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all processes."""
+        """Seconds on processors, of all processes."""
         return sum(part.cpu_seconds for part in self.parts)
 
 
@@ -111,7 +111,7 @@ def _table(outcome: Outcome) -> Iterator[str]:
 
 
 def posttrain(folder: Path) -> Outcome:
-    """One command."""
+    """Run one command."""
     command = ["-m", "posttrain", "recipe=quickstart", "stages=[sft,dpo]", f"output_root={folder}"]
     part = _timed("posttrain", command, folder)
     (run,) = folder.glob("quickstart-*")
@@ -130,7 +130,7 @@ def posttrain(folder: Path) -> Outcome:
 
 
 def scripts(folder: Path) -> Outcome:
-    """Two scripts, and the lm_eval command for each of three models."""
+    """Run two scripts, and the lm_eval command for each of three models."""
     base, data = QUICKSTART / "base", QUICKSTART / "sft.jsonl"
     sft, dpo = _settings("sft"), _settings("dpo")
     rows = -(-sft["epochs"] * len(data.read_text(encoding="utf-8").splitlines()) // SFT_STEPS)
@@ -151,14 +151,14 @@ def scripts(folder: Path) -> Outcome:
 
 
 def _settings(stage: str) -> dict[str, Any]:
-    """What the recipe trains a stage with."""
+    """Return a stage's settings in the recipe."""
     command = [sys.executable, "-m", "posttrain", "plan", "recipe=quickstart", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout)["config"][stage])
 
 
 def _lm_eval(folder: Path, name: str, model: str) -> Iterator[Part]:
-    """The questions with the chat template, the documents without."""
+    """Score the questions with the chat template, and the documents without."""
     for flag, tasks in ASKED.items():
         command = ["-m", "lm_eval", "--model", "hf", "--model_args", f"{model},dtype=float32", "--device", "cpu"]
         command += ["--tasks", *(f"{task}.yaml" for task in tasks), "--batch_size", str(BATCH)]

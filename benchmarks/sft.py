@@ -4,7 +4,7 @@
     python benchmarks/sft.py --model 8b --data train.jsonl --variants lora,qlora    # random weights, on a CUDA GPU
 
 Each contender trains in a process of its own, one after another, so that its peak memory is its own. Times run from the
-first step to the end of the last. The matrix rate is what this machine reaches, just before, in products of the shapes
+first step to the end of the last. The matrix rate is measured just before, in products of the shapes
 of the model's layers, in bfloat16 and in float32; the share is of the faster one, and counts 4 N operations per token
 for adapters, 6 N for full fine-tuning, where N is the number of parameters that multiply (without the input embedding).
 """
@@ -33,7 +33,7 @@ RANK, ALPHA, RATE = 16, 32, 2e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every contender of one comparison trains."""
+    """The training that every contender of one comparison runs."""
 
     model: str
     data: str
@@ -47,23 +47,23 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one contender reached."""
+    """The result of one contender."""
 
     contender: str
     seconds: float
     cpu_seconds: float
-    """Time that the process spent on processors: what a machine shared with others still measures."""
+    """Seconds on processors, a measure that survives other work on the machine."""
     steps: int
     tokens: int
     trained_tokens: int
     peak_bytes: int
-    """Of the device on CUDA, of the process on a CPU."""
+    """Peak memory: of the device on CUDA, of the process on a CPU."""
     loss: float
-    """Of the last step."""
+    """Loss of the last step."""
 
 
 def main() -> None:
-    """Run the comparison that the command line asks for, or one contender of it."""
+    """Run the comparison given on the command line, or one contender of it."""
     arguments = _arguments()
     if arguments.contender:
         print(json.dumps(asdict(_contend(arguments.contender, Job(**json.loads(arguments.job))))))
@@ -184,11 +184,11 @@ class Clock:
         self.steps: list[Mapping[str, float]] = []
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Training begins."""
+        """Note the start of the training."""
         self._begun = time.perf_counter(), time.process_time()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
+        """Note the end of a step."""
         self.seconds = time.perf_counter() - self._begun[0]
         self.cpu_seconds = time.process_time() - self._begun[1]
         self.steps.append(dict(metrics))
@@ -297,7 +297,7 @@ def _trl(job: Job, *, packed: bool) -> Result:
 
 
 def _trained(trainer: Any) -> int:
-    """Tokens that TRL's own batches ask the model to predict."""
+    """Count the tokens to predict in TRL's own batches."""
     total = 0
     for batch in trainer.get_train_dataloader():
         total += int((batch["labels"][..., 1:] != -100).sum())

@@ -1,4 +1,4 @@
-"""What a user would write with TRL: DPO with a new adapter on the merged model of the fine-tuning, its reference.
+"""The script of a user of TRL: DPO with a new adapter on the merged model of the fine-tuning, its reference.
 
 python trl_dpo.py MERGED_MODEL DATA OUTPUT ROWS_PER_STEP LEARNING_RATE BETA SEQUENCE_LENGTH
 """

@@ -1,4 +1,4 @@
-"""What a user would write with TRL: LoRA fine-tuning of a chat model, then the adapter merged for what comes next.
+"""The script of a user of TRL: LoRA fine-tuning of a chat model, then the adapter merged for the next script.
 
 python trl_sft.py MODEL DATA OUTPUT ROWS_PER_STEP EPOCHS SEQUENCE_LENGTH LEARNING_RATE
 """
@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def to_prompt_and_completion(row: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
-    """A record whose last message is the answer."""
+    """Return a record whose last message is the answer."""
     return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 

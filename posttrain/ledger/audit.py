@@ -45,7 +45,7 @@ def verify(root: Path) -> list[dict[str, Any]]:
 
 
 def rebuild(root: Path) -> tuple[int, int]:
-    """Rebuild the ledger from the runs below ``root``; return the number of its rows, and of those that changed.
+    """Rebuild the ledger from the runs below ``root``; return the number of its rows, and of the changed ones.
 
     A file unreadable for SQLite is set aside. Raise BadInput, and change nothing, when the ledger holds rows of missing
     runs; ArtifactDamaged when a run contradicts itself.
@@ -97,7 +97,7 @@ def _key(values: Mapping[str, Any]) -> Key:
 
 
 def _count_differences(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> int:
-    """Count the rows that were added, removed or changed."""
+    """Count the rows added, removed or changed."""
     old, new = ({record["seq"]: record for record in records} for records in (before, after))
     return sum(old.get(seq) != new.get(seq) for seq in old.keys() | new.keys())
 

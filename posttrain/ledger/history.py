@@ -18,7 +18,7 @@ GATES = "gates"
 
 
 def add(folder: Path, finding: Sequence[Lift]) -> None:
-    """Write a finding at the end, in place of a last one that is equal."""
+    """Write a finding at the end, in place of an equal last one."""
     path = folder / HISTORY
     findings = read(path) if path.exists() else []
     if findings and same_finding(findings[-1], finding):
@@ -50,5 +50,5 @@ def histories(root: Path) -> list[Path]:
 
 
 def folder_of(root: Path, run: str, stage: str) -> Path:
-    """Return the folder of the history that holds the rows of a run and a stage."""
+    """Return the folder with the history of a run's stage."""
     return root / run if run.startswith(f"{GATES}/") else root / run / "stages" / stage

@@ -18,7 +18,7 @@ LEDGER = "ledger.sqlite"
 FORMAT = 1
 """Format of the table, kept as SQLite's user_version."""
 WAIT_SECONDS = 60
-"""Seconds that a writer waits for another one."""
+"""Longest wait for another writer."""
 TYPES = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL"}
 COLUMNS = ("seq", *KINDS, "previous", "hash")
 SCHEMA = (
@@ -38,7 +38,7 @@ def ledger_path(root: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(root: Path) -> Iterator[sqlite3.Connection]:
-    """Open one transaction for writing, in a ledger that is created when it is missing."""
+    """Open one transaction for writing, in a ledger created when missing."""
     # IMMEDIATE takes the write lock at the start, so that writers queue. Two transactions that read first and
     # lock later would block each other, and SQLite fails one of them at once, without waiting.
     root.mkdir(parents=True, exist_ok=True)

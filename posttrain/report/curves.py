@@ -16,9 +16,9 @@ MOST_POINTS = 400
 TICKS = 4
 """Intervals on an axis, about."""
 SMALLEST = 1e-30
-"""Values whose size is below this are drawn as zero."""
+"""Absolute values below this are drawn as zero."""
 COUNTERS = ("tokens", "trained_tokens", "tokens_per_second")
-"""Metrics of every step that do not show the course of training, and have no chart."""
+"""Metrics of every step without a chart: they do not show the course of training."""
 MAIN = (("loss", "eval_loss"), ("lr",))
 """Metrics of the charts shown for every stage; each further metric has a chart of its own."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from posttrain.gate.spec import DocumentScore, TaskVerdict
 
 MOST_DOCUMENTS = 5
-"""Documents shown of those that got worse, and of those that got better: the largest changes."""
+"""Documents shown per direction, worse and better: the largest changes."""
 MOST_CHARACTERS = 2000
 """Characters shown of an answer."""
 

@@ -71,7 +71,7 @@ def _case(task: TaskVerdict) -> Case:
 
 
 def _case_without_tasks(verdict: Verdict) -> Case:
-    """Return the case of a gate that was switched off, or that asked nothing."""
+    """Return the case of a gate without tasks: switched off, or asking nothing."""
     if verdict.state == "pass":
         return Case(name="gate", outcome="skipped", message=verdict.reason)
     return Case(name="gate", outcome="failure", kind=verdict.state, message=verdict.reason)

@@ -42,7 +42,7 @@ class Board:
 
     @property
     def scale(self) -> Scale:
-        """The unit in which its scores are written."""
+        """The unit of its scores."""
         return Scale.of(*(entry.score for entry in self.entries))
 
 

@@ -99,7 +99,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
 def _documents(
     report: RunReport, stage: StageReport
 ) -> tuple[list[TaskChanges], Mapping[tuple[str, int], str], list[str]]:
-    """Return the changed documents of a stage, their prompts, and a note of each part that cannot be read."""
+    """Return the changed documents of a stage, their prompts, and a note of each unreadable part."""
     if stage.verdict is None or not stage.verdict.tasks:
         return [], {}, []
     try:

@@ -1,4 +1,4 @@
-"""A run as its reports show it: the content of its directory, and a note of each part that is missing."""
+"""A run as its reports show it: the content of its directory, and a note of each missing part."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StageReport:
     error: str | None = None
     """The last line of a plugin's error, when one failed."""
     missing: tuple[str, ...] = ()
-    """Parts that cannot be shown, each with the reason."""
+    """Parts not shown, each with the reason."""
 
     @property
     def name(self) -> str:

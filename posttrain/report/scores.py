@@ -9,7 +9,7 @@ from posttrain.gate.spec import TaskVerdict
 
 @dataclass(frozen=True)
 class Scale:
-    """The unit in which the scores of one task are written."""
+    """The unit of the scores of one task."""
 
     factor: int
     """100 for shares, 1 for other scores."""
