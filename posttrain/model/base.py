@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-REFUSED_KEYS = {
+REJECTED_KEYS = {
     "auto_map": "runs Python code from the model's repository",
     "_attn_implementation_internal": "can load code by name",
     "quantization_config": "holds quantised weights, which cannot be trained",
@@ -101,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def missing_folder(model: ModelConfig) -> Problem | None:
+def check_folder(model: ModelConfig) -> Problem | None:
     """What is wrong with a path that is no directory and cannot be a hub name."""
     local = Path(model.path).expanduser()
     if local.is_dir():
@@ -113,16 +112,8 @@ def missing_folder(model: ModelConfig) -> Problem | None:
     return None
 
 
-def missing_bitsandbytes(where: str) -> Problem | None:
-    """What to install for quantised weights; ``where`` is the setting that asks for them."""
-    if find_spec("bitsandbytes") is not None:
-        return None
-    fix = "pip install 'posttrain[bitsandbytes]', or choose variant=lora"
-    return Problem(where=where, what="weights of 4 bits need bitsandbytes, which is not installed", fix=fix)
-
-
 def _folder(model: ModelConfig) -> Path:
-    problem = missing_folder(model)
+    problem = check_folder(model)
     if problem is not None:
         raise BadInput(problem)
     local = Path(model.path).expanduser()
@@ -212,7 +203,7 @@ def _check_configs(folder: Path) -> None:
                 Problem(
                     where=str(folder / name), what=f"{key} {why}", fix="Use a model that transformers supports itself"
                 )
-                for key, why in REFUSED_KEYS.items()
+                for key, why in REJECTED_KEYS.items()
                 if config.get(key)
             ]
     if (folder / "adapter_config.json").is_file():  # transformers would load the adapter's base instead, in silence

@@ -22,9 +22,9 @@ from transformers.utils import logging
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings
 from posttrain.errors import BadInput, Problem, suggest
+from posttrain.model.added_tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, reject_known
 from posttrain.model.base import weight_files
-from posttrain.model.quantisation import keep_layout, quantisation
-from posttrain.model.tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, refuse_known
+from posttrain.model.quantisation import keep_layout, quantisation_config
 
 ADAPTER = "default"
 """Name of the trained adapter: the only one that trainers copy, save and reload without being told."""
@@ -42,7 +42,7 @@ def default_device() -> torch.device:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer with its pinned chat template, the added tokens, and an existing token that pads."""
-    tokenizer = stored_tokenizer(source)
+    tokenizer = load_stored_tokenizer(source)
     add_tokens(tokenizer, source.added_tokens)
     tokenizer.chat_template = source.chat_template
     if tokenizer.pad_token is None:
@@ -53,7 +53,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def added_token_ids(source: ModelSource) -> list[int]:
     """Ids of the tokens that the weights of ``source`` lack."""
-    return add_tokens(stored_tokenizer(source), source.added_tokens) if source.added_tokens else []
+    return add_tokens(load_stored_tokenizer(source), source.added_tokens) if source.added_tokens else []
 
 
 def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
@@ -131,7 +131,7 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     logging.disable_progress_bar()  # progress is the pipeline's to show, once, in its own form
     quantised: dict[str, Any] = {}
     if source.quantization is not None:  # on the device that it is loaded to
-        quantised["quantization_config"] = quantisation(source.quantization, DTYPES[dtype])
+        quantised["quantization_config"] = quantisation_config(source.quantization, DTYPES[dtype])
         quantised["device_map"] = {"": default_device()}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -159,11 +159,11 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
 def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
     if source.tokenizer == source.model:  # the base's own tokenizer; that of an artifact has the tokens
         rows = model.get_input_embeddings().weight.shape[0]
-        refuse_known(source.added_tokens, stored_tokenizer(source), rows)
+        reject_known(source.added_tokens, load_stored_tokenizer(source), rows)
     add_embeddings(model, added_token_ids(source))
 
 
-def stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer as its files describe it."""
     try:
         return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)

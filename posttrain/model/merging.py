@@ -24,12 +24,12 @@ from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
 from posttrain.model.loading import ADAPTER, added_token_ids, load_model, load_tokenizer
 from posttrain.model.probe import difference, logits, random_ids
-from posttrain.model.quantisation import dequantised
+from posttrain.model.quantisation import dequantise
 from posttrain.model.saving import save_model
 
 EXACT = 1e-4
 """Largest difference of the sum in float32 (measured: up to 1e-6, with DoRA 3e-6)."""
-LIMITS = {"float32": EXACT, "bfloat16": 0.05}
+MERGED_LIMITS = {"float32": EXACT, "bfloat16": 0.05}
 """Largest difference of the published weights, by their number format: 8 bits move a weight by up to 0.4 %."""
 QUESTIONS = ("Hello!", "What is 17 + 25?", "Write one sentence about the sea.", "Name three colours.")
 
@@ -56,9 +56,10 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
     Raises ArtifactDamaged, and publishes nothing, when the merged weights compute something else than the adapter.
     """
     source, dtype = artifact.source(base), str(artifact.manifest["dtype"])
+    limit = MERGED_LIMITS[dtype]
     prompts = _prompts(source)
     expected = _logits(load_model(source, dtype), prompts)
-    model, exact = _merged(source, dtype, prompts)
+    model, exact = _merge_weights(source, dtype, prompts)
     _check(exact, EXACT, "merged in float32")
     draft = destination.with_name(f".{destination.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -68,16 +69,16 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
         check_output(draft, base)
         whole = replace(source, model=draft, adapter=None, quantization=None, added_tokens=())
         found = difference(_logits(load_model(whole, dtype), prompts), expected)
-        _check(found, LIMITS[dtype], f"saved in {dtype}")
-        record = _manifest(artifact, {"float32": exact, "published": found, "limit": LIMITS[dtype]})
-        return Merge(artifact=publish(draft, record, destination), exact=exact, published=found, limit=LIMITS[dtype])
+        _check(found, limit, f"saved in {dtype}")
+        record = _manifest(artifact, {"float32": exact, "published": found, "limit": limit})
+        return Merge(artifact=publish(draft, record, destination), exact=exact, published=found, limit=limit)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _merged(source: ModelSource, dtype: str, prompts: Sequence[torch.Tensor]) -> tuple[PreTrainedModel, float]:
+def _merge_weights(source: ModelSource, dtype: str, prompts: Sequence[torch.Tensor]) -> tuple[PreTrainedModel, float]:
     """The merged model in float32, and its difference from the adapter on the same weights."""
-    plain = dequantised(load_model(replace(source, adapter=None), dtype)).float()
+    plain = dequantise(load_model(replace(source, adapter=None), dtype)).float()
     adapted = PeftModel.from_pretrained(plain, source.adapter, adapter_name=ADAPTER).eval()
     expected = _logits(adapted, prompts)
     model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)

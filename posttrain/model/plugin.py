@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
     """A model directory or a chat template that does not exist; a package that the method needs."""
-    from posttrain.model.base import missing_bitsandbytes, missing_folder
+    from posttrain.model.base import check_folder
+    from posttrain.model.quantisation import check_bitsandbytes
 
-    found = [missing_folder(plan.model)]
+    found = [check_folder(plan.model)]
     found += [
-        missing_bitsandbytes(f"{step.name}.method")
+        check_bitsandbytes(f"{step.name}.method")
         for step in plan.steps
         if getattr(step.config, "method", None) is Method.qlora
     ]

@@ -18,7 +18,7 @@ from posttrain.artifact import ModelSource
 from posttrain.model.loading import added_token_ids
 
 PROBE = "probe.safetensors"
-LENGTH = 24
+PROBE_LENGTH = 24
 """Tokens of a probe besides those that were added to the vocabulary."""
 
 
@@ -52,13 +52,13 @@ def leave_probe(model: Any, parent: ModelSource, output: Path) -> None:
 def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:
     """Ids [1, T] of tokens from all over the vocabulary, always the same ones, among them every added token."""
     generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(vocabulary, (LENGTH,), generator=generator)
+    ids_T = torch.randint(vocabulary, (PROBE_LENGTH,), generator=generator)
     return torch.cat([ids_T, torch.tensor(list(added), dtype=ids_T.dtype)])[None]
 
 
 def logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of one row in float32 on the CPU, by plain attention whatever a trainer has put in its place."""
-    with torch.no_grad(), _plainly(model):
+    with torch.no_grad(), _plain_attention(model):
         logits_TV: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits[0]
     return logits_TV.float().cpu()
 
@@ -71,7 +71,7 @@ def difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
 
 
 @contextmanager
-def _plainly(model: Any) -> Iterator[None]:
+def _plain_attention(model: Any) -> Iterator[None]:
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     attention, training = causal.config._attn_implementation, model.training
     causal.set_attn_implementation("eager")

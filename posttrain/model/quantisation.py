@@ -8,24 +8,36 @@ to correct.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from typing import TYPE_CHECKING
 
 from posttrain.artifact import QUANTIZATION
 from posttrain.errors import BadInput, Problem
-from posttrain.model.base import missing_bitsandbytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 NF4 = "nf4"
 
 
-def quantisation(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
+def check_bitsandbytes(where: str) -> Problem | None:
+    """What to install for quantised weights; ``where`` is the setting that asks for them."""
+    if find_spec("bitsandbytes") is not None:
+        return None
+    fix = "pip install 'posttrain[bitsandbytes]', or choose variant=lora"
+    return Problem(where=where, what="weights of 4 bits need bitsandbytes, which is not installed", fix=fix)
+
+
+def quantisation_config(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
     """How transformers is to quantise, and the number format that products are computed in.
 
     Raises BadInput when bitsandbytes is missing or ``kind`` is not NF4.
     """
-    if problem := missing_bitsandbytes("quantization"):
+    from transformers import BitsAndBytesConfig
+
+    if problem := check_bitsandbytes("quantization"):
         raise BadInput(problem)
     if kind != NF4:
         raise BadInput(Problem(where="quantization", what=f"weights are quantised to {NF4}, not to {kind}"))
@@ -50,7 +62,7 @@ def keep_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with ordinary weights of the values that its quantised ones stand for; itself if it has none."""
     if not is_quantised(model):
         return model

@@ -24,7 +24,7 @@ from posttrain.model.base import ADAPTER_WEIGHTS
 from posttrain.model.loading import ADAPTER, added_token_ids, load_model
 from posttrain.model.probe import Probe, difference, logits
 
-LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
+RELOADED_LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
 """Largest difference from the logits in memory, relative to their spread; without patched kernels there is none."""
 SHARE = 0.1
 """Largest difference, as a share of what training changed."""
@@ -43,15 +43,16 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
     if torch.cuda.is_available():  # two models may not fit
         gc.collect()
         torch.cuda.empty_cache()
-    source = _saved(output, parent)
+    source = _saved_source(output, parent)
     if source.adapter is not None:
         check_tensors(output, parent)
-    found_TV, parents_TV = compared(source, parent, dtype, probe.ids)
+    found_TV, parents_TV = probe_both(source, parent, dtype, probe.ids)
+    limit = RELOADED_LIMITS[dtype]
     error, change = difference(found_TV, probe.logits), difference(parents_TV, probe.logits)
-    if not error <= min(LIMITS[dtype], SHARE * change):
+    if not error <= min(limit, SHARE * change):
         raise ArtifactDamaged(
             f"{output}: what is loaded from it is not the model that was trained: the logits differ by {error:.1e} of "
-            f"their spread (at most {LIMITS[dtype]:.0e}, and a tenth of the {change:.1e} that training changed)"
+            f"their spread (at most {limit:.0e}, and a tenth of the {change:.1e} that training changed)"
         )
     if torch.equal(found_TV, parents_TV):
         raise ArtifactDamaged(f"{output}: it computes what {parent.name} computes; was the learning rate 0?")
@@ -103,13 +104,13 @@ def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _saved(output: Path, parent: ModelSource) -> ModelSource:
+def _saved_source(output: Path, parent: ModelSource) -> ModelSource:
     if (output / "adapter_config.json").exists():
         return replace(parent, adapter=output, tokenizer=output, quantization=quantization_of(output))
     return replace(parent, model=output, adapter=None, tokenizer=output, quantization=None, added_tokens=())
 
 
-def compared(
+def probe_both(
     source: ModelSource, parent: ModelSource, dtype: str, ids_1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, V] of the saved model and of its parent, on weights quantised alike."""

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from posttrain.artifact import ModelSource
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
+from posttrain.model.added_tokens import add_tokens, token_rows
 from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES, read_json
-from posttrain.model.loading import ADAPTER, DTYPES, stored_tokenizer
+from posttrain.model.loading import ADAPTER, DTYPES, load_stored_tokenizer
 from posttrain.model.quantisation import save_quantisation
-from posttrain.model.tokens import add_tokens, token_rows
 
 SHARD_SIZE = "5GB"
 
@@ -85,7 +85,7 @@ def _copy_tokenizer(parent: ModelSource, output: Path) -> None:
         if (parent.tokenizer / name).is_file():
             shutil.copyfile(parent.tokenizer / name, output / name)
     if parent.added_tokens:
-        tokenizer = stored_tokenizer(parent)
+        tokenizer = load_stored_tokenizer(parent)
         add_tokens(tokenizer, parent.added_tokens)
         tokenizer.save_pretrained(output)
     (output / TEMPLATE).write_bytes(parent.chat_template.encode())

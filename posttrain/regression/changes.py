@@ -13,7 +13,7 @@ from posttrain.artifact import ModelSource
 from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, Problem
 from posttrain.model.loading import load_tokenizer
 from posttrain.model.probe import random_ids
-from posttrain.model.reloading import check_names, compared
+from posttrain.model.reloading import check_names, probe_both
 from posttrain.regression.candidate import ADAPTER_WEIGHTS, Candidate
 from posttrain.scoring.fingerprint import tokenizer_digest
 
@@ -53,7 +53,7 @@ def require_change(candidate: Candidate) -> None:
             raise GateRefused(f"{candidate.path} changes nothing: {cause}")
         if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
             check_names(source.adapter, base, embeddings=True)
-    found_TV, expected_TV = compared(source, base, candidate.dtype, random_ids(_vocabulary(base)))
+    found_TV, expected_TV = probe_both(source, base, candidate.dtype, random_ids(_vocabulary(base)))
     if not torch.isfinite(found_TV).all():
         raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
     if torch.equal(found_TV, expected_TV):

@@ -1,31 +1,34 @@
-"""Scores kept by content: a system that was asked exactly this before is not asked again.
+"""Scores and answers kept by content: a system that was asked exactly this before is not asked again.
 
-    <cache>/<key>.jsonl       a header {"key", "sha256"}, then one row per filter and document
-    <cache>/<key>.answers     what a system answered to requests, whatever they are scored by (see ``blocks``)
+    <cache>/<key>.jsonl       scores: a header {"key", "sha256"}, then one row per filter and document
+    <cache>/<key>.answers     answers: a line {"block", "answers", "sha256"} per block, added as soon as it is answered
 
-The key covers everything that the scores depend on (see ``score_key``), never a name. The file is trusted when its
-header holds the key and the hash of the rows, and the rows answer the documents that are asked.
+A key covers everything that the content depends on (see ``score_key``), never a name.
+
+- The key of scores covers the tasks' settings and the hash of every document, request and target. The file is trusted
+  when its header holds the key and the hash of the rows, and the rows answer the documents that are asked.
+- The key of answers covers the requests alone, not how they are scored: tasks with equal requests share them, and a
+  killed evaluation repeats at most one block. A line is trusted when it holds the hash of its key, block and answers:
+  a kill can tear a line, and a torn line is no block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import replace_text
-from posttrain.scoring.blocks import Blocks
 from posttrain.scoring.scorecard import lines_of, row_from_json, row_line
 
 if TYPE_CHECKING:
     from posttrain.gate.spec import DocumentScore
-
-Asked = Mapping[int, tuple[str, str, str]]
-"""By document: the hashes of document, requests and target."""
+    from posttrain.scoring.questions import Asked
 
 
 class ScoreCache:
@@ -64,6 +67,45 @@ class ScoreCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.jsonl"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of requests that one system answers."""
+
+    path: Path
+    key: str
+    size: int
+    """Documents of a block."""
+
+    def read(self) -> dict[int, Sequence[Any]]:
+        """By number of the block: for each of its requests, its answers."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except FileNotFoundError:
+            return {}
+        return {block: answers for line in lines for block, answers in self._block(line)}
+
+    def add(self, block: int, answers: Sequence[Any]) -> None:
+        """Keep one block; it is on disk when this returns."""
+        line = canonical({"block": block, "answers": answers, "sha256": self._hash(block, answers)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as stream:
+            # what a kill tore has no end of line
+            stream.write(f"\n{line}\n".encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _block(self, line: str) -> list[tuple[int, Sequence[Any]]]:
+        try:
+            row = json.loads(line)
+            block, answers = row["block"], row["answers"]
+            return [(block, answers)] if row["sha256"] == self._hash(block, answers) else []
+        except (ValueError, TypeError, KeyError):
+            return []
+
+    def _hash(self, block: int, answers: Sequence[Any]) -> str:
+        return digest_of([self.key, block, answers])
 
 
 def score_key(**content: Any) -> str:

@@ -77,14 +77,14 @@ def _resolve_data_files(settings: dict[str, Any], folder: Path) -> None:
         return
     for key in ("data_files", "data_dir"):
         if key in arguments:
-            arguments[key] = _resolved(arguments[key], folder)
+            arguments[key] = _resolve(arguments[key], folder)
 
 
-def _resolved(value: Any, folder: Path) -> Any:
+def _resolve(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
-        return {split: _resolved(files, folder) for split, files in value.items()}
+        return {split: _resolve(files, folder) for split, files in value.items()}
     if isinstance(value, list):
-        return [_resolved(file, folder) for file in value]
+        return [_resolve(file, folder) for file in value]
     return value if not isinstance(value, str) or "://" in value else str(folder / value)
 
 
@@ -110,7 +110,7 @@ def tasks_folder() -> Path:
 
 
 @functools.cache
-def registered() -> Mapping[str, Path]:
+def registered_tasks() -> Mapping[str, Path]:
     """The registered tasks and groups, each with the file that defines it."""
     names: dict[str, Path] = {}
     for path in sorted(_yaml_files(str(tasks_folder()))):

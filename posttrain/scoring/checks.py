@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ import yaml
 
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
-from posttrain.errors import Problem, nearest, suggest
-from posttrain.scoring.catalogue import Function, is_path, local_data_files, read_task_file, registered
+from posttrain.errors import BadInput, Problem, nearest, suggest
+from posttrain.scoring.catalogue import Function, is_path, local_data_files, read_task_file, registered_tasks
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
+    from posttrain.scoring.questions import PreparedTask
 
 NO_FILTER = "none"
 """What lm-eval calls the filter of a task without a filter_list."""
@@ -45,10 +46,10 @@ def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
     reference = task.task or name
     if is_path(reference):
         yield from _check_file(where, Path(reference).expanduser(), task)
-    elif reference in registered():
-        yield from _check_settings(where, registered()[reference], task, local=False)
+    elif reference in registered_tasks():
+        yield from _check_settings(where, registered_tasks()[reference], task, local=False)
     else:
-        close = nearest(reference, registered())
+        close = nearest(reference, registered_tasks())
         yield Problem(
             where=where,
             what=f"lm-eval registers no task or group {reference}",
@@ -148,6 +149,42 @@ def check_filter(where: str, filters: Sequence[str], task: GateTask) -> Iterator
         yield Problem(
             where=f"{where}.filter", what=f"the task has no filter {task.filter}", fix=suggest(task.filter, filters)
         )
+
+
+def check_direction(where: str, task: GateTask, declared: bool | None) -> Iterator[Problem]:
+    """The problem of a metric that the gate takes the other way round than the task, or that nobody says a way of."""
+    setting, stated = f"{where}.higher_is_better", task.higher_is_better
+    if declared is None and stated is None:
+        what = f"the task does not say whether more {task.metric} is better"
+        yield Problem(where=setting, what=what, fix="Give higher_is_better: true, or false")
+    elif stated not in (None, declared) and declared is not None:
+        what = f"is {str(stated).lower()}, but for the task {'more' if declared else 'less'} {task.metric} is better"
+        yield Problem(where=setting, what=what, fix="Leave it out, or correct the task")
+
+
+def check_cluster(where: str, task: GateTask, documents: Iterable[Any]) -> Iterator[Problem]:
+    """The problem of documents that have no field for their source."""
+    if task.cluster is None:
+        return
+    for index, document in enumerate(documents):
+        if not isinstance(document, Mapping) or document.get(task.cluster) is None:
+            fields = [str(key) for key in document] if isinstance(document, Mapping) else []
+            what = f"document {index} has no field {task.cluster}"
+            yield Problem(where=f"{where}.cluster", what=what, fix=suggest(task.cluster, fields))
+            return
+
+
+def read_clusters(gate: Mapping[str, GateTask], prepared: Iterable[PreparedTask]) -> dict[str, dict[int, str]]:
+    """The source of every document, for the tasks of a gate that ask for it; raises BadInput when one has none."""
+    found: dict[str, dict[int, str]] = {}
+    for task in prepared:
+        field = gate[task.name].cluster
+        if field is not None:
+            documents = [question.doc for question in task.questions]
+            if problems := list(check_cluster(f"tasks.{task.name}", gate[task.name], documents)):
+                raise BadInput(problems)
+            found[task.name] = {question.doc_id: str(question.doc[field]) for question in task.questions}
+    return found
 
 
 def _metric_name(entry: Mapping[str, Any]) -> str:

@@ -12,23 +12,19 @@ from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import looks_of, settled
-from posttrain.scoring.blocks import Blocks
-from posttrain.scoring.cache import ScoreCache, score_key
-from posttrain.scoring.declared import clusters
+from posttrain.scoring.cache import Blocks, ScoreCache, score_key
+from posttrain.scoring.checks import read_clusters
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
-from posttrain.scoring.harness.requests import prepare
-from posttrain.scoring.harness.responder import Answers, Transformers
+from posttrain.scoring.harness.requests import prepare_task
+from posttrain.scoring.harness.responder import Responder, Transformers
 from posttrain.scoring.harness.scoring import answer, recall
 from posttrain.scoring.isolation import quiet, seeded
 from posttrain.scoring.questions import PreparedTask
 from posttrain.scoring.scorecard import write_questions, write_scorecard
-from posttrain.scoring.systems import Loading, by_weights
+from posttrain.scoring.systems import Loading, group_by_weights
 
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
-
-Job = tuple[str, str]
-"""A system and a task."""
 
 
 def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
@@ -40,15 +36,15 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         return Scorecard(rows=(), higher_is_better={})
     tokenizer = loading.tokenizer(request.systems["candidate"])
     with seeded(request.gate.seed):
-        tasks = [prepare(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
+        tasks = [prepare_task(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
     scorecard = Scorecard(
         rows=(),
         higher_is_better={task.name: task.higher_is_better for task in tasks},
         settings={task.name: digest_of(task.settings) for task in tasks},
         documents={task.name: len(task.questions) for task in tasks},
-        clusters=clusters(request.tasks, tasks),
+        clusters=read_clusters(request.tasks, tasks),
     )
-    held: Held = {}
+    held: ModelsBySystems = {}
     for look in looks_of(request):
         new = [task.at(look, request.gate.seed, scorecard.clusters.get(task.name)) for task in tasks]
         asked = [task for task in new if task.questions]
@@ -65,11 +61,11 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
 class Models(Protocol):
     """Models that answer for systems that share weights."""
 
-    def responding_as(self, system: str) -> AbstractContextManager[Answers]:
+    def responding_as(self, system: str) -> AbstractContextManager[Responder]:
         """The model that answers as ``system``."""
 
 
-Held = dict[frozenset[str], Models]
+ModelsBySystems = dict[frozenset[str], Models]
 """The models that answered at the last look, by the systems that they speak for."""
 
 
@@ -83,7 +79,7 @@ class _Session:
         loading: Loading,
         tokenizer: object,
         tasks: Sequence[PreparedTask],
-        held: Held,
+        held: ModelsBySystems,
     ) -> None:
         self._request, self._progress, self._loading = request, progress, loading
         self._tokenizer, self._tasks, self._held = tokenizer, tasks, held
@@ -113,7 +109,7 @@ class _Session:
     def score(self) -> list[DocumentScore]:
         """The rows of every system and task, in the order of the request."""
         self._read_cache()
-        for group in by_weights(self._unscored()):
+        for group in group_by_weights(self._unscored()):
             self._score_group(group)
         return [
             replace(row, system=system, task=task)
@@ -136,13 +132,13 @@ class _Session:
 
     def _read_cache(self) -> None:
         for (system, name), key in self._keys.items():
-            rows = self._cached(key, name, system)
+            rows = self._read_kept(key, name, system)
             if rows is None:
-                rows = self._recalled(name, system)
+                rows = self._recall(name, system)
             if rows is not None:
                 self._rows[key] = rows
 
-    def _cached(self, key: str, name: str, system: str) -> list[DocumentScore] | None:
+    def _read_kept(self, key: str, name: str, system: str) -> list[DocumentScore] | None:
         task = self._task(name)
         try:
             return self._cache.read(key, task.asked, task.filters)
@@ -150,7 +146,7 @@ class _Session:
             self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
             return None
 
-    def _recalled(self, name: str, system: str) -> list[DocumentScore] | None:
+    def _recall(self, name: str, system: str) -> list[DocumentScore] | None:
         """The rows of a task whose requests another task put to the system before."""
         with quiet():
             digest = self._request.systems[system].digest
@@ -171,14 +167,14 @@ class _Session:
         with quiet():
             models = self._held.pop(frozenset(group), None)
             self._held.clear()
-            models = models or self._models(group)
+            models = models or self._load_models(group)
             for system, source in group.items():
                 with models.responding_as(system) as responder:
                     self._score_system(system, source, responder)
-        if len(by_weights(self._request.systems)) == 1:  # else memory is for the weights of the next group
+        if len(group_by_weights(self._request.systems)) == 1:  # else memory is for the weights of the next group
             self._held[frozenset(group)] = models
 
-    def _models(self, group: Mapping[str, ModelSource]) -> Models:
+    def _load_models(self, group: Mapping[str, ModelSource]) -> Models:
         gate, dtype = self._request.gate, self._request.dtype
         if gate.backend is Backend.vllm:
             from posttrain.scoring.harness.vllm import Vllm
@@ -186,13 +182,13 @@ class _Session:
             return Vllm(group, dtype, self._request.systems["candidate"].tokenizer, gate.batch_size, gate.seed)
         return Transformers(group, dtype, self._loading, self._tokenizer, gate.batch_size)
 
-    def _score_system(self, system: str, source: ModelSource, responder: Answers) -> None:
+    def _score_system(self, system: str, source: ModelSource, responder: Responder) -> None:
         for task in self._tasks:
             key = self._keys[system, task.name]
             if key not in self._rows:
-                self._rows[key] = self._answers(task, responder, system, source.digest)
+                self._rows[key] = self._answer(task, responder, system, source.digest)
 
-    def _answers(self, task: PreparedTask, responder: Answers, system: str, digest: str) -> list[DocumentScore]:
+    def _answer(self, task: PreparedTask, responder: Responder, system: str, digest: str) -> list[DocumentScore]:
         responder.cut = 0
         blocks = self._blocks(task.name, system)
         report = partial(self._progress.advance, system, task.name)

@@ -19,7 +19,7 @@ _ELSEWHERE = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata", "tas
 """Settings that are names and places; what they lead to is in the hashes of the questions."""
 
 
-def settings_of(config: Any) -> Any:
+def task_settings(config: Any) -> Any:
     """The resolved settings of an lm-eval task as JSON, with the source files of its functions, without paths."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: _plain(value) for name, value in fields.items() if name not in _ELSEWHERE and value is not None}

@@ -17,7 +17,7 @@ from posttrain.config.schema import Role
 from posttrain.data.files import count_rows
 from posttrain.gate.power import POWER, paired_documents, paired_power
 from posttrain.gate.statistics import normal_quantile
-from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered
+from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered_tasks
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
@@ -26,7 +26,7 @@ DISCORDANCES = (0.1, 0.2)
 """Assumed shares of documents that only one of two systems answers right."""
 HOPED = 0.05
 """How far over what a gate demands a lift, or a limit's score, is hoped to be."""
-HOPELESS = {Role.lift: 0.2, Role.limit: 0.2, Role.guard: 0.5}
+HOPELESS_BELOW = {Role.lift: 0.2, Role.limit: 0.2, Role.guard: 0.5}
 """Chance below which a gate is called hopeless: of a hoped lift, or of a guard whose scores did not change."""
 RIGHT_OR_WRONG = {
     "acc", "acc_norm", "acc_bytes", "exact_match", "em", "pass@1", "pass_at_1", "prompt_level_strict_acc",
@@ -51,7 +51,7 @@ class Outlook:
     @property
     def hopeless(self) -> bool:
         """Whether even the best chance is too small to run the gate."""
-        return bool(self.chances) and max(self.chances) < HOPELESS[self.role]
+        return bool(self.chances) and max(self.chances) < HOPELESS_BELOW[self.role]
 
 
 def outlooks(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[Outlook]:
@@ -77,7 +77,7 @@ def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook
     if task.role is Role.limit:
         higher = _direction(task, settings)
         return _limit(name, task, documents, gate.confidence, higher_is_better=higher) if documents else unknown
-    confidence, effect, threshold = _asked(gate, task, lifts)
+    confidence, effect, threshold = _demands(gate, task, lifts)
     chances = [paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES if documents]
     return Outlook(
         name=name,
@@ -88,7 +88,7 @@ def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook
     )
 
 
-def _asked(gate: GateConfig, task: GateTask, lifts: int) -> tuple[float, float, float]:
+def _demands(gate: GateConfig, task: GateTask, lifts: int) -> tuple[float, float, float]:
     """Confidence, assumed true difference and threshold of a lift or a guard."""
     if task.role is Role.guard:
         return gate.confidence, 0.0, -gate.allowed_drop(task)
@@ -121,7 +121,7 @@ def _pool(documents: Sequence[int], allowed: float, confidence: float) -> Outloo
 
 def _settings(name: str, task: GateTask) -> Mapping[str, Any]:
     reference = task.task or name
-    return read_task_file(Path(reference) if is_path(reference) else registered()[reference])
+    return read_task_file(Path(reference) if is_path(reference) else registered_tasks()[reference])
 
 
 def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
@@ -129,15 +129,15 @@ def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
     if settings.get("process_docs") is not None:
         return None
     if task.data is not None:
-        return _counted([task.data])
+        return _count([task.data])
     split = next((settings[key] for key in EVALUATED if settings.get(key)), None)
     files = (settings.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, Mapping):
         files = files.get(split)
-    return _counted([files] if isinstance(files, str) else files or [])
+    return _count([files] if isinstance(files, str) else files or [])
 
 
-def _counted(files: Sequence[str]) -> int | None:
+def _count(files: Sequence[str]) -> int | None:
     paths = [Path(file).expanduser() for file in files]
     counts = [count_rows(path) if path.is_file() else None for path in paths]
     known = [count for count in counts if count is not None]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.gate.sequential import Look, fresh
 
-if TYPE_CHECKING:
-    from posttrain.scoring.cache import Asked
+Asked = Mapping[int, tuple[str, str, str]]
+"""By document: the hashes of document, requests and target."""
 
 
 @dataclass(frozen=True, kw_only=True)

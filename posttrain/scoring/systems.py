@@ -24,7 +24,7 @@ class Loading:
     """Type of the device, such as ``cpu``."""
 
 
-def by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, ModelSource]]:
+def group_by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, ModelSource]]:
     """The systems, in groups that share one load of the weights."""
     groups: dict[object, dict[str, ModelSource]] = {}
     for name, source in systems.items():

@@ -20,9 +20,9 @@ from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.host import plugins
 from posttrain.model.checks import check_output
 from posttrain.model.loading import load_model, load_tokenizer, load_trainable, new_adapter
-from posttrain.model.quantisation import NF4, dequantised, quantisation
+from posttrain.model.quantisation import NF4, dequantise, quantisation_config
 from posttrain.plan import make_plan
-from posttrain.scoring.systems import Loading, SharedWeights, by_weights
+from posttrain.scoring.systems import Loading, SharedWeights, group_by_weights
 from posttrain.sft.stage import policy, run
 from tests.support.fakes import GATES, Script, scripted_host, write_project
 from tests.support.sft import context
@@ -81,7 +81,7 @@ def test_gradients_and_merging_are_right_after_a_forward_pass_for_evaluation(
     quantised: ModelSource, dora: bool
 ) -> None:
     lora = replace(LORA, dora=dora)
-    used, plain = load_model(quantised, "bfloat16"), dequantised(load_model(quantised, "bfloat16")).float()
+    used, plain = load_model(quantised, "bfloat16"), dequantise(load_model(quantised, "bfloat16")).float()
     logits(used)
     adapted, reference = new_adapter(used, lora, seed=0), new_adapter(plain, lora, seed=0)
     logits(adapted)
@@ -91,8 +91,8 @@ def test_gradients_and_merging_are_right_after_a_forward_pass_for_evaluation(
         distance(torch.cat([g.flatten() for g in found.values()]), torch.cat([*map(torch.flatten, expected.values())]))
         < 0.05
     )
-    merged = dequantised(used)
-    for name, weight in dequantised(load_model(quantised, "bfloat16")).named_parameters():
+    merged = dequantise(used)
+    for name, weight in dequantise(load_model(quantised, "bfloat16")).named_parameters():
         assert torch.equal(merged.get_parameter(name.replace("_proj.", "_proj.base_layer.")), weight)
 
 
@@ -133,7 +133,7 @@ def test_the_gate_scores_the_candidate_on_its_own_weights_and_the_base_on_the_or
     stage = context(base, tmp_path, method=Method.qlora, lora=LORA, epochs=3)
     run(stage)
     candidate = published(stage.output, base, tmp_path / "artifact").source(base)
-    groups = by_weights({"base": base, "candidate": candidate})
+    groups = group_by_weights({"base": base, "candidate": candidate})
     assert [list(group) for group in groups] == [["base"], ["candidate"]]
     loading = Loading(load_model, load_tokenizer, "cpu")
     for group, source in zip(groups, (base, candidate), strict=True):
@@ -163,9 +163,9 @@ def test_a_base_that_is_not_finite_is_refused_although_quantising_hides_it(tmp_p
         policy(stage)
 
 
-def test_other_quantisations_are_refused() -> None:
+def test_other_quantisations_are_rejected() -> None:
     with pytest.raises(BadInput, match="to nf4, not to fp4"):
-        quantisation("fp4", torch.bfloat16)
+        quantisation_config("fp4", torch.bfloat16)
 
 
 def test_a_damaged_record_of_the_quantisation_is_named(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_missing_package_is_a_problem_of_the_plan(monkeypatch: pytest.MonkeyPa
     host = scripted_host(Script())
     words = ["recipe=mine", *GATES, "variant=qlora", "sft.method=qlora"]
     assert make_plan(compose(host, words), host).steps[0].config.method is Method.qlora  # type: ignore[attr-defined]
-    monkeypatch.setattr("posttrain.model.base.find_spec", lambda name: None)
+    monkeypatch.setattr("posttrain.model.quantisation.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"sft\.method: .*bitsandbytes, which is not installed\n.*pip install"):
         make_plan(compose(host, words), host)
 

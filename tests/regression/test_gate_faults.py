@@ -12,8 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from posttrain import cli
-from posttrain.scoring.blocks import Blocks
-from posttrain.scoring.cache import ScoreCache
+from posttrain.scoring.cache import Blocks, ScoreCache
 from tests.support.gated import write_gated
 
 

@@ -748,7 +748,9 @@ def test_a_group_is_pooled(folder: Path, base: ModelSource, tmp_path: Path, monk
         (tasks / "family" / f"{name}.yaml").write_text(text.replace("data/", f"{folder}/data/"))
     (tasks / "family" / "both.yaml").write_text("group: both\ntask: [choose0, choose2]\n")
     monkeypatch.setattr("posttrain.scoring.harness.tasks.tasks_folder", lambda: tasks)
-    monkeypatch.setattr("posttrain.scoring.harness.tasks.registered", lambda: {"both": tasks / "family" / "both.yaml"})
+    monkeypatch.setattr(
+        "posttrain.scoring.harness.tasks.registered_tasks", lambda: {"both": tasks / "family" / "both.yaml"}
+    )
     both = GateTask(role=Role.lift, metric="acc")
     card, _, _ = run(make_request(folder, tmp_path, {"candidate": base}, {"both": both}))
     parts = {name: gate_task(folder, name) for name in ("choose0", "choose2")}

@@ -20,10 +20,10 @@ from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring import plugin
 from posttrain.scoring.checks import check_tasks
 from posttrain.scoring.evaluate import evaluate
-from posttrain.scoring.harness.requests import prepare
+from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.systems import Loading
-from posttrain.scoring.tasks.scoring import MATCHES, right
+from posttrain.scoring.tasks.metrics import MATCHES, right
 from tests.support.gated import Log
 from tests.support.tiny import base_source, tiny_tokenizer, write_base
 
@@ -42,7 +42,7 @@ def task(name: str, data: str | None, **settings: Any) -> GateTask:
 
 def asked(name: str, data: str, chat: bool = True) -> list[tuple[list[str], str]]:
     """The prompt of every request, and the target, of every document."""
-    prepared = prepare("mine", task(name, data, chat=chat), tiny_tokenizer(), 0)
+    prepared = prepare_task("mine", task(name, data, chat=chat), tiny_tokenizer(), 0)
     return [([request.args[0] for request in one.requests], one.target) for one in prepared.questions]
 
 

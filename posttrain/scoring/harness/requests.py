@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem
-from posttrain.scoring.fingerprint import settings_of
+from posttrain.scoring.fingerprint import task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
 from posttrain.scoring.questions import PreparedTask, Question
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
 
 
-def prepare(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
+def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
     """Load a task and build the requests of its documents, or of a seeded sample of ``task.limit`` of them."""
     leaves = load_leaves(name, task)
     with quiet():
@@ -36,7 +36,7 @@ def prepare(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTas
         leaves=leaves,
         filters=shared_filters(leaves),
         questions=questions,
-        settings=[settings_of(leaf.config) for leaf in leaves],
+        settings=[task_settings(leaf.config) for leaf in leaves],
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
 
 
-class Answers:
+class Responder:
     """What any of lm_eval's models needs to answer the requests of a gate. To be mixed into one of them."""
 
     cut = 0
@@ -40,7 +40,7 @@ class Answers:
             repeated = [request for request in asked for _ in range(request.repeats or 1)]
             for request in asked:
                 request.resps, request.filtered_resps = [], {}
-            for request, given in zip(repeated, self._answered(kind, repeated), strict=True):
+            for request, given in zip(repeated, self._answer(kind, repeated), strict=True):
                 request.resps.append(given)
                 likelihood = given[0] if isinstance(given, tuple) else given
                 sound = sound and (isinstance(likelihood, str) or math.isfinite(likelihood))
@@ -55,7 +55,7 @@ class Answers:
         """Whether everything that the model computed for texts that it wrote was finite, as far as can be known."""
         return True
 
-    def _answered(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+    def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """The answers to requests of one kind; a text that another task had written is not written again."""
         # repeats are asked because they may differ
         if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
@@ -79,7 +79,7 @@ class Answers:
         return list(super().generate_until(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
 
 
-class Responder(Answers, HFLM):
+class TransformersResponder(Responder, HFLM):
     """A loaded model of transformers, with or without an adapter."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
@@ -122,8 +122,8 @@ class Transformers:
         self._tokenizer, self._batch_size = tokenizer, batch_size
 
     @contextmanager
-    def responding_as(self, system: str) -> Iterator[Answers]:
+    def responding_as(self, system: str) -> Iterator[Responder]:
         """The model that answers as ``system``, which generates as the task says."""
         end = getattr(self._tokenizer, "eos_token_id", None)
         with self._weights.speaking_as(system) as model, plain_generation(model, end):
-            yield Responder(model, self._tokenizer, self._batch_size)
+            yield TransformersResponder(model, self._tokenizer, self._batch_size)

@@ -12,15 +12,15 @@ from lm_eval.api.metrics import mean
 
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate.spec import DocumentScore
-from posttrain.scoring.blocks import Blocks
-from posttrain.scoring.harness.responder import Answers
+from posttrain.scoring.cache import Blocks
+from posttrain.scoring.harness.responder import Responder
 from posttrain.scoring.isolation import seeded
 from posttrain.scoring.questions import PreparedTask, Question
 
 
 def answer(
     task: PreparedTask,
-    responder: Answers,
+    responder: Responder,
     blocks: Blocks,
     system: str,
     digest: str,
@@ -34,8 +34,8 @@ def answer(
     ArtifactDamaged when a log-likelihood, a logit or a score is not finite.
     """
     kept, total = blocks.read(), len(task.questions)
-    for index, requests in enumerate(_in_blocks(task, blocks.size)):
-        if not _restored(requests, kept.get(index)):
+    for index, requests in enumerate(_split(task, blocks.size)):
+        if not _restore(requests, kept.get(index)):
             with seeded(seed + index):
                 responder.respond(requests, f"{system}, {task.name}")
             blocks.add(index, [request.resps for request in requests])
@@ -46,11 +46,11 @@ def answer(
 def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list[DocumentScore] | None:
     """Score what a system answered before; None when it was not asked everything."""
     kept = blocks.read()
-    complete = all(_restored(requests, kept.get(index)) for index, requests in enumerate(_in_blocks(task, blocks.size)))
+    complete = all(_restore(requests, kept.get(index)) for index, requests in enumerate(_split(task, blocks.size)))
     return _scores(task, system, digest) if complete else None
 
 
-def _in_blocks(task: PreparedTask, size: int) -> list[list[Any]]:
+def _split(task: PreparedTask, size: int) -> list[list[Any]]:
     """The requests of each block."""
     ordered = task.ordered
     return [
@@ -68,7 +68,7 @@ def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]
     return [_score(task, question, name, system, digest) for name in task.filters for question in task.questions]
 
 
-def _restored(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
+def _restore(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
     """Give requests the answers that a block kept, if it holds as many as are asked for."""
     if answers is None or [len(given) for given in answers] != [request.repeats or 1 for request in requests]:
         return False

@@ -13,9 +13,15 @@ from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
 from posttrain.errors import BadInput, PosttrainError, Problem
-from posttrain.scoring.catalogue import documents_from, is_path, read_task_file, registered, tasks_folder
-from posttrain.scoring.checks import check_filter, unknown_metric, unsafe_code, unsupported_aggregation
-from posttrain.scoring.declared import check_cluster, check_direction
+from posttrain.scoring.catalogue import documents_from, is_path, read_task_file, registered_tasks, tasks_folder
+from posttrain.scoring.checks import (
+    check_cluster,
+    check_direction,
+    check_filter,
+    unknown_metric,
+    unsafe_code,
+    unsupported_aggregation,
+)
 from posttrain.scoring.isolation import muted, quiet
 
 if TYPE_CHECKING:
@@ -64,7 +70,7 @@ def _load(reference: str, data: str | None) -> list[Any]:
     if is_path(reference):
         return _load_file(Path(reference), data)
     if data is not None:
-        return _load_file(registered()[reference], data)
+        return _load_file(registered_tasks()[reference], data)
     return _load_registered(reference)
 
 
@@ -85,7 +91,7 @@ def _load_file(path: Path, data: str | None) -> list[Any]:
 
 def _load_registered(name: str) -> list[Any]:
     """A registered task, or the tasks of a group, without indexing the thousands of others where that can be helped."""
-    family = tasks_folder() / registered()[name].relative_to(tasks_folder()).parts[0]
+    family = tasks_folder() / registered_tasks()[name].relative_to(tasks_folder()).parts[0]
     manager = TaskManager(include_defaults=False, include_path=str(family))
     if not _is_complete(name, manager.task_index):
         manager = TaskManager()

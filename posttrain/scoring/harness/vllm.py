@@ -12,16 +12,16 @@ from vllm.lora.request import LoRARequest
 
 from posttrain.errors import BadInput, Problem
 from posttrain.model.base import read_json
-from posttrain.scoring.harness.responder import Answers
+from posttrain.scoring.harness.responder import Responder
 
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can set room aside for."""
 
 
-class VllmResponder(Answers, VLLM):
+class VllmResponder(Responder, VLLM):
     """A model in vLLM. Of texts that it writes it tells no logits: only likelihoods that are not finite are found."""
 
 
@@ -45,11 +45,11 @@ class Vllm:
             batch_size=batch_size,
             seed=seed,
             lora_local_path=str(next(iter(adapters.values()))) if adapters else None,
-            max_lora_rank=next((room for room in RANKS if room >= max(ranks, default=0)), RANKS[-1]),
+            max_lora_rank=next((room for room in VLLM_RANKS if room >= max(ranks, default=0)), VLLM_RANKS[-1]),
         )
 
     @contextmanager
-    def responding_as(self, system: str) -> Iterator[Answers]:
+    def responding_as(self, system: str) -> Iterator[Responder]:
         """The engine that answers as ``system``."""
         self._model.forget()
         self._model.lora_request = self._requests[system]

@@ -19,7 +19,7 @@ from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation, Message, Preference
 from posttrain.data.turns import check_order, read_turns
 from posttrain.errors import BadInput, Problem, suggest
-from posttrain.scoring.tasks.scoring import MATCHES
+from posttrain.scoring.tasks.metrics import MATCHES
 
 Splits = dict[str, Dataset]
 
@@ -53,7 +53,7 @@ def _splits(data_files: Mapping[str, str] | None, read: Any) -> Splits:
 
 def _response(record: Any) -> dict[str, Any]:
     conversation: Conversation = record
-    _refuse_tools(conversation.tools, conversation.where)
+    _reject_tools(conversation.tools, conversation.where)
     spoken = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     *_, last = spoken
     return {
@@ -64,7 +64,7 @@ def _response(record: Any) -> dict[str, Any]:
 
 def _pair(record: Any) -> dict[str, Any]:
     preference: Preference = record
-    _refuse_tools(preference.tools, preference.where)
+    _reject_tools(preference.tools, preference.where)
     answers = [_text(answer, preference.where) for (answer,) in (preference.chosen, preference.rejected)]
     return {"prompt": _prompt(preference.prompt), "answers": answers}
 
@@ -133,6 +133,6 @@ def _text(message: Message, where: str) -> str:
     return text
 
 
-def _refuse_tools(tools: Any, where: str) -> None:
+def _reject_tools(tools: Any, where: str) -> None:
     if tools:
         raise BadInput(Problem(where=where, what="it offers tools, and gates ask without", fix="Leave the record out"))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from posttrain.artifact import ModelSource
-from posttrain.model.quantisation import dequantised, quantisation
+from posttrain.model.quantisation import dequantise, quantisation_config
 
 
 def model_on_disk(parent: ModelSource) -> Any:
@@ -22,8 +22,8 @@ def model_on_disk(parent: ModelSource) -> Any:
 
 def _quantised(parent: ModelSource) -> Any:
     """The values that the weights of 4 bits stand for."""
-    settings = {"quantization_config": quantisation("nf4", torch.float32), "device_map": "cpu"}
-    return dequantised(LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
+    settings = {"quantization_config": quantisation_config("nf4", torch.float32), "device_map": "cpu"}
+    return dequantise(LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
 
 
 def log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -76,7 +76,7 @@ def fold_token_rows(model: PreTrainedModel, adapter: Path) -> LoraConfig:
     return config
 
 
-def refuse_known(tokens: Sequence[str], stored: PreTrainedTokenizerBase, embeddings: int) -> None:
+def reject_known(tokens: Sequence[str], stored: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Raise BadInput when the model's own tokenizer has one of ``tokens`` among its first ``embeddings`` ids."""
     vocabulary = stored.get_vocab()
     known = [token for token in tokens if vocabulary.get(token, embeddings) < embeddings]

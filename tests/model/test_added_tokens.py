@@ -17,13 +17,13 @@ from posttrain.config.schema import LoraSettings, Method, ModelConfig
 from posttrain.engine.attention import install
 from posttrain.engine.gradient import add_gradient
 from posttrain.errors import BadInput
+from posttrain.model.added_tokens import embedding_layers
 from posttrain.model.base import resolve_base
 from posttrain.model.checks import check_output
 from posttrain.model.loading import added_token_ids, load_model, load_tokenizer, load_trainable, new_adapter
 from posttrain.model.saving import save_model
-from posttrain.model.tokens import embedding_layers
 from posttrain.plan import make_plan
-from posttrain.scoring.systems import Loading, SharedWeights, by_weights
+from posttrain.scoring.systems import Loading, SharedWeights, group_by_weights
 from posttrain.sft.stage import run
 from tests.support.fakes import GATES, Script, scripted_host, write_project
 from tests.support.sft import context, conversations
@@ -195,7 +195,7 @@ def test_the_gate_scores_base_parent_and_candidate_on_one_load(base: ModelSource
         stage = context(base, tmp_path / name, epochs=2, lr=lr)
         run(stage)
         systems[name] = published(stage.output, base, tmp_path / f"{name}-artifact").source(base)
-    (group,) = by_weights(systems)
+    (group,) = group_by_weights(systems)
     weights = SharedWeights(group, "float32", Loading(load_model, load_tokenizer, "cpu"))
     for name, source in systems.items():
         with weights.speaking_as(name) as model:
