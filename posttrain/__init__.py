@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from posttrain.errors import (
         ArtifactDamaged,
         BadInput,
+        Diverged,
         GateRefused,
         GateUndecided,
         Interrupted,
         PluginFailed,
         PosttrainError,
         Problem,
+        require_finite,
         suggest,
     )
     from posttrain.gate.sequential import Look
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
     from posttrain.sft.refusals import declines
-    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe, from_variant
+    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "ChatRenderer",
     "Comparator",
     "Conversation",
+    "Diverged",
     "Document",
     "DocumentScore",
     "Dtype",
@@ -117,6 +120,8 @@ __all__ = [
     "from_recipe",
     "from_variant",
     "hookimpl",
+    "number",
+    "require_finite",
     "suggest",
 ]
 
@@ -160,12 +165,14 @@ HOMES = {
     "posttrain.errors": (
         "ArtifactDamaged",
         "BadInput",
+        "Diverged",
         "GateRefused",
         "GateUndecided",
         "Interrupted",
         "PluginFailed",
         "PosttrainError",
         "Problem",
+        "require_finite",
         "suggest",
     ),
     "posttrain.gate.spec": (
@@ -191,6 +198,7 @@ HOMES = {
         "StageConfig",
         "from_recipe",
         "from_variant",
+        "number",
     ),
     "posttrain.tokens.chat": (
         "ChatRenderer",

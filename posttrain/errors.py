@@ -6,12 +6,15 @@ PosttrainError          1  a bug, or anything without a better class
 ├── GateRefused         3  a gate refused an artifact
 ├── GateUndecided       4  a gate could not decide
 ├── ArtifactDamaged     5  what is on disk, or about to be published, is not a sound artifact
+│   ├── Diverged        5  a loss or gradient is NaN or infinite
+│   └── ProofFailed     5  doctor found a wrong mask or gradient
 ├── PluginFailed        6  a plugin raised, or answered with the wrong type
 └── Interrupted        75  stopped from outside; the same command goes on
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +74,14 @@ class ArtifactDamaged(PosttrainError):
     exit_code = 5
 
 
+class Diverged(ArtifactDamaged):
+    """Training reached a loss or gradient that is NaN or infinite; its weights must not become an artifact."""
+
+
+class ProofFailed(ArtifactDamaged):
+    """A mask or gradient differs from what plain code computes; training with it would give a wrong artifact."""
+
+
 class PluginFailed(PosttrainError):
     """A plugin raised or answered with something that its hook does not allow."""
 
@@ -112,6 +123,12 @@ def explain(error: PosttrainError) -> int:
 def reject(where: str, what: str, fix: str = "") -> NoReturn:
     """Raise BadInput with one problem."""
     raise BadInput(Problem(where=where, what=what, fix=fix))
+
+
+def require_finite(step: int, name: str, value: float, fix: str = "Lower lr or raise warmup_ratio") -> None:
+    """Raise Diverged when a figure of optimizer step ``step`` is NaN or infinite."""
+    if not math.isfinite(value):
+        raise Diverged(f"training diverged at step {step}: the {name} is {value}. Nothing was published. {fix}")
 
 
 def shown(value: Any) -> str:

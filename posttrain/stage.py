@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from posttrain.config.ranges import number
 from posttrain.config.schema import MISSING, StageConfig, from_recipe, from_variant
 
-__all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "from_recipe", "from_variant"]
+__all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "from_recipe", "from_variant", "number"]
 
 RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback")
 """The shapes of prepared records that a stage can ask for; documents are conversations and raw texts, mixed."""

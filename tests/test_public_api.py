@@ -25,6 +25,7 @@ PUBLIC = [
     "ChatRenderer",
     "Comparator",
     "Conversation",
+    "Diverged",
     "Document",
     "DocumentScore",
     "Dtype",
@@ -75,6 +76,8 @@ PUBLIC = [
     "from_recipe",
     "from_variant",
     "hookimpl",
+    "number",
+    "require_finite",
     "suggest",
 ]
 """The whole public API. A name that is added or removed is a change that plugins feel: it belongs in CHANGELOG.md."""

@@ -13,7 +13,7 @@ from posttrain.config.schema import Method
 from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation, Text
 from posttrain.engine.config import TrainOn
-from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.errors import BadInput, Problem, ProofFailed
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan, Step, make_plan
@@ -34,7 +34,7 @@ READ = 100
 def doctor_command(words: list[str]) -> int:
     """Compare the gradient of one optimizer step with plain float64 and print every comparison.
 
-    Raises ArtifactDamaged naming the comparisons that fail: such a model must not be trained.
+    Raises ProofFailed naming the comparisons that fail: such a model must not be trained.
     """
     host = plugins.load()
     plan = make_plan(compose(host, words), host)
@@ -45,7 +45,7 @@ def doctor_command(words: list[str]) -> int:
     checks = _prove(plan, step, base, documents)
     failed = [f"{check.name} ({check.error:.1e} from {check.against})" for check in checks if check.failed]
     if failed:
-        raise ArtifactDamaged(f"the SFT gradient of {plan.recipe} is wrong: {', '.join(failed)}")
+        raise ProofFailed(f"the SFT gradient of {plan.recipe} is wrong: {', '.join(failed)}")
     missing = [check.name for check in checks if check.error is None]
     extent = f"every comparison that was run; not run: {', '.join(missing)}" if missing else "every comparison"
     print(f"The SFT gradient of {plan.recipe} is right in {extent}.")
@@ -60,7 +60,7 @@ def _core(plan: Plan) -> Step:
 
 
 def _documents(step: Step, base: ModelSource) -> list[Rendered]:
-    """The first records of every source, rendered; raises ArtifactDamaged when a mask cannot be read back."""
+    """The first records of every source, rendered; raises ProofFailed when a mask cannot be read back."""
     from posttrain.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
@@ -72,7 +72,7 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
             if isinstance(record, Conversation | Text):
                 documents.append(renderer.document(record, last_only=last_only))
                 if fault := mask_fault(record, documents[-1], tokenizer, last_only=last_only):
-                    raise ArtifactDamaged(f"the mask of {record.where} is wrong: {fault}")
+                    raise ProofFailed(f"the mask of {record.where} is wrong: {fault}")
     total, trained = sum(len(each.ids) for each in documents), sum(sum(each.mask) for each in documents)
     print(f"mask       {len(documents)} records: every answer trained with its stop token, ", end="")
     print(f"{trained:,} of {total:,} tokens ({trained / max(total, 1):.1%})")

@@ -13,6 +13,8 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
+from posttrain.config.ranges import number, out_of_range
+
 MISSING: Any = "???"
 """Default of a setting that the recipe must give."""
 MAX_DROP = 0.02
@@ -136,11 +138,11 @@ class ModelConfig:
 class LoraSettings:
     """Low-rank adapters (arXiv:2106.09685) with rank-stabilised scaling (arXiv:2312.03732)."""
 
-    r: int = 32
+    r: int = number(32, least=1)
     """Rank."""
-    alpha: int = 64
+    alpha: int = number(64, least=1)
     """Scale; the update is multiplied by alpha / sqrt(r) with rslora, alpha / r without."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Dropout on the adapter's input."""
     rslora: bool = True
     """Scale by 1 / sqrt(r), so that the learning rate does not depend on the rank."""
@@ -291,8 +293,8 @@ class StageConfig:
         return None
 
     def problems(self) -> Sequence[tuple[str, str]]:
-        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
-        return ()
+        """Return settings out of range, as (setting, what is wrong); a subclass adds those that contradict others."""
+        return out_of_range(self)
 
     def advice(self, examples: int | None) -> Sequence[str]:
         """Settings that are unusual for so many examples (None: unknown), each with what is usual and why."""

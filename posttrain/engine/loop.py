@@ -23,7 +23,7 @@ from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import add_gradient, trained_tokens
 from posttrain.engine.precision import compute_dtype, computing_in
 from posttrain.engine.schedule import Schedule, make_optimizer
-from posttrain.errors import ArtifactDamaged, Interrupted
+from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
 from posttrain.tokens.packing import PackedRow
 
@@ -50,7 +50,7 @@ class Training:
 
         Equal inputs give equal weights, byte for byte, on one machine with one number of threads, however often the
         run is interrupted. Raises Interrupted when a stop is requested, with a checkpoint of the last step;
-        ArtifactDamaged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
+        Diverged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
         """
         with self._prepared():
             return self._train()
@@ -140,11 +140,8 @@ class Training:
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
     def _check_finite(self, step: int, value: float, *, name: str) -> None:
-        if not math.isfinite(value):
-            raise ArtifactDamaged(
-                f"training diverged at step {step}: the {name} is {value}. Nothing was published. "
-                f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
-            )
+        fix = f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
+        require_finite(step, name, value, fix)
 
     def _save_or_stop(self, position: Position, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> None:
         if position.step == self.order.total:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from posttrain.errors import require_finite
 from posttrain.host import activity
 
 LINE_SECONDS = 10
@@ -100,10 +100,9 @@ class TrainingProgress:
         self._ticker.start(total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One optimizer step is done; raises ValueError when its loss is not finite."""
+        """One optimizer step is done; raises Diverged when its loss is not finite."""
         activity.sign_of_life()
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise ValueError(f"training diverged at step {step}: the loss is {metrics['loss']}")
+        require_finite(step, f"loss of {self._stage}", metrics.get("loss", 0.0))
         self._tokens += int(metrics.get("tokens", 0))
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         row = {"stage": self._stage, "step": step, **metrics, "tokens_per_second": round(rate, 1)}

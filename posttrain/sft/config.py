@@ -30,8 +30,8 @@ class SFTConfig(FineTuneConfig):
     """Peak learning rate."""
 
     def problems(self) -> Sequence[tuple[str, str]]:
-        """Values outside their range, each as (setting, what is wrong)."""
-        return [*super().problems(), *self._lora()]
+        """Return settings out of range or against each other, as (setting, what is wrong)."""
+        return [*super().problems(), *self._targets()]
 
     def advice(self, examples: int | None) -> Sequence[str]:
         """Departures from the field's recipe, as far as they show before the data is read."""
@@ -45,14 +45,8 @@ class SFTConfig(FineTuneConfig):
 
         return departures(self, known)
 
-    def _lora(self) -> Iterator[tuple[str, str]]:
+    def _targets(self) -> Iterator[tuple[str, str]]:
         targets = self.lora.target_modules
-        if self.lora.r < 1:
-            yield "lora.r", f"must be at least 1, not {self.lora.r}"
-        if self.lora.alpha < 1:
-            yield "lora.alpha", f"must be at least 1, not {self.lora.alpha}"
-        if not 0.0 <= self.lora.dropout < 1.0:
-            yield "lora.dropout", f"must be at least 0 and below 1, not {self.lora.dropout}"
         if isinstance(targets, list) and "lm_head" in targets:
             yield "lora.target_modules", "lm_head is the output projection, which carries no adapter"
         if targets != ALL_LINEAR and (isinstance(targets, str) or not targets):

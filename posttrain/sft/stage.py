@@ -41,7 +41,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     Raises:
         BadInput: A record cannot be rendered or does not fit the model, or nothing is trained.
         Interrupted: A stop was requested; a checkpoint holds the last step.
-        ArtifactDamaged: The loss or the gradient is not finite.
+        Diverged: The loss or the gradient is not finite.
     """
     config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()

@@ -21,7 +21,7 @@ from posttrain.config.compose import compose
 from posttrain.config.schema import Method
 from posttrain.engine.attention import install
 from posttrain.engine.evaluation import Evaluation, Measured
-from posttrain.errors import ArtifactDamaged, BadInput
+from posttrain.errors import BadInput, Diverged
 from posttrain.host.plugins import Host
 from posttrain.model.loading import load_model, new_adapter
 from posttrain.plan import Step, make_plan
@@ -188,7 +188,7 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(base: ModelSource, tmp_
         model.model.norm.register_forward_pre_hook(lambda module, inputs: None if module.training else (inputs[0] / 0,))
 
     progress.step = poison  # type: ignore[method-assign]
-    with pytest.raises(ArtifactDamaged, match="diverged at step 2: the held-out loss is nan"):
+    with pytest.raises(Diverged, match="diverged at step 2: the held-out loss is nan"):
         training(model, tmp_path, progress=progress, evaluation=held_out).run()
 
 

@@ -19,7 +19,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings, Method
 from posttrain.engine.batches import RowOrder
 from posttrain.engine.schedule import Schedule, make_optimizer
-from posttrain.errors import ArtifactDamaged, Interrupted
+from posttrain.errors import Diverged, Interrupted
 from posttrain.model.loading import load_model, new_adapter
 from posttrain.tokens.packing import PackedRow
 from tests.support.tiny import (
@@ -318,12 +318,12 @@ def test_a_gradient_that_is_not_finite_stops_at_once(
         return gradient * value if backward_passes["done"] == 2 * step - 1 else gradient
 
     model.model.norm.weight.register_hook(poison)
-    with pytest.raises(ArtifactDamaged, match=rf"diverged at step {step}: the gradient norm is (nan|inf).*Lower lr"):
+    with pytest.raises(Diverged, match=rf"diverged at step {step}: the gradient norm is (nan|inf).*Lower lr"):
         training(model, tmp_path, progress=progress).run()
     assert list(progress.steps) == list(range(1, step))
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_a_rate_that_is_far_too_high_is_reported_as_divergence(base: ModelSource, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactDamaged, match=r"training diverged at step \d: the loss is nan"):
+    with pytest.raises(Diverged, match=r"training diverged at step \d: the loss is nan"):
         training(policy(base, Method.full), tmp_path, lr=1e30, epochs=4, warmup_ratio=0.0).run()

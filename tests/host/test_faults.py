@@ -14,7 +14,7 @@ import pytest
 
 from posttrain import hookspecs
 from posttrain.artifact import verify
-from posttrain.errors import PluginFailed, PosttrainError
+from posttrain.errors import Diverged, PluginFailed, PosttrainError
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -308,7 +308,6 @@ STAGE_FAULTS = {
     "saves what it was given": ("model = context.policy()", "saved what is not sound"),
     "moves": ("os.chdir('/')", "changed the working directory to /"),
     "leaves a pickle": ("context.save(model); (context.output / 'a.pkl').write_bytes(b'')", "saved what is not sound"),
-    "diverges": ("context.progress.step(2, {'loss': float('nan')})", "training diverged at step 2: the loss is nan"),
     "measures nonsense": ("context.metrics['loss'] = object()", "failed: TypeError"),
     "measures NaN": ("context.metrics['loss'] = float('nan')", "failed: ValueError"),
     "moves on": ("context.output.rename(context.output.with_name('elsewhere'))", "failed: "),
@@ -335,6 +334,15 @@ def test_a_stage_that_misbehaves_is_named_and_publishes_nothing(
     assert Path.cwd() == tmp_path
     assert not list(tmp_path.rglob("runs/*/stages/bad/artifact"))
     verify(project.folder / "sft")
+
+
+def test_a_stage_that_diverges_publishes_nothing_and_is_not_called_a_fault_of_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = bad_stage(tmp_path, monkeypatch, "context.progress.step(2, {'loss': float('nan')})")
+    with pytest.raises(Diverged, match="diverged at step 2: the loss of bad is nan"):
+        project.run(tmp_path / "runs")
+    assert not list(tmp_path.rglob("runs/*/stages/bad/artifact"))
 
 
 @pytest.mark.parametrize(

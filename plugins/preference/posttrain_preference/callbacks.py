@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
 
-from posttrain import ArtifactDamaged, Progress
+from posttrain import Progress, require_finite
 
 METRICS = {
     "loss": "loss",
@@ -35,10 +34,10 @@ class Reporting(TrainerCallback):
         self.progress.start(state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **unused: Any) -> None:
-        """Report one step; raises ArtifactDamaged when its gradient is not finite."""
+        """Report one step; raises Diverged when its gradient is not finite."""
         if "loss" not in logs:
             return  # TRL's summary of the whole run
-        require_finite("gradient norm", logs["grad_norm"], state.global_step)
+        require_finite(state.global_step, "gradient norm", logs["grad_norm"])
         seen = int(logs["tokens"])
         self.progress.step(state.global_step, step_metrics(logs) | {"tokens": seen - self.tokens})
         self.tokens = seen
@@ -60,12 +59,3 @@ class Stopping(TrainerCallback):
 def step_metrics(logs: Mapping[str, float]) -> dict[str, float]:
     """Those of our figures that the trainer has."""
     return {ours: logs[theirs] for ours, theirs in METRICS.items() if theirs in logs}
-
-
-def require_finite(what: str, value: float, step: int) -> None:
-    """Raise ArtifactDamaged when a figure of ``step`` is NaN or infinite."""
-    if not math.isfinite(value):
-        raise ArtifactDamaged(
-            f"training diverged at step {step}: the {what} is {value}. Nothing was published. "
-            "Lower lr or raise warmup_ratio"
-        )

@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer
 
-from posttrain import StageContext
+from posttrain import StageContext, require_finite
 from posttrain_preference import checkpoint
-from posttrain_preference.callbacks import Reporting, Stopping, require_finite, step_metrics
+from posttrain_preference.callbacks import Reporting, Stopping, step_metrics
 
 
 class TokenDataset(Dataset):
@@ -73,10 +73,10 @@ class StageTrainer(Trainer, ABC):
         return {"steps": self.state.global_step, "final_loss": last["loss"], **margin, "tokens": self.tokens}
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch; raises ArtifactDamaged at once when the loss is not finite."""
+        """Forward and backward of one micro-batch; raises Diverged at once when the loss is not finite."""
         self.tokens += sum(int(inputs[name].sum()) for name in self.masks)
         loss: torch.Tensor = super().training_step(model, inputs, *rest, **more)
-        require_finite("loss", loss.item(), self.state.global_step + 1)
+        require_finite(self.state.global_step + 1, "loss", loss.item())
         return loss
 
     def log(self, logs: dict[str, float], *rest: Any, **more: Any) -> None:

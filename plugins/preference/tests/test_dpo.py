@@ -13,7 +13,7 @@ from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
 from preference_support.contexts import RUN, MakeContext, content, progress, weights
 
-from posttrain import ArtifactDamaged, BadInput, StageContext
+from posttrain import ArtifactDamaged, BadInput, Diverged, StageContext
 from posttrain.artifact import ModelSource
 
 KINDS = ("lora", "full")
@@ -258,7 +258,7 @@ def test_the_seed_decides_every_byte(make_context: MakeContext) -> None:
 
 def test_divergence_stops_at_once(make_context: MakeContext) -> None:
     context = make_context("full", lr=1e30, max_grad_norm=1e30)
-    with pytest.raises(ArtifactDamaged, match=r"diverged at step 2: the loss is nan.*Lower lr"):
+    with pytest.raises(Diverged, match=r"diverged at step 2: the loss is nan.*Lower lr"):
         dpo.run(context)
     assert list(progress(context).steps) == [1]
     assert not list(context.output.iterdir())
