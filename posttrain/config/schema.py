@@ -1,7 +1,7 @@
 """The settings of a recipe: schema, default and help in one.
 
-Only the standard library is imported, so that listing and help stay instant. A stage brings its own settings in a
-dataclass that inherits from StageConfig.
+Only the standard library is behind these imports, so that listing and help stay instant. A stage brings its own
+settings in a dataclass that inherits from StageConfig.
 """
 
 from __future__ import annotations
