@@ -11,13 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from posttrain.chat_template import (
-    check_template,
-)
+from posttrain.chat_template import check_template, template_digest
 from posttrain.digests import digest_of, file_digests
 from posttrain.disk import sync, write_synced
 from posttrain.errors import ArtifactDamaged
@@ -63,73 +61,168 @@ class ModelSource:
         return self.model_digest, self.quantization, self.added_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseWeights:
+    """The base weights that an artifact was made on."""
+
+    name: str
+    """Hub name or path, as the recipe gives it."""
+    digest: str
+    """SHA-256 over the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pins:
+    """Chat template and tokens that an adapter pins: its base is loaded with them, too."""
+
+    path: Path
+    """Directory of the adapter, for messages."""
+    chat_template: str
+    added_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Lineage and figures of an artifact.
+
+    Nothing in it differs between two runs of the same thing, such as times. ``manifest.json`` holds these fields beside
+    the SHA-256 of every file and of all of it.
+    """
+
+    stage: str
+    """Name of the stage's node in the recipe."""
+    kind: str
+    """Kind of the stage, such as ``dpo``."""
+    plugin: str
+    """Plugin that brings the stage, with its version."""
+    plugins: tuple[str, ...]
+    """Other plugins that shape what is trained, with their versions."""
+    recipe: str
+    base: BaseWeights
+    parent_digest: str
+    """Digest of the artifact or base that the stage started from."""
+    lineage: tuple[str, ...]
+    """Kinds of the stages from the base to this artifact, in order."""
+    data_digest: str
+    chat_template: str
+    """Text of the template of training, evaluation and every later stage."""
+    added_tokens: tuple[str, ...]
+    """Special tokens beyond those of the base."""
+    fingerprint: str
+    """SHA-256 of all that the result depends on: settings, parent, data, seed, number format, code."""
+    config: Mapping[str, Any]
+    """Settings of the stage, resolved; its gate is not part of them."""
+    seed: int
+    dtype: str
+    """``float32`` or ``bfloat16``."""
+    quantization: str | None
+    """``nf4`` for an adapter trained on weights of four bits."""
+    versions: Mapping[str, str]
+    """Versions of the packages that made it."""
+    metrics: Mapping[str, Any]
+    """Figures of training: steps, tokens, losses, warnings."""
+    merge: Mapping[str, Any] | None = None
+    """Adapter, quantisation and measured differences of weights merged from an adapter."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON values, without the hashes of files."""
+        values = asdict(self) | {"template_sha256": template_digest(self.chat_template)}
+        if self.merge is None:
+            del values["merge"]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], path: Path) -> Manifest:
+        """Return the manifest in ``values``; ``path`` names its file in errors.
+
+        Raises ArtifactDamaged when a field is missing or its value has another type.
+        """
+        try:
+            given = {field.name: values[field.name] for field in fields(cls) if field.name != "merge"}
+            given["base"] = BaseWeights(name=str(values["base"]["name"]), digest=str(values["base"]["digest"]))
+            for name in ("plugins", "lineage", "added_tokens"):
+                given[name] = tuple(map(str, values[name]))
+            return cls(**given, merge=values.get("merge"))
+        except (KeyError, TypeError) as error:
+            raise ArtifactDamaged(f"{path} is damaged: it lacks or misstates {error}") from None
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A published result of a stage, verified."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
+    digest: str
+    """SHA-256 over its files and its lineage: the name of the artifact."""
 
     @property
-    def digest(self) -> str:
-        """SHA-256 that names this artifact: its files and its lineage."""
-        return str(self.manifest["digest"])
-
-    @property
-    def chat_template(self) -> str:
-        """Text of the template that it was trained with: evaluation and every later stage use it and no other."""
-        return str(self.manifest["chat_template"])
-
-    @property
-    def added_tokens(self) -> tuple[str, ...]:
-        """Special tokens that it was given besides those of the base."""
-        return tuple(self.manifest["added_tokens"])
+    def pins(self) -> Pins:
+        """Chat template and tokens that its base is loaded with."""
+        return Pins(path=self.path, chat_template=self.manifest.chat_template, added_tokens=self.manifest.added_tokens)
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it holds an adapter rather than full weights."""
+        """True for an adapter, False for full weights."""
         return (self.path / "adapter_config.json").exists()
 
     def source(self, base: ModelSource) -> ModelSource:
-        """How to load it; ``base`` holds the weights under an adapter.
+        """Return how to load it; ``base`` holds the weights under an adapter.
 
         Raises ArtifactDamaged when the artifact was made on other base weights.
         """
-        recorded = self.manifest["base"]["digest"]
-        if recorded != base.model_digest:
+        made_on, adapter = self.manifest.base.digest, self.is_adapter
+        if made_on != base.model_digest:
             raise ArtifactDamaged(
-                f"{self.path} was trained on base weights {recorded[:12]}, "
+                f"{self.path} was trained on base weights {made_on[:12]}, "
                 f"but {base.base} holds {base.model_digest[:12]}"
             )
         return ModelSource(
-            name=str(self.manifest["stage"]),
-            model=base.model if self.is_adapter else self.path,
-            adapter=self.path if self.is_adapter else None,
+            name=self.manifest.stage,
+            model=base.model if adapter else self.path,
+            adapter=self.path if adapter else None,
             tokenizer=self.path,
-            chat_template=self.chat_template,
+            chat_template=self.manifest.chat_template,
             digest=self.digest,
             base=base.base,
-            model_digest=base.model_digest if self.is_adapter else self.digest,
-            lineage=tuple(self.manifest["lineage"]),
-            quantization=self.manifest["quantization"],
-            added_tokens=self.added_tokens if self.is_adapter else (),
+            model_digest=base.model_digest if adapter else self.digest,
+            lineage=self.manifest.lineage,
+            quantization=self.manifest.quantization,
+            added_tokens=self.manifest.added_tokens if adapter else (),
         )
 
 
-def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Artifact:
-    """Move the folder ``draft`` to ``destination`` so that it is there whole or not at all.
+def publish(draft: Path, manifest: Manifest, destination: Path) -> Artifact:
+    """Move the folder ``draft`` to ``destination``, whole or not at all, and return the artifact.
 
-    Every file is hashed and synced, the manifest is written last, then the folder is renamed and its parent synced.
-    A crash at any point leaves either nothing or a verified artifact at ``destination``. Raises OSError when the disk
-    refuses; the draft is removed then, and nothing already published is touched.
+    Raises OSError when the disk is full or fails, and removes the draft; nothing published before is touched.
+    """
+    return Artifact(destination, manifest, publish_folder(draft, manifest.to_json(), destination))
+
+
+def verify(path: Path) -> Artifact:
+    """Return the artifact in ``path``, every byte checked; raise ArtifactDamaged and name the difference."""
+    values = read_manifest(path)
+    manifest = Manifest.from_json(values, path / MANIFEST)
+    check_template(path, manifest.chat_template)
+    check_files(path, values["files"])
+    return Artifact(path, manifest, values["digest"])
+
+
+def publish_folder(draft: Path, values: Mapping[str, Any], destination: Path) -> str:
+    """Move ``draft`` to ``destination`` with a manifest of ``values`` and of its files; return its digest.
+
+    Raises OSError when the disk is full or fails, and removes the draft.
     """
     try:
         files = _content(draft)
         entries = {
             name: {"sha256": sha, "size": files[name].stat().st_size} for name, sha in file_digests(files).items()
         }
-        record = {"format": FORMAT, **manifest, "files": entries}
+        record = {"format": FORMAT, **values, "files": entries}
         record["digest"] = digest_of(record)
+        # The order is the promise: content before the manifest, the manifest before the name. A crash between any two
+        # leaves either nothing or a verified folder at ``destination``.
         for path in files.values():
             sync(path)
         write_synced(draft / MANIFEST, json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -140,15 +233,18 @@ def publish(draft: Path, manifest: Mapping[str, Any], destination: Path) -> Arti
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return Artifact(destination, record)
+    return str(record["digest"])
 
 
-def verify(path: Path) -> Artifact:
-    """The artifact in ``path``, every byte checked against its manifest; raises ArtifactDamaged naming what differs."""
-    manifest = read_manifest(path)
-    if "chat_template" in manifest:  # a checkpoint has none
-        check_template(path, manifest["chat_template"])
-    expected = manifest["files"]
+def verify_folder(path: Path) -> dict[str, Any]:
+    """Return the manifest of a published folder, every byte checked; raise ArtifactDamaged and name the difference."""
+    values = read_manifest(path)
+    check_files(path, values["files"])
+    return values
+
+
+def check_files(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise ArtifactDamaged when the files in ``path`` are not those that its manifest lists."""
     present = _content(path)
     missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
     if missing or extra:
@@ -159,7 +255,6 @@ def verify(path: Path) -> Artifact:
             raise ArtifactDamaged(
                 f"{path / name} is damaged: its SHA-256 is {sha[:12]}, the manifest says {wanted[:12]}"
             )
-    return Artifact(path, manifest)
 
 
 def quantization_of(folder: Path) -> str | None:
@@ -177,7 +272,10 @@ def quantization_of(folder: Path) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest in ``path``, itself checked but not the files it lists; raises ArtifactDamaged."""
+    """Return the values of the manifest in ``path``; raise ArtifactDamaged when they do not match their digest.
+
+    The files that it lists are not read.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         claimed = manifest["digest"]

@@ -13,9 +13,9 @@ TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def template_record(template: str) -> dict[str, str]:
-    """The entries of a manifest that pin a chat template."""
-    return {"chat_template": template, "template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+def template_digest(template: str) -> str:
+    """Return the SHA-256 of a chat template."""
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def check_template(folder: Path, pinned: str) -> None:

@@ -38,7 +38,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     interrupts = Interrupts()
     with interrupts.installed():
         start = _start(plan)
-        base = resolve_base(plan.model, start)
+        base = resolve_base(plan.model, None if start is None else start.pins)
         parent = base if start is None else start.source(base)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
@@ -69,8 +69,8 @@ def _start(plan: Plan) -> Artifact | None:
     if plan.start_from is None:
         return None
     artifact = verify(plan.start_from)
-    if CORE not in artifact.manifest["lineage"]:
-        what = f"the artifact has been through {artifact.manifest['lineage']}, not through SFT"
+    if CORE not in artifact.manifest.lineage:
+        what = f"the artifact has been through {list(artifact.manifest.lineage)}, not through SFT"
         raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
     return artifact
 
@@ -81,8 +81,9 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
     state.state, state.verdict = STATES[verdict.state], verdict.state
     job.run.save()
     judgement = ledger.Judgement(
-        run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, artifact=artifact, verdict=verdict
-    )
+        run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, lineage=artifact.manifest.lineage,
+        base=artifact.manifest.base, parent=artifact.manifest.parent_digest, artifact=artifact.digest, verdict=verdict,
+    )  # fmt: skip
     ledger.record(job.plan.output_root, job.folder, judgement)
     if verdict.state == "pass":
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain import artifact
-from posttrain.artifact import publish, verify
+from posttrain.artifact import publish_folder, verify_folder
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
@@ -26,18 +26,18 @@ def draft(folder: Path, name: str = "draft") -> Path:
 
 
 def test_published_artifact_verifies(tmp_path: Path) -> None:
-    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact")
-    again = verify(tmp_path / "artifact")
-    assert again.digest == published.digest
-    assert sorted(again.manifest["files"]) == ["sub/config.json", "weights.safetensors"]
+    digest = publish_folder(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact")
+    again = verify_folder(tmp_path / "artifact")
+    assert again["digest"] == digest
+    assert sorted(again["files"]) == ["sub/config.json", "weights.safetensors"]
     assert not (tmp_path / "draft").exists()
 
 
 def test_digest_depends_on_content_and_lineage_alone(tmp_path: Path) -> None:
-    one = publish(draft(tmp_path, "a"), {"parent_digest": "x"}, tmp_path / "one")
-    same = publish(draft(tmp_path, "b"), {"parent_digest": "x"}, tmp_path / "two")
-    other = publish(draft(tmp_path, "c"), {"parent_digest": "y"}, tmp_path / "three")
-    assert one.digest == same.digest != other.digest
+    one = publish_folder(draft(tmp_path, "a"), {"parent_digest": "x"}, tmp_path / "one")
+    same = publish_folder(draft(tmp_path, "b"), {"parent_digest": "x"}, tmp_path / "two")
+    other = publish_folder(draft(tmp_path, "c"), {"parent_digest": "y"}, tmp_path / "three")
+    assert one == same != other
 
 
 def flip(path: Path, position: int) -> None:
@@ -47,17 +47,18 @@ def flip(path: Path, position: int) -> None:
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact").path
+    publish_folder(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact")
+    published = tmp_path / "artifact"
     checked = 0
     for name in ("weights.safetensors", "manifest.json", "sub/config.json"):
         path = published / name
         for position in range(0, path.stat().st_size * 8, 5):
             flip(path, position)
             with pytest.raises(ArtifactDamaged, match=path.name):
-                verify(published)
+                verify_folder(published)
             flip(path, position)
             checked += 1
-    verify(published)
+    verify_folder(published)
     assert checked > 500
 
 
@@ -76,17 +77,18 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     ids=["missing", "extra", "no manifest", "list", "torn", "truncated", "pickle", "link"],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    published = publish(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact").path
+    publish_folder(draft(tmp_path), {"stage": "sft"}, tmp_path / "artifact")
+    published = tmp_path / "artifact"
     damage(published)
     with pytest.raises(ArtifactDamaged, match=r"damaged|no manifest|unpickled|link"):
-        verify(published)
+        verify_folder(published)
 
 
 def test_pickles_are_never_published(tmp_path: Path) -> None:
     path = draft(tmp_path)
     (path / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ArtifactDamaged, match="unpickled"):
-        publish(path, {}, tmp_path / "artifact")
+        publish_folder(path, {}, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
 
 
@@ -113,24 +115,24 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, nth: int) -> list[str]:
 
 
 def test_a_disk_that_fills_at_any_operation_loses_nothing(tmp_path: Path) -> None:
-    earlier = publish(draft(tmp_path, "first"), {"stage": "sft"}, tmp_path / "earlier")
+    earlier = publish_folder(draft(tmp_path, "first"), {"stage": "sft"}, tmp_path / "earlier")
     failures = 0
     for nth in range(1, 100):
         target = tmp_path / f"artifact{nth}"
         with pytest.MonkeyPatch.context() as patch:
             seen = fail_nth(patch, nth)
             try:
-                publish(draft(tmp_path, f"draft{nth}"), {"stage": "dpo"}, target)
+                publish_folder(draft(tmp_path, f"draft{nth}"), {"stage": "dpo"}, target)
             except OSError as error:
                 assert error.errno == errno.ENOSPC
                 failures += 1
-        assert verify(tmp_path / "earlier").digest == earlier.digest
+        assert verify_folder(tmp_path / "earlier")["digest"] == earlier
         if target.exists():
-            verify(target)  # whole or not at all
+            verify_folder(target)  # whole or not at all
         if len(seen) < nth:
             break
     assert failures >= 6
-    assert verify(target)
+    assert verify_folder(target)
 
 
 def test_replacing_a_text_is_all_or_nothing(tmp_path: Path) -> None:

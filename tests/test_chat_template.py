@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.artifact import publish, verify
-from posttrain.chat_template import template_record
+from posttrain.artifact import ModelSource, publish, read_manifest, verify
 from posttrain.config.schema import ModelConfig
 from posttrain.context import StageContext
 from posttrain.errors import ArtifactDamaged, BadInput
@@ -18,10 +17,14 @@ from posttrain.gate.spec import GateRequest
 from posttrain.model.base import resolve_base
 from posttrain.model.loading import load_tokenizer, load_trainable
 from posttrain.model.saving import save_model
+from posttrain.testing.tiny import tiny_manifest
 from tests.support.fakes import Script, run_recipe, write_project
 from tests.support.tiny import TEMPLATE, base_source, write_base
 from tests.support.tiny import published as publish_output
 
+FOREIGN = ModelSource(
+    name="base", model=Path(), adapter=None, tokenizer=Path(), chat_template="", digest="", base="", model_digest=""
+)
 OTHER = TEMPLATE.replace("<|end|>", "<|end|>\n")
 
 
@@ -43,14 +46,15 @@ def published(folder: Path, template: str = TEMPLATE, inside: str | None = None)
     folder.mkdir()
     (folder / "chat_template.jinja").write_bytes(template.encode())
     (folder / "tokenizer_config.json").write_text(json.dumps({} if inside is None else {"chat_template": inside}))
-    return publish(folder, template_record(template), folder.with_name("artifact")).path
+    return publish(folder, tiny_manifest(FOREIGN, folder, chat_template=template), folder.with_name("artifact")).path
 
 
 def test_the_manifest_holds_the_template_and_its_hash() -> None:
     artifact = verify(sft_artifact("line one\r\nline two ⟦ü⟧"))
-    assert artifact.chat_template == "line one\r\nline two ⟦ü⟧"
-    assert artifact.manifest["template_sha256"] == hashlib.sha256(artifact.chat_template.encode()).hexdigest()
-    assert (artifact.path / "chat_template.jinja").read_bytes().decode() == artifact.chat_template
+    assert artifact.manifest.chat_template == "line one\r\nline two ⟦ü⟧"
+    digest = hashlib.sha256(artifact.manifest.chat_template.encode()).hexdigest()
+    assert read_manifest(artifact.path)["template_sha256"] == digest
+    assert (artifact.path / "chat_template.jinja").read_bytes().decode() == artifact.manifest.chat_template
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
@@ -111,7 +115,7 @@ def test_later_stages_and_gates_use_the_pinned_template_whatever_the_base_brings
     run = run_recipe(script, "stages=[dpo]", f"start_from={artifact}")
     assert seen == ["trained with this"] * 4  # the parent, then base, candidate and parent in the gate
     stacked = verify(run.path / "stages" / "dpo" / "artifact")
-    assert stacked.chat_template == "trained with this"
+    assert stacked.manifest.chat_template == "trained with this"
 
 
 def test_a_base_without_a_template_is_enough_under_an_artifact() -> None:
@@ -119,7 +123,7 @@ def test_a_base_without_a_template_is_enough_under_an_artifact() -> None:
     (Path("base") / "chat_template.jinja").unlink()
     with pytest.raises(BadInput, match="has no chat template"):
         resolve_base(ModelConfig(path="base"))
-    assert resolve_base(ModelConfig(path="base"), artifact).chat_template == "template"
+    assert resolve_base(ModelConfig(path="base"), artifact.pins).chat_template == "template"
 
 
 def test_a_pinned_template_is_the_only_one_in_an_artifact(tmp_path: Path) -> None:

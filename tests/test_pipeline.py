@@ -5,7 +5,8 @@ import fcntl
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_every_stage_is_trained_judged_promoted_and_recorded() -> None:
     sft, dpo = run_json()["stages"]
     assert set(sft) >= {"name", "kind", "state", "artifact", "digest", "parent_digest", "verdict"}
     assert dpo["parent_digest"] == sft["digest"] == verify(directory.path / sft["artifact"]).digest
-    assert verify(directory.path / dpo["artifact"]).manifest["lineage"] == ["sft", "dpo"]
+    assert verify(directory.path / dpo["artifact"]).manifest.lineage == ("sft", "dpo")
     verdict = json.loads((directory.path / "stages/sft/verdict.json").read_text())
     assert verdict["state"] == "pass"
     assert set(verdict["tasks"][0]) >= {
@@ -182,7 +183,7 @@ def test_a_run_that_died_anywhere_is_finished_by_the_same_command(
         if moment == "publishing":
             patch.setattr(
                 "posttrain.run.train.publish",
-                lambda draft, manifest, to: die_at(manifest["stage"], stage, draft, manifest, to),
+                lambda draft, manifest, to: die_at(manifest.stage, stage, draft, manifest, to),
             )
         with pytest.raises(Killed):
             run_recipe(script, others=[Dying()])
@@ -192,7 +193,7 @@ def test_a_run_that_died_anywhere_is_finished_by_the_same_command(
     assert {str(p.relative_to(only_run())): p.read_bytes() for p in only_run().rglob("artifact/*")} == wanted
 
 
-def die_at(stage: str, dying: str, draft: Path, manifest: Mapping[str, object], to: Path) -> artifact.Artifact:
+def die_at(stage: str, dying: str, draft: Path, manifest: artifact.Manifest, to: Path) -> artifact.Artifact:
     if stage == dying:
         (draft / "manifest.json").write_text("half")
         raise Killed
@@ -310,17 +311,16 @@ def test_start_from_an_artifact_that_has_been_through_sft() -> None:
     directory = run_recipe(script, "stages=[dpo]", f"start_from={sft}", "output_root=other")
     assert script.trained == ["dpo"]
     dpo = verify(directory.path / "stages/dpo/artifact")
-    assert dpo.manifest["lineage"] == ["sft", "dpo"]
-    assert dpo.manifest["parent_digest"] == verify(sft).digest
+    assert dpo.manifest.lineage == ("sft", "dpo")
+    assert dpo.manifest.parent_digest == verify(sft).digest
 
 
 def test_start_from_needs_sft_in_the_lineage(project: Path) -> None:
     run_recipe(Script(), "stages=[sft]")
     source = only_run() / "stages/sft/artifact"
-    manifest = json.loads((source / "manifest.json").read_text())
-    kept = {key: value for key, value in manifest.items() if key not in ("files", "digest", "format")}
+    manifest = replace(verify(source).manifest, lineage=("dpo",))
     (source / "manifest.json").unlink()
-    other = artifact.publish(source, {**kept, "lineage": ["dpo"]}, project / "other").path
+    other = artifact.publish(source, manifest, project / "other").path
     with pytest.raises(BadInput, match="not through SFT"):
         run_recipe(Script(), "stages=[dpo]", f"start_from={other}")
 

@@ -157,7 +157,7 @@ def test_stages_are_stacked_each_on_the_one_before() -> None:
     assert states() == dict.fromkeys(["sft", "dpo", "kto", "dpo2", "last"], "promoted")
     stages = run_json()["stages"]
     assert [stage["parent_digest"] for stage in stages[1:]] == [stage["digest"] for stage in stages[:-1]]
-    assert verify(directory.path / stages[-1]["artifact"]).manifest["lineage"] == ["sft", "dpo", "kto", "dpo", "orpo"]
+    assert verify(directory.path / stages[-1]["artifact"]).manifest.lineage == ("sft", "dpo", "kto", "dpo", "orpo")
     assert losses("dpo")[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses("kto")[0] == pytest.approx(0.5, abs=1e-4)
     assert losses("dpo2")[0] == pytest.approx(25, abs=1e-3)  # against what kto left, not against SFT

@@ -39,8 +39,8 @@ def merge_command(words: list[str]) -> int:
 
 def base_notes(artifact: Artifact) -> list[str]:
     """What is particular about the weights that come out."""
-    quantization, added = artifact.manifest["quantization"], len(artifact.added_tokens)
-    notes = [str(artifact.manifest["dtype"])]
+    quantization, added = artifact.manifest.quantization, len(artifact.manifest.added_tokens)
+    notes = [artifact.manifest.dtype]
     notes += [f"the base as quantised to {quantization}"] if quantization else []
     notes += [f"{added} added tokens"] if added else []
     return notes
@@ -68,5 +68,5 @@ def _adapter(path: Path) -> Artifact:
 
 def _base(artifact: Artifact, given: dict[str, str]) -> ModelSource:
     """The base that the adapter was trained on, where it was then unless the user says otherwise."""
-    path = given.get("model.path", str(artifact.manifest["base"]["name"]))
-    return resolve_base(ModelConfig(path=path, revision=given.get("model.revision")), artifact)
+    path = given.get("model.path", artifact.manifest.base.name)
+    return resolve_base(ModelConfig(path=path, revision=given.get("model.revision")), artifact.pins)

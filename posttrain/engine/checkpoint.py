@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain.artifact import publish, verify
+from posttrain.artifact import publish_folder, verify_folder
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.saving import disk_errors
 
@@ -58,7 +58,7 @@ class CheckpointFolder:
             draft.mkdir(parents=True)
             with disk_errors(destination):
                 save_file(state, draft / STATE)
-            publish(draft, manifest, destination)
+            publish_folder(draft, manifest, destination)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -76,7 +76,7 @@ class CheckpointFolder:
         return None
 
     def _read(self, path: Path) -> tuple[Position, State]:
-        manifest = verify(path).manifest
+        manifest = verify_folder(path)
         if manifest.get("identity") != self.identity:
             raise ArtifactDamaged(f"{path} belongs to a run with other settings or data")
         return Position(step=manifest["step"], loss=manifest["loss"]), load_file(path / STATE)

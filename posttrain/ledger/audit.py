@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import read_manifest
+from posttrain.artifact import MANIFEST, Manifest, read_manifest
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.ledger import history
 from posttrain.ledger.chain import Row, faults, link
@@ -84,9 +84,10 @@ def _lifts(path: Path) -> list[Lift]:
     lifts = [lift for finding in history.read(path) for lift in finding]
     folder = path.parent / "artifact"
     if folder.exists():
-        manifest = read_manifest(folder)
-        lineage = (manifest["parent_digest"], manifest["base"]["digest"], ">".join(manifest["lineage"]))
-        about_it = [lift for lift in lifts if lift.artifact == manifest["digest"]]
+        values = read_manifest(folder)
+        manifest = Manifest.from_json(values, folder / MANIFEST)
+        lineage = (manifest.parent_digest, manifest.base.digest, ">".join(manifest.lineage))
+        about_it = [lift for lift in lifts if lift.artifact == values["digest"]]
         if any((lift.parent, lift.base, lift.lineage) != lineage for lift in about_it):
             raise ArtifactDamaged(f"{path} contradicts the manifest in {folder}")
     return lifts

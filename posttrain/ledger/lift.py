@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from posttrain.artifact import Artifact
+from posttrain.artifact import BaseWeights
 from posttrain.errors import PluginFailed
 from posttrain.gate.spec import TaskVerdict, Verdict
 
@@ -80,16 +80,20 @@ class Judgement:
     run: str
     recipe: str
     stage: str
-    artifact: Artifact
+    lineage: tuple[str, ...]
+    base: BaseWeights
+    parent: str
+    """Digest of what the artifact was made from, or is compared with."""
+    artifact: str
+    """Digest of the artifact."""
     verdict: Verdict
 
     def lifts(self, recorded_at: str, recorded_by: str) -> list[Lift]:
         """Return its lifts; raise PluginFailed when a plugin's verdict holds a value of a wrong type."""
-        manifest = self.artifact.manifest
-        shared = {
+        shared: dict[str, Any] = {
             "recorded_at": recorded_at, "recorded_by": recorded_by, "run": self.run, "recipe": self.recipe,
-            "stage": self.stage, "lineage": ">".join(manifest["lineage"]), "base_model": manifest["base"]["name"],
-            "base": manifest["base"]["digest"], "parent": manifest["parent_digest"], "artifact": self.artifact.digest,
+            "stage": self.stage, "lineage": ">".join(self.lineage), "base_model": self.base.name,
+            "base": self.base.digest, "parent": self.parent, "artifact": self.artifact,
             "verdict": self.verdict.state,
         }  # fmt: skip
         try:

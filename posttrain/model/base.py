@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource
+from posttrain.artifact import ModelSource, Pins
 from posttrain.chat_template import template_diff, template_in_config
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
@@ -41,7 +41,7 @@ REJECTED_KEYS = {
 HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
-def resolve_base(model: ModelConfig, artifact: Artifact | None = None) -> ModelSource:
+def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
     """The base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
 
     Under an ``artifact`` that was trained before, the template and the added tokens are those of the artifact.
@@ -52,8 +52,8 @@ def resolve_base(model: ModelConfig, artifact: Artifact | None = None) -> ModelS
     folder = _folder(model)
     weights = weight_files(folder)
     _check_configs(folder)
-    template = _chat_template(model, folder) if artifact is None else _pinned_template(model, artifact)
-    added = tuple(model.added_tokens) if artifact is None else _pinned_tokens(model, artifact)
+    template = _chat_template(model, folder) if pins is None else _pinned_template(model, pins)
+    added = tuple(model.added_tokens) if pins is None else _pinned_tokens(model, pins)
     model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
     tokenizer = file_digests(_present(folder, TOKENIZER_FILES))
     return ModelSource(
@@ -230,22 +230,22 @@ def _chat_template(model: ModelConfig, folder: Path) -> str:
     return template
 
 
-def _pinned_template(model: ModelConfig, artifact: Artifact) -> str:
+def _pinned_template(model: ModelConfig, pins: Pins) -> str:
     if model.chat_template is not None:
         given = _read_template("model.chat_template", Path(model.chat_template).expanduser())
-        if given != artifact.chat_template:
-            difference = template_diff(artifact.chat_template, given)
-            what = f"{model.chat_template} is not the template that {artifact.path} was trained with:\n{difference}"
+        if given != pins.chat_template:
+            difference = template_diff(pins.chat_template, given)
+            what = f"{model.chat_template} is not the template that {pins.path} was trained with:\n{difference}"
             fix = "Leave out model.chat_template: evaluation and later stages use the artifact's own"
             raise BadInput(Problem(where="model.chat_template", what=what, fix=fix))
-    return artifact.chat_template
+    return pins.chat_template
 
 
-def _pinned_tokens(model: ModelConfig, artifact: Artifact) -> tuple[str, ...]:
-    if model.added_tokens and tuple(model.added_tokens) != artifact.added_tokens:
-        what = f"{artifact.path} was trained with {list(artifact.added_tokens)}, not with {model.added_tokens}"
+def _pinned_tokens(model: ModelConfig, pins: Pins) -> tuple[str, ...]:
+    if model.added_tokens and tuple(model.added_tokens) != pins.added_tokens:
+        what = f"{pins.path} was trained with {list(pins.added_tokens)}, not with {model.added_tokens}"
         raise BadInput(Problem(where="model.added_tokens", what=what, fix="Leave out model.added_tokens"))
-    return artifact.added_tokens
+    return pins.added_tokens
 
 
 def _read_template(where: str, path: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from posttrain.artifact import Artifact, ModelSource, publish
+from posttrain.artifact import Artifact, Manifest, ModelSource, publish
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
@@ -55,7 +55,7 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
 
     Raises ArtifactDamaged, and publishes nothing, when the merged weights compute something else than the adapter.
     """
-    source, dtype = artifact.source(base), str(artifact.manifest["dtype"])
+    source, dtype = artifact.source(base), artifact.manifest.dtype
     limit = MERGED_LIMITS[dtype]
     prompts = _prompts(source)
     expected = _logits(load_model(source, dtype), prompts)
@@ -108,12 +108,13 @@ def _check(found: float, limit: float, what: str) -> None:
         )
 
 
-def _manifest(artifact: Artifact, differences: dict[str, float]) -> dict[str, Any]:
-    """That of the adapter, which is the parent; lineage and base stay what they are."""
-    kept = {key: value for key, value in artifact.manifest.items() if key not in ("format", "files", "digest")}
-    return kept | {
-        "parent_digest": artifact.digest,
-        "fingerprint": digest_of({"merge": artifact.digest}),
-        "quantization": None,
-        "merge": {"adapter": artifact.digest, "quantization": artifact.manifest["quantization"], **differences},
-    }
+def _manifest(artifact: Artifact, differences: dict[str, float]) -> Manifest:
+    """Return the manifest of the adapter as the parent: lineage and base stay the same."""
+    made = artifact.manifest
+    return replace(
+        made,
+        parent_digest=artifact.digest,
+        fingerprint=digest_of({"merge": artifact.digest}),
+        quantization=None,
+        merge={"adapter": artifact.digest, "quantization": made.quantization, **differences},
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.artifact import MANIFEST, Artifact, ModelSource, quantization_of, verify
+from posttrain.artifact import MANIFEST, ModelSource, Pins, quantization_of, verify
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
 from posttrain.config.regression import GatedModel
 from posttrain.config.schema import ModelConfig
@@ -69,12 +69,12 @@ def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
 
 def _artifact(path: Path, model: GatedModel) -> Candidate:
     artifact = verify(path)
-    base = _base(path, model, str(artifact.manifest["base"]["name"]), artifact)
+    base = _base(path, model, artifact.manifest.base.name, artifact.pins)
     return Candidate(
         path=path,
         source=artifact.source(base),
         base=base,
-        dtype=model.dtype.value if model.dtype is not None else str(artifact.manifest["dtype"]),
+        dtype=model.dtype.value if model.dtype is not None else artifact.manifest.dtype,
         verified=True,
     )
 
@@ -114,14 +114,14 @@ def _weights(path: Path, model: GatedModel) -> Candidate:
     own = _own_template(path)
     base = _base(path, model, None, own)
     template = None if own is not None else model.chat_template
-    pinned = own or Artifact(path, {"chat_template": base.chat_template, "added_tokens": []})
+    pinned = own or Pins(path=path, chat_template=base.chat_template)
     source = resolve_base(ModelConfig(path=str(path), chat_template=template), pinned)
     return Candidate(
         path=path, source=replace(source, name=path.name), base=base, dtype=_dtype(model, source), verified=False
     )
 
 
-def _base(path: Path, model: GatedModel, named: object, pinned: Artifact | None) -> ModelSource:
+def _base(path: Path, model: GatedModel, named: object, pinned: Pins | None) -> ModelSource:
     """The base that the user says or the adapter names; with the chat template and tokens of the adapter, if any."""
     chosen = model.path if model.path is not None else named
     if not isinstance(chosen, str) or not chosen:
@@ -137,11 +137,11 @@ def _base(path: Path, model: GatedModel, named: object, pinned: Artifact | None)
         raise BadInput([*error.problems, Problem(where=str(path), what=f"was trained on {chosen}", fix=fix)]) from None
 
 
-def _own_template(path: Path) -> Artifact | None:
+def _own_template(path: Path) -> Pins | None:
     """A folder with a chat template of its own is to the base what an artifact is: the base is asked with it, too."""
     file = path / TEMPLATE
     template = file.read_bytes().decode("utf-8") if file.is_file() else template_in_config(path / TOKENIZER_CONFIG)
-    return Artifact(path, {"chat_template": template, "added_tokens": []}) if template else None
+    return Pins(path=path, chat_template=template) if template else None
 
 
 def _brings_tokenizer(path: Path) -> bool:

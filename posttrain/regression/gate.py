@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import ledger
-from posttrain.artifact import Artifact, ModelSource
+from posttrain.artifact import BaseWeights, ModelSource
 from posttrain.config.regression import Gating
 from posttrain.config.schema import GateTask, Role, Sequential
 from posttrain.digests import digest_of
@@ -179,17 +179,14 @@ class _Run:
     def _judgement(self, folder: Path, verdict: Verdict, baseline: ModelSource | None) -> ledger.Judgement:
         """The verdict as the ledger records it; what posttrain has not trained has no lineage but its kind."""
         base, source = self.candidate.base, self.candidate.source
-        manifest = {
-            "digest": source.digest,
-            "lineage": source.lineage or ["weights" if source.adapter is None else "adapter"],
-            "base": {"name": base.base, "digest": base.model_digest},
-            "parent_digest": (baseline or base).digest,
-        }
         return ledger.Judgement(
             run=f"{ledger.GATES}/{folder.name}",
             recipe=self.name,
             stage=source.name,
-            artifact=Artifact(self.candidate.path, manifest),
+            lineage=source.lineage or ("weights" if source.adapter is None else "adapter",),
+            base=BaseWeights(name=base.base, digest=base.model_digest),
+            parent=(baseline or base).digest,
+            artifact=source.digest,
             verdict=verdict,
         )
 

@@ -9,10 +9,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of, verify
-from posttrain.chat_template import template_record
+from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of, verify
 from posttrain.context import StageContext
 from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
@@ -53,9 +51,9 @@ def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
         artifact = _train(job, parent, records, fingerprint)
     job.state.state, job.state.digest = "trained", artifact.digest
     job.state.artifact = str(artifact.path.relative_to(job.run.path))
-    job.state.tokens = artifact.manifest["metrics"].get("tokens")
-    job.state.eval_loss = artifact.manifest["metrics"].get("eval_loss")
-    job.state.warnings = artifact.manifest["metrics"].get("warnings", [])
+    job.state.tokens = artifact.manifest.metrics.get("tokens")
+    job.state.eval_loss = artifact.manifest.metrics.get("eval_loss")
+    job.state.warnings = artifact.manifest.metrics.get("warnings", [])
     job.run.save()
     job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
     return artifact
@@ -68,7 +66,7 @@ def _figures(artifact: Artifact) -> str:
         "final_loss": "loss {:.3f}",
         "eval_loss": "eval loss {:.3f}",
     }
-    found = artifact.manifest["metrics"]
+    found = artifact.manifest.metrics
     return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
 
 
@@ -78,7 +76,7 @@ def _published(job: Job, fingerprint: str) -> Artifact | None:
     if not path.exists():
         return None
     artifact = verify(path)
-    if artifact.manifest["fingerprint"] == fingerprint:
+    if artifact.manifest.fingerprint == fingerprint:
         return artifact
     path.rename(job.folder / f"artifact.{artifact.digest[:12]}")
     return None
@@ -117,28 +115,27 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
         return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
 
 
-def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> dict[str, Any]:
-    """Lineage and figures; nothing that differs between two runs of the same thing, such as times."""
-    return {
-        "stage": job.name,
-        "kind": job.step.stage.name,
-        "plugin": job.step.origin,
-        "plugins": job.host.shapers(),
-        "recipe": job.plan.recipe,
-        "base": {"name": job.base.base, "digest": job.base.model_digest},
-        "parent_digest": parent.digest,
-        "lineage": [*parent.lineage, job.step.stage.name],
-        "data_digest": job.data_digest,
-        **template_record(parent.chat_template),
-        "added_tokens": list(job.base.added_tokens),
-        "fingerprint": fingerprint,
-        "config": {key: value for key, value in plain(job.step.config).items() if key != "gate"},
-        "seed": job.step.seed,
-        "dtype": job.plan.model.dtype.value,
-        "quantization": quantization_of(context.output),
-        "versions": versions(),
-        "metrics": context.metrics,
-    }
+def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> Manifest:
+    return Manifest(
+        stage=job.name,
+        kind=job.step.stage.name,
+        plugin=job.step.origin,
+        plugins=tuple(job.host.shapers()),
+        recipe=job.plan.recipe,
+        base=BaseWeights(name=job.base.base, digest=job.base.model_digest),
+        parent_digest=parent.digest,
+        lineage=(*parent.lineage, job.step.stage.name),
+        data_digest=job.data_digest,
+        chat_template=parent.chat_template,
+        added_tokens=job.base.added_tokens,
+        fingerprint=fingerprint,
+        config={key: value for key, value in plain(job.step.config).items() if key != "gate"},
+        seed=job.step.seed,
+        dtype=job.plan.model.dtype.value,
+        quantization=quantization_of(context.output),
+        versions=versions(),
+        metrics=context.metrics,
+    )
 
 
 def _clear_drafts(folder: Path) -> None:

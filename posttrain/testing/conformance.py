@@ -127,7 +127,7 @@ class StageConformance:
     def test_it_trains_and_its_artifact_verifies(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         _, run = self._clean(tmp_path_factory)
         artifact = verify(run / "stages" / self.kind / "artifact")
-        assert artifact.manifest["lineage"][-1] == self.kind
+        assert artifact.manifest.lineage[-1] == self.kind
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if row["step"]]
         assert steps == list(range(1, len(steps) + 1)), f"steps are reported from 1, each once: {steps}"

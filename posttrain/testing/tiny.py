@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of
-from posttrain.chat_template import template_record
+from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ def write_sft(folder: Path, base: Path, *, full: bool = False) -> Artifact:
     draft = folder.with_name(f".{folder.name}")
     draft.mkdir(parents=True)
     save_model(model, source, draft, "float32")
-    return publish(draft, _manifest(source, draft), folder)
+    return publish(draft, tiny_manifest(source, draft), folder)
 
 
 def _disturb(model: Any) -> None:
@@ -101,14 +101,12 @@ def _disturb(model: Any) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def _manifest(base: ModelSource, output: Path) -> dict[str, Any]:
-    return {
-        "stage": "sft",
-        "base": {"name": base.base, "digest": base.model_digest},
-        "lineage": ["sft"],
-        "dtype": "float32",
-        "quantization": quantization_of(output),
-        **template_record(base.chat_template),
-        "added_tokens": [],
-        "metrics": {},
-    }
+def tiny_manifest(base: ModelSource, output: Path, **fields: Any) -> Manifest:
+    """Return the manifest of an SFT artifact in ``output`` on ``base``; ``fields`` replace its own."""
+    made = Manifest(
+        stage="sft", kind="sft", plugin="posttrain", plugins=(), recipe="tiny",
+        base=BaseWeights(name=base.base, digest=base.model_digest), parent_digest=base.digest, lineage=("sft",),
+        data_digest="", chat_template=base.chat_template, added_tokens=base.added_tokens, fingerprint="", config={},
+        seed=0, dtype="float32", quantization=quantization_of(output), versions={}, metrics={},
+    )  # fmt: skip
+    return replace(made, **fields)

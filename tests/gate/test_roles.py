@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posttrain.artifact import Artifact
+from posttrain.artifact import BaseWeights
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.multiple import holm
@@ -264,8 +264,8 @@ def test_reports_and_ledger_take_every_kind_of_comparison(tmp_path: Path) -> Non
     assert shown["first"].startswith("Tango's score interval; > +")
     assert "corrected for skewness; bootstrap [+" in shown["loss"]
     assert shown["guards"] == "1 task with equal weight, their bounds combined"
-    judged = Judgement(run="r", recipe="mine", stage="sft", artifact=Artifact(Path(), MANIFEST), verdict=verdict)
-    assert [lift.against for lift in judged.lifts("now", "me")] == ["threshold", *["base"] * 5]
-
-
-MANIFEST = {"digest": "d", "parent_digest": "p", "lineage": ["sft"], "base": {"name": "base", "digest": "weights"}}
+    judgement = Judgement(
+        run="r", recipe="mine", stage="sft", lineage=("sft",), base=BaseWeights(name="base", digest="weights"),
+        parent="p", artifact="d", verdict=verdict,
+    )  # fmt: skip
+    assert [lift.against for lift in judgement.lifts("now", "me")] == ["threshold", *["base"] * 5]

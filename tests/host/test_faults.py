@@ -270,7 +270,7 @@ def test_a_wrapper_that_passes_everything_on_changes_nothing(tmp_path: Path, mon
     text = "from posttrain import hookimpl\n@hookimpl(wrapper=True)\ndef run_stage():\n    return (yield)\n"
     install(tmp_path / "site", monkeypatch, "fine", {"fine_wrapper.py": text})
     run_recipe(Script())
-    assert verify(only_run() / "stages/sft/artifact").manifest["plugins"] == ["fine (fine-plugin 1.0)"]
+    assert verify(only_run() / "stages/sft/artifact").manifest.plugins == ("fine (fine-plugin 1.0)",)
     script = Script()
     script.during_training = lambda context: (_ for _ in ()).throw(KeyError("the stage's own"))
     with pytest.raises(KeyError, match="own"):

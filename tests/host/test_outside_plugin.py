@@ -92,16 +92,16 @@ def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, 
     stages = {stage["name"]: stage for stage in state_of(tmp_path)["stages"]}
     assert stages["mine"]["state"] == "promoted"
     artifact = verify(run_of(tmp_path) / "stages/mine/artifact")
-    assert artifact.manifest["plugin"] == "mine (posttrain-mine 0.1.0)"
-    assert artifact.manifest["lineage"] == [stage["kind"] for stage in stages.values()]
-    assert artifact.manifest["parent_digest"] == others[-1]["digest"]
+    assert artifact.manifest.plugin == "mine (posttrain-mine 0.1.0)"
+    assert artifact.manifest.lineage == tuple(stage["kind"] for stage in stages.values())
+    assert artifact.manifest.parent_digest == others[-1]["digest"]
     verdict = json.loads((run_of(tmp_path) / "stages/mine/verdict.json").read_text())
     assert verdict["gated"]
     assert {task["task"] for task in verdict["tasks"]} == {"towns_facts", "towns_documents"}
     recorded = program(environment, tmp_path, "ledger", "export")
     assert {row["stage"] for row in map(json.loads, filter(None, recorded.splitlines()))} == set(stages)
     numbers = [row["step"] for row in steps(run_of(tmp_path) / "metrics.jsonl", "mine")]
-    assert numbers == list(range(1, artifact.manifest["metrics"]["steps"] + 1))
+    assert numbers == list(range(1, artifact.manifest.metrics["steps"] + 1))
 
 
 def steps(metrics: Path, stage: str) -> list[dict[str, Any]]:

@@ -226,10 +226,10 @@ def test_an_artifact_keeps_its_tokens_for_the_stages_after_it(base: ModelSource,
     stage = context(base, tmp_path, max_steps=2)
     run(stage)
     artifact = published(stage.output, base, tmp_path / "artifact")
-    again = resolve_base(ModelConfig(path=str(folder)), artifact)
+    again = resolve_base(ModelConfig(path=str(folder)), artifact.pins)
     assert (again.added_tokens, again.digest) == (TOKENS, base.digest)
     with pytest.raises(BadInput, match=r"model\.added_tokens: .* was trained with"):
-        resolve_base(ModelConfig(path=str(folder), added_tokens=["<other>"]), artifact)
+        resolve_base(ModelConfig(path=str(folder), added_tokens=["<other>"]), artifact.pins)
 
 
 @pytest.mark.parametrize("tokens", ["['']", "[' <a>']", "['<a>','<a>']"])

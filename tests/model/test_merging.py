@@ -67,13 +67,13 @@ def test_merged_weights_stand_alone_and_compute_what_the_adapter_does(
     model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32).eval()
     source = adapter.source(make_base(working_folder / "base", tied, tokens))
     ids = IDS if tokens else IDS[:, ::2].clamp(max=103)
-    dtype = str(adapter.manifest["dtype"])
+    dtype = str(adapter.manifest.dtype)
     expected = logits(load_model(source, dtype), ids).float()
     assert float((logits(model, ids) - expected).abs().max()) < (1e-4 if dtype == "float32" else 0.3)
     assert model.config.vocab_size == 104 + len(tokens)
     assert ("lm_head.weight" in load_file("merged/model.safetensors")) != tied
     tokenizer = AutoTokenizer.from_pretrained("merged")
-    assert tokenizer.chat_template == adapter.chat_template
+    assert tokenizer.chat_template == adapter.manifest.chat_template
     assert tokenizer.convert_tokens_to_ids(tokens) == [104, 105][: len(tokens)]
     config = json.loads(Path("merged/config.json").read_text())
     assert ("quantization_config" in config, config["dtype"]) == (False, dtype)
@@ -84,9 +84,9 @@ def test_the_manifest_tells_where_the_weights_come_from(working_folder: Path) ->
     base = make_base(working_folder / "base", True, TOKENS)
     assert main("merge", "adapter", "some/where/merged") == 0
     merged = verify(Path("some/where/merged"))
-    assert merged.manifest["parent_digest"] == merged.manifest["merge"]["adapter"] == adapter.digest
-    assert merged.manifest["merge"]["float32"] < 1e-6
-    assert merged.manifest["lineage"] == ["sft"]
+    assert merged.manifest.parent_digest == merged.manifest.merge["adapter"] == adapter.digest
+    assert merged.manifest.merge["float32"] < 1e-6
+    assert merged.manifest.lineage == ("sft",)
     source = merged.source(base)
     assert (source.adapter, source.added_tokens, source.model) == (None, (), merged.path)
     assert torch.allclose(

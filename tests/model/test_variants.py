@@ -70,9 +70,9 @@ def test_a_recipe_is_trained_scored_continued_and_merged(
     scored = {row["system"]: row["digest"] for row in rows}
     assert (stage["state"], scored["candidate"]) == ("promoted", artifact.digest)
     assert len(rows) == 2 * 6
-    assert artifact.added_tokens == ("<|turn|>",)
-    assert artifact.manifest["quantization"] == ("nf4" if variant == "qlora" else None)
-    assert "probe.safetensors" not in artifact.manifest["files"]
+    assert artifact.manifest.added_tokens == ("<|turn|>",)
+    assert artifact.manifest.quantization == ("nf4" if variant == "qlora" else None)
+    assert not (artifact.path / "probe.safetensors").exists()
     capsys.readouterr()
     assert main(*words) == 0
     assert "already done" in capsys.readouterr().err

@@ -66,11 +66,11 @@ def test_every_stage_is_promoted_and_the_lifts_are_large(clean: Path) -> None:
 
 def test_the_artifacts_verify_and_hold_their_lineage(clean: Path) -> None:
     sft, dpo, safety = (verify(clean / "stages" / name / "artifact") for name in STAGES)
-    assert (dpo.manifest["parent_digest"], safety.manifest["parent_digest"]) == (sft.digest, dpo.digest)
-    assert safety.manifest["lineage"] == list(STAGES)
-    assert safety.manifest["metrics"]["mix"]["refusal_share"] == 0.5
-    assert safety.manifest["metrics"]["audit"]["triggers"] == []
-    assert sft.manifest["metrics"]["trained_tokens"] < sft.manifest["metrics"]["tokens"]
+    assert (dpo.manifest.parent_digest, safety.manifest.parent_digest) == (sft.digest, dpo.digest)
+    assert safety.manifest.lineage == STAGES
+    assert safety.manifest.metrics["mix"]["refusal_share"] == 0.5
+    assert safety.manifest.metrics["audit"]["triggers"] == []
+    assert sft.manifest.metrics["trained_tokens"] < sft.manifest.metrics["tokens"]
 
 
 def test_metrics_tell_every_step_once(clean: Path) -> None:
@@ -78,7 +78,7 @@ def test_metrics_tell_every_step_once(clean: Path) -> None:
     for stage in STAGES:
         steps = [row["step"] for row in rows if row["stage"] == stage]
         assert steps == list(range(1, len(steps) + 1))
-        assert len(steps) == verify(clean / "stages" / stage / "artifact").manifest["metrics"]["steps"]
+        assert len(steps) == verify(clean / "stages" / stage / "artifact").manifest.metrics["steps"]
 
 
 def test_the_scorecard_holds_every_answer(clean: Path) -> None:

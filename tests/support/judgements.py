@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import Artifact
+from posttrain.artifact import BaseWeights
 from posttrain.digests import digest_of
 from posttrain.gate.spec import TaskVerdict, Verdict, VerdictState
 from posttrain.ledger import Judgement, record
@@ -26,13 +26,12 @@ def judgement(
     run: str = "run", stage: str = "sft", state: VerdictState = "pass", tasks: int = 2, **figures: Any
 ) -> Judgement:
     """A verdict about an artifact of a run."""
-    manifest = {
-        "digest": digest_of([run, stage]), "parent_digest": "parent", "lineage": ["sft"],
-        "base": {"name": "base", "digest": "weights"},
-    }  # fmt: skip
     found = tuple(replace(task_verdict(state), task=f"task{number}", **figures) for number in range(tasks))
     verdict = Verdict(state=state, gated=True, tasks=found, reason="because")
-    return Judgement(run=run, recipe="mine", stage=stage, artifact=Artifact(Path(), manifest), verdict=verdict)
+    return Judgement(
+        run=run, recipe="mine", stage=stage, lineage=("sft",), base=BaseWeights(name="base", digest="weights"),
+        parent="parent", artifact=digest_of([run, stage]), verdict=verdict,
+    )  # fmt: skip
 
 
 def add(run: str = "run", **settings: Any) -> None:

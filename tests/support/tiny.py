@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.artifact import Artifact, ModelSource, publish, quantization_of
-from posttrain.chat_template import template_record
+from posttrain.artifact import Artifact, ModelSource, publish
 from posttrain.config.schema import Dtype, Method, ModelConfig
 from posttrain.model.base import resolve_base
 from posttrain.model.probe import Probe
 from posttrain.sft.config import SFTConfig
 from posttrain.testing import Recorder as PlainRecorder
 from posttrain.testing import tiny_llama, tiny_tokenizer, write_base
-from posttrain.testing.tiny import TEMPLATE, VOCABULARY
+from posttrain.testing.tiny import TEMPLATE, VOCABULARY, tiny_manifest
 from posttrain.tokens.packing import PackedRow
 
 __all__ = ["TEMPLATE", "tiny_llama", "tiny_tokenizer", "write_base"]
@@ -30,17 +29,8 @@ def base_source(folder: Path, **settings: Any) -> ModelSource:
 
 def published(output: Path, base: ModelSource, destination: Path, dtype: str = "float32") -> Artifact:
     """What a stage left in ``output``, as the pipeline would publish it."""
-    manifest = {
-        "stage": "sft",
-        "base": {"name": base.base, "digest": base.model_digest},
-        "lineage": ["sft"],
-        "dtype": dtype,
-        "quantization": quantization_of(output),
-        **template_record(base.chat_template),
-        "added_tokens": list(base.added_tokens),
-    }
     Probe.take(output)
-    return publish(output, manifest, destination)
+    return publish(output, tiny_manifest(base, output, dtype=dtype), destination)
 
 
 def packed_rows(documents_per_row: Sequence[int], seed: int = 0, longest: int = 24) -> list[PackedRow]:

@@ -139,7 +139,7 @@ def test_it_is_stacked_and_stacked_upon(overrides: Sequence[str], lineage: list[
     stages = run_json()["stages"]
     assert {stage["state"] for stage in stages} == {"promoted"}
     assert [stage["parent_digest"] for stage in stages[1:]] == [stage["digest"] for stage in stages[:-1]]
-    assert verify(only_run() / stages[-1]["artifact"]).manifest["lineage"] == lineage
+    assert verify(only_run() / stages[-1]["artifact"]).manifest.lineage == tuple(lineage)
 
 
 class Killed(BaseException):
