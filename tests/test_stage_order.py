@@ -192,7 +192,7 @@ def test_a_run_that_died_in_any_stage_is_finished_by_the_same_command(monkeypatc
     (clean,) = Path("clean").glob("*/run.json")
     for kind in ("dpo", "kto"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"posttrain_preference.{kind}_trainer.{DYING[kind]}.figures", dying(Killed))
+            patch.setattr(f"posttrain_preference.trainer.{DYING[kind]}.figures", dying(Killed))
             with pytest.raises(Killed):
                 trained(*command)
         assert states()[kind] == "failed"

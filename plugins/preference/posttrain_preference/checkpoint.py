@@ -27,7 +27,7 @@ STATE = "trainer_state.json"
 DIGESTS = "sha256.json"
 
 
-def newest(folder: Path, note: Callable[[str], None]) -> Path | None:
+def find_newest(folder: Path, note: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in ``folder`` whose bytes are those that were written, or None.
 
     Others are removed, and ``note`` is told about each.
@@ -46,7 +46,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: Any, scheduler: Any, s
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     packed = optimizer.state_dict()
-    tensors = {f"weight/{name}": parameter.detach() for name, parameter in trained(model).items()}
+    tensors = {f"weight/{name}": parameter.detach() for name, parameter in trained_parameters(model).items()}
     for index, moments in packed["state"].items():
         tensors |= {f"optimizer/{index}/{key}": tensor for key, tensor in moments.items()}
     settings = {"groups": packed["param_groups"], "schedule": scheduler.state_dict()}
@@ -66,7 +66,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     """Put the trained weights of a checkpoint into ``model``, which was made from the stage's parent."""
     weights, _ = _read(checkpoint, "weight/")
     with torch.no_grad():
-        for name, parameter in trained(model).items():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(weights[name])
 
 
@@ -87,7 +87,7 @@ def seen_tokens(checkpoint: Path) -> int:
     return int(history[-1]["tokens"])
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from posttrain import MISSING, StageConfig, from_variant, suggest
 from posttrain_preference import losses
@@ -42,6 +43,10 @@ class PreferenceSettings(StageConfig):
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
     beta: float = 0.1
     """How strongly the policy is held to its start; each stage says how."""
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return what only this method's loss reads, by the names of TRL's configuration."""
+        return {}
 
     def problems(self) -> Sequence[Fault]:
         """Values outside their range or against each other, each as (setting, what is wrong)."""
@@ -94,8 +99,17 @@ class DPOSettings(PreferenceSettings):
     discopop_tau: float = 0.05
     """Temperature of discopop."""
 
-    def weighted(self) -> list[tuple[str, float]]:
-        """Each loss with its weight."""
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return the losses with their weights and settings."""
+        return {
+            "loss_type": list(self.loss_type),
+            "loss_weights": self.loss_weights and list(self.loss_weights),
+            "label_smoothing": self.label_smoothing,
+            "discopop_tau": self.discopop_tau,
+        }
+
+    def weighted_losses(self) -> list[tuple[str, float]]:
+        """Return each loss with its weight."""
         return list(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
     def _of_the_loss(self) -> Iterator[Fault]:
@@ -154,6 +168,14 @@ class KTOSettings(PreferenceSettings):
     undesirable_weight: float = 1.0
     """Weight of the answers judged bad."""
 
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return the loss and the weights of both kinds of answers."""
+        return {
+            "loss_type": self.loss_type,
+            "desirable_weight": self.desirable_weight,
+            "undesirable_weight": self.undesirable_weight,
+        }
+
     def _of_the_loss(self) -> Iterator[Fault]:
         yield from _one_of("loss_type", self.loss_type, KTO_LOSSES)
         yield from self._positive("desirable_weight", "undesirable_weight")
@@ -186,6 +208,14 @@ class CPOSettings(PreferenceSettings):
     cpo_alpha: float = 1.0
     """Weight of the chosen answer's negative log-likelihood."""
 
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return the contrast, its smoothing and the weight of the likelihood."""
+        return {
+            "loss_type": self.loss_type,
+            "label_smoothing": self.label_smoothing,
+            "cpo_alpha": self.cpo_alpha,
+        }
+
     def _of_the_loss(self) -> Iterator[Fault]:
         yield from _one_of("loss_type", self.loss_type, CPO_LOSSES)
         yield from self._not_negative("cpo_alpha")
@@ -205,6 +235,10 @@ class SimPOSettings(PreferenceSettings):
     """Temperature: rewards are beta times the mean log-probability of an answer's tokens."""
     gamma: float = 1.0
     """Margin by which the chosen answer's reward should exceed the rejected answer's."""
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return CPO's configuration of SimPO; by its default TRL would add the likelihood."""
+        return {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": self.gamma}
 
     def _of_the_loss(self) -> Iterator[Fault]:
         yield from self._not_negative("gamma")

@@ -13,19 +13,15 @@ A wrong start trains without complaint towards the wrong goal, so nothing is tra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain import ArtifactDamaged, StageContext
+from posttrain_preference.losses import LogProbs, Start
 from posttrain_preference.rows import TokenRow
-
-LogProbs = Sequence[Sequence[float]]
-"""For each row, the log-probability of each of its answers in nats, summed over the answer's tokens."""
-Start = Callable[[Any, Sequence[Any], LogProbs], float]
-"""The loss that training has to start with, from the stage's settings, a batch of rows and their log-probabilities."""
 
 LOSS_TOLERANCE = 1e-4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}

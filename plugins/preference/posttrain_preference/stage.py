@@ -1,73 +1,67 @@
-"""What every preference stage does: prove its start, train from the newest checkpoint, save in the parent's format."""
+"""Preference training from start to end: prove the start, train from the newest checkpoint, save."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain import Interrupted, StageContext
+from posttrain_preference.feedback import render_feedback
+from posttrain_preference.methods import METHODS, Method
+from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import muted, quiet
 from posttrain_preference.rows import TokenRows
 
 if TYPE_CHECKING:
-    from posttrain_preference.reference import Start
     from posttrain_preference.trainer import StageTrainer
 
-Build = Callable[[StageContext, TokenRows[Any], Any, Any], "StageTrainer"]
-"""Makes the trainer from context, rows, policy, and the reference model or None."""
+RENDER: Mapping[str, Callable[[StageContext], TokenRows[Any]]] = {
+    "preferences": render_pairs,
+    "feedback": render_feedback,
+}
+"""Rendering of each shape of records."""
 
 
-def train(
-    context: StageContext,
-    render: Callable[[StageContext], TokenRows[Any]],
-    trainer: Callable[[], Build],
-    start: Start,
-    *,
-    referenced: bool,
-) -> None:
-    """Train the parent's adapter, or its full weights, on the stage's records and save the result.
+def run(context: StageContext) -> None:
+    """Train the parent's adapter, or its full weights, with the method of the stage's kind, and save the result.
 
-    Args:
-        context: The stage's context; training goes on from the newest checkpoint in it.
-        render: Makes token ids of the context's records.
-        trainer: Imports what makes the trainer.
-        start: The loss that training has to start with.
-        referenced: Whether the loss compares the policy with a frozen copy of where it started.
+    Training resumes from the newest checkpoint in ``context.checkpoints``.
 
     Raises:
         BadInput: No record can be trained on.
-        ArtifactDamaged: The policy or the reference is not the SFT model.
+        ArtifactDamaged: The policy or the reference is not the SFT model, or training diverged.
         Interrupted: The run was asked to stop.
     """
+    method = METHODS[context.config.kind]
     with quiet():
-        with muted():
-            build = trainer()
-        _train(context, render(context), build, start, referenced=referenced)
+        with muted():  # some libraries print while they are imported
+            from posttrain_preference import trainer
+        _train(context, method, getattr(trainer, method.trainer), RENDER[method.records](context))
 
 
-def _train(context: StageContext, rows: TokenRows[Any], build: Build, start: Start, *, referenced: bool) -> None:
+def _train(context: StageContext, method: Method, kind: type[StageTrainer], rows: TokenRows[Any]) -> None:
     from posttrain_preference.reference import frozen_copy, prove_start, row_log_probs
-    from posttrain_preference.trainer import uses_autocast
+    from posttrain_preference.trainer import build_trainer, uses_autocast
 
     policy = context.policy()
     configs = [(holder, name, copy.deepcopy(value)) for holder, name, value in _configs(policy)]
     first = rows.rows[: context.config.per_device_batch_size]
     expected = row_log_probs(policy, first, uses_autocast(context, policy))
-    trainer = build(context, rows, policy, frozen_copy(policy) if referenced else None)
-    prove_start(trainer, first, expected, context, start)
-    _run(context, trainer)
+    trainer = build_trainer(kind, context, rows, policy, frozen_copy(policy) if method.referenced else None)
+    prove_start(trainer, first, expected, context, method.start)
+    _take_steps(context, trainer)
     for holder, name, value in configs:  # TRL adapts them to training; the artifact keeps the parent's
         setattr(holder, name, value)
     context.metrics.update(rows.figures() | trainer.figures())
     context.save(policy)
 
 
-def _run(context: StageContext, trainer: StageTrainer) -> None:
-    from posttrain_preference import checkpoint
+def _take_steps(context: StageContext, trainer: StageTrainer) -> None:
+    from posttrain_preference.checkpoint import find_newest
 
-    resumed = checkpoint.newest(context.checkpoints, context.progress.note)
-    trainer.train(resume_from_checkpoint=resumed and str(resumed))
+    newest = find_newest(context.checkpoints, context.progress.note)
+    trainer.train(resume_from_checkpoint=newest and str(newest))
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{context.name} was stopped after step {trainer.state.global_step}; its checkpoint is kept")
 

@@ -18,8 +18,7 @@ from posttrain.artifact import ModelSource
 def imported() -> None:
     """TRL imported once, and left out of every later garbage collection: each trainer starts with one."""
     with quiet():
-        for name in ("dpo", "kto", "free"):
-            importlib.import_module(f"posttrain_preference.{name}_trainer")
+        importlib.import_module("posttrain_preference.trainer")
     gc.collect()
     gc.freeze()
 

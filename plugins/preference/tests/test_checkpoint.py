@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from posttrain_preference import dpo
-from preference_support.contexts import RUN, MakeContext, content, progress
+from posttrain_preference.stage import run
+from preference_support.contexts import STAGES, MakeContext, content, progress
 
 from posttrain import Interrupted
 
@@ -14,7 +14,7 @@ class Killed(BaseException):
     """The process died here."""
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in RUN), ("dpo", "qlora"), ("orpo", "qlora")])
+@pytest.mark.parametrize(("name", "kind"), [*((name, "lora") for name in STAGES), ("dpo", "qlora"), ("orpo", "qlora")])
 def test_killed_at_every_step_a_stage_ends_with_the_same_bytes(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
@@ -22,18 +22,18 @@ def test_killed_at_every_step_a_stage_ends_with_the_same_bytes(
     settings |= {"dtype": "bfloat16"} if kind == "qlora" else {}
     settings |= {"per_device_batch_size": 4, "gradient_accumulation": 1} if name == "kto" else {}
     whole = make_context(folder="whole", **settings)
-    RUN[name](whole)
+    run(whole)
     total = progress(whole).started[0]
     seen: dict[int, Any] = {}
     for died in range(1, total + 1):
         killed = make_context(folder="killed", **settings)
         monkeypatch.setattr(killed.progress, "step", dying_at(died, killed.progress.step))
         with pytest.raises(Killed):
-            RUN[name](killed)
+            run(killed)
         assert progress(killed).started == (total, max(died - 2, 0))
         seen |= progress(killed).steps
     resumed = make_context(folder="killed", **settings)
-    RUN[name](resumed)
+    run(resumed)
     assert total >= 2
     assert content(resumed.output) == content(whole.output)
     assert seen | progress(resumed).steps == progress(whole).steps
@@ -52,7 +52,7 @@ def dying_at(last: int, report: Callable[[int, Any], None]) -> Callable[[int, An
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_stopped_stage_goes_on_to_the_same_bytes(make_context: MakeContext, kind: str) -> None:
     whole = make_context(kind, folder="whole")
-    dpo.run(whole)
+    run(whole)
     asked: list[int] = []
 
     def after_three() -> bool:
@@ -61,13 +61,13 @@ def test_a_stopped_stage_goes_on_to_the_same_bytes(make_context: MakeContext, ki
 
     stopped = make_context(kind, folder="stopped", stop_requested=after_three)
     with pytest.raises(Interrupted, match="after step 3"):
-        dpo.run(stopped)
+        run(stopped)
     assert not list(stopped.output.iterdir())
     (checkpoint,) = stopped.checkpoints.iterdir()
     assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
 
     resumed = make_context(kind, folder="stopped")
-    dpo.run(resumed)
+    run(resumed)
     assert progress(resumed).started == (6, 3)
     assert list(progress(resumed).steps) == [4, 5, 6]
     assert content(resumed.output) == content(whole.output)
@@ -78,7 +78,7 @@ def test_a_killed_stage_goes_on_from_its_newest_checkpoint(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_context(folder="whole", epochs=3)
-    dpo.run(whole)
+    run(whole)
     killed = make_context(folder="killed", epochs=3, checkpoint_steps=2)
     report = killed.progress.step
 
@@ -89,13 +89,13 @@ def test_a_killed_stage_goes_on_from_its_newest_checkpoint(
 
     monkeypatch.setattr(killed.progress, "step", die)
     with pytest.raises(KeyboardInterrupt):
-        dpo.run(killed)
+        run(killed)
     (killed.checkpoints / ".draft").mkdir()
     (killed.checkpoints / ".draft" / "training.safetensors").write_bytes(b"half")
     assert [path.name for path in killed.checkpoints.glob("step-*")] == ["step-4"]
 
     resumed = make_context(folder="killed", epochs=3)
-    dpo.run(resumed)
+    run(resumed)
     assert progress(resumed).started == (9, 4)
     assert content(resumed.output) == content(whole.output)
     assert resumed.metrics == whole.metrics
@@ -105,10 +105,10 @@ def test_a_killed_stage_goes_on_from_its_newest_checkpoint(
 def test_a_damaged_checkpoint_is_passed_over(make_context: MakeContext, name: str) -> None:
     context = make_context(folder="run", max_steps=2, stop_requested=lambda: True)
     with pytest.raises(Interrupted):
-        dpo.run(context)
+        run(context)
     path = context.checkpoints / "step-1" / name
     path.write_bytes(path.read_bytes()[:-8])
     again = make_context(folder="run", max_steps=2)
-    dpo.run(again)
+    run(again)
     assert progress(again).started == (2, 0)
     assert progress(again).notes == ["checkpoint step-1 is damaged and not used"]

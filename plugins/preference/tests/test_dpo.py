@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from posttrain_preference import dpo, reference
+from posttrain_preference import reference
+from posttrain_preference.losses import start_of_dpo
 from posttrain_preference.pairs import render_pairs
 from posttrain_preference.quiet import quiet
-from preference_support.contexts import RUN, MakeContext, content, progress, weights
+from posttrain_preference.stage import run
+from preference_support.contexts import STAGES, MakeContext, content, progress, weights
 
 from posttrain import ArtifactDamaged, BadInput, Diverged, StageContext
 from posttrain.artifact import ModelSource
@@ -26,7 +28,7 @@ KINDS = ("lora", "full")
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_starts_at_ln_2_and_separates_the_answers(make_context: MakeContext, kind: str, dtype: str) -> None:
     context = make_context(kind, dtype=dtype)
-    dpo.run(context)
+    run(context)
     steps = progress(context).steps
     assert list(steps) == [1, 2, 3, 4, 5, 6]
     assert progress(context).started == (6, 0)
@@ -44,12 +46,13 @@ def test_training_starts_at_ln_2_and_separates_the_answers(make_context: MakeCon
 def started(context: StageContext) -> tuple[Any, list[Any], list[list[float]]]:
     """A trainer before its first step, its first batch, and the SFT model's log-probabilities of that batch."""
     with quiet():
-        from posttrain_preference.dpo_trainer import build
+        from posttrain_preference.trainer import PairTrainer, build_trainer
 
         pairs = render_pairs(context)
         policy, rows = context.policy(), pairs.rows[:2]
         expected = reference.row_log_probs(policy, rows, autocast=False)
-        return build(context, pairs, policy, reference.frozen_copy(policy)), rows, expected
+        trainer = build_trainer(PairTrainer, context, pairs, policy, reference.frozen_copy(policy))
+        return trainer, rows, expected
 
 
 def test_the_frozen_copy_shares_what_is_frozen_and_nothing_else(make_context: MakeContext) -> None:
@@ -98,7 +101,7 @@ def test_a_wrong_reference_is_refused(
     context = make_context(kind)
     monkeypatch.setattr(reference, "frozen_copy", wrong)
     with pytest.raises(ArtifactDamaged, match=r"the reference is not the SFT model: .*pairs\.jsonl:1 "):
-        dpo.run(context)
+        run(context)
     assert not list(context.output.iterdir())
     assert not progress(context).steps
 
@@ -115,9 +118,9 @@ def test_a_configuration_that_names_another_model_changes_nothing(
         return policy
 
     plain, odd = make_context("full", folder="plain", max_steps=2), make_context("full", folder="odd", max_steps=2)
-    dpo.run(plain)
+    run(plain)
     monkeypatch.setattr(StageContext, "policy", named_wrongly)
-    dpo.run(odd)
+    run(odd)
     assert progress(odd).steps == progress(plain).steps
     assert weights(odd.output).keys() == weights(plain.output).keys()
     assert all(torch.equal(tensor, weights(plain.output)[name]) for name, tensor in weights(odd.output).items())
@@ -127,10 +130,10 @@ def test_a_configuration_that_names_another_model_changes_nothing(
 def test_a_policy_that_left_its_reference_is_refused(make_context: MakeContext, kind: str) -> None:
     context = make_context(kind)
     trainer, rows, expected = started(context)
-    reference.prove_start(trainer, rows, expected, context, dpo.start)
+    reference.prove_start(trainer, rows, expected, context, start_of_dpo)
     _erase(trainer.model, "lora_B" if kind == "lora" else "layers.1.mlp")
     with pytest.raises(ArtifactDamaged, match=r"does not start at the SFT model: .* be 0\.693147 within 0\.0001"):
-        reference.prove_start(trainer, rows, expected, context, dpo.start)
+        reference.prove_start(trainer, rows, expected, context, start_of_dpo)
 
 
 # --- What is fed to the trainer -------------------------------------------------------------------------------------
@@ -155,13 +158,13 @@ def test_the_trainer_sees_exactly_the_rendered_ids(make_context: MakeContext) ->
 def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeContext) -> None:
     long = [(["what is the " + "red " * 60], "yes", "no"), (["what is the flag"], "yes " * 60, "no")]
     context = make_context(records=[*long, (["what is the flag"], "yes", "no")], sequence_length=40, max_steps=1)
-    dpo.run(context)
+    run(context)
     assert context.metrics["pairs"] == 1
     assert context.metrics["dropped"] == 2
     assert progress(context).notes == ["dropped 2 pairs longer than 40 tokens"]
 
 
-@pytest.mark.parametrize("stage", list(RUN))
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("records", "where", "what"),
     [
@@ -175,10 +178,10 @@ def test_nothing_to_train_on_is_bad_input(
 ) -> None:
     noun = "answers" if stage == "kto" else "pairs"
     with pytest.raises(BadInput, match=f"{where.format(stage)}: .*{what.format(noun)}"):
-        RUN[stage](make_context(stage=stage, records=records, sequence_length=4))
+        run(make_context(stage=stage, records=records, sequence_length=4))
 
 
-@pytest.mark.parametrize("stage", list(RUN))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_template_without_a_stop_token_is_refused(
     make_context: MakeContext, parents: dict[str, ModelSource], stage: str
 ) -> None:
@@ -186,7 +189,7 @@ def test_a_template_without_a_stop_token_is_refused(
     endless = replace(parents["lora"], chat_template=parents["lora"].chat_template.replace("<eos>", ""))
     context = replace(make_context(stage=stage), parent=endless)
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1.*stop token"):
-        RUN[stage](context)
+        run(context)
 
 
 def test_a_prompt_that_ends_otherwise_than_the_conversation_goes_on_keeps_its_end(
@@ -196,7 +199,7 @@ def test_a_prompt_that_ends_otherwise_than_the_conversation_goes_on_keeps_its_en
     template = parents["lora"].chat_template.replace("<|assistant|>{% endif %}", "<|assistant|>no {% endif %}")
     context = replace(make_context(records=2), parent=replace(parents["lora"], chat_template=template))
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1"):
-        dpo.run(context)
+        run(context)
 
 
 # --- The result -----------------------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def test_a_prompt_that_ends_otherwise_than_the_conversation_goes_on_keeps_its_en
 
 def test_the_same_adapter_goes_on(make_context: MakeContext, parents: dict[str, ModelSource]) -> None:
     context = make_context("lora")
-    dpo.run(context)
+    run(context)
     parent = parents["lora"].adapter
     assert parent is not None
     before, after = weights(parent), weights(context.output)
@@ -222,7 +225,7 @@ def test_full_weights_keep_the_parents_configuration(
     make_context: MakeContext, parents: dict[str, ModelSource]
 ) -> None:
     context = make_context("full", max_steps=2)
-    dpo.run(context)
+    run(context)
     before, after = weights(parents["full"].model), weights(context.output)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -232,7 +235,7 @@ def test_full_weights_keep_the_parents_configuration(
 
 def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
     context = make_context("lora", epochs=1)
-    dpo.run(context)
+    run(context)
     steps = progress(context).steps
     rendered = render_pairs(context).rows
     tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rendered)
@@ -250,7 +253,7 @@ def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
 def test_the_seed_decides_every_byte(make_context: MakeContext) -> None:
     contexts = [make_context("lora", folder=name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
     for context in contexts:
-        dpo.run(context)
+        run(context)
     first, second, other = (content(context.output) for context in contexts)
     assert first == second
     assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
@@ -259,6 +262,6 @@ def test_the_seed_decides_every_byte(make_context: MakeContext) -> None:
 def test_divergence_stops_at_once(make_context: MakeContext) -> None:
     context = make_context("full", lr=1e30, max_grad_norm=1e30)
     with pytest.raises(Diverged, match=r"diverged at step 2: the loss is nan.*Lower lr"):
-        dpo.run(context)
+        run(context)
     assert list(progress(context).steps) == [1]
     assert not list(context.output.iterdir())

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from posttrain_preference.config import KTOSettings
 from posttrain_preference.feedback import Judged, TokenAnswer, feedback_columns, interleaved, render_feedback
 from posttrain_preference.quiet import quiet
-from preference_support.contexts import RUN, MakeContext, feedback, progress
+from posttrain_preference.stage import run
+from preference_support.contexts import MakeContext, feedback, progress
 
 from posttrain import BadInput, Conversation, Feedback, Preference, StageContext
 from posttrain.config.schema import Format, Source
@@ -131,13 +132,13 @@ def test_answers_that_were_all_judged_alike_are_refused(make_context: MakeContex
         "lora", stage="kto", records=[feedback("what", word, label) for word in ("yes", "no", "red")]
     )
     with pytest.raises(BadInput, match=rf"kto\.data: all 3 answers were judged {'good' if label else 'bad'}"):
-        RUN["kto"](context)
+        run(context)
 
 
 def test_answers_of_which_only_one_kind_is_short_enough_are_refused(make_context: MakeContext) -> None:
     records = [feedback("what", "red " * 60, True), feedback("what", "no", False)]
     with pytest.raises(BadInput, match="all 1 answers were judged bad"):
-        RUN["kto"](make_context("lora", stage="kto", records=records, sequence_length=40))
+        run(make_context("lora", stage="kto", records=records, sequence_length=40))
 
 
 # --- Batches --------------------------------------------------------------------------------------------------------
@@ -164,13 +165,12 @@ def test_the_order_is_shuffled_by_the_seed_alone() -> None:
 def test_no_batch_of_preferences_holds_one_kind_only(make_context: MakeContext, size: int) -> None:
     """Unpaired as they come, all chosen answers would precede all rejected ones."""
     with quiet():
-        from posttrain_preference.kto_trainer import build
+        from posttrain_preference.trainer import JudgedTrainer, build_trainer
 
         context = make_context("lora", stage="kto", records=7, per_device_batch_size=size)
         judged = rendered(context)
-        batches = list(
-            build(context, judged, context.policy(), context.policy().get_base_model()).get_train_dataloader()
-        )
+        policy, model = context.policy(), context.policy().get_base_model()
+        batches = list(build_trainer(JudgedTrainer, context, judged, policy, model).get_train_dataloader())
     assert [len(set(batch["label"].tolist())) for batch in batches] == [2] * len(batches)
     assert {len(batch["label"]) for batch in batches} == {size}
     assert judged.figures() == {"answers": 14, "good": 7, "repeated": -14 % size, "dropped": 0}
@@ -218,14 +218,14 @@ def test_a_kind_too_rare_for_every_batch_is_told(make_context: MakeContext) -> N
 
 def test_weights_count(make_context: MakeContext) -> None:
     context = make_context("lora", stage="kto", records=6, desirable_weight=2.0, undesirable_weight=0.5, max_steps=1)
-    RUN["kto"](context)
+    run(context)
     assert progress(context).steps[1]["loss"] == pytest.approx((2.0 + 0.5) / 2 / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_good_answers_gain_and_bad_ones_lose(make_context: MakeContext, loss: str) -> None:
     context = make_context("lora", stage="kto", loss_type=loss)
-    RUN["kto"](context)
+    run(context)
     steps = progress(context).steps
     assert steps[1]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert steps[1]["rewards_margin"] == pytest.approx(0)

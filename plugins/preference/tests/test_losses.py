@@ -9,11 +9,13 @@ import pytest
 import torch
 from posttrain_preference import reference
 from posttrain_preference.config import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
-from posttrain_preference.dpo import start
-from posttrain_preference.losses import NAMES
+from posttrain_preference.feedback import TokenAnswer
+from posttrain_preference.losses import NAMES, start_of_dpo, start_of_kto, start_of_simpo
+from posttrain_preference.methods import METHODS
 from posttrain_preference.pairs import TokenPair, render_pairs
 from posttrain_preference.quiet import quiet
-from preference_support.contexts import RUN, MakeContext, progress
+from posttrain_preference.stage import run
+from preference_support.contexts import MakeContext, progress
 from preference_support.float64 import log_probs, model_on_disk
 
 from posttrain import StageContext
@@ -53,7 +55,7 @@ def test_a_loss_of_dpo_starts_where_policy_and_reference_agree(make_context: Mak
     context = make_context("lora", loss_type=[name], records=3, **settings)
     trainer, rows = before_the_first_step(context)
     assert trainer.loss_of(rows) == pytest.approx(wanted, rel=1e-6)
-    assert start(context.config, rows, [[0.0, 0.0]] * 3) == pytest.approx(wanted, rel=1e-9)
+    assert start_of_dpo(context.config, rows, [[0.0, 0.0]] * 3) == pytest.approx(wanted, rel=1e-9)
     with torch.no_grad():
         for key, parameter in trainer.model.named_parameters():
             if "lora_B" in key:
@@ -71,7 +73,7 @@ def test_losses_are_added_by_their_weights(
     rows = render_pairs(context).rows
     exact = log_probs(model_on_disk(parents[kind]), rows)
     likelihood = -sum(chosen for chosen, _ in exact) / sum(len(row.chosen) for row in rows)
-    RUN["dpo"](context)
+    run(context)
     assert steps(context)[1]["loss"] == pytest.approx(0.8 * LN_2 + 0.01 * 25 + 0.5 * likelihood, rel=1e-5)
 
 
@@ -79,8 +81,8 @@ def test_the_likelihood_alone_does_not_hide_a_wrong_start(make_context: MakeCont
     """The constant of the other losses holds wherever policy and reference agree; the likelihood does not."""
     settings = DPOSettings(lr=1.0, loss_type=["sigmoid", "sft"])
     rows = [TokenPair([1], [2, 3], [4], "here")]
-    assert start(settings, rows, [[-3.0, -1.0]]) == pytest.approx(LN_2 + 1.5)
-    assert start(settings, rows, [[-5.0, -1.0]]) == pytest.approx(LN_2 + 2.5)
+    assert start_of_dpo(settings, rows, [[-3.0, -1.0]]) == pytest.approx(LN_2 + 1.5)
+    assert start_of_dpo(settings, rows, [[-5.0, -1.0]]) == pytest.approx(LN_2 + 2.5)
 
 
 # --- Without a reference ----------------------------------------------------------------------------------------------
@@ -151,13 +153,11 @@ def test_a_loss_without_reference_and_its_gradient_are_the_papers(
 
 def before_the_first_step(context: StageContext) -> tuple[Any, list[TokenPair]]:
     with quiet():
-        from posttrain_preference import dpo_trainer, free_trainer
+        from posttrain_preference import trainer
 
-        pairs, policy = render_pairs(context), context.policy()
-        if context.name == "dpo":
-            return dpo_trainer.build(context, pairs, policy, reference.frozen_copy(policy)), pairs.rows
-        builds = {"orpo": free_trainer.build_orpo, "cpo": free_trainer.build_cpo, "simpo": free_trainer.build_simpo}
-        return builds[context.name](context, pairs, policy, None), pairs.rows
+        method, pairs, policy = METHODS[context.name], render_pairs(context), context.policy()
+        frozen = reference.frozen_copy(policy) if method.referenced else None
+        return trainer.build_trainer(getattr(trainer, method.trainer), context, pairs, policy, frozen), pairs.rows
 
 
 def test_log_probabilities_are_summed_in_float32(make_context: MakeContext) -> None:
@@ -196,7 +196,7 @@ def test_training_separates_the_answers(
     make_context: MakeContext, name: str, settings: dict[str, Any], kind: str, dtype: str
 ) -> None:
     context = make_context(kind, stage=name, dtype=dtype, **settings)
-    RUN[name](context)
+    run(context)
     found = steps(context)
     assert found[6]["loss"] < found[1]["loss"]
     assert found[6]["rewards_margin"] > found[1]["rewards_margin"]
@@ -268,18 +268,13 @@ def test_what_a_loss_needs_is_asked_for() -> None:
 
 
 def test_the_start_of_kto_counts_the_weights_of_its_batch() -> None:
-    from posttrain_preference.feedback import TokenAnswer
-    from posttrain_preference.kto import start as start_kto
-
     rows = [TokenAnswer([1], [2], label, "here") for label in (True, True, False)]
     settings = KTOSettings(lr=1.0, desirable_weight=2.0, undesirable_weight=3.0)
-    assert start_kto(settings, rows, [[0.0]] * 3) == pytest.approx((2 + 2 + 3) / 3 / 2)
+    assert start_of_kto(settings, rows, [[0.0]] * 3) == pytest.approx((2 + 2 + 3) / 3 / 2)
 
 
 def test_how_far_log_probabilities_may_be_off_is_how_far_the_loss_may_be() -> None:
     rows = [TokenPair([1], [2, 3], [4, 5, 6, 7], "here")]
-    from posttrain_preference.simpo import start as start_simpo
-
     settings = SimPOSettings(lr=1.0, beta=2.0, gamma=0.0)
-    spread = reference._spread(settings, rows, [[-2.0, -4.0]], start_simpo, 0.01)
+    spread = reference._spread(settings, rows, [[-2.0, -4.0]], start_of_simpo, 0.01)
     assert spread == pytest.approx(0.01 * 2.0 * 0.5, rel=0.02)  # slope of the softplus at 0 is 1/2

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from posttrain_preference import reference, stage
-from preference_support.contexts import ADAPTERS, RUN, MakeContext, progress, weights
+from posttrain_preference.stage import run
+from preference_support.contexts import ADAPTERS, STAGES, MakeContext, progress, weights
 from preference_support.float64 import log_probs, model_on_disk
 
 from posttrain import ArtifactDamaged, StageContext
@@ -32,7 +33,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("kind", [*ADAPTERS, "full"])
-@pytest.mark.parametrize("name", list(RUN))
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
     make_context: MakeContext,
     parents: dict[str, ModelSource],
@@ -42,7 +43,7 @@ def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
 ) -> None:
     spy = Spy(monkeypatch)
     context = make_context(kind, stage=name, records=2, max_steps=1, gradient_accumulation=1)
-    RUN[name](context)
+    run(context)
     exact = log_probs(model_on_disk(parents[kind]), spy.rows)
     for wanted, ours in zip(exact, spy.expected, strict=True):
         assert ours == pytest.approx(wanted, abs=1e-4)
@@ -63,7 +64,7 @@ def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
         )
 
 
-@pytest.mark.parametrize("name", list(RUN))
+@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_policy_that_is_not_the_parent_is_refused(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
@@ -80,7 +81,7 @@ def test_a_policy_that_is_not_the_parent_is_refused(
     monkeypatch.setattr(reference, "prove_start", of_another_policy)
     context = make_context(kind, stage=name)
     with pytest.raises(ArtifactDamaged, match="the SFT model"):
-        RUN[name](context)
+        run(context)
     assert not list(context.output.iterdir())
     assert not progress(context).steps
 
@@ -99,7 +100,7 @@ def test_adapters_on_weights_of_4_bits_stay_as_they_are(
 
     monkeypatch.setattr(StageContext, "policy", quantised)
     context = make_context("lora", stage=name, max_steps=1)
-    RUN[name](context)
+    run(context)
     assert progress(context).steps[1]["loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6)
     assert {p.dtype for p in policies[0].parameters() if p.requires_grad} == {torch.float32}
 
@@ -110,10 +111,10 @@ def test_the_gradient_of_every_kind_of_adapter_reaches_its_weights(
 ) -> None:
     """TRL's fused output layer computes log-probabilities in chunks, and their gradient itself."""
     seen: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(stage, "_run", lambda context, trainer: seen.update(gradients(trainer, spy.rows)))
+    monkeypatch.setattr(stage, "_take_steps", lambda context, trainer: seen.update(gradients(trainer, spy.rows)))
     spy = Spy(monkeypatch)
     with pytest.raises(IndexError):  # nothing was trained, so there is nothing to tell about
-        RUN["dpo"](make_context(kind, records=2, gradient_checkpointing=False))
+        run(make_context(kind, records=2, gradient_checkpointing=False))
 
     from preference_support.float64 import log_prob
 

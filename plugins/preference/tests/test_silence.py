@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 from posttrain_preference import register_stages
-from preference_support.contexts import RUN, SETTINGS, MakeContext
+from posttrain_preference.methods import METHODS
+from posttrain_preference.stage import run
+from preference_support.contexts import STAGES, MakeContext
 
 from posttrain.artifact import ModelSource
 
 FRESH = """
 import sys
 from pathlib import Path
-from preference_support.contexts import RUN, build_context, parent_source
+from posttrain_preference.stage import run
+from preference_support.contexts import STAGES, build_context, parent_source
 assert "transformers" not in sys.modules
-for name in RUN:
+for name in STAGES:
     context = build_context(Path(name), parent_source(Path(sys.argv[1])), stage=name, max_steps=2, checkpoint_steps=1)
-    RUN[name](context)
+    run(context)
 """
 """Every stage, in a process in which nothing is imported yet."""
 
@@ -32,7 +35,7 @@ def test_nothing_is_printed_by_a_process_that_imports_trl(tmp_path: Path, parent
     assert (done.stdout, done.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("name", list(RUN))
+@pytest.mark.parametrize("name", STAGES)
 def test_nothing_is_sent(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from trl.trainer import base_trainer
 
@@ -40,18 +43,18 @@ def test_nothing_is_sent(make_context: MakeContext, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(base_trainer, "send_telemetry", lambda **message: sent.append(message))
     monkeypatch.delenv("CI", raising=False)
     built: list[Any] = []
-    monkeypatch.setattr("posttrain_preference.stage._run", lambda context, trainer: built.append(trainer))
+    monkeypatch.setattr("posttrain_preference.stage._take_steps", lambda context, trainer: built.append(trainer))
     with pytest.raises(IndexError):  # nothing was trained, so there is nothing to tell about
-        RUN[name](make_context("lora", stage=name))
+        run(make_context("lora", stage=name))
     assert sent == []
     base_trainer._BaseTrainer._send_telemetry(built[0])  # what TRL would have done
     assert len(sent) == 1
 
 
-@pytest.mark.parametrize("name", list(RUN))
+@pytest.mark.parametrize("name", STAGES)
 def test_only_checkpoints_and_the_result_are_written(make_context: MakeContext, name: str) -> None:
     context = make_context("lora", stage=name, max_steps=2, checkpoint_steps=1)
-    RUN[name](context)
+    run(context)
     assert {path.name for path in context.checkpoints.iterdir()} == {"step-1"}
     assert {path.name for path in context.output.iterdir()} == {
         "adapter_config.json",
@@ -65,17 +68,17 @@ def test_only_checkpoints_and_the_result_are_written(make_context: MakeContext, 
 
 def test_the_stages_are_registered() -> None:
     stages = {stage.name: stage for stage in register_stages()}
-    assert list(stages) == list(RUN)
+    assert list(stages) == STAGES
     for name, stage in stages.items():
         module, _, function = stage.run.partition(":")
-        assert getattr(sys.modules[module], function) is RUN[name]
-        assert stage.config is SETTINGS[name]
+        assert getattr(sys.modules[module], function) is run
+        assert stage.config is METHODS[name].settings
         assert stage.parent == "sft"
         assert stage.records == ("feedback" if name == "kto" else "preferences")
 
 
 def test_listing_the_stages_imports_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets'}"
-    modules = "posttrain_preference, posttrain_preference.dpo, posttrain_preference.kto, posttrain_preference.simpo"
+    modules = "posttrain_preference, posttrain_preference.stage"
     code = f"import sys, {modules}; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from posttrain_preference import config, cpo, dpo, kto, orpo, simpo
+from posttrain_preference.methods import METHODS
 
 from posttrain import Feedback, Preference, StageContext
 from posttrain.artifact import ModelSource
@@ -15,20 +15,8 @@ from posttrain.testing import Recorder
 Pair = tuple[Sequence[str], str, str]
 MakeContext = Callable[..., StageContext]
 
-RUN: dict[str, Callable[[StageContext], None]] = {
-    "dpo": dpo.run,
-    "kto": kto.run,
-    "orpo": orpo.run,
-    "cpo": cpo.run,
-    "simpo": simpo.run,
-}
-SETTINGS: dict[str, type[config.PreferenceSettings]] = {
-    "dpo": config.DPOSettings,
-    "kto": config.KTOSettings,
-    "orpo": config.ORPOSettings,
-    "cpo": config.CPOSettings,
-    "simpo": config.SimPOSettings,
-}
+STAGES = list(METHODS)
+"""The stages of this plugin."""
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
 WORDS = [
@@ -167,7 +155,7 @@ def build_context(
     small = {"lr": 2e-3, "per_device_batch_size": 2, "gradient_accumulation": 2, "epochs": 2, "warmup_ratio": 0.0}
     return StageContext(
         name=stage,
-        config=SETTINGS[stage](**(small | settings)),
+        config=METHODS[stage].settings(kind=stage, **(small | settings)),
         parent=parent,
         records=[_record(told, f"pairs.jsonl:{line}") for line, told in enumerate(given, start=1)],
         seed=seed,
