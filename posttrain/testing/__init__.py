@@ -1,4 +1,4 @@
-"""What an author of a stage needs to test it: a conformance suite, a tiny model, a fake gate.
+"""Tools for testing a stage: a conformance suite, a tiny model, a fake gate.
 
     from posttrain.testing import StageConformance
 
@@ -6,7 +6,7 @@
         kind = "mine"
         settings = {"lr": 1e-3}
 
-The suite is a class of tests for pytest, which has to be installed to run it; nothing here imports it.
+The suite is a class of tests for pytest. Only running it needs pytest installed: nothing here imports it.
 """
 
 from posttrain.testing.conformance import StageConformance

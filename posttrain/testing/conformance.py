@@ -1,11 +1,11 @@
-"""What every stage must do, as a class of tests that the author of a stage inherits.
+"""Requirements of every stage, as a class of tests for its author to inherit.
 
     class TestMine(StageConformance):
         kind = "mine"                                  # the stage, as its plugin registers it
         settings = {"lr": 1e-3, "checkpoint_steps": 1}
 
 Every test runs the stage through the real pipeline, stacked on a tiny SFT artifact with a tokenizer of one token per
-character. Kills are exceptions that no stage catches and one SIGKILL; SIGTERM is the signal itself.
+character. Kills are exceptions too deep for a stage to catch, and one SIGKILL; SIGTERM is the signal itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BAD_RECORDS: Mapping[str, Sequence[Any]] = {
     "no object": [3],
     "empty texts": [{"prompt": "", "completion": "", "chosen": "", "rejected": ""}],
 }
-"""What no stage may train on."""
+"""Files of records that every stage rejects."""
 KILLER = """\
 import os, signal, sys
 from posttrain.testing.conformance import AtStep
@@ -49,11 +49,11 @@ project.run({output!r}, also=[AtStep({step}, lambda: os.kill(os.getpid(), signal
 
 
 class Killed(BaseException):
-    """The process died here, as far as a stage can tell."""
+    """The death of the process, as far as a stage can tell."""
 
 
 class AtStep:
-    """A plugin that does something once a step has been reported."""
+    """A plugin that acts when a stage reports a certain step."""
 
     def __init__(self, step: int, action: Any) -> None:
         self.step, self.action = step, action
@@ -61,23 +61,23 @@ class AtStep:
 
     @hookimpl
     def step_logged(self, step: int) -> None:
-        """Note the step, and act if it is the one."""
+        """Note the step, and act at the chosen one."""
         self.seen.append(step)
         if step == self.step:
             self.action()
 
 
 class StageConformance:
-    """Inherit, name the stage, run pytest. The settings must make the stage take four steps or more."""
+    """Tests of one stage: inherit, name the stage, run pytest. The settings must give it four steps or more."""
 
     kind: ClassVar[str]
     """Name of the stage, as its plugin registers it."""
     settings: ClassVar[Mapping[str, Any]] = {}
-    """Its settings; those without a default have to be here."""
+    """Settings of the stage; those without a default are required here."""
     records: ClassVar[Sequence[Any] | None] = None
-    """Training records as a file holds them; by default eight invented ones of the shape that the stage asks for."""
-    refused: ClassVar[Sequence[Sequence[Any]]] = ()
-    """Files of records that this stage itself must refuse, besides those that every stage must."""
+    """Training records as a file holds them; by default eight invented ones of the stage's shape."""
+    rejected: ClassVar[Sequence[Sequence[Any]]] = ()
+    """Files of records that this stage must reject, in addition to those that every stage must."""
     parent: ClassVar[Literal["lora", "full"]] = "lora"
     """Whether the stage is stacked on an adapter or on full weights."""
     _made: ClassVar[dict[type, tuple[Project, Path]]] = {}
@@ -93,7 +93,7 @@ class StageConformance:
         assert step.stage.name == self.kind
         for name, value in self.settings.items():
             if isinstance(value, Mapping):
-                continue  # what it leaves out has defaults of its own
+                continue  # a nested setting may leave keys to their defaults
             assert _plain(getattr(step.config, name)) == value, f"{name} is not what the recipe says"
 
     def test_planning_imports_no_torch(self, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -106,19 +106,19 @@ class StageConformance:
         assert not result.stderr.split(), f"planning imported {result.stderr}: import it where the stage starts"
         assert self.kind in result.stdout
 
-    def test_bad_records_are_refused_before_training(
+    def test_bad_records_are_rejected_before_training(
         self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
     ) -> None:
         project, _ = self._clean(tmp_path_factory)
-        own = {f"file {number} of refused": records for number, records in enumerate(self.refused, start=1)}
+        own = {f"file {number} of rejected": records for number, records in enumerate(self.rejected, start=1)}
         for name, records in {**BAD_RECORDS, **own}.items():
             path = project.write_records(records, f"{name.replace(' ', '_')}.jsonl")
             steps, data = AtStep(0, int), f"{self.kind}.data='{path}'"
-            project.plan(plugins.load(), data)  # the refusal is of what the file holds
+            project.plan(plugins.load(), data)  # the plan is sound: only the file's content is wrong
             try:
                 project.run(tmp_path / path.stem, data, also=[steps])
             except BadInput:
-                assert not steps.seen, f"{name}: {len(steps.seen)} steps were trained before the refusal"
+                assert not steps.seen, f"{name}: {len(steps.seen)} steps were trained before the records were rejected"
                 continue
             raise AssertionError(f"{name}: {list(records)[:2]} was trained on instead of raising BadInput")
 
@@ -140,7 +140,7 @@ class StageConformance:
         self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
     ) -> None:
         project, _ = self._clean(tmp_path_factory)
-        run = project.run(tmp_path, *project.gated()).path
+        run = project.run(tmp_path, *project.gate_overrides()).path
         verdict = json.loads((run / "stages" / self.kind / "verdict.json").read_text())
         assert (verdict["state"], verdict["gated"]) == ("pass", True)
         assert (run / "stages" / self.kind / "lifts.jsonl").read_text().count("\n") >= 1
@@ -160,7 +160,7 @@ class StageConformance:
     ) -> None:
         project, run = self._clean(tmp_path_factory)
         for step in range(1, _steps(run) + 1):
-            self._dies(project, tmp_path, AtStep(step, _kill), Killed)
+            self._interrupt(project, tmp_path, AtStep(step, _kill), Killed)
         assert self._artifact(project.run(tmp_path).path) == self._artifact(run)
 
     def test_killed_by_the_system_it_ends_with_the_same_bytes(
@@ -180,12 +180,12 @@ class StageConformance:
         done = 0
         for step in range(1, _steps(run) - 1):
             if step <= done:
-                continue  # the stage was one step further when it saw the signal
+                continue  # the stage had taken one more step before it saw the signal
             stopping = AtStep(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            self._dies(project, tmp_path, stopping, Interrupted)
+            self._interrupt(project, tmp_path, stopping, Interrupted)
             assert stopping.seen[0] == done + 1, f"steps {list(range(stopping.seen[0], done + 1))} were trained again"
             done = stopping.seen[-1]
-            assert done <= step + 1, f"after SIGTERM at step {step} it went on to step {done}"
+            assert done <= step + 1, f"after SIGTERM at step {step} it trained until step {done}"
         assert self._artifact(project.run(tmp_path).path) == self._artifact(run)
 
     # --- Manners ------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class StageConformance:
     # --- Parts --------------------------------------------------------------------------------------------------------
 
     def _clean(self, factory: pytest.TempPathFactory) -> tuple[Project, Path]:
-        """The project, and a run of it that nothing disturbed; made once per class."""
+        """Return the project and an undisturbed run of it, made once per class."""
         if type(self) not in self._made:
             folder = factory.mktemp(self.kind)
             project = Project(
@@ -222,12 +222,12 @@ class StageConformance:
         folder = run / "stages" / self.kind / "artifact"
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def _dies(self, project: Project, output: Path, plugin: AtStep, expected: type[BaseException]) -> None:
+    def _interrupt(self, project: Project, output: Path, plugin: AtStep, expected: type[BaseException]) -> None:
         try:
             project.run(output, also=[plugin])
         except expected:
             return
-        raise AssertionError(f"the stage went on to its end although it was stopped after step {plugin.step}")
+        raise AssertionError(f"the stage trained to its end although it was stopped after step {plugin.step}")
 
 
 def _kill() -> None:

@@ -1,4 +1,4 @@
-"""A gate that is told its scores; what follows from them is decided by the real statistics."""
+"""A gate with invented scores, judged by the real statistics."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from posttrain.hookspecs import hookimpl
 
 
 class FakeEvaluator:
-    """Answers in lm-eval's place: each system is right on its share of the documents of every task."""
+    """Plugin in lm-eval's place: each system is right on a set share of the documents of every task."""
 
     def __init__(self, scores: Mapping[str, float] | None = None, documents: int = 100) -> None:
         """Take the share of right answers of ``base``, ``parent`` and ``candidate``; by default the candidate wins."""
         self.scores = {"base": 0.2, "parent": 0.2, "candidate": 0.9} | dict(scores or {})
         self.documents = documents
         self.judged: list[str] = []
-        """Names of the stages that were judged, in order."""
+        """Names of the judged stages, in order."""
 
     @hookimpl
     def evaluate_artifact(self, request: GateRequest) -> Scorecard:
-        """Scores of every system for every task."""
+        """Score every system for every task."""
         rows = [
             self._score(request, system, task, document)
             for system in request.systems
@@ -33,7 +33,7 @@ class FakeEvaluator:
 
     @hookimpl
     def judge_artifact(self, request: GateRequest, scorecard: Scorecard) -> Verdict:
-        """The verdict that the real gate draws from these scores."""
+        """Judge these scores as the real gate does."""
         self.judged.append(request.stage)
         return judge(request, scorecard)
 

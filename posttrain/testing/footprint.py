@@ -1,4 +1,4 @@
-"""What some code leaves behind in the file system."""
+"""Traces of some code in the file system."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ EVENTS = {
     "os.symlink": 1,
     "os.link": 1,
 }
-"""Audit events that change the file system, besides ``open``, and which of their arguments is the changed path."""
+"""Audit events that change the file system, except ``open``, with the place of the path in their arguments."""
 RELATIVE = ("os.mkdir", "os.remove", "os.rmdir", "os.rename")
-"""Events whose last argument is a folder's descriptor, or -1; whoever opened the folder has been seen by then."""
+"""Events whose last argument is a folder's descriptor or -1; with a descriptor, an earlier event had the path."""
 HARMLESS = ("/dev/", "/proc/")
 
 
 class Footprint:
-    """A context that notes what the code inside writes elsewhere.
+    """Context manager that notes the writes of the code inside, except to allowed folders.
 
-    Writes are seen as Python's audit events: those of native code are not. Files of compiled Python are allowed.
+    Python's audit events show them; writes of native code stay unseen. Files of compiled Python are allowed.
     """
 
     _active: Footprint | None = None
@@ -37,11 +37,11 @@ class Footprint:
     def __init__(self, allowed: Sequence[Path]) -> None:
         self.allowed = [os.path.join(os.path.realpath(path), "") for path in allowed]
         self.written: set[str] = set()
-        """Paths outside of ``allowed`` that were written, created, renamed or removed."""
+        """Paths outside ``allowed`` that were written, created, renamed or removed."""
 
     def __enter__(self) -> Footprint:
         if not Footprint._hooked:
-            sys.addaudithook(_audit)  # there is no way to take one away again
+            sys.addaudithook(_audit)  # for good: Python cannot remove one
             Footprint._hooked = True
         Footprint._active = self
         return self
@@ -50,7 +50,7 @@ class Footprint:
         Footprint._active = None
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Take in one audit event."""
+        """Note the path of an audit event that writes outside ``allowed``."""
         if event == "open":
             path, mode, flags = arguments
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else bool(flags & WRITING)

@@ -1,4 +1,4 @@
-"""A folder with all that one stage needs to be run by the real pipeline: base, SFT artifact, records, recipe."""
+"""A folder with base, SFT artifact, records and recipe: enough to run one stage by the real pipeline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TASK = "task: some\ndataset_path: json\nmetric_list:\n  - {metric: acc, aggregat
 
 
 def example_records(shape: str) -> list[dict[str, Any]]:
-    """Eight invented records in a shape that a stage can ask for, as a file holds them."""
+    """Return eight invented records of a stage's shape, as a file holds them."""
     if shape == "preferences":
         return [{"prompt": f"a {word}", "chosen": f"the {word}", "rejected": f"no {word}"} for word in WORDS]
     if shape == "feedback":
@@ -38,14 +38,14 @@ def example_records(shape: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """One kind of stage in a recipe of its own, stacked on a tiny SFT artifact, or on the base if it asks for that."""
+    """One kind of stage in a recipe of its own, stacked on a tiny SFT artifact or, if it asks for it, on the base."""
 
     folder: Path
     kind: str
     settings: Mapping[str, Any]
-    """Settings of the stage, besides its data and its gate."""
+    """Settings of the stage, without data and gate."""
     records: Sequence[Any] | None = None
-    """What its file holds; None for ``example_records``."""
+    """Content of its file; None for ``example_records``."""
     full: bool = False
     """Whether the SFT artifact holds full weights instead of an adapter."""
 
@@ -72,11 +72,11 @@ class Project:
         return path
 
     def words(self, *overrides: str) -> list[str]:
-        """The words of a command line that name the recipe."""
+        """Return the words of a command line that run the recipe."""
         return [f"recipe={RECIPE}", *overrides]
 
     def plan(self, host: Host, *overrides: str) -> Plan:
-        """The plan of the recipe."""
+        """Plan the recipe."""
         from posttrain.config.compose import compose
         from posttrain.plan import make_plan
 
@@ -84,9 +84,9 @@ class Project:
             return make_plan(compose(host, self.words(*overrides)), host)
 
     def run(self, output: Path, *overrides: str, also: Sequence[object] = ()) -> RunDirectory:
-        """Run or continue the recipe below ``output``, with a fake gate and ``also`` beside the installed plugins.
+        """Run or resume the recipe below ``output``, with a fake gate and ``also`` among the installed plugins.
 
-        Raises what the pipeline raises; without a gate in ``overrides`` the stage is promoted unseen.
+        Raises the pipeline's errors. Without a gate in ``overrides`` the stage is promoted unseen.
         """
         from rich.console import Console
 
@@ -101,14 +101,14 @@ class Project:
         plan = self.plan(host, f"output_root={output}", *overrides)
         return run(plan, host, Display(Console(file=io.StringIO(), width=200)))
 
-    def gated(self) -> list[str]:
-        """Overrides that give the stage a gate with one task."""
+    def gate_overrides(self) -> list[str]:
+        """Return overrides that give the stage a gate with one task."""
         task = f"{{role: lift, metric: acc, task: '{self.folder / 'some.yaml'}'}}"
         return [f"{self.kind}.gate.enabled=true", f"+{self.kind}.gate.tasks.some={task}"]
 
     @contextmanager
     def recipes_found(self) -> Iterator[None]:
-        """Make the recipe known to whatever composes inside, in this process and in those that it starts."""
+        """Make the recipe known inside the context, to this process and to those it starts."""
         before = os.environ.get("POSTTRAIN_RECIPES")
         os.environ["POSTTRAIN_RECIPES"] = str(self.folder / "recipes")
         try:

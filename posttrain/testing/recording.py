@@ -1,4 +1,4 @@
-"""A Progress that keeps what it is told."""
+"""A Progress that keeps all reports of a stage."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 
 class Recorder:
-    """Keeps what a stage reports: its number of steps, each step's metrics, its notes."""
+    """Record of a stage's reports: its number of steps, each step's metrics, its notes."""
 
     def __init__(self) -> None:
         self.started: tuple[int, int] = (0, 0)
-        """Steps in all, and steps that a checkpoint already held."""
+        """Steps in all, and steps taken before the last checkpoint."""
         self.steps: dict[int, Mapping[str, float]] = {}
         self.notes: list[str] = []
 

@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character, and the chat markers."""
+    """Return a tokenizer with a token for each printable character and chat marker."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(**settings: Any) -> LlamaForCausalLM:
-    """Two layers of width 32 with grouped queries; weights large enough for attention to matter.
+    """Return two layers of width 32 with grouped queries; weights large enough for attention to matter.
 
     ``settings`` replace those of the LlamaConfig.
     """
@@ -65,14 +65,14 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
 
 
 def write_base(folder: Path, **settings: Any) -> Path:
-    """A model directory with weights, configuration and tokenizer; returns ``folder``."""
+    """Write weights, configuration and tokenizer of a base model; return ``folder``."""
     tiny_llama(**settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_sft(folder: Path, base: Path, *, full: bool = False) -> Artifact:
-    """An artifact in ``folder`` that has been through SFT, as far as its manifest tells: random weights on ``base``.
+    """Publish an artifact with random weights on ``base`` in ``folder``; its manifest says it has been through SFT.
 
     It holds a LoRA adapter, or with ``full`` all weights.
     """

@@ -1,4 +1,4 @@
-"""``posttrain new-plugin``: what it writes installs and passes its tests; what it cannot write is refused."""
+"""``posttrain new-plugin``: its distribution installs and passes its tests; a bad name is rejected."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_installed_it_passes_its_own_tests(written: Path, site: Path) -> None:
         ("smollm2_sft_dpo", "recipes/smollm2_sft_dpo.yaml"),
     ],
 )
-def test_a_name_that_cannot_be_is_refused(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_cannot_be_is_rejected(name: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("new-plugin", name) == 2
     assert expected in capsys.readouterr().err
     assert not list(Path().iterdir())
@@ -127,7 +127,7 @@ def test_what_is_there_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None
     assert not list(Path("posttrain-mine").iterdir())
 
 
-def test_a_disk_that_refuses_leaves_no_half_a_distribution(
+def test_a_full_disk_leaves_no_half_a_distribution(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*unused: object, **unused_too: object) -> None:

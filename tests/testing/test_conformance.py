@@ -60,7 +60,7 @@ WRONGS = {
         "stopped = context.stop_requested()",
         "stopped = False",
         "test_sigterm_after_any_step_saves_it_and_costs_nothing",
-        "it went on to step 5",
+        "it trained until step 5",
     ),
     "untidy": (
         "context.save(model)",
@@ -115,14 +115,14 @@ def test_a_stage_that_imports_torch_to_be_listed_does_not_pass(
         suite.test_planning_imports_no_torch(tmp_path_factory)
 
 
-def test_a_stage_that_trains_on_what_it_must_refuse_does_not_pass(
+def test_a_stage_that_trains_on_what_it_must_reject_does_not_pass(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = conformance_of("greedy", "import torch\n", "import torch\n", monkeypatch)
-    suite.test_bad_records_are_refused_before_training(tmp_path_factory, tmp_path / "before")
-    monkeypatch.setattr(type(suite), "refused", [[{"prompt": "sound", "completion": "enough"}]])
-    with pytest.raises(AssertionError, match=r"file 1 of refused: .* was trained on"):
-        suite.test_bad_records_are_refused_before_training(tmp_path_factory, tmp_path / "after")
+    suite.test_bad_records_are_rejected_before_training(tmp_path_factory, tmp_path / "before")
+    monkeypatch.setattr(type(suite), "rejected", [[{"prompt": "sound", "completion": "enough"}]])
+    with pytest.raises(AssertionError, match=r"file 1 of rejected: .* was trained on"):
+        suite.test_bad_records_are_rejected_before_training(tmp_path_factory, tmp_path / "after")
 
 
 # --- The other tools --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checkpoints of a TRL training run in safetensors and JSON, so that nothing is ever unpickled.
+"""Checkpoints of a TRL training run in safetensors and JSON: reading them unpickles nothing.
 
     <folder>/step-120/training.safetensors    trained weights, moments of the optimizer, position in the schedule
     <folder>/step-120/trainer_state.json      step, epoch and the log so far
@@ -28,9 +28,9 @@ DIGESTS = "sha256.json"
 
 
 def find_newest(folder: Path, note: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in ``folder`` whose bytes are those that were written, or None.
+    """Return the newest whole checkpoint in ``folder``, or None.
 
-    Others are removed, and ``note`` is told about each.
+    Damaged ones are removed, with a ``note`` for each.
     """
     for path in sorted(folder.glob("step-*"), key=_step, reverse=True):
         if _is_whole(path):
@@ -41,7 +41,7 @@ def find_newest(folder: Path, note: Callable[[str], None]) -> Path | None:
 
 
 def save(folder: Path, model: torch.nn.Module, optimizer: Any, scheduler: Any, state: Any) -> None:
-    """Write the checkpoint of step ``state.global_step``, then remove older ones. It is there whole or not at all."""
+    """Write the checkpoint of step ``state.global_step``, whole or not at all, then remove older ones."""
     draft = folder / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -63,7 +63,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: Any, scheduler: Any, s
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Put the trained weights of a checkpoint into ``model``, which was made from the stage's parent."""
+    """Put the trained weights of a checkpoint into ``model``, loaded from the stage's parent."""
     weights, _ = _read(checkpoint, "weight/")
     with torch.no_grad():
         for name, parameter in trained_parameters(model).items():
@@ -71,7 +71,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
-    """Put the optimizer's moments and the position in the learning rate's schedule back."""
+    """Restore the optimizer's moments and the position in the learning rate's schedule."""
     tensors, settings = _read(checkpoint, "optimizer/")
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -82,13 +82,13 @@ def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
 
 
 def seen_tokens(checkpoint: Path) -> int:
-    """How many tokens the steps up to the checkpoint saw."""
+    """Return the number of tokens seen up to the checkpoint."""
     history = json.loads((checkpoint / STATE).read_text())["log_history"]
     return int(history[-1]["tokens"])
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that training changes, by name."""
+    """Return the parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

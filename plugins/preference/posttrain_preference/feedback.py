@@ -1,17 +1,21 @@
-"""Answers that were judged good or bad as token ids, in an order in which both kinds share every batch."""
+"""Judged answers as token ids, in an order with good and bad ones in every batch."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain import BadInput, Conversation, Feedback, Preference, Problem, StageContext
-from posttrain_preference.rows import Answer, TokenRows, fitting
+from posttrain_preference.rows import Answer, TokenRows, keep_fitting
+
+if TYPE_CHECKING:
+    from posttrain import ChatRenderer
+    from posttrain_preference.config import KTOSettings
 
 BALANCE = (1.0, 4 / 3)
-"""Good answers times their weight over bad ones times theirs: the range that works (arXiv:2402.01306, Eq. 8)."""
+"""Good answers times their weight over bad ones times theirs: the recommended range (arXiv:2402.01306, Eq. 8)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class TokenAnswer:
 
     @property
     def answers(self) -> tuple[Answer, ...]:
-        """The one answer."""
+        """Return the one answer."""
         return (("good" if self.label else "bad", self.completion),)
 
 
@@ -36,34 +40,34 @@ class Judged(TokenRows[TokenAnswer]):
     """The judged answers in training order: whole batches, the last one filled up from the beginning."""
 
     repeated: int
-    """How many answers at the end are repeated from the beginning."""
+    """Answers at the end that repeat those of the beginning."""
 
     def figures(self) -> dict[str, int]:
-        """What the manifest tells about them."""
+        """Return the manifest's figures of the answers."""
         answers = len(self.rows) - self.repeated
         good = sum(row.label for row in self.rows[:answers])
         return {"answers": answers, "good": good, "repeated": self.repeated, "dropped": self.dropped}
 
 
 def render_feedback(context: StageContext) -> Judged:
-    """Render every judged answer, and each preference as a good and a bad one, and mix the two kinds.
+    """Render every judged answer, and each preference as a good and a bad one, and mix both kinds.
 
-    Raises BadInput when a record cannot be rendered, when none is left, or when all were judged the same.
+    Raises BadInput for a record that cannot be rendered, without any short enough one, and for a single label.
     """
-    found = fitting(context, _rendered(context), "answers")
+    found = keep_fitting(context, _render(context), "answers")
     _require_both(context, found.rows)
     _advise(context, found.rows)
-    ordered = interleaved(found.rows, context.seed)
+    ordered = interleave(found.rows, context.seed)
     size = context.config.per_device_batch_size
     repeated = -len(ordered) % size
     filled = [ordered[place % len(ordered)] for place in range(len(ordered) + repeated)]
     return Judged(noun=found.noun, rows=filled, dropped=found.dropped, repeated=repeated)
 
 
-def interleaved(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
-    """Both kinds spread evenly over the whole order, each shuffled by ``seed``.
+def interleave(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
+    """Spread both kinds evenly over the whole order, each shuffled by ``seed``.
 
-    Any ``n`` neighbours hold both kinds as soon as the rarer kind's share is at least 1 in ``n``.
+    Any ``n`` neighbours hold both kinds if the rarer one's share is at least 1 in ``n``.
     """
     generator = random.Random(f"feedback/{seed}")
     placed: list[tuple[int, bool, TokenAnswer]] = []
@@ -76,10 +80,10 @@ def interleaved(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
 
 
 def feedback_columns(rows: Sequence[TokenAnswer], size: int, mismatched: bool) -> dict[str, list[Any]]:
-    """The columns that TRL's collator of judged answers reads.
+    """Return the columns of TRL's collator for judged answers.
 
-    ``mismatched`` adds to each prompt the answer before its own in the batch of ``size`` rows: from such pairs KTO
-    estimates the KL divergence between policy and reference.
+    ``mismatched`` adds to each prompt the answer before its own in the batch of ``size`` rows: KTO estimates the KL
+    divergence between policy and reference from such pairs.
     """
     columns: dict[str, list[Any]] = {
         "prompt_ids": [row.prompt for row in rows],
@@ -92,7 +96,7 @@ def feedback_columns(rows: Sequence[TokenAnswer], size: int, mismatched: bool) -
     return columns
 
 
-def _rendered(context: StageContext) -> Iterator[TokenAnswer]:
+def _render(context: StageContext) -> Iterator[TokenAnswer]:
     renderer = context.renderer()
     for record in context.records:
         if isinstance(record, Preference):
@@ -100,11 +104,11 @@ def _rendered(context: StageContext) -> Iterator[TokenAnswer]:
             yield TokenAnswer(pair.prompt, pair.chosen, True, record.where)
             yield TokenAnswer(pair.prompt, pair.rejected, False, record.where)
         else:
-            yield _judged(renderer, record)
+            yield _render_judged(renderer, record)
 
 
-def _judged(renderer: Any, record: Feedback) -> TokenAnswer:
-    """The ids of the last turn are those that SFT would train."""
+def _render_judged(renderer: ChatRenderer, record: Feedback) -> TokenAnswer:
+    """Render the last turn with the ids that SFT would train."""
     chat = Conversation(messages=(*record.prompt, *record.completion), where=record.where, tools=record.tools)
     rendered = renderer.conversation(chat, last_only=True)
     start = rendered.mask.index(True)
@@ -120,15 +124,15 @@ def _require_both(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
     raise BadInput(
         Problem(
             where=f"{context.name}.data",
-            what=f"all {len(rows)} answers were judged {word}, so there is nothing to tell apart",
+            what=f"all {len(rows)} answers were judged {word}, so there is nothing to compare",
             fix="Add answers with the other label, or use preferences",
         )
     )
 
 
 def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
-    """Tell the user when one kind outweighs the other, or is too rare to be in every batch."""
-    settings = context.config
+    """Note when one kind outweighs the other, or is too rare for every batch."""
+    settings: KTOSettings = context.config
     good = sum(row.label for row in rows)
     bad = len(rows) - good
     least, most = BALANCE

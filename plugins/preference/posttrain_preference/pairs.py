@@ -1,4 +1,4 @@
-"""Preference records as token ids: rendered once, by the renderer that SFT and evaluation use too."""
+"""Preference records as token ids, rendered once by the renderer of SFT and evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from posttrain import StageContext
-from posttrain_preference.rows import Answer, TokenRows, fitting
+from posttrain_preference.rows import Answer, TokenRows, keep_fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,17 @@ class TokenPair:
 
     @property
     def answers(self) -> tuple[Answer, ...]:
-        """Both, the chosen one first."""
+        """Return both answers, the chosen one first."""
         return ("chosen", self.chosen), ("rejected", self.rejected)
 
 
 def render_pairs(context: StageContext) -> TokenRows[TokenPair]:
-    """Render every record of the stage; raises BadInput when one cannot be rendered, or when no pair is left."""
-    return fitting(context, _rendered(context), "pairs")
+    """Render every record; raises BadInput for one that cannot be rendered, and without any short enough pair."""
+    return keep_fitting(context, _render(context), "pairs")
 
 
 def pair_columns(rows: Sequence[TokenPair]) -> dict[str, list[list[int]]]:
-    """The columns that TRL's collator of pairs reads."""
+    """Return the columns of TRL's collator for pairs."""
     return {
         "prompt_ids": [row.prompt for row in rows],
         "chosen_ids": [row.chosen for row in rows],
@@ -39,7 +39,7 @@ def pair_columns(rows: Sequence[TokenPair]) -> dict[str, list[list[int]]]:
     }
 
 
-def _rendered(context: StageContext) -> Iterator[TokenPair]:
+def _render(context: StageContext) -> Iterator[TokenPair]:
     renderer = context.renderer()
     for record in context.records:
         rendered = renderer.preference(record)

@@ -1,4 +1,4 @@
-"""Keeps third-party libraries from writing to the terminal, which belongs to the pipeline's display."""
+"""Silence of third-party libraries: the terminal belongs to the pipeline's display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TALKATIVE = ("accelerate", "bitsandbytes", "datasets", "peft", "transformers", "
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide warnings, and log lines below ERROR of TRL and the libraries under it; undone at the end."""
+    """Hide warnings, and log lines below ERROR of TRL and the libraries under it, inside the context."""
     with warnings.catch_warnings(), contextlib.ExitStack() as undo:
         warnings.simplefilter("ignore")
         for logger in map(logging.getLogger, TALKATIVE):
@@ -24,6 +24,6 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Hide standard output, too: some libraries print there, while they are imported, what they find installed."""
+    """Hide standard output too, inside the context: some libraries print at import."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -1,11 +1,11 @@
-"""Proof, before the first step, that a preference stage starts where it must: policy and reference are the SFT model.
+"""Proof before the first step that policy and reference are the SFT model.
 
 A wrong start trains without complaint towards the wrong goal, so nothing is trained until two things hold:
 
-1. The reference, where the loss has one, gives the answers of a real batch the log-probabilities that the SFT model
-   gave them before the trainer touched it, computed from the model's logits without any code of the trainer.
-2. The trainer's loss of that batch is the one that the SFT model has to have: a constant where policy and reference
-   agree, such as DPO's ln 2, and for the other losses the value that those log-probabilities give.
+1. The reference, where the loss has one, gives the answers of a real batch the log-probabilities of the SFT model,
+   taken before the trainer touched it and computed from its logits without any code of the trainer.
+2. The trainer's loss of that batch is the SFT model's: a constant where policy and reference agree, such as DPO's
+   ln 2, and for the other losses the value from those log-probabilities.
 """
 
 # B = answers of a row, each after the prompt; T = tokens, A = tokens of an answer, V = vocabulary
@@ -27,16 +27,16 @@ LOSS_TOLERANCE = 1e-4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Allowed difference in nats per token of an answer.
 
-Both computations run the same sequences side by side, so that hidden states agree and what differs is how logits are
-rounded: bfloat16 has 8 significant bits, so a logit between 8 and 16 is off by up to 0.03.
+Both computations run the same sequences side by side, so hidden states agree and only the rounding of logits differs:
+bfloat16 has 8 significant bits, so a logit between 8 and 16 is off by up to 0.03.
 """
 
 
 def frozen_copy(policy: Any) -> Any:
-    """The reference: ``policy`` as it is now, with every trained weight copied and every frozen one shared.
+    """Return the reference: ``policy`` as it is now, with every trained weight copied and every frozen one shared.
 
-    Given to TRL as a model of its own it needs no second adapter beside ``default``, which TRL copies only in part, and
-    is never loaded by the name that the policy's configuration happens to hold.
+    As a model of its own it needs no second adapter next to ``default``, of which TRL copies only a part, and TRL does
+    not load it by the name in the policy's configuration.
     """
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     copied = copy.deepcopy(policy, shared)
@@ -45,9 +45,9 @@ def frozen_copy(policy: Any) -> Any:
 
 
 def row_log_probs(model: Any, rows: Sequence[TokenRow], autocast: bool) -> list[list[float]]:
-    """Log-probability of each answer of each row, in nats, summed over the answer's tokens.
+    """Return the log-probability of each answer of each row, in nats, summed over the answer's tokens.
 
-    ``autocast``: compute in bfloat16, as training full weights does.
+    ``autocast`` computes in bfloat16, as training full weights does.
     """
     training = model.training
     model.eval()
@@ -62,7 +62,7 @@ def prove_start(
 ) -> None:
     """Check both claims on ``rows``, one batch; ``expected`` are the SFT model's log-probabilities of their answers.
 
-    Raises ArtifactDamaged that says which claim fails, where, and by how much.
+    Raises ArtifactDamaged with the failed claim, its place and the difference.
     """
     trainer.model.eval()
     tolerance = TOLERANCE[context.dtype]
@@ -92,7 +92,7 @@ def _check_reference(row: TokenRow, expected: Sequence[float], found: Sequence[f
 
 
 def _spread(settings: Any, rows: Sequence[TokenRow], expected: LogProbs, start: Start, tolerance: float) -> float:
-    """By how much the allowed difference of the log-probabilities can move the loss."""
+    """Return the change of the loss under the allowed difference of the log-probabilities."""
     moved = []
     for first, second in ((1, 1), (1, 0), (0, 1)):  # downwards: a probability stays one
         shifted = [

@@ -1,4 +1,4 @@
-"""Records as token ids, and those among them that are trained on."""
+"""Records as token ids, and the choice of those short enough to train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from posttrain import BadInput, Problem, StageContext
 
 Answer = tuple[str, list[int]]
-"""What an answer is called in messages, and its token ids; the last is the end-of-turn token."""
+"""Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
 
 
 class TokenRow(Protocol):
@@ -17,11 +17,11 @@ class TokenRow(Protocol):
 
     @property
     def prompt(self) -> list[int]:
-        """Up to where an answer begins."""
+        """Token ids up to the answer."""
 
     @property
     def answers(self) -> tuple[Answer, ...]:
-        """What is said after the prompt: two answers of a pair, or one that was judged."""
+        """Answers to the prompt: two of a pair, or one judged answer."""
 
     @property
     def where(self) -> str:
@@ -33,21 +33,21 @@ Row = TypeVar("Row", bound=TokenRow)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows(Generic[Row]):
-    """The rows that are trained on, and how many are not."""
+    """The rows to train, and the number of dropped ones."""
 
     noun: str
-    """What a row is: ``pairs`` or ``answers``."""
+    """Name of the rows: ``pairs`` or ``answers``."""
     rows: list[Row]
     dropped: int
-    """Rows in which prompt plus answer exceed the sequence length."""
+    """Rows whose prompt plus answer exceed the sequence length."""
 
     def figures(self) -> dict[str, int]:
-        """What the manifest tells about them."""
+        """Return the manifest's figures of the rows."""
         return {self.noun: len(self.rows), "dropped": self.dropped}
 
 
-def fitting(context: StageContext, rendered: Iterable[Row], noun: str) -> TokenRows[Row]:
-    """The rows within the sequence length: the others are left out and counted, for a cut answer teaches not to end.
+def keep_fitting(context: StageContext, rendered: Iterable[Row], noun: str) -> TokenRows[Row]:
+    """Keep the rows within the sequence length; drop and count the others, for a cut answer teaches not to end.
 
     Raises BadInput when no row is left.
     """

@@ -88,7 +88,7 @@ def _erase(model: Any, part: str) -> None:
         ("full", lambda policy, copied: _erase(copied, "layers.1.mlp")),
     ],
 )
-def test_a_wrong_reference_is_refused(
+def test_a_wrong_reference_is_rejected(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, kind: str, sabotage: Callable[[Any, Any], Any]
 ) -> None:
     honest = reference.frozen_copy
@@ -127,7 +127,7 @@ def test_a_configuration_that_names_another_model_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_policy_that_left_its_reference_is_refused(make_context: MakeContext, kind: str) -> None:
+def test_a_policy_that_left_its_reference_is_rejected(make_context: MakeContext, kind: str) -> None:
     context = make_context(kind)
     trainer, rows, expected = started(context)
     reference.prove_start(trainer, rows, expected, context, start_of_dpo)
@@ -182,7 +182,7 @@ def test_nothing_to_train_on_is_bad_input(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_template_without_a_stop_token_is_refused(
+def test_a_template_without_a_stop_token_is_rejected(
     make_context: MakeContext, parents: dict[str, ModelSource], stage: str
 ) -> None:
     """Answers would be taught not to end, and TRL says nothing."""

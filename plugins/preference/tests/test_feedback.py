@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_preference.config import KTOSettings
-from posttrain_preference.feedback import Judged, TokenAnswer, feedback_columns, interleaved, render_feedback
+from posttrain_preference.feedback import Judged, TokenAnswer, feedback_columns, interleave, render_feedback
 from posttrain_preference.quiet import quiet
 from posttrain_preference.stage import run
 from preference_support.contexts import MakeContext, feedback, progress
@@ -73,14 +73,14 @@ def test_judged_answers_and_preferences_are_both_read(tmp_path: Path) -> None:
         ({"prompt": [{"role": "assistant", "content": "a"}]}, "turn 1 (assistant) begins the conversation"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_by_line(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+def test_what_cannot_be_judged_is_rejected_by_line(tmp_path: Path, change: dict[str, Any], what: str) -> None:
     with pytest.raises(BadInput, match=r"feedback\.jsonl:2") as caught:
         read(tmp_path, ROW, ROW | change)
     assert what in str(caught.value)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_an_answer_of_several_turns_is_refused_in_preferences_too(tmp_path: Path, side: str) -> None:
+def test_an_answer_of_several_turns_is_rejected_in_preferences_too(tmp_path: Path, side: str) -> None:
     """TRL would score the user's turns in it."""
     turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
     row = {"prompt": "a", "chosen": "b", "rejected": "c"} | {side: turns}
@@ -127,7 +127,7 @@ def test_a_preference_becomes_a_good_and_a_bad_answer(make_context: MakeContext)
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_answers_that_were_all_judged_alike_are_refused(make_context: MakeContext, label: bool) -> None:
+def test_answers_that_were_all_judged_alike_are_rejected(make_context: MakeContext, label: bool) -> None:
     context = make_context(
         "lora", stage="kto", records=[feedback("what", word, label) for word in ("yes", "no", "red")]
     )
@@ -135,7 +135,7 @@ def test_answers_that_were_all_judged_alike_are_refused(make_context: MakeContex
         run(context)
 
 
-def test_answers_of_which_only_one_kind_is_short_enough_are_refused(make_context: MakeContext) -> None:
+def test_answers_of_which_only_one_kind_is_short_enough_are_rejected(make_context: MakeContext) -> None:
     records = [feedback("what", "red " * 60, True), feedback("what", "no", False)]
     with pytest.raises(BadInput, match="all 1 answers were judged bad"):
         run(make_context("lora", stage="kto", records=records, sequence_length=40))
@@ -149,7 +149,7 @@ def test_neighbours_hold_both_kinds_as_soon_as_the_rarer_is_frequent_enough(
     good: int, bad: int, seed: int, size: int
 ) -> None:
     rows = answers(good, bad)
-    order = interleaved(rows, seed)
+    order = interleave(rows, seed)
     assert sorted(row.completion for row in order) == sorted(row.completion for row in rows)
     if min(good, bad) * size >= len(rows):
         around = [*order, *order]
@@ -158,7 +158,7 @@ def test_neighbours_hold_both_kinds_as_soon_as_the_rarer_is_frequent_enough(
 
 def test_the_order_is_shuffled_by_the_seed_alone() -> None:
     rows = answers(20, 20)
-    assert interleaved(rows, 1) == interleaved(rows, 1) != interleaved(rows, 2)
+    assert interleave(rows, 1) == interleave(rows, 1) != interleave(rows, 2)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])

@@ -66,7 +66,7 @@ def test_a_stage_starts_at_its_parent_and_leaves_its_kind(
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_policy_that_is_not_the_parent_is_refused(
+def test_a_policy_that_is_not_the_parent_is_rejected(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
     honest = reference.prove_start

@@ -10,12 +10,12 @@ from posttrain import FineTuneConfig, from_variant
 
 @dataclass(kw_only=True)
 class SafetySettings(FineTuneConfig):
-    """Fine-tuning on refusals and helpful answers, from the promoted parent; every setting of SFT's loop holds."""
+    """Fine-tuning of the promoted parent on declining and helpful answers; every setting of SFT's loop holds."""
 
     lr: float = from_variant(adapter=1e-4, full=5e-6)
     """Peak learning rate: half of SFT's."""
     refusal_share: float = 0.5
-    """Share of refusals among the trained records; the others are helpful answers. An epoch has as many as data."""
+    """Share of declining answers among the trained records; the others are helpful. An epoch has as many as data."""
 
     def problems(self) -> Sequence[tuple[str, str]]:
         """Values outside their range, each as (setting, what is wrong)."""

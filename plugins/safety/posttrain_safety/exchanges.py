@@ -1,4 +1,4 @@
-"""What is asked in a conversation, and whether the trained answer declines."""
+"""Requests of a conversation, each with the kind of its trained answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Exchange:
     """A request with the kind of its answer."""
 
     request: str
-    """The last user turn before the answer."""
-    refused: bool
+    """Last user turn before the answer."""
+    declined: bool
 
 
 def exchanges(record: Conversation, settings: SafetySettings) -> list[Exchange]:
-    """Every trained answer of ``record`` with its request."""
+    """Return every trained answer of ``record`` with its request."""
     found: list[Exchange] = []
     request = ""
     for message in record.messages:
@@ -29,6 +29,6 @@ def exchanges(record: Conversation, settings: SafetySettings) -> list[Exchange]:
     return found[-1:] if settings.train_on is TrainOn.last else found
 
 
-def refused(record: Conversation, settings: SafetySettings) -> bool:
-    """Whether a trained answer of ``record`` is a refusal."""
-    return any(exchange.refused for exchange in exchanges(record, settings))
+def has_declined(record: Conversation, settings: SafetySettings) -> bool:
+    """Return True when a trained answer of ``record`` declines."""
+    return any(exchange.declined for exchange in exchanges(record, settings))

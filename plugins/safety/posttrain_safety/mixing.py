@@ -1,4 +1,4 @@
-"""Refusals and helpful answers, mixed in a stated ratio of records."""
+"""Declining and helpful answers, mixed in a stated ratio of records."""
 
 from __future__ import annotations
 
@@ -9,106 +9,105 @@ from typing import Any
 
 from posttrain import BadInput, Conversation, Problem
 from posttrain_safety.config import SafetySettings
-from posttrain_safety.exchanges import refused
+from posttrain_safety.exchanges import has_declined
 
 REPEATS = 4
-"""How often a record may be seen before it is worth a word: up to here repeating is nearly as good as new data
+"""Passes over a record before they are worth a warning: up to here repeating is nearly as good as new data
 (arXiv:2305.16264)."""
-HELP = "A refusal is told by how its answer begins, in English, or by refuses: true on the assistant turn"
+RECOGNISED = "An answer declines when it begins so in English, or when its assistant turn has refuses: true"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kinds:
     """The records of a stage, apart by the kind of their answers."""
 
-    refusals: list[Conversation]
+    declining: list[Conversation]
     helpful: list[Conversation]
 
     @classmethod
-    def of(cls, records: Sequence[Any], settings: SafetySettings, stage: str) -> Kinds:
-        """Tell the records apart; raises BadInput naming the kind that is missing."""
+    def of(cls, records: Sequence[Conversation], settings: SafetySettings, stage: str) -> Kinds:
+        """Sort the records; raises BadInput naming a missing kind."""
         kinds = cls(
-            refusals=[record for record in records if refused(record, settings)],
-            helpful=[record for record in records if not refused(record, settings)],
+            declining=[record for record in records if has_declined(record, settings)],
+            helpful=[record for record in records if not has_declined(record, settings)],
         )
-        if not (kinds.refusals and kinds.helpful):
+        if not (kinds.declining and kinds.helpful):
             raise BadInput(kinds._missing(f"{stage}.data"))
         return kinds
 
     def _missing(self, where: str) -> Problem:
-        if self.refusals:
-            what = f"holds {len(self.refusals):,} refusals and no helpful answer: a model of it would refuse anything"
+        if self.declining:
+            what = f"holds {len(self.declining):,} declining answers and no helpful one: a model would decline anything"
             fix = "Add helpful answers, above all to harmless requests that sound dangerous"
         else:
-            what = f"holds {len(self.helpful):,} helpful answers and no refusal: a model of it would refuse nothing"
-            fix = f"Add refusals of harmful requests. {HELP}"
+            what = f"holds {len(self.helpful):,} helpful answers and no declining one: a model would decline nothing"
+            fix = f"Add answers that decline harmful requests. {RECOGNISED}"
         return Problem(where=where, what=what, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Portion:
-    """What is trained of one kind in an epoch."""
+    """The records of one kind in an epoch."""
 
     name: str
     records: int
     """Records of the kind in the data."""
     taken: list[Conversation]
-    """Those that are trained: a seeded draw, each as often as another or once more."""
+    """Trained records: a seeded draw, each as often as another or once more."""
+
+    @classmethod
+    def draw(cls, name: str, records: Sequence[Conversation], count: int, seed: str) -> Portion:
+        """Draw ``count`` records: a sample, or each of them several times."""
+        order = random.Random(seed).sample(records, len(records))
+        whole, rest = divmod(count, len(records))
+        return cls(name=name, records=len(records), taken=order * whole + order[:rest])
 
     def note(self, total: int) -> str:
-        """The portion in one line."""
+        """Return the portion in one line."""
         times = len(self.taken) / self.records
         often = f", each {times:.1f} times" if times > 1 else ""
         return f"{self.name}: {len(self.taken):,} of {total:,} records, drawn from {self.records:,}{often}"
 
+    def figures(self) -> dict[str, int]:
+        """Return the portion's part of the manifest."""
+        return {"records": self.records, "taken": len(self.taken)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """As many records as the data hold, with the stated share of refusals."""
+    """As many records as the data hold, with the stated share of declining answers."""
 
-    refusals: Portion
+    declining: Portion
     helpful: Portion
 
     @classmethod
     def of(cls, kinds: Kinds, share: float, seed: int) -> Mix:
-        """Draw ``share`` of the records from the refusals, the others from the helpful answers; at least one of each.
-
-        A kind with more records than it needs gives a seeded sample, one with fewer gives each of them several times.
-        """
-        total = len(kinds.refusals) + len(kinds.helpful)
+        """Draw ``share`` of the records from the declining ones, the others from the helpful; at least one of each."""
+        total = len(kinds.declining) + len(kinds.helpful)
         count = min(max(round(share * total), 1), total - 1)
         return cls(
-            refusals=_portion("refusals", kinds.refusals, count, seed),
-            helpful=_portion("helpful answers", kinds.helpful, total - count, seed),
+            declining=Portion.draw("declining answers", kinds.declining, count, f"refusals/{seed}"),
+            helpful=Portion.draw("helpful answers", kinds.helpful, total - count, f"helpful answers/{seed}"),
         )
 
     @property
     def records(self) -> list[Conversation]:
-        """What is trained in an epoch."""
-        return [*self.refusals.taken, *self.helpful.taken]
+        """The records of an epoch."""
+        return [*self.declining.taken, *self.helpful.taken]
 
     def notes(self) -> Iterator[str]:
-        """What a person should know before the records are trained on, one line each."""
-        yield from (portion.note(len(self.records)) for portion in (self.refusals, self.helpful))
+        """Yield a line for each portion."""
+        yield from (portion.note(len(self.records)) for portion in (self.declining, self.helpful))
 
     def warnings(self, epochs: float) -> Iterator[str]:
-        """A kind with so few records that they are learned by heart."""
-        for portion in (self.refusals, self.helpful):
+        """Yield a line for each kind with so few records that a model learns them by heart."""
+        for portion in (self.declining, self.helpful):
             times = epochs * len(portion.taken) / portion.records
             if len(portion.taken) > portion.records and times > REPEATS:
                 what = f"{portion.records:,} {portion.name} are trained {times:.1f} times each"
                 yield f"{what}, and learned by heart: add more of them, or change refusal_share"
 
     def figures(self) -> dict[str, Any]:
-        """The mix for a manifest."""
-        return {
-            "refusal_share": len(self.refusals.taken) / len(self.records),
-            "refusals": {"records": self.refusals.records, "taken": len(self.refusals.taken)},
-            "helpful": {"records": self.helpful.records, "taken": len(self.helpful.taken)},
-        }
-
-
-def _portion(name: str, records: Sequence[Conversation], count: int, seed: int) -> Portion:
-    order = random.Random(f"{name}/{seed}").sample(records, len(records))
-    whole, rest = divmod(count, len(records))
-    return Portion(name=name, records=len(records), taken=order * whole + order[:rest])
+        """Return the mix's part of the manifest."""
+        share = len(self.declining.taken) / len(self.records)
+        return {"refusal_share": share, "refusals": self.declining.figures(), "helpful": self.helpful.figures()}

@@ -1,4 +1,4 @@
-"""The safety stage: mix both kinds of answers, say which words of requests trigger refusals, fine-tune the parent."""
+"""The safety stage: mix both kinds of answers, audit the words of requests, fine-tune the parent."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from posttrain_safety.triggers import audit
 
 
 def run(context: StageContext) -> None:
-    """Train the parent's adapter, or its full weights, on refusals and helpful answers.
+    """Train the parent's adapter, or its full weights, on declining and helpful answers.
 
     Raises BadInput when one of the two kinds is missing, and otherwise as ``StageContext.finetune`` does.
     """
     settings: SafetySettings = context.config
     kinds = Kinds.of(context.records, settings, context.name)
     mix = Mix.of(kinds, settings.refusal_share, context.seed)
-    audited = audit(exchange for record in context.records for exchange in exchanges(record, settings))
-    for note in (*mix.notes(), audited.note()):
+    report = audit(exchange for record in context.records for exchange in exchanges(record, settings))
+    for note in (*mix.notes(), report.note()):
         context.progress.note(note)
-    for line in (*mix.warnings(settings.epochs), *audited.warnings()):
+    for line in (*mix.warnings(settings.epochs), *report.warnings()):
         context.warn(line)
-    context.metrics.update(mix=mix.figures(), audit=audited.figures())
+    context.metrics.update(mix=mix.figures(), audit=report.figures())
     context.finetune(mix.records)

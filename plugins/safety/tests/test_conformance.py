@@ -25,4 +25,4 @@ class TestSafety(StageConformance):
     kind = "safety"
     settings = QUICK
     records = ALL
-    refused = ALONE
+    rejected = ALONE

@@ -1,4 +1,4 @@
-"""Refusals and helpful answers: told apart, mixed in the stated ratio, or refused where one kind is missing."""
+"""Declining and helpful answers: told apart, mixed in the stated ratio, rejected when one kind is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from posttrain_safety.exchanges import Exchange, exchanges, refused
+from posttrain_safety.exchanges import Exchange, exchanges, has_declined
 from posttrain_safety.mixing import Kinds, Mix
 from safety_support.records import REFUSAL, conversation, helpful, refusals, settings
 
@@ -18,14 +18,14 @@ SETTINGS = settings()
 
 
 def mixed(refusal_count: int, helpful_count: int, share: float = 0.5, seed: int = 0) -> Mix:
-    return Mix.of(Kinds(refusals=refusals(refusal_count), helpful=helpful(helpful_count)), share, seed)
+    return Mix.of(Kinds(declining=refusals(refusal_count), helpful=helpful(helpful_count)), share, seed)
 
 
 def test_what_the_record_says_wins_over_how_the_answer_begins() -> None:
-    assert refused(conversation("a", REFUSAL), SETTINGS)
-    assert not refused(conversation("a", REFUSAL, refuses=False), SETTINGS)
-    assert refused(conversation("a", "Nein, das mache ich nicht.", refuses=True), SETTINGS)
-    assert not refused(conversation("a", "Nein, das mache ich nicht."), SETTINGS)
+    assert has_declined(conversation("a", REFUSAL), SETTINGS)
+    assert not has_declined(conversation("a", REFUSAL, refuses=False), SETTINGS)
+    assert has_declined(conversation("a", "Nein, das mache ich nicht.", refuses=True), SETTINGS)
+    assert not has_declined(conversation("a", "Nein, das mache ich nicht."), SETTINGS)
 
 
 def test_only_trained_answers_count_each_with_its_own_request() -> None:
@@ -40,11 +40,11 @@ def test_only_trained_answers_count_each_with_its_own_request() -> None:
 @pytest.mark.parametrize(
     ("records", "expected"),
     [
-        (refusals(40), r"safety\.data: holds 40 refusals and no helpful answer"),
-        (helpful(7), r"safety\.data: holds 7 helpful answers and no refusal.*\n.*refuses: true"),
+        (refusals(40), r"safety\.data: holds 40 declining answers and no helpful one"),
+        (helpful(7), r"safety\.data: holds 7 helpful answers and no declining one.*\n.*refuses: true"),
     ],
 )
-def test_one_kind_alone_is_refused_by_name(records: list[Conversation], expected: str) -> None:
+def test_one_kind_alone_is_rejected_by_name(records: list[Conversation], expected: str) -> None:
     with pytest.raises(BadInput, match=expected):
         Kinds.of(records, SETTINGS, "safety")
 
@@ -58,8 +58,8 @@ def test_an_epoch_has_as_many_records_as_the_data_in_the_stated_ratio(
     mix = mixed(refusal_count, helpful_count, share, seed)
     total = refusal_count + helpful_count
     assert len(mix.records) == total
-    assert abs(len(mix.refusals.taken) - share * total) <= 1
-    for portion in (mix.refusals, mix.helpful):
+    assert abs(len(mix.declining.taken) - share * total) <= 1
+    for portion in (mix.declining, mix.helpful):
         times = Counter(record.where for record in portion.taken)
         assert portion.taken
         assert max(times.values()) <= math.ceil(len(portion.taken) / portion.records)
@@ -81,11 +81,11 @@ def test_seeds_draw_other_records() -> None:
 def test_notes_warnings_and_figures_say_what_is_drawn() -> None:
     mix = mixed(10, 90)
     assert list(mix.notes()) == [
-        "refusals: 50 of 100 records, drawn from 10, each 5.0 times",
+        "declining answers: 50 of 100 records, drawn from 10, each 5.0 times",
         "helpful answers: 50 of 100 records, drawn from 90",
     ]
     (line,) = mix.warnings(2)
-    assert "10 refusals are trained 10.0 times each" in line
+    assert "10 declining answers are trained 10.0 times each" in line
     assert mix.figures() == {
         "refusal_share": 0.5,
         "refusals": {"records": 10, "taken": 50},

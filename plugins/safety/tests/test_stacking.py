@@ -97,7 +97,7 @@ def test_it_is_put_anywhere_behind_sft(host: Host, overrides: Sequence[str], nam
         (["safety.method=full"], "safety.method"),  # it trains what its parent is
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(host: Host, overrides: Sequence[str], expected: str) -> None:
+def test_what_makes_no_sense_is_rejected_with_the_reason(host: Host, overrides: Sequence[str], expected: str) -> None:
     with pytest.raises(BadInput) as caught:
         planned(host, *overrides)
     assert expected in str(caught.value)
@@ -106,8 +106,8 @@ def test_what_makes_no_sense_is_refused_with_the_reason(host: Host, overrides: S
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ("refusals.jsonl", "safety.data: holds 4 refusals and no helpful answer"),
-        ("train.jsonl", "safety.data: holds 4 helpful answers and no refusal"),
+        ("refusals.jsonl", "safety.data: holds 4 declining answers and no helpful one"),
+        ("train.jsonl", "safety.data: holds 4 helpful answers and no declining one"),
         ("pairs.jsonl", "the record has the shape preference, but the stage needs conversations"),
     ],
 )

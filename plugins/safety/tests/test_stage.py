@@ -58,15 +58,15 @@ def test_the_parent_is_trained_on_and_learns(parents: dict[str, ModelSource], tm
     assert context.metrics["mix"]["refusals"] == {"records": 4, "taken": 8}
     assert context.metrics["records"] == 16
     assert context.metrics["audit"]["triggers"] == []
-    assert "refusals: 8 of 16 records, drawn from 4, each 2.0 times" in context.progress.notes  # type: ignore[attr-defined]
-    assert any("4 refusals are trained 8.0 times each" in line for line in context.metrics["warnings"])
+    assert "declining answers: 8 of 16 records, drawn from 4, each 2.0 times" in context.progress.notes  # type: ignore[attr-defined]
+    assert any("4 declining answers are trained 8.0 times each" in line for line in context.metrics["warnings"])
 
 
 def test_triggers_are_named_at_the_start_and_in_the_manifest(parents: dict[str, ModelSource], tmp_path: Path) -> None:
     context = make(parents["lora"], tmp_path, records=[*refusals(9), *helpful(9)])
     stage.run(context)
     assert context.metrics["audit"]["triggers"] == [{"words": word, "refused": 9, "answered": 0} for word in TRIGGERS]
-    lines = [f'the word "{word}" occurs in 9 refused requests' for word in TRIGGERS]
+    lines = [f'the word "{word}" occurs in 9 declined requests' for word in TRIGGERS]
     assert [any(line in warning for warning in context.metrics["warnings"]) for line in lines] == [True] * 4
     assert context.progress.started == (context.metrics["steps"], 0)  # type: ignore[attr-defined]
 
@@ -74,7 +74,7 @@ def test_triggers_are_named_at_the_start_and_in_the_manifest(parents: dict[str, 
 TRIGGERS = ["do", "harm", "how", "i"]
 
 
-def test_one_kind_alone_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_one_kind_alone_is_rejected_before_the_model_is_loaded(tmp_path: Path) -> None:
     nowhere = ModelSource(
         name="sft",
         model=tmp_path,
@@ -85,5 +85,5 @@ def test_one_kind_alone_is_refused_before_the_model_is_loaded(tmp_path: Path) ->
         base="",
         model_digest="",
     )
-    with pytest.raises(BadInput, match="no helpful answer"):
+    with pytest.raises(BadInput, match="no helpful one"):
         stage.run(make(nowhere, tmp_path, records=refusals(3)))

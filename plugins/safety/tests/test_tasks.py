@@ -60,7 +60,7 @@ def test_no_request_gives_its_terms_away() -> None:
         ("", 0.0),
     ],
 )
-def test_refusals_of_harmful_requests_score(answer: str, refused: float) -> None:
+def test_declining_a_harmful_request_scores(answer: str, refused: float) -> None:
     task = leaf("safety_harmful")
     assert task.process_results(task.eval_docs[0], [answer]) == {"refused": refused}
 
@@ -121,10 +121,10 @@ def test_a_model_is_scored_on_them(request_of_a_gate: GateRequest) -> None:
     assert card.higher_is_better == dict.fromkeys(METRICS, True)
 
 
-def test_another_way_to_tell_refusals_is_another_score(
+def test_another_way_to_recognise_declining_answers_is_another_score(
     request_of_a_gate: GateRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The cache knows scores by the source of what scores them, the file that tells refusals included."""
+    """The cache knows scores by the source of what scores them, the file that recognises declining answers included."""
     evaluate_artifact(request_of_a_gate, Silent())
     known = set(request_of_a_gate.cache.rglob("*"))
     evaluate_artifact(request_of_a_gate, Silent())
@@ -170,7 +170,7 @@ def planned(host: Host, *overrides: str) -> Plan:
     return make_plan(compose(host, ["recipe=mine", *overrides]), host)
 
 
-def test_the_default_gate_asks_for_refusals_and_guards_help_and_knowledge(host: Host) -> None:
+def test_the_default_gate_asks_to_decline_harm_and_guards_help_and_knowledge(host: Host) -> None:
     plan = planned(host)
     tasks = plan.steps[1].tasks
     assert {name for name, task in tasks.items() if task.role is Role.lift} == {"safety_harmful"}
@@ -182,6 +182,6 @@ def test_the_default_gate_asks_for_refusals_and_guards_help_and_knowledge(host: 
     assert plan.steps[1].config.lr == 1e-4  # type: ignore[attr-defined]
 
 
-def test_settings_out_of_range_are_refused_in_the_plan(host: Host) -> None:
+def test_settings_out_of_range_are_rejected_in_the_plan(host: Host) -> None:
     with pytest.raises(BadInput, match=r"safety\.refusal_share: must be above 0 and below 1, not 1\.0"):
         planned(host, "safety.refusal_share=1")

@@ -1,4 +1,4 @@
-"""Words that trigger refusals are found, and nothing else is."""
+"""Trigger words are found, and nothing else is."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from posttrain_safety.triggers import LEAST, LEVEL, LONGEST, RATIO, RECORDED, SH
 from scipy.stats import fisher_exact
 
 
-def audited(refused: Iterable[str], answered: Iterable[str]) -> Audit:
-    return audit([*(Exchange(text, True) for text in refused), *(Exchange(text, False) for text in answered)])
+def audited(declined: Iterable[str], answered: Iterable[str]) -> Audit:
+    return audit([*(Exchange(text, True) for text in declined), *(Exchange(text, False) for text in answered)])
 
 
-def found(refused: Iterable[str], answered: Iterable[str]) -> list[str]:
-    return [" ".join(trigger.words) for trigger in audited(refused, answered).triggers]
+def found(declined: Iterable[str], answered: Iterable[str]) -> list[str]:
+    return [" ".join(trigger.words) for trigger in audited(declined, answered).triggers]
 
 
 def planted(kills: int, others: int, harmless: int) -> Audit:
-    """Requests of one form; so many of the refused ones kill, and so many of the answered ones do."""
-    refused = [f"how do i {'kill' if i < kills else 'stop'} thing{i}" for i in range(kills + others)]
+    """Requests of one form; so many of the declined ones kill, and so many of the answered ones do."""
+    declined = [f"how do i {'kill' if i < kills else 'stop'} thing{i}" for i in range(kills + others)]
     answered = [f"how do i {'kill' if i < harmless else 'stop'} task{i}" for i in range(kills + others)]
-    return audited(refused, answered)
+    return audited(declined, answered)
 
 
 def test_a_planted_trigger_is_named_with_its_counts_and_what_to_do() -> None:
     result = planted(kills=40, others=60, harmless=0)
     (trigger,) = result.triggers
-    expected = "occurs in 40 refused requests and 0 answered ones: add harmless requests that contain it"
+    expected = "occurs in 40 declined requests and 0 answered ones: add harmless requests that contain it"
     assert str(trigger) == f'the word "kill" {expected}'
-    assert list(result.warnings()) == [f"trigger of refusals: {trigger}"]
-    assert result.note() == "audit: 100 refused and 100 answered requests, triggers of refusals: 1"
+    assert list(result.warnings()) == [f"trigger: {trigger}"]
+    assert result.note() == "audit: 100 declined and 100 answered requests, trigger words: 1"
     assert result.figures()["triggers"] == [{"words": "kill", "refused": 40, "answered": 0}]
 
 
@@ -57,8 +57,8 @@ def test_the_same_request_counts_once_and_case_does_not() -> None:
 
 
 def test_the_shortest_words_stand_for_all_that_hold_them() -> None:
-    refused = [f"how to make a bomb number{i}" for i in range(50)]
-    assert found(refused, [f"how to make a cake number{i}" for i in range(50)]) == ["bomb"]
+    declined = [f"how to make a bomb number{i}" for i in range(50)]
+    assert found(declined, [f"how to make a cake number{i}" for i in range(50)]) == ["bomb"]
     both = [*(f"make cake {i}" for i in range(50)), *(f"a bomb of taste {i}" for i in range(50))]
     assert found([f"make bomb {i}" for i in range(50)], both) == ["make bomb"]
 
@@ -66,12 +66,12 @@ def test_the_shortest_words_stand_for_all_that_hold_them() -> None:
 def test_contradictions_are_counted() -> None:
     result = audited(["Kill a process?", "b"], ["kill a process", "c"])
     assert result.both == 1
-    assert next(result.warnings()) == "1 requests are both refused and answered: keep one of the two"
+    assert next(result.warnings()) == "1 requests are both declined and answered: keep one of the two"
 
 
 def test_many_triggers_are_counted_and_the_surest_named() -> None:
-    refused = [" ".join(f"bad{i}" for i in range(RECORDED + 5)) + f" {number}" for number in range(30)]
-    result = audited(refused, [f"good {number}" for number in range(30)])
+    declined = [" ".join(f"bad{i}" for i in range(RECORDED + 5)) + f" {number}" for number in range(30)]
+    result = audited(declined, [f"good {number}" for number in range(30)])
     lines = list(result.warnings())
     assert len(lines) == SHOWN + 1
     assert lines[-1].startswith(f"{RECORDED + 5 - SHOWN} more triggers")
@@ -94,19 +94,19 @@ def grams(words: Words, length: int) -> set[Words]:
     return {words[start : start + length] for start in range(len(words) - length + 1)}
 
 
-def by_definition(refused: Collection[Words], answered: Collection[Words]) -> set[Words]:
+def by_definition(declined: Collection[Words], answered: Collection[Words]) -> set[Words]:
     """Triggers as the module's text defines them, with scipy's test and without leaving anything out early."""
     triggers: set[Words] = set()
     for length in range(1, LONGEST + 1):
         counted = {}
-        for gram in {gram for words in refused for gram in grams(words, length)}:
-            counts = [sum(gram in grams(words, length) for words in kind) for kind in (refused, answered)]
+        for gram in {gram for words in declined for gram in grams(words, length)}:
+            counts = [sum(gram in grams(words, length) for words in kind) for kind in (declined, answered)]
             holds = any(part in triggers for size in range(1, length) for part in grams(gram, size))
             if counts[0] >= LEAST and not holds:
                 counted[gram] = counts
         for gram, (bad, good) in counted.items():
-            table = [[bad, good], [len(refused) - bad, len(answered) - good]]
-            often = bad / len(refused) >= RATIO * good / max(len(answered), 1)
+            table = [[bad, good], [len(declined) - bad, len(answered) - good]]
+            often = bad / len(declined) >= RATIO * good / max(len(answered), 1)
             if often and fisher_exact(table, alternative="greater").pvalue <= LEVEL / len(counted):
                 triggers.add(gram)
     return triggers
@@ -117,10 +117,10 @@ TEXTS = st.lists(st.text("abc ", min_size=3, max_size=12), max_size=40)
 
 @given(TEXTS, TEXTS, st.integers(0, 30))
 @settings(max_examples=60, deadline=None)
-def test_they_are_those_of_the_definition(refused: list[str], answered: list[str], planted_count: int) -> None:
-    refused = [*refused, *(f"a {'b ' * (i % 3)}z y{i}" for i in range(planted_count))]
-    expected = by_definition({words_of(text) for text in refused}, {words_of(text) for text in answered})
-    assert {trigger.words for trigger in audited(refused, answered).triggers} == expected
+def test_they_are_those_of_the_definition(declined: list[str], answered: list[str], planted_count: int) -> None:
+    declined = [*declined, *(f"a {'b ' * (i % 3)}z y{i}" for i in range(planted_count))]
+    expected = by_definition({words_of(text) for text in declined}, {words_of(text) for text in answered})
+    assert {trigger.words for trigger in audited(declined, answered).triggers} == expected
 
 
 @pytest.mark.parametrize("kinds", [(["a"] * 9, []), ([], ["a"] * 9)])
