@@ -10,11 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
+from posttrain.config.schema import GateConfig, GateTask, Sequential
 from posttrain.data.mixing import count_records
+from posttrain.gate.roles import RULES
 from posttrain.host import plugins
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.scoring.outlook import DISCORDANCES, HOPED, Outlook
+from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
 
@@ -116,17 +117,11 @@ def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook)
     """What the gate asks of a task, or of all guards together, of how many documents, and how likely it is to pass."""
     demand = name
     if task is not None:
-        demand = f"{task.role.value} {name} {task.metric}: {_demand(gate, task)}"
+        demand = f"{task.role.value} {name} {task.metric}: {RULES[task.role].demand(gate, task)}"
     elif gate.pooled_max_drop is not None:
         demand = f"{name}: lower bound > {-gate.pooled_max_drop:+.3f}"
     counted = "" if outlook.documents is None else f", {outlook.documents:,} documents"
     return f"{demand}{counted}; {_power(outlook)}"
-
-
-def _demand(gate: GateConfig, task: GateTask) -> str:
-    if task.role is Role.limit:
-        return f"bound of the score better than {task.threshold:g}"
-    return f"lower bound > {task.min_lift if task.role is Role.lift else -gate.allowed_drop(task):+.3f}"
 
 
 def _power(outlook: Outlook) -> str:
@@ -134,19 +129,12 @@ def _power(outlook: Outlook) -> str:
         unknown = "the spread of its scores" if outlook.documents else "the number of its documents"
         enough = f"; about {outlook.needed:,} documents would do" if outlook.needed else ""
         return f"power unknown, as {unknown} is{enough}"
-    return f"{_supposed(outlook)} passes with {' or '.join(f'{chance:.0%}' for chance in outlook.chances)}"
-
-
-def _supposed(outlook: Outlook) -> str:
-    """What the chances are of."""
-    if outlook.role is Role.guard:
-        return "an unchanged model"
-    return f"{'a lift' if outlook.role is Role.lift else 'a score'} {100 * HOPED:g} points better"
+    return f"{RULES[outlook.role].supposed} passes with {' or '.join(f'{chance:.0%}' for chance in outlook.chances)}"
 
 
 def _warning(outlook: Outlook) -> str:
     """Why a gate is hopeless, and what would help."""
-    told = f"{outlook.name} is hopeless: {_supposed(outlook)} passes with {max(outlook.chances):.0%} at best"
+    told = f"{outlook.name} is hopeless: {RULES[outlook.role].supposed} passes with {max(outlook.chances):.0%} at best"
     if outlook.needed:
         return f"{told}; about {outlook.needed:,} documents would do"
     return f"{told}; more documents, a larger max_drop or pooled_max_drop would help"

@@ -12,6 +12,7 @@ from posttrain.config.schema import Role
 from posttrain.digests import digest_of
 from posttrain.gate.evidence import Evidence, Pool, beside, paired
 from posttrain.gate.multiple import LowAt, holm
+from posttrain.gate.roles import RULES
 from posttrain.gate.sequential import Look, hopeless
 from posttrain.gate.spec import Comparator, VerdictState
 from posttrain.gate.statistics import Bounds
@@ -68,11 +69,11 @@ def comparisons(gate: GateConfig, tasks: Sequence[Answered], against: Sequence[C
     """Every question, task by task; the pooled guards come last."""
     found = []
     for task in tasks:
-        if task.task.role is Role.limit:
-            found.append(_limit(task))
-        else:
+        if RULES[task.task.role].paired:
             found += [_paired(gate, task, system) for system in against]
-    guards = [task for task in tasks if task.task.role is Role.guard and task.fractions]
+        else:
+            found.append(_limit(task))
+    guards = [task for task in tasks if RULES[task.task.role].pools and task.fractions]
     if gate.pooled_max_drop is not None and guards:
         found += [_pooled(gate.pooled_max_drop, guards, system) for system in against]
     return found
@@ -82,7 +83,7 @@ def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[D
     """The answer to every question; lifts over the same system are corrected for together."""
     alone = [_alone(comparison, confidence, look) for comparison in asked]
     for system in {comparison.against for comparison in asked}:
-        lifts = [i for i, each in enumerate(asked) if each.role is Role.lift and each.against == system]
+        lifts = [i for i, each in enumerate(asked) if RULES[each.role].shares_error and each.against == system]
         if len(lifts) > 1:
             for i, decision in zip(lifts, _together([asked[i] for i in lifts], confidence, look), strict=True):
                 alone[i] = decision
@@ -90,8 +91,7 @@ def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[D
 
 
 def _paired(gate: GateConfig, task: Answered, system: Comparator) -> Comparison:
-    asked = task.task
-    threshold = asked.min_lift if asked.role is Role.lift else -gate.allowed_drop(asked)
+    threshold = RULES[task.task.role].least(gate, task.task)
     return _comparison(task, against=system, evidence=_difference(task, system), threshold=threshold)
 
 
@@ -196,6 +196,5 @@ def _state(comparison: Comparison, bounds: Bounds, *, passed: bool) -> VerdictSt
     if comparison.evidence is None:
         return "undecided"
     threshold = comparison.threshold
-    # A lift has to exceed its threshold; a guard that is no worse than its limit is not refused.
-    refused = bounds.high <= threshold if comparison.role is Role.lift else bounds.high < threshold
-    return "fail" if refused else "undecided"
+    fails = bounds.high <= threshold if RULES[comparison.role].fails_at_least else bounds.high < threshold
+    return "fail" if fails else "undecided"

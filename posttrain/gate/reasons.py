@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Role
 from posttrain.gate.evidence import Mean
+from posttrain.gate.roles import RULES
 
 if TYPE_CHECKING:
     from posttrain.gate.comparison import Comparison, Decision
@@ -18,7 +18,7 @@ def reason(comparison: Comparison, decision: Decision, confidence: float) -> str
     if comparison.evidence is None:
         return "there are no documents"
     words = _Words(comparison, decision, comparison.evidence, confidence)
-    found = words.of_limit() if comparison.role is Role.limit else words.of_difference()
+    found = words.of_difference() if words.rule.paired else words.of_limit()
     return f"{found}; it is stopped early, as it can hardly pass any more" if decision.hopeless else found
 
 
@@ -28,18 +28,17 @@ class _Words:
     def __init__(self, comparison: Comparison, decision: Decision, evidence: Evidence, confidence: float) -> None:
         self._comparison, self._decision, self._evidence = comparison, decision, evidence
         self._confidence = confidence
+        self.rule = RULES[comparison.role]
 
     def of_difference(self) -> str:
         """A lift or a guard."""
         show, decision, evidence = self._change, self._decision, self._evidence
-        lift = self._comparison.role is Role.lift
-        change = f"{'lift' if lift else 'change'} {show(evidence.mean)}{self._unit}"
+        change = f"{self.rule.change} {show(evidence.mean)}{self._unit}"
         low, high, threshold = show(decision.bounds.low), show(decision.bounds.high), show(self._comparison.threshold)
         if decision.state == "pass":
             return f"{change}, and its lower bound {low} exceeds {threshold}{self._beside_others} ({self._size})"
         if decision.state == "fail":
-            verb = "does not exceed" if lift else "lies below"
-            return f"{change}, and even its upper bound {high} {verb} {threshold} ({self._size})"
+            return f"{change}, and even its upper bound {high} {self.rule.failing} {threshold} ({self._size})"
         if decision.bounds.low > self._comparison.threshold:
             alone = f"{change}, and its lower bound {low} exceeds {threshold} by itself"
             return f"{alone}, but not{self._beside_others} ({self._size}); {self._advice}"
@@ -92,7 +91,7 @@ class _Words:
         """How many documents could decide, or that more would not help."""
         evidence, threshold = self._evidence, self._comparison.threshold
         # A guard plans for a candidate that changes nothing: that it looks better so far is luck as likely as not.
-        expected = min(evidence.mean, 0.0) if self._comparison.role is Role.guard else evidence.mean
+        expected = evidence.mean if self.rule.hoped else min(evidence.mean, 0.0)
         if expected == threshold:
             return "if the change is what it seems, no number of documents would decide"
         if expected < threshold:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.schema import Role
 from posttrain.data.files import count_rows
 from posttrain.gate.power import POWER, paired_documents, paired_power
+from posttrain.gate.roles import RULES
 from posttrain.gate.statistics import normal_quantile
 from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered_tasks
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
 DISCORDANCES = (0.1, 0.2)
 """Assumed shares of documents that only one of two systems answers right."""
-HOPED = 0.05
-"""How far over what a gate demands a lift, or a limit's score, is hoped to be."""
-HOPELESS_BELOW = {Role.lift: 0.2, Role.limit: 0.2, Role.guard: 0.5}
-"""Chance below which a gate is called hopeless: of a hoped lift, or of a guard whose scores did not change."""
 RIGHT_OR_WRONG = {
     "acc", "acc_norm", "acc_bytes", "exact_match", "em", "pass@1", "pass_at_1", "prompt_level_strict_acc",
     "prompt_level_loose_acc",
@@ -51,14 +48,14 @@ class Outlook:
     @property
     def hopeless(self) -> bool:
         """Whether even the best chance is too small to run the gate."""
-        return bool(self.chances) and max(self.chances) < HOPELESS_BELOW[self.role]
+        return bool(self.chances) and max(self.chances) < RULES[self.role].hopeless_below
 
 
 def outlooks(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[Outlook]:
     """The outlook of every task, then that of all guards together."""
-    lifts = sum(task.role is Role.lift for task in tasks.values())
-    found = [_outlook(gate, name, task, lifts) for name, task in tasks.items()]
-    guards = [each for each in found if each.role is Role.guard]
+    sharing = sum(RULES[task.role].shares_error for task in tasks.values())
+    found = [_outlook(gate, name, task, sharing) for name, task in tasks.items()]
+    guards = [each for each in found if RULES[each.role].pools]
     if gate.pooled_max_drop is not None and guards and all(each.documents and each.chances for each in guards):
         found.append(_pool([each.documents or 0 for each in guards], gate.pooled_max_drop, gate.confidence))
     elif len(guards) > 1 and all(each.chances for each in guards):
@@ -67,17 +64,20 @@ def outlooks(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[Outlook]:
     return found
 
 
-def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook:
+def _outlook(gate: GateConfig, name: str, task: GateTask, sharing: int) -> Outlook:
     settings = _settings(name, task)
     total = _total(task, settings)
     documents = task.limit if total is None else min(total, task.limit or total)
     unknown = Outlook(name=name, role=task.role, documents=documents)
     if task.metric not in _right_or_wrong(settings):
         return unknown
-    if task.role is Role.limit:
+    rule = RULES[task.role]
+    if not rule.paired:
         higher = _direction(task, settings)
         return _limit(name, task, documents, gate.confidence, higher_is_better=higher) if documents else unknown
-    confidence, effect, threshold = _demands(gate, task, lifts)
+    # Holm's correction asks this much of the best of several lifts, and less of the others.
+    confidence = 1 - (1 - gate.confidence) / sharing if rule.shares_error else gate.confidence
+    effect, threshold = rule.expect(gate, task), rule.least(gate, task)
     chances = [paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES if documents]
     return Outlook(
         name=name,
@@ -88,18 +88,10 @@ def _outlook(gate: GateConfig, name: str, task: GateTask, lifts: int) -> Outlook
     )
 
 
-def _demands(gate: GateConfig, task: GateTask, lifts: int) -> tuple[float, float, float]:
-    """Confidence, assumed true difference and threshold of a lift or a guard."""
-    if task.role is Role.guard:
-        return gate.confidence, 0.0, -gate.allowed_drop(task)
-    # Holm's correction asks this much of the best of several lifts, and less of the others.
-    return 1 - (1 - gate.confidence) / lifts, min(task.min_lift + HOPED, 1.0), task.min_lift
-
-
 def _limit(name: str, task: GateTask, documents: int, confidence: float, *, higher_is_better: bool) -> Outlook:
     threshold = task.threshold or 0.0
     least = threshold if higher_is_better else 1 - threshold
-    hoped = min(least + HOPED, (1 + least) / 2)
+    hoped = min(least + RULES[task.role].hoped, (1 + least) / 2)
     if not 0 < least < 1:
         return Outlook(name=name, role=task.role, documents=documents)
     spread = math.sqrt(hoped * (1 - hoped))
