@@ -20,7 +20,7 @@ from posttrain.config.paths import shipped
 from posttrain.config.schema import MAX_DROP, Role
 from posttrain.gate.comparison import POOL, Comparison, decide
 from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool
-from posttrain.gate.sequential import looks, portion_size
+from posttrain.gate.sequential import make_looks, portion_size
 from posttrain.gate.spec import VerdictState, worst
 from posttrain.gate.statistics import Bounds
 
@@ -97,13 +97,13 @@ def simulated(
 
 def _counts(task: Task, gates: int, count: int, generator: np.random.Generator) -> np.ndarray:
     """Draw wins and losses at every look: ``(look, gate, 2)``."""
-    ends = [portion_size(task.n, look) for look in looks(count)]
+    ends = [portion_size(task.n, look) for look in make_looks(count)]
     blocks = [generator.multinomial(size, task.cells, size=gates)[:, :2] for size in np.diff([0, *ends])]
     return np.cumsum(blocks, axis=0)
 
 
 def _outcome(tasks: Sequence[Task], counts: Sequence[np.ndarray], pool: float | None, count: int) -> Outcome:
-    for look in looks(count):
+    for look in make_looks(count):
         answers = [
             Remembered(int(found[look.number - 1, 0]), int(found[look.number - 1, 1]), portion_size(task.n, look))
             for task, found in zip(tasks, counts, strict=True)

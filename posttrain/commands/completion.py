@@ -25,4 +25,4 @@ def complete(words: list[str]) -> int:
     if arguments[:1] and arguments[0] in COMMANDS:
         shorter = line.replace(f" {arguments[0]} ", " ", 1)
         os.environ["COMP_LINE"], os.environ["COMP_POINT"] = shorter, str(len(shorter))
-    return hydra_command(words, "gating" if arguments[:1] == ["gate"] else "config")
+    return hydra_command(words, "regression" if arguments[:1] == ["gate"] else "config")

@@ -1,4 +1,4 @@
-"""``posttrain gate``: one gate about an adapter or a model that is there already, for CI."""
+"""``posttrain gate``: one gate about an existing adapter or model, for CI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from posttrain import environment
 from posttrain.config.compose import compose
-from posttrain.config.regression import Gating
+from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateTask, OnFail
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import replace_text
@@ -22,62 +22,64 @@ from posttrain.gate.procedure import STATES, policy_for, verdict_error
 from posttrain.host import plugins
 from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
-from posttrain.regression.gate import Outcome, gate, is_scores
+from posttrain.regression.gate import Outcome, is_scores, judge_adapter
 from posttrain.scoring.checks import check_backend, check_tasks
 
 if TYPE_CHECKING:
     from posttrain.report.run import RunReport
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-"""Names the file that GitHub shows with a job."""
+"""Variable with the path of the file that GitHub shows with a job."""
 
 
 def gate_command(words: list[str]) -> int:
-    """Judge, print the table, and write what was asked for; raises GateRefused and GateUndecided after that."""
+    """Judge, print the table and write the files that were asked for; only then raise GateRefused or GateUndecided."""
     host = plugins.load()
-    name, gating, tasks, problems = gated(host, words)
-    with _files_named(gating):
-        outcome = _outcome(name, gating, tasks, problems, host)
-        report = _report(name, outcome)
+    name, settings, tasks, problems = read_settings(host, words)
+    with _naming_files(settings):
+        outcome = _judge(name, settings, tasks, problems, host)
+        report = _make_report(name, outcome)
         _print(report)
-        _tell(gating, report, outcome)
-    return _code(gating, outcome)
+        _write_reports(settings, report, outcome)
+    return _exit_code(settings, outcome)
 
 
-def _outcome(
-    name: str, gating: Gating, tasks: Mapping[str, GateTask], problems: Sequence[Problem], host: Host
+def _judge(
+    name: str, settings: RegressionConfig, tasks: Mapping[str, GateTask], problems: Sequence[Problem], host: Host
 ) -> Outcome:
-    """What the gate says; where it says nothing, the files that were asked for tell why."""
+    """Judge the adapter; when there is no verdict, write the reason into the files that were asked for."""
     try:
         if problems:
             raise BadInput(problems)
         environment.prepare()
         from posttrain.run.display import Display
 
-        with _files_named(gating):
-            return gate(name, gating, tasks, host, Display())
+        with _naming_files(settings):
+            return judge_adapter(name, settings, tasks, host, Display())
     except PosttrainError as error:
-        _tell_error(name, gating, error)
+        _write_error(name, settings, error)
         raise
 
 
 @contextlib.contextmanager
-def _files_named(gating: Gating) -> Iterator[None]:
-    """What the disk or the rights of the user forbid is told with the file's name."""
+def _naming_files(settings: RegressionConfig) -> Iterator[None]:
+    """Name the file in errors of the disk and of permissions."""
     try:
         yield
     except OSError as error:
-        place, reason = error.filename2 or error.filename or gating.output_root, error.strerror
+        place, reason = error.filename2 or error.filename or settings.output_root, error.strerror
         if error.errno in DISK_ERRORS:
-            raise Interrupted(f"{reason}: {place}. What was answered until then is kept: make room") from error
+            raise Interrupted(
+                f"{reason}: {place}. Answers so far are kept: make room and run the same command again"
+            ) from error
         if error.filename is None:
             raise
         fix = "Give files and an output_root that this user can read and write"
         raise BadInput(Problem(where=str(place), what=f"cannot be read or written: {reason}", fix=fix)) from error
 
 
-def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateTask], list[Problem]]:
-    """The gate's name, the settings, the gate's tasks, and why they cannot be used.
+def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, Mapping[str, GateTask], list[Problem]]:
+    """Return the gate's name, the settings, the gate's tasks, and the reasons why they cannot be used.
 
     Raises BadInput with every problem of settings that are missing, misspelt or of the wrong type.
     """
@@ -87,26 +89,26 @@ def gated(host: Host, words: list[str]) -> tuple[str, Gating, Mapping[str, GateT
     problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
     if problems:
         raise BadInput(problems)
-    gating: Gating = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Gating), config))  # type: ignore[assignment]
-    tasks = conform_gate_tasks("gate", gating.gate, host, problems)
-    problems += _contradictions(gating)
-    found = [*check_backend(gating.gate), *check_tasks(tasks)]
+    settings: RegressionConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RegressionConfig), config))  # type: ignore[assignment]
+    tasks = conform_gate_tasks("gate", settings.gate, host, problems)
+    problems += _find_contradictions(settings)
+    found = [*check_backend(settings.gate), *check_tasks(tasks)]
     problems += [replace(problem, where=f"gate.{problem.where}") for problem in found]
-    return composition.recipe, gating, tasks, problems
+    return composition.recipe, settings, tasks, problems
 
 
-def _contradictions(gating: Gating) -> list[Problem]:
+def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     problems = []
-    if not gating.gate.enabled:
+    if not settings.gate.enabled:
         problems.append(Problem(where="gate", what="this gate is switched off", fix="Choose one that asks something"))
-    if gating.update_baseline and (gating.baseline is None or not is_scores(gating.baseline)):
+    if settings.update_baseline and (settings.baseline is None or not is_scores(settings.baseline)):
         what = "there is no file to write the scores to"
         problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))
     return problems
 
 
-def _report(name: str, outcome: Outcome) -> RunReport:
-    """The outcome in the form of a run's report, with the candidate as its only stage."""
+def _make_report(name: str, outcome: Outcome) -> RunReport:
+    """Return the outcome in the form of a run's report, with the candidate as its only stage."""
     from posttrain.report.run import RunReport, StageReport
     from posttrain.run.directory import RunState, StageState
 
@@ -128,26 +130,26 @@ def _print(report: RunReport) -> None:
     console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _tell(gating: Gating, report: RunReport, outcome: Outcome) -> None:
-    """Write the verdict for those who read files."""
+def _write_reports(settings: RegressionConfig, report: RunReport, outcome: Outcome) -> None:
+    """Write the verdict as JUnit XML and as Markdown."""
     from posttrain.report.junit import junit
     from posttrain.report.summary import summary
 
-    _write(gating.junit, junit(report))
-    _summarise(gating, summary(report, outcome.rows))
+    _write(settings.junit, junit(report))
+    _write_summary(settings, summary(report, outcome.rows))
 
 
-def _tell_error(name: str, gating: Gating, error: PosttrainError) -> None:
-    """Write that there is no verdict, and why."""
+def _write_error(name: str, settings: RegressionConfig, error: PosttrainError) -> None:
+    """Write into the same files why there is no verdict."""
     from posttrain.report.junit import junit_error
     from posttrain.report.summary import summary_error
 
-    _write(gating.junit, junit_error(name, error))
-    _summarise(gating, summary_error(name, gating.adapter, str(error), error.exit_code))
+    _write(settings.junit, junit_error(name, error))
+    _write_summary(settings, summary_error(name, settings.adapter, str(error), error.exit_code))
 
 
-def _summarise(gating: Gating, text: str) -> None:
-    _write(gating.markdown, text)
+def _write_summary(settings: RegressionConfig, text: str) -> None:
+    _write(settings.markdown, text)
     if path := os.environ.get(SUMMARY):
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write(text)
@@ -160,8 +162,8 @@ def _write(path: str | None, text: str) -> None:
         replace_text(file, text)
 
 
-def _code(gating: Gating, outcome: Outcome) -> int:
-    """0 for a pass; a verdict that the gate only warns of is one, too."""
-    if policy_for(gating.gate, outcome.verdict.state) in (None, OnFail.warn):
+def _exit_code(settings: RegressionConfig, outcome: Outcome) -> int:
+    """Return 0 for a pass, and for a verdict that the gate only warns about; raise the verdict's error otherwise."""
+    if policy_for(settings.gate, outcome.verdict.state) in (None, OnFail.warn):
         return 0
     raise verdict_error(str(outcome.candidate.path), outcome.verdict)

@@ -17,7 +17,7 @@ from posttrain.config.paths import shipped
 from posttrain.errors import BadInput, Problem
 from posttrain.host.plugins import Host
 
-PRIMARY = {"recipe": "config", "gate": "gating"}
+PRIMARY = {"recipe": "config", "gate": "regression"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""
 CONFIG_DIR = ("--config-dir", "-cd")
 """Flags that name a folder of the user's own gates, models and variants."""

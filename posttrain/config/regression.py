@@ -9,7 +9,7 @@ from posttrain.config.schema import MISSING, Dtype, GateConfig
 
 
 @dataclass(kw_only=True)
-class GatedModel:
+class BaseSettings:
     """What may be said about the base: by default it is what the adapter names."""
 
     path: str | None = None
@@ -23,7 +23,7 @@ class GatedModel:
 
 
 @dataclass(kw_only=True)
-class Gating:
+class RegressionConfig:
     """One gate about one adapter or model that is there already."""
 
     adapter: str = MISSING
@@ -32,7 +32,7 @@ class Gating:
     """Directory of a previous adapter, or its scores in FILE.json; no task may be worse than there by ``max_drop``."""
     update_baseline: bool = False
     """Write ``baseline`` (FILE.json) from the scores of an adapter that passes against its base."""
-    model: GatedModel = field(default_factory=GatedModel)
+    model: BaseSettings = field(default_factory=BaseSettings)
     gate: GateConfig = field(default_factory=GateConfig)
     gate_data: Any = None
     """Files of rows to score, for gates that ask for them."""

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
-from posttrain.config.regression import Gating
+from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import (
     FROM_VARIANT,
     Method,
@@ -51,7 +51,7 @@ def register(host: Host) -> None:
     A plugin with settings that it cannot hold is left out.
     """
     store = ConfigStore.instance()
-    store.store(name="gating_schema", node=Gating)
+    store.store(name="regression_schema", node=RegressionConfig)
     variant: dict[str, dict[str, str]] = {}
     for kind, stage in list(host.stages.items()):
         if kind not in host.stages:  # its plugin has been left out for another of its stages

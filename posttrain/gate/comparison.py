@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING
 
 from posttrain.config.schema import Role
 from posttrain.digests import digest_of
-from posttrain.gate.evidence import Evidence, Pool, beside, paired
-from posttrain.gate.multiple import LowAt, holm
+from posttrain.gate.evidence import Evidence, Pool, measure_distance, pair_scores
 from posttrain.gate.roles import RULES
-from posttrain.gate.sequential import Look, hopeless
+from posttrain.gate.sequential import Look, is_hopeless
 from posttrain.gate.spec import Comparator, VerdictState
-from posttrain.gate.statistics import Bounds
+from posttrain.gate.statistics import Bounds, LowAt, holm
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig
-    from posttrain.gate.matching import Answered
+    from posttrain.gate.matching import TaskScores
 
 POOL = "guards"
 """Name of all guards together."""
@@ -65,14 +64,14 @@ class Decision:
     """Whether a sequential gate need not go on, as this is not going to pass."""
 
 
-def comparisons(gate: GateConfig, tasks: Sequence[Answered], against: Sequence[Comparator]) -> list[Comparison]:
+def list_comparisons(gate: GateConfig, tasks: Sequence[TaskScores], against: Sequence[Comparator]) -> list[Comparison]:
     """Every question, task by task; the pooled guards come last."""
     found = []
     for task in tasks:
         if RULES[task.task.role].paired:
             found += [_paired(gate, task, system) for system in against]
         else:
-            found.append(_limit(task))
+            found.append(_limit(gate, task))
     guards = [task for task in tasks if RULES[task.task.role].pools and task.fractions]
     if gate.pooled_max_drop is not None and guards:
         found += [_pooled(gate.pooled_max_drop, guards, system) for system in against]
@@ -81,37 +80,41 @@ def comparisons(gate: GateConfig, tasks: Sequence[Answered], against: Sequence[C
 
 def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
     """The answer to every question; lifts over the same system are corrected for together."""
-    alone = [_alone(comparison, confidence, look) for comparison in asked]
+    alone = [_decide_alone(comparison, confidence, look) for comparison in asked]
     for system in {comparison.against for comparison in asked}:
         lifts = [i for i, each in enumerate(asked) if RULES[each.role].shares_error and each.against == system]
         if len(lifts) > 1:
-            for i, decision in zip(lifts, _together([asked[i] for i in lifts], confidence, look), strict=True):
+            for i, decision in zip(lifts, _decide_together([asked[i] for i in lifts], confidence, look), strict=True):
                 alone[i] = decision
     return alone
 
 
-def _paired(gate: GateConfig, task: Answered, system: Comparator) -> Comparison:
+def _paired(gate: GateConfig, task: TaskScores, system: Comparator) -> Comparison:
     threshold = RULES[task.task.role].least(gate, task.task)
     return _comparison(task, against=system, evidence=_difference(task, system), threshold=threshold)
 
 
-def _difference(task: Answered, system: Comparator) -> Evidence | None:
+def _difference(task: TaskScores, system: Comparator) -> Evidence | None:
     new, old = task.scores["candidate"], task.scores[system]
     # Exchanging the systems turns a metric around: less is better becomes more is better.
     better, worse = (new, old) if task.higher_is_better else (old, new)
-    return paired(better, worse, task.clusters) if new else None
+    return pair_scores(better, worse, task.clusters) if new else None
 
 
-def _limit(task: Answered) -> Comparison:
+def _limit(gate: GateConfig, task: TaskScores) -> Comparison:
     scores, limit = task.scores["candidate"], task.task.threshold
     if limit is None:
         raise ValueError(f"{task.name} is a limit without a threshold")
-    evidence = beside(scores, limit, higher_is_better=task.higher_is_better, clusters=task.clusters) if scores else None
+    evidence = (
+        measure_distance(scores, limit, higher_is_better=task.higher_is_better, clusters=task.clusters)
+        if scores
+        else None
+    )
     return _comparison(task, against="threshold", evidence=evidence, threshold=0.0, limit=limit)
 
 
 def _comparison(
-    task: Answered, *, against: Comparator, evidence: Evidence | None, threshold: float, limit: float | None = None
+    task: TaskScores, *, against: Comparator, evidence: Evidence | None, threshold: float, limit: float | None = None
 ) -> Comparison:
     return Comparison(
         name=task.name,
@@ -129,7 +132,7 @@ def _comparison(
     )
 
 
-def _pooled(allowed: float, guards: Sequence[Answered], system: Comparator) -> Comparison:
+def _pooled(allowed: float, guards: Sequence[TaskScores], system: Comparator) -> Comparison:
     """All guards together, so that a small loss on each does not add up to a large one that no guard sees."""
     parts = [part for task in guards if (part := _difference(task, system)) is not None]
     return Comparison(
@@ -147,14 +150,14 @@ def _pooled(allowed: float, guards: Sequence[Answered], system: Comparator) -> C
     )
 
 
-def _share(task: Answered, system: str) -> float:
+def _share(task: TaskScores, system: str) -> float:
     """Mean score of a system, oriented so that more is better."""
     scores = task.scores[system]
     mean = fmean(scores) if scores else 0.0
     return mean if task.higher_is_better else 1 - mean
 
 
-def _alone(comparison: Comparison, confidence: float, look: Look) -> Decision:
+def _decide_alone(comparison: Comparison, confidence: float, look: Look) -> Decision:
     nominal, evidence = look.nominal(confidence), comparison.evidence
     if evidence is None:
         return Decision(state="undecided", bounds=Bounds(0.0, 0.0), confidence=nominal)
@@ -163,13 +166,13 @@ def _alone(comparison: Comparison, confidence: float, look: Look) -> Decision:
         state=_state(comparison, bounds, passed=bounds.low > comparison.threshold),
         bounds=bounds,
         confidence=nominal,
-        hopeless=hopeless(evidence, comparison.threshold, look, confidence),
+        hopeless=is_hopeless(evidence, comparison.threshold, look, confidence),
     )
 
 
-def _together(lifts: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
+def _decide_together(lifts: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
     """The answers to several lifts; documents must be there for each."""
-    alone = [_alone(lift, confidence, look) for lift in lifts]
+    alone = [_decide_alone(lift, confidence, look) for lift in lifts]
     lows = [_low_at(lift.evidence, look) for lift in lifts]
     claims = holm(lows, [lift.threshold for lift in lifts], confidence)
     return [

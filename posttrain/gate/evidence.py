@@ -14,8 +14,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Protocol
 
-from posttrain.gate.power import POWER, paired_documents
 from posttrain.gate.statistics import (
+    POWER,
     Bounds,
     MeanError,
     equal_documents,
@@ -23,6 +23,7 @@ from posttrain.gate.statistics import (
     mean_bounds,
     mean_error,
     normal_quantile,
+    paired_documents,
     tango_bounds,
 )
 
@@ -240,7 +241,7 @@ class Pool:
         return needed or sum(part.documents(expected, threshold, confidence) for part in self.parts)
 
 
-def paired(new: Sequence[float], old: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Evidence:
+def pair_scores(new: Sequence[float], old: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Evidence:
     """The evidence in two systems' scores of the same documents; a cluster for each document makes it robust to them.
 
     Raises ValueError when there is not one score of either for every document.
@@ -254,7 +255,7 @@ def paired(new: Sequence[float], old: Sequence[float], clusters: Sequence[Hashab
     return Mean([after - before for after, before in pairs], scale, clusters)
 
 
-def beside(
+def measure_distance(
     scores: Sequence[float], threshold: float, *, higher_is_better: bool, clusters: Sequence[Hashable] | None = None
 ) -> Evidence:
     """The evidence in one system's scores about their distance on the good side of ``threshold``."""

@@ -23,7 +23,7 @@ Table = Mapping[tuple[str, str], Mapping[str, Rows]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class TaskScores:
     """One task as every system was asked it, and how it answered."""
 
     name: str
@@ -43,24 +43,24 @@ class Answered:
         return all(0 <= score <= 1 for scores in self.scores.values() for score in scores)
 
 
-def answered(request: GateRequest, scorecard: Scorecard) -> list[Answered]:
+def match_scores(request: GateRequest, scorecard: Scorecard) -> list[TaskScores]:
     """Every task of the gate.
 
     Raises ArtifactDamaged when a score is missing, doubled, not finite, or of another system than the one that is to be
     judged, or when two systems were not asked the same.
     """
     table = _by_task(scorecard.rows)
-    return [_answered(request, scorecard, name, task, table) for name, task in request.tasks.items()]
+    return [_match_task(request, scorecard, name, task, table) for name, task in request.tasks.items()]
 
 
-def _answered(request: GateRequest, scorecard: Scorecard, name: str, task: GateTask, table: Table) -> Answered:
+def _match_task(request: GateRequest, scorecard: Scorecard, name: str, task: GateTask, table: Table) -> TaskScores:
     rows = {system: _rows(name, task, system, table.get((name, system), {})) for system in request.systems}
     candidate = rows["candidate"]
     for system, found in rows.items():
         _require_fresh(name, system, found, request.systems[system].digest)
         _require_same_questions(name, system, found, candidate)
     _require_all(name, len(candidate), scorecard)
-    return Answered(
+    return TaskScores(
         name=name,
         task=task,
         filter=next((row.filter for row in candidate.values()), task.filter or ""),

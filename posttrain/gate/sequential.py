@@ -52,12 +52,12 @@ class Look:
         return confidence if self.of == 1 else _nominal(self.number, self.of, confidence)
 
 
-def looks(count: int) -> list[Look]:
+def make_looks(count: int) -> list[Look]:
     """All looks, the first one first."""
     return [Look(number, count) for number in range(1, count + 1)]
 
 
-def portion(
+def select_portion(
     documents: Sequence[int], look: Look, seed: int, clusters: Mapping[int, Hashable] | None = None
 ) -> set[int]:
     """The documents that have been asked at a look: the first ones of a seeded order, of which the last look has all.
@@ -73,10 +73,12 @@ def portion(
     return set(shuffled[: portion_size(len(shuffled), look)])
 
 
-def fresh(documents: Sequence[int], look: Look, seed: int, clusters: Mapping[int, Hashable] | None = None) -> set[int]:
+def select_new(
+    documents: Sequence[int], look: Look, seed: int, clusters: Mapping[int, Hashable] | None = None
+) -> set[int]:
     """The documents that are asked at a look for the first time."""
     earlier = Look(look.number - 1, look.of)
-    return portion(documents, look, seed, clusters) - portion(documents, earlier, seed, clusters)
+    return select_portion(documents, look, seed, clusters) - select_portion(documents, earlier, seed, clusters)
 
 
 def portion_size(documents: int, look: Look) -> int:
@@ -84,7 +86,7 @@ def portion_size(documents: int, look: Look) -> int:
     return -(-documents * look.number // look.of)
 
 
-def hopeless(evidence: Evidence, threshold: float, look: Look, confidence: float) -> bool:
+def is_hopeless(evidence: Evidence, threshold: float, look: Look, confidence: float) -> bool:
     """Whether passing at the end is unlikely even if the truth is the best that the scores allow.
 
     Conditional power: with B = z sqrt(t) at the share t of the documents, z at the end is normal around B + drift
@@ -120,7 +122,7 @@ def obrien_fleming(shares: tuple[float, ...], error: float) -> tuple[float, ...]
     from scipy.optimize import brentq
 
     spent = [_spending(share, error) for share in shares]
-    process = _Process()
+    process = ScoreProcess()
     boundaries = []
     for look, share in enumerate(shares):
         allowed = spent[look] - (spent[look - 1] if look else 0.0)
@@ -131,24 +133,12 @@ def obrien_fleming(shares: tuple[float, ...], error: float) -> tuple[float, ...]
     return tuple(boundaries)
 
 
-def crossing(boundaries: Sequence[float], shares: Sequence[float], drift: float = 0.0) -> list[float]:
-    """Chance of first exceeding each boundary, by a score process whose z at the end is normal around ``drift``."""
-    process = _Process(drift)
-    chances = []
-    for look, (boundary, share) in enumerate(zip(boundaries, shares, strict=True)):
-        step = share - (shares[look - 1] if look else 0.0)
-        edge = boundary * math.sqrt(share)
-        chances.append(process.beyond(edge, step))
-        process.advance(edge, step)
-    return chances
-
-
 def _spending(share: float, error: float) -> float:
     normal = NormalDist()
     return 2 - 2 * normal.cdf(normal.inv_cdf(1 - error / 2) / math.sqrt(share))
 
 
-class _Process:
+class ScoreProcess:
     """The density of a score process B(t) that no look has stopped so far, on a grid."""
 
     def __init__(self, drift: float = 0.0) -> None:

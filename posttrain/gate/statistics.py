@@ -7,9 +7,14 @@ Every bound is one-sided: with ``confidence`` 0.95 the true value lies above ``l
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+
+POWER = 0.8
+"""Chance of deciding that numbers of documents plan for."""
+LowAt = Callable[[float], float]
+"""The lower bound at a one-sided confidence; it falls as the confidence grows."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,68 @@ def restricted_spread(win: float, loss: float, difference: float) -> float:
     c = -loss * difference * (1 - difference)
     most_likely = (math.sqrt(max(b * b - 8 * c, 0.0)) - b) / 4
     return math.sqrt(max(2 * most_likely + difference * (1 - difference), 0.0))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether a lift may be claimed beside the others."""
+
+    passed: bool
+    low: float
+    """The adjusted lower bound: above the threshold where the lift is claimed, or at it while another one is not."""
+
+
+def holm(lows: Sequence[LowAt], thresholds: Sequence[float], confidence: float) -> list[Claim]:
+    """Which of several lower bounds exceed their thresholds, with bounds that agree with it.
+
+    As long as some lift exceeds its threshold at the error divided by the number of open ones, it is claimed and no
+    longer open. All true lifts lie above the adjusted bounds at once with ``confidence``: those of open lifts are taken
+    at the error divided by their number; of claimed ones nothing but the claim is said until all are claimed. Source:
+    K. Strassburger, F. Bretz, Compatible simultaneous lower confidence bounds for the Holm procedure and other
+    Bonferroni-based closed tests, Statistics in Medicine 27 (2008) 4914-4927.
+    """
+    error = 1 - confidence
+    unclaimed = set(range(len(lows)))
+    while claimed := {i for i in unclaimed if lows[i](1 - error / len(unclaimed)) > thresholds[i]}:
+        unclaimed -= claimed
+
+    def adjusted(i: int) -> float:
+        if i in unclaimed:
+            return lows[i](1 - error / len(unclaimed))
+        return thresholds[i] if unclaimed else max(thresholds[i], lows[i](1 - error / len(lows)))
+
+    return [Claim(i not in unclaimed, adjusted(i)) for i in range(len(lows))]
+
+
+def paired_documents(discordance: float, effect: float, threshold: float, confidence: float) -> int:
+    """How many pairs bring Tango's lower bound above ``threshold`` in four of five samples, if ``effect`` is the truth.
+
+    n = ((z_confidence s_0 + z_power s_1) / (effect - threshold))^2, with the spread s_0 of pairs at the threshold, as
+    the score test takes it, and s_1 at the truth. Raises ValueError when the effect does not exceed the threshold.
+    """
+    gap, (win, loss) = effect - threshold, _cells(discordance, effect)
+    if gap <= 0:
+        raise ValueError(f"an effect of {effect} does not exceed {threshold}")
+    if gap >= 1:
+        return 1
+    at_threshold, at_truth = restricted_spread(win, loss, threshold), math.sqrt(win + loss - effect**2)
+    z = normal_quantile(confidence) * at_threshold + normal_quantile(POWER) * at_truth
+    # without discordant pairs the bound is -z^2 / (n + z^2), which the spread at the threshold leads to but for one
+    return math.ceil((z / gap) ** 2) + 1
+
+
+def paired_power(n: int, discordance: float, effect: float, threshold: float, confidence: float) -> float:
+    """Chance that Tango's lower bound over ``n`` pairs exceeds ``threshold``; see paired_documents."""
+    win, loss = _cells(discordance, effect)
+    at_threshold, at_truth = restricted_spread(win, loss, threshold), math.sqrt(max(win + loss - effect**2, 0.0))
+    distance = (effect - threshold) * math.sqrt(n) - normal_quantile(confidence) * at_threshold
+    return NormalDist().cdf(distance / at_truth) if at_truth > 0 else float(distance > 0)
+
+
+def _cells(discordance: float, effect: float) -> tuple[float, float]:
+    """Shares of wins and losses; at least the size of the effect is discordant."""
+    discordance = max(discordance, abs(effect))
+    return (discordance + effect) / 2, (discordance - effect) / 2
 
 
 def normal_quantile(confidence: float) -> float:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.schema import Sequential
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.comparison import Comparison, Decision, comparisons, decide
+from posttrain.gate.comparison import Comparison, Decision, decide, list_comparisons
 from posttrain.gate.evidence import Mean
-from posttrain.gate.matching import answered
+from posttrain.gate.matching import match_scores
 from posttrain.gate.reasons import reason
-from posttrain.gate.sequential import Look, looks
+from posttrain.gate.sequential import Look, make_looks
 from posttrain.gate.spec import Comparator, GateRequest, Scorecard, TaskVerdict, Verdict, worst
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     """
     if not request.gate.enabled:
         return Verdict(state="pass", gated=False, tasks=(), reason="the recipe switched this gate off")
-    asked, decisions = _decided(request, scorecard)
+    asked, decisions = _decide_all(request, scorecard)
     if not asked:
         return Verdict(state="undecided", gated=True, tasks=(), reason="this gate asks nothing, so nothing can pass it")
     verdicts = [_verdict(*found, request.gate) for found in zip(asked, decisions, strict=True)]
@@ -48,17 +48,17 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     )
 
 
-def looks_of(request: GateRequest) -> list[Look]:
+def plan_looks(request: GateRequest) -> list[Look]:
     """When the gate looks at its scores: once, unless it is sequential and all that decides is scored here."""
     sequential = request.gate.sequential is Sequential.obrien_fleming and set(_comparators(request)) <= set(
         request.systems
     )
-    return looks(request.gate.looks if sequential else 1)
+    return make_looks(request.gate.looks if sequential else 1)
 
 
-def settled(request: GateRequest, scorecard: Scorecard) -> bool:
+def is_settled(request: GateRequest, scorecard: Scorecard) -> bool:
     """Whether a sequential gate may stop at the look that the scorecard is for: it decides, or can hardly pass."""
-    _, decisions = _decided(request, scorecard)
+    _, decisions = _decide_all(request, scorecard)
     if scorecard.look.last or worst(decision.state for decision in decisions) != "undecided":
         return True
     return any(decision.hopeless for decision in decisions)
@@ -92,11 +92,11 @@ def read_verdict(path: Path) -> Verdict:
         raise ArtifactDamaged(f"{path} does not hold a verdict: {error}") from None
 
 
-def _decided(request: GateRequest, scorecard: Scorecard) -> tuple[list[Comparison], list[Decision]]:
+def _decide_all(request: GateRequest, scorecard: Scorecard) -> tuple[list[Comparison], list[Decision]]:
     against = _comparators(request)
     if not against:
         return [], []
-    asked = comparisons(request.gate, answered(request, scorecard), against)
+    asked = list_comparisons(request.gate, match_scores(request, scorecard), against)
     return asked, decide(asked, request.gate.confidence, scorecard.look)
 
 

@@ -49,7 +49,7 @@ class Baseline:
     tasks: Mapping[str, Mapping[str, Any]]
 
 
-def baseline_of(
+def make_baseline(
     gate: str, adapter: str, asked: Mapping[str, Any], tasks: Mapping[str, GateTask], scorecard: Scorecard
 ) -> Baseline:
     """The baseline in the scores of the systems ``base`` and ``candidate``."""
@@ -97,7 +97,7 @@ def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any])
         raise BadInput(problems)
 
 
-def with_baseline(
+def add_baseline(
     path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard, base: str
 ) -> Scorecard:
     """The candidate's scores, with those of ``base`` and of the baseline, as ``parent``, from the file.

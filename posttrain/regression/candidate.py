@@ -11,7 +11,7 @@ from pathlib import Path
 
 from posttrain.artifact import MANIFEST, ModelSource, Pins, quantization_of, verify
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
-from posttrain.config.regression import GatedModel
+from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
@@ -35,7 +35,7 @@ class Candidate:
     """Whether it is an artifact, which was published only because it computes something else than its parent."""
 
 
-def find_candidate(path: Path, model: GatedModel) -> Candidate:
+def read_candidate(path: Path, model: BaseSettings) -> Candidate:
     """What ``path`` holds, and its base, which ``model`` may say more about.
 
     Raises ArtifactDamaged when an artifact or its base is not what the manifest says, BadInput for anything else.
@@ -67,7 +67,7 @@ def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
         raise BadInput(problems)
 
 
-def _artifact(path: Path, model: GatedModel) -> Candidate:
+def _artifact(path: Path, model: BaseSettings) -> Candidate:
     artifact = verify(path)
     base = _base(path, model, artifact.manifest.base.name, artifact.pins)
     return Candidate(
@@ -79,7 +79,7 @@ def _artifact(path: Path, model: GatedModel) -> Candidate:
     )
 
 
-def _adapter(path: Path, model: GatedModel) -> Candidate:
+def _adapter(path: Path, model: BaseSettings) -> Candidate:
     config = read_json(path / ADAPTER_CONFIG)
     weights = path / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -102,7 +102,7 @@ def _adapter(path: Path, model: GatedModel) -> Candidate:
     return Candidate(path=path, source=source, base=base, dtype=_dtype(model, base), verified=False)
 
 
-def _weights(path: Path, model: GatedModel) -> Candidate:
+def _weights(path: Path, model: BaseSettings) -> Candidate:
     if not (path / "config.json").is_file():
         what = "holds no artifact, no adapter and no full weights"
         raise BadInput(Problem(where=str(path), what=what, fix="Give the directory of an adapter or a model"))
@@ -121,7 +121,7 @@ def _weights(path: Path, model: GatedModel) -> Candidate:
     )
 
 
-def _base(path: Path, model: GatedModel, named: object, pinned: Pins | None) -> ModelSource:
+def _base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -> ModelSource:
     """The base that the user says or the adapter names; with the chat template and tokens of the adapter, if any."""
     chosen = model.path if model.path is not None else named
     if not isinstance(chosen, str) or not chosen:
@@ -152,7 +152,7 @@ def _present(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _dtype(model: GatedModel, source: ModelSource) -> str:
+def _dtype(model: BaseSettings, source: ModelSource) -> str:
     """The number format that the user says; float32 for weights that are stored so, else bfloat16."""
     if model.dtype is not None:
         return model.dtype.value

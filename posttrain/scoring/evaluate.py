@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
-from posttrain.gate.verdict import looks_of, settled
+from posttrain.gate.verdict import is_settled, plan_looks
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
 from posttrain.scoring.checks import read_clusters
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
@@ -45,12 +45,12 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         clusters=read_clusters(request.tasks, tasks),
     )
     held: ModelsBySystems = {}
-    for look in looks_of(request):
+    for look in plan_looks(request):
         new = [task.at(look, request.gate.seed, scorecard.clusters.get(task.name)) for task in tasks]
         asked = [task for task in new if task.questions]
         rows = _Session(request, progress, loading, tokenizer, asked, held).score()
         scorecard = replace(scorecard, rows=(*scorecard.rows, *rows), look=look)
-        if not look.last and settled(request, scorecard):
+        if not look.last and is_settled(request, scorecard):
             progress.note(f"the gate is settled at look {look.number} of {look.of}: no more documents are scored")
             break
     write_scorecard(request.scorecard, scorecard.rows)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Role
 from posttrain.data.files import count_rows
-from posttrain.gate.power import POWER, paired_documents, paired_power
 from posttrain.gate.roles import RULES
-from posttrain.gate.statistics import normal_quantile
+from posttrain.gate.statistics import POWER, normal_quantile, paired_documents, paired_power
 from posttrain.scoring.catalogue import EVALUATED, is_path, read_task_file, registered_tasks
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.gate.sequential import Look, fresh
+from posttrain.gate.sequential import Look, select_new
 
 Asked = Mapping[int, tuple[str, str, str]]
 """By document: the hashes of document, requests and target."""
@@ -57,7 +57,7 @@ class PreparedTask:
 
     def at(self, look: Look, seed: int, clusters: Mapping[int, str] | None) -> PreparedTask:
         """The task with the questions that are asked at one look for the first time."""
-        chosen = fresh([question.doc_id for question in self.questions], look, seed, clusters)
+        chosen = select_new([question.doc_id for question in self.questions], look, seed, clusters)
         return replace(self, questions=[question for question in self.questions if question.doc_id in chosen])
 
     @property

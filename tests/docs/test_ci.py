@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from posttrain import cli
-from tests.support.gated import scaled, write_gated
+from tests.support.adapters import scaled, write_adapters
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def runs() -> list[str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with adapters, and a gate of the name that the document uses."""
-    root = write_gated(tmp_path_factory.mktemp("project"))
+    root = write_adapters(tmp_path_factory.mktemp("project"))
     (root / "conf" / "gate" / "quiz.yaml").rename(root / "conf" / "gate" / "mine.yaml")
     shutil.copytree(root / "good", root / "adapters" / "candidate")
     return root

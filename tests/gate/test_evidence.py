@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool, RightAnswers, beside, paired
+from posttrain.gate.evidence import Evidence, Mean, PairedAnswers, Pool, RightAnswers, measure_distance, pair_scores
 from posttrain.gate.statistics import tango_bounds
 
 
 def test_right_and_wrong_answers_take_the_score_interval() -> None:
-    evidence = paired([1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0])
+    evidence = pair_scores([1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0])
     assert evidence == PairedAnswers(wins=2, losses=1, n=5)
     assert evidence.bounds(0.95) == tango_bounds(2, 1, 5, 0.95)
     assert "Tango" in evidence.method
 
 
 def test_other_scores_take_students_t() -> None:
-    evidence = paired([0.5, 0.7, 0.1], [0.4, 0.9, 0.3])
+    evidence = pair_scores([0.5, 0.7, 0.1], [0.4, 0.9, 0.3])
     assert "Student" in evidence.method
     assert evidence.mean == pytest.approx(-0.1)
     assert evidence.standard_error == pytest.approx(stats.sem([0.1, -0.2, -0.2]))
@@ -30,8 +30,8 @@ def test_other_scores_take_students_t() -> None:
 
 def test_sources_turn_right_and_wrong_answers_into_students_t_over_sources() -> None:
     new, old = [1.0, 1.0, 0.0, 0.0] * 10, [0.0, 1.0, 0.0, 0.0] * 10
-    assert paired(new, old, list(range(40))) == paired(new, old)
-    clustered = paired(new, old, [document // 4 for document in range(40)])
+    assert pair_scores(new, old, list(range(40))) == pair_scores(new, old)
+    clustered = pair_scores(new, old, [document // 4 for document in range(40)])
     assert clustered.method == "Student's t over 10 clusters, corrected for skewness"
 
 
@@ -41,28 +41,28 @@ def test_sources_with_the_same_answers_count_once() -> None:
     differences = generator.choice([-1.0, 0.0, 1.0], size=10)
     copied = np.repeat(differences, 4)
     clusters = np.repeat(np.arange(10), 4).tolist()
-    evidence = paired(np.maximum(copied, 0).tolist(), np.maximum(-copied, 0).tolist(), clusters)
+    evidence = pair_scores(np.maximum(copied, 0).tolist(), np.maximum(-copied, 0).tolist(), clusters)
     single = Mean(differences.tolist(), 1.0)
     assert evidence.bounds(0.95).low == pytest.approx(single.bounds(0.95).low)
 
 
 def test_pairs_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        paired([1.0, 0.0], [1.0])
+        pair_scores([1.0, 0.0], [1.0])
 
 
 def test_a_share_beside_a_threshold_takes_the_exact_interval() -> None:
     scores = [1.0] * 95 + [0.0] * 5
-    above = beside(scores, 0.9, higher_is_better=True)
+    above = measure_distance(scores, 0.9, higher_is_better=True)
     assert above == RightAnswers(95, 100, 0.9)
     assert above.bounds(0.95).low == pytest.approx(stats.beta.ppf(0.05, 95, 6) - 0.9)
-    below = beside([1.0 - score for score in scores], 0.1, higher_is_better=False)
+    below = measure_distance([1.0 - score for score in scores], 0.1, higher_is_better=False)
     assert below.bounds(0.95).low == pytest.approx(above.bounds(0.95).low)
 
 
 def test_other_scores_beside_a_threshold_take_students_t() -> None:
     scores = np.random.default_rng(1).normal(3.0, 1.0, size=50)
-    evidence = beside(scores.tolist(), 3.5, higher_is_better=False)
+    evidence = measure_distance(scores.tolist(), 3.5, higher_is_better=False)
     assert evidence.mean == pytest.approx(3.5 - scores.mean())
     assert evidence.standard_error == pytest.approx(stats.sem(scores))
 
@@ -149,7 +149,7 @@ def test_bounds_enclose_the_mean_and_turn_around_with_the_systems(
 ) -> None:
     new, old = [pair[0] for pair in scores], [pair[1] for pair in scores]
     clusters = [index % groups for index in range(len(scores))]
-    evidence, turned = paired(new, old, clusters), paired(old, new, clusters)
+    evidence, turned = pair_scores(new, old, clusters), pair_scores(old, new, clusters)
     bounds, mirrored = evidence.bounds(confidence), turned.bounds(confidence)
     assert bounds.low <= evidence.mean <= bounds.high
     assert (bounds.low, bounds.high) == (pytest.approx(-mirrored.high), pytest.approx(-mirrored.low))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from posttrain.gate.multiple import holm
+from posttrain.gate.statistics import holm
 
 
 def normal_low(z: float) -> Callable[[float], float]:

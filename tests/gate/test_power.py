@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.gate.power import paired_documents, paired_power
-from posttrain.gate.statistics import tango_bounds
+from posttrain.gate.statistics import paired_documents, paired_power, tango_bounds
 
 TRIALS = 2000
 

@@ -15,7 +15,7 @@ from posttrain.gate.spec import Scorecard, Verdict
 from posttrain.hookspecs import hookimpl
 from posttrain.host.plugins import Host
 from tests.support import gates
-from tests.support.gated import Log
+from tests.support.adapters import Log
 
 CARD = gates.card(gates.rows("base", [0.0, 1.0]), gates.rows("candidate", [1.0, 1.0]))
 PASS = Verdict(state="pass", gated=True, tasks=(), reason="because")

@@ -12,9 +12,8 @@ import pytest
 from posttrain.artifact import BaseWeights
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.multiple import holm
 from posttrain.gate.spec import Scorecard, TaskVerdict, Verdict
-from posttrain.gate.statistics import exact_share_bounds, tango_bounds
+from posttrain.gate.statistics import exact_share_bounds, holm, tango_bounds
 from posttrain.gate.verdict import judge, read_verdict, verdict_json
 from posttrain.ledger import Judgement
 from posttrain.report.intervals import intervals

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +20,31 @@ from posttrain.errors import ArtifactDamaged
 from posttrain.gate.evidence import PairedAnswers
 from posttrain.gate.sequential import (
     Look,
-    crossing,
-    fresh,
-    hopeless,
-    looks,
+    ScoreProcess,
+    is_hopeless,
+    make_looks,
     obrien_fleming,
-    portion,
     portion_size,
+    select_new,
+    select_portion,
 )
 from posttrain.gate.spec import Scorecard
-from posttrain.gate.verdict import judge, looks_of, settled
+from posttrain.gate.verdict import is_settled, judge, plan_looks
 from tests.support.gates import GUARD, LIFT, card_of, request_of
 
 FIVE = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def crossing(boundaries: Sequence[float], shares: Sequence[float], drift: float = 0.0) -> list[float]:
+    """Chance of first exceeding each boundary, by a score process whose z at the end is normal around ``drift``."""
+    process = ScoreProcess(drift)
+    chances = []
+    for look, (boundary, share) in enumerate(zip(boundaries, shares, strict=True)):
+        step = share - (shares[look - 1] if look else 0.0)
+        edge = boundary * math.sqrt(share)
+        chances.append(process.beyond(edge, step))
+        process.advance(edge, step)
+    return chances
 
 
 @pytest.mark.parametrize(
@@ -58,7 +72,7 @@ def test_boundaries_are_the_published_ones(error: float, published: tuple[float,
     ],
 )
 def test_the_original_boundaries_are_crossed_as_often_as_published(count: int, error: float, constant: float) -> None:
-    shares = [look.share for look in looks(count)]
+    shares = [look.share for look in make_looks(count)]
     boundaries = [constant / share**0.5 for share in shares]
     assert sum(crossing(boundaries, shares)) == pytest.approx(error, abs=1e-4)
 
@@ -94,41 +108,42 @@ def test_crossing_agrees_with_simulated_processes() -> None:
 def test_looks_see_more_and_more_until_all(count: int, of: int, seed: int) -> None:
     documents = list(range(count))
     seen: set[int] = set()
-    for look in looks(of):
-        new = fresh(documents, look, seed)
+    for look in make_looks(of):
+        new = select_new(documents, look, seed)
         assert not new & seen
         seen |= new
-        assert seen == portion(documents, look, seed)
+        assert seen == select_portion(documents, look, seed)
         assert len(seen) == portion_size(count, look)
     assert seen == set(documents)
 
 
 def test_the_order_is_seeded_and_not_that_of_the_task() -> None:
     documents, half = list(range(100)), Look(1, 2)
-    assert portion(documents, half, 1) == portion(documents[::-1], half, 1) != portion(documents, half, 2)
-    assert portion(documents, half, 1) != set(range(50))
+    chosen = select_portion(documents, half, 1)
+    assert chosen == select_portion(documents[::-1], half, 1) != select_portion(documents, half, 2)
+    assert chosen != set(range(50))
 
 
 def test_documents_of_one_source_are_seen_together() -> None:
     clusters = {document: document % 20 for document in range(200)}
-    seen = portion(list(clusters), Look(1, 2), 0, clusters)
+    seen = select_portion(list(clusters), Look(1, 2), 0, clusters)
     assert {clusters[document] for document in seen} != set(range(20))
     assert len({clusters[document] for document in seen}) == 10
 
 
 def test_a_candidate_with_bad_luck_goes_on_and_a_hopeless_one_does_not() -> None:
     first = Look(1, 5)
-    assert not hopeless(PairedAnswers(20, 24, 264), 0.0, first, 0.95)
-    assert hopeless(PairedAnswers(10, 44, 264), 0.0, first, 0.95)
-    assert not hopeless(PairedAnswers(10, 44, 264), 0.0, Look(5, 5), 0.95)
-    assert not hopeless(PairedAnswers(0, 0, 264), 0.0, first, 0.95)
+    assert not is_hopeless(PairedAnswers(20, 24, 264), 0.0, first, 0.95)
+    assert is_hopeless(PairedAnswers(10, 44, 264), 0.0, first, 0.95)
+    assert not is_hopeless(PairedAnswers(10, 44, 264), 0.0, Look(5, 5), 0.95)
+    assert not is_hopeless(PairedAnswers(0, 0, 264), 0.0, first, 0.95)
 
 
 def test_a_candidate_that_passes_is_never_hopeless() -> None:
     for wins in range(0, 80, 4):
         evidence = PairedAnswers(wins, 20, 400)
         if evidence.bounds(Look(2, 5).nominal(0.95)).low > 0:
-            assert not hopeless(evidence, 0.0, Look(2, 5), 0.95)
+            assert not is_hopeless(evidence, 0.0, Look(2, 5), 0.95)
 
 
 @functools.cache
@@ -174,7 +189,7 @@ def test_a_gate_settles_on_a_pass_a_failure_and_a_hopeless_candidate() -> None:
     asked = request_of({"quiz": LIFT}, sequential=Sequential.obrien_fleming)
     second = Look(2, 5)
     found = {
-        counts: (settled(asked, card), judge(asked, card).state)
+        counts: (is_settled(asked, card), judge(asked, card).state)
         for counts in ((90, 20), (20, 90), (40, 60), (60, 50))
         for card in [scorecard(*counts, 528, second, 1319)]
     }
@@ -209,8 +224,8 @@ def test_a_look_that_has_not_seen_its_share_is_refused(found: int, total: int) -
 
 
 def test_a_gate_looks_once_unless_it_is_asked_to_look_often() -> None:
-    assert looks_of(request_of({"quiz": LIFT})) == [Look()]
-    assert looks_of(request_of({"quiz": LIFT}, sequential=Sequential.obrien_fleming, looks=3)) == looks(3)
+    assert plan_looks(request_of({"quiz": LIFT})) == [Look()]
+    assert plan_looks(request_of({"quiz": LIFT}, sequential=Sequential.obrien_fleming, looks=3)) == make_looks(3)
     # what it is compared with is not scored here, so that it cannot be decided here
     alone = request_of({"quiz": GUARD}, ("candidate",), sequential=Sequential.obrien_fleming)
-    assert looks_of(alone) == [Look()]
+    assert plan_looks(alone) == [Look()]

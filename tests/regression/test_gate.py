@@ -16,9 +16,9 @@ from posttrain.config.schema import GateTask, Role
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput
 from posttrain.gate.spec import Scorecard
-from posttrain.regression.baseline import read_baseline, require_same_asked, with_baseline
+from posttrain.regression.baseline import add_baseline, read_baseline, require_same_asked
 from posttrain.scoring.scorecard import read_scorecard
-from tests.support.gated import edit, other_template, save_adapter, scaled, write_gated
+from tests.support.adapters import edit, other_template, save_adapter, scaled, write_adapters
 from tests.support.tiny import tiny_llama, tiny_tokenizer, write_base
 
 Gate = Callable[..., int]
@@ -26,7 +26,7 @@ Gate = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("gated"))
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def compared(path: Path, asked: Mapping[str, Any], candidate: Scorecard) -> Scor
     task = GateTask(role=Role.lift, metric="acc")
     baseline = read_baseline(path)
     require_same_asked(path, baseline, asked)
-    return with_baseline(path, baseline, {"quiz": task}, candidate, "base")
+    return add_baseline(path, baseline, {"quiz": task}, candidate, "base")
 
 
 def test_scores_of_a_baseline_stand_beside_the_candidates(committed: Path, candidate: Scorecard) -> None:

@@ -13,12 +13,12 @@ import pytest
 
 from posttrain import cli
 from posttrain.scoring.cache import Blocks, ScoreCache
-from tests.support.gated import write_gated
+from tests.support.adapters import write_adapters
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("gated"))
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def words(material: Path, *more: str) -> list[str]:

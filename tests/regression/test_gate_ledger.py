@@ -12,14 +12,14 @@ import pytest
 
 from posttrain import cli
 from posttrain.ledger import lifts
-from tests.support.gated import write_gated
+from tests.support.adapters import write_adapters
 
 Posttrain = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("gated"))
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def posttrain(*words: str) -> int:

@@ -31,7 +31,7 @@ from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring.checks import check_backend
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.systems import Loading
-from tests.support.gated import Log, edit, write_gated
+from tests.support.adapters import Log, edit, write_adapters
 from tests.support.tiny import base_source
 
 
@@ -90,7 +90,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("backends"))
+    return write_adapters(tmp_path_factory.mktemp("backends"))
 
 
 def systems(material: Path) -> dict[str, ModelSource]:

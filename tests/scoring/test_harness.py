@@ -31,7 +31,7 @@ from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness.tasks import _is_complete, load_leaves, preflight
 from posttrain.scoring.scorecard import read_questions, read_scorecard
 from posttrain.scoring.systems import Loading, SharedWeights
-from tests.support.gated import Log
+from tests.support.adapters import Log
 from tests.support.quizzes import LIKELIHOOD, SCORING, quiz_row, save_adapter, write_quizzes
 from tests.support.tiny import base_source, write_base
 

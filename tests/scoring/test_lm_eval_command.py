@@ -18,7 +18,7 @@ from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.systems import Loading
-from tests.support.gated import Log
+from tests.support.adapters import Log
 from tests.support.quizzes import write_quizzes
 from tests.support.tiny import base_source, tiny_tokenizer
 

@@ -21,13 +21,13 @@ from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.scorecard import read_scorecard
 from posttrain.scoring.systems import Loading
-from tests.support.gated import TASK, Log, base_source_with, write_gated
+from tests.support.adapters import TASK, Log, base_source_with, write_adapters
 from tests.support.tiny import base_source
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("looks"))
+    return write_adapters(tmp_path_factory.mktemp("looks"))
 
 
 def quiz(root: Path, **settings: Any) -> GateTask:

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from posttrain.config.schema import GateConfig, GateTask, Role
-from posttrain.gate.power import paired_documents, paired_power
+from posttrain.gate.statistics import paired_documents, paired_power
 from posttrain.scoring import plugin
 from posttrain.scoring.outlook import Outlook, outlooks
 from tests.support.gates import GUARD, LIFT

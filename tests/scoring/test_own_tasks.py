@@ -24,7 +24,7 @@ from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.systems import Loading
 from posttrain.scoring.tasks.metrics import MATCHES, right
-from tests.support.gated import Log
+from tests.support.adapters import Log
 from tests.support.tiny import base_source, tiny_tokenizer, write_base
 
 (FOLDER,) = plugin.register_eval_tasks()

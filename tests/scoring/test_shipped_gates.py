@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import cli
-from posttrain.commands.gate import gated
+from posttrain.commands.gate import read_settings
 from posttrain.config.compose import compose
 from posttrain.config.paths import conf_folders
 from posttrain.errors import BadInput, Problem
@@ -20,7 +20,7 @@ from posttrain.plan import make_plan
 from posttrain.scoring.harness.tasks import load_leaves
 from posttrain.scoring.outlook import outlooks
 from posttrain.scoring.scorecard import read_scorecard
-from tests.support.gated import write_gated
+from tests.support.adapters import write_adapters
 
 FOLDERS = conf_folders([folder for folders in plugins.load().folders.values() for folder in folders])
 GATES = sorted(path.stem for folder in FOLDERS for path in folder.glob("gate/*.yaml") if path.stem != "none")
@@ -50,10 +50,10 @@ def test_a_shipped_gate_composes_and_plans(host: Host, name: str) -> None:
     evaluated = EVALUATED.get(name, [])
     evaluated = ["gate_data={}", *evaluated] if any(word.startswith("+") for word in evaluated) else evaluated
     words = [f"gate.{setting}" for setting in GIVEN.get(name, [])]
-    _, gating, tasks, wrong = gated(host, ["adapter=x", f"gate={name}", *words, *evaluated])
+    _, settings, tasks, wrong = read_settings(host, ["adapter=x", f"gate={name}", *words, *evaluated])
     assert not wrong
     assert tasks
-    assert gating.gate.enabled
+    assert settings.gate.enabled
     recipe = ["recipe=quickstart", "stages=[sft]", f"gate@sft.gate={name}"]
     given = [f"sft.gate.{setting}" for setting in GIVEN.get(name, [])]
     plan = make_plan(compose(host, [*recipe, *given, *evaluated]), host)
@@ -63,8 +63,8 @@ def test_a_shipped_gate_composes_and_plans(host: Host, name: str) -> None:
 @pytest.mark.parametrize("name", ["sft_default", "dpo_default", "safety_default", "math", "code"])
 def test_the_plan_knows_the_power_of_gates_on_public_tasks(host: Host, name: str) -> None:
     words = [f"gate.{setting}" for setting in GIVEN.get(name, [])]
-    _, gating, tasks, _ = gated(host, ["adapter=x", f"gate={name}", *words])
-    found = {each.name: each for each in outlooks(gating.gate, tasks)}
+    _, settings, tasks, _ = read_settings(host, ["adapter=x", f"gate={name}", *words])
+    found = {each.name: each for each in outlooks(settings.gate, tasks)}
     graded = {"preferences", "truthfulqa_mc2"}  # one is the user's own file, the other is no share of right answers
     assert all(found[task].chances for task in tasks if task not in graded)
     assert min(found[task].documents or 0 for task in tasks if task not in graded) >= 100
@@ -79,7 +79,7 @@ def test_what_a_gate_leaves_to_its_user_is_asked_for(host: Host, name: str) -> N
 def problems(host: Host, name: str) -> list[Problem]:
     """What is wrong with a gate as it stands."""
     try:
-        return gated(host, ["adapter=x", f"gate={name}"])[-1]
+        return read_settings(host, ["adapter=x", f"gate={name}"])[-1]
     except BadInput as error:
         return error.problems
 
@@ -94,10 +94,10 @@ def test_code_is_run_only_where_that_is_allowed(host: Host, tmp_path: Path, monk
     )
     gate = ["adapter=x", "gate=local", "gate.tasks.mine.data=rows.jsonl", "gate.tasks.mine.metric=exact_match"]
     gate.append(f"gate.tasks.mine.task={tmp_path / 'run.yaml'}")
-    *_, wrong = gated(host, gate)
+    *_, wrong = read_settings(host, gate)
     assert [problem.what for problem in wrong] == ["the task runs programs that the model writes"]
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
-    _, _, tasks, _ = gated(host, [*gate, "gate.tasks.mine.run_code=true"])
+    _, _, tasks, _ = read_settings(host, [*gate, "gate.tasks.mine.run_code=true"])
     assert len(load_leaves("mine", tasks["mine"])) == 1
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
 
@@ -107,7 +107,7 @@ def test_code_is_run_only_where_that_is_allowed(host: Host, tmp_path: Path, monk
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gated(tmp_path_factory.mktemp("shipped"))
+    return write_adapters(tmp_path_factory.mktemp("shipped"))
 
 
 def gate(material: Path, name: str, *words: str) -> int:

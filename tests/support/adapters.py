@@ -54,7 +54,7 @@ class Log:
         self.steps.append((system, task, done, total))
 
 
-def write_gated(root: Path) -> Path:
+def write_adapters(root: Path) -> Path:
     """A base, the adapters ``good`` and ``other``, an artifact with the weights of ``good``, and a gate ``quiz``."""
     base = write_base(root / "base")
     save_adapter(root / "good", base, seed=1)
