@@ -25,7 +25,7 @@ from posttrain.plan import Plan, Step, make_plan
 from posttrain.sft.rows import mixture, render
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
-from posttrain.tokens.shares import Portion
+from posttrain.tokens.shares import SourceShare
 
 ALL = "--all"
 SHOWN = 3
@@ -77,12 +77,12 @@ class Page:
                 self.console.print(self.marked(document.ids, document.mask), end="\n\n")
         mixed = mixture(found, documents, config, step.seed)
         self._show_row(step.name, mixed.packing)
-        self._show_portions(step.name, mixed.portions)
+        self._show_shares(step.name, mixed.shares)
         counts = mixed.packing.counts
         self.console.print(f"{counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
         for note in counts.notes():
             self.console.print(note)
-        if count is not None and any(_goes_on(step.sources, portion, count) for portion in mixed.portions):
+        if count is not None and any(_goes_on(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 
     def marked(self, ids: Sequence[int], mask: Sequence[bool]) -> Text:
@@ -116,13 +116,13 @@ class Page:
         between = Text(f" … {end - start - 2 * EDGE:,} tokens … ", style=BORDER)
         return Text.assemble(part(start, start + EDGE), between, part(end - EDGE, end))
 
-    def _show_portions(self, name: str, portions: Sequence[Portion]) -> None:
+    def _show_shares(self, name: str, shares: Sequence[SourceShare]) -> None:
         self._rule(f"{name}: what is trained")
         table = Table(box=None, pad_edge=False, header_style="")
         table.add_column("source", overflow="fold")
         for title in ("records", "taken", "tokens", "of the mix", "trained", "of its tokens"):
             table.add_column(title, justify="right")
-        for cells in _lines(portions):
+        for cells in _lines(shares):
             table.add_row(*cells)
         self.console.print(table, soft_wrap=False, end="\n\n")
 
@@ -135,26 +135,26 @@ def _limited(source: Source, count: int | None) -> Source:
     return replace(source, limit=min(limits, default=None))
 
 
-def _goes_on(sources: Sequence[Source], portion: Portion, count: int) -> bool:
+def _goes_on(sources: Sequence[Source], share: SourceShare, count: int) -> bool:
     """Whether a source may hold more than the first ``count`` records, and the recipe would take them."""
-    source = sources[portion.origin.number]
-    return portion.records >= round(count * source.weight) and (source.limit is None or source.limit > count)
+    source = sources[share.origin.number]
+    return share.records >= round(count * source.weight) and (source.limit is None or source.limit > count)
 
 
-def _lines(portions: Sequence[Portion]) -> Iterator[tuple[str, ...]]:
+def _lines(shares: Sequence[SourceShare]) -> Iterator[tuple[str, ...]]:
     """The cells of each source, and of all together where there are several."""
-    for portion in portions:
+    for share in shares:
         yield _cells(
-            Path(portion.origin.path).name,
-            portion.records,
-            portion.taken,
-            portion.tokens,
-            portion.share,
-            portion.trained,
+            Path(share.origin.path).name,
+            share.records,
+            share.taken,
+            share.tokens,
+            share.share,
+            share.trained,
         )
-    if len(portions) > 1:
+    if len(shares) > 1:
         records, taken, tokens, trained = (
-            sum(getattr(portion, key) for portion in portions) for key in ("records", "taken", "tokens", "trained")
+            sum(getattr(share, key) for share in shares) for key in ("records", "taken", "tokens", "trained")
         )
         yield _cells("all", records, taken, tokens, 1.0, trained)
 

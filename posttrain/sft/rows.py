@@ -10,7 +10,7 @@ from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.overlong import fit
 from posttrain.tokens.packing import Packing, pack
-from posttrain.tokens.shares import Portion, Size, by_share, portions
+from posttrain.tokens.shares import Size, SourceShare, draw_by_share, measure_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,12 @@ class Mixture:
     """Packed rows, and what they hold of each source."""
 
     packing: Packing
-    portions: list[Portion]
+    shares: list[SourceShare]
 
     def notes(self) -> Iterator[str]:
         """What a person should know before the rows are trained on, one line each."""
-        if any(portion.origin.share for portion in self.portions):
-            yield from (portion.note() for portion in self.portions)
+        if any(share.origin.share for share in self.shares):
+            yield from (share.note() for share in self.shares)
         yield from self.packing.counts.notes()
 
 
@@ -40,10 +40,10 @@ def mixture(records: Sequence[Document], documents: Sequence[Rendered], config: 
         BadInput: Nothing is trained, a source cannot have its share, or a record is too long and that is refused.
     """
     sizes = [_size(document, config) for document in documents]
-    taken = by_share(records, sizes, seed)
+    taken = draw_by_share(records, sizes, seed)
     chosen = [documents[index] for index in taken]
     packing = pack(chosen, config.sequence_length, packing=config.packing, overlong=config.overlong)
-    return Mixture(packing, portions(records, sizes, taken))
+    return Mixture(packing, measure_shares(records, sizes, taken))
 
 
 def _size(document: Rendered, config: FineTuneConfig) -> Size:

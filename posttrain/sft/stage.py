@@ -71,7 +71,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
         context.warn(line)
     position = training.run()
     context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
-    context.metrics["sources"] = [portion.figures() for portion in mixed.portions]
+    context.metrics["sources"] = [share.figures() for share in mixed.shares]
     for line in evaluation.warnings():
         context.warn(line)
     context.save(model)

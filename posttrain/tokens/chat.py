@@ -1,4 +1,8 @@
-"""Conversations become token ids, with the mask of the tokens that are trained."""
+"""Conversations as token ids, with the mask of the trained tokens.
+
+Text and ids are proven apart from each other: ``spans`` proves which characters are the answers, and this file which
+ids are those characters.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,19 @@ from typing import Any
 
 from posttrain.data.records import Conversation, Document, Message, Preference, Text
 from posttrain.errors import reject
-from posttrain.tokens.spans import Answer, Template
+from posttrain.tokens.spans import AnswerSpan, Template
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A document as the model sees it; ``ids`` and ``mask`` are equally long."""
+    """A document in the form of the model's input; ``ids`` and ``mask`` are equally long."""
 
     ids: list[int]
     mask: list[bool]
-    """Whether the token is trained as a target: the answers and their stop tokens."""
+    """True for a token that is trained as a target: the answers and their stop tokens."""
     text: str
     where: str = ""
-    """Where the record came from."""
+    """The place of the record, as ``file:line``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,10 @@ class RenderedPair:
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template, and proves which tokens are the answers.
+    """Renderer of conversations by a tokenizer's chat template, with proof of the trained tokens.
 
-    The ids of a prompt are those that inference makes of it: where a token would reach over the border between
-    prompt and answer, the two are tokenized apart.
+    A prompt gets the same ids as at inference: where a token would cross the border between prompt and answer, the
+    two are tokenized apart.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -54,18 +58,18 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._template = Template(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
-        # An unknown character becomes the unknown token as well: it marks no place in the text.
+        # Any unknown character becomes the unknown token, so that one marks no place in the text.
         unknown = tokenizer.unk_token_id
         self._controls = {token.content: key for key, token in added if token.special and key != unknown}
         self._control_ids = set(self._controls.values())
         self._head_ids = lru_cache(maxsize=1024)(self._encode)
 
     def document(self, record: Document, *, last_only: bool = False) -> Rendered:
-        """Render a conversation or a raw text; raises BadInput as the two do."""
+        """Render a conversation or a raw text; raises BadInput as ``conversation`` and ``raw`` do."""
         return self.raw(record) if isinstance(record, Text) else self.conversation(record, last_only=last_only)
 
     def raw(self, record: Text) -> Rendered:
-        """Raw text as the tokenizer begins any text, ended by the end-of-sequence token; all but the first are trained.
+        """Render raw text with the tokenizer's beginning and an end-of-sequence token; all but the first are trained.
 
         Raises:
             BadInput: The text holds a special token.
@@ -79,10 +83,10 @@ class ChatRenderer:
         return Rendered(ids, [place > 0 for place in range(len(ids))], record.text, record.where)
 
     def conversation(self, record: Conversation, *, last_only: bool = False) -> Rendered:
-        """Render all turns; trained are the assistant turns with their stop tokens and nothing else.
+        """Render all turns; the assistant turns with their stop tokens are trained, and nothing else.
 
-        A turn marked ``train: false`` is context. With ``last_only`` so is every assistant turn but the last, and what
-        follows it is left away: nothing that is trained would see it.
+        A turn marked ``train: false`` is context. With ``last_only`` every assistant turn but the last is context, and
+        the turns after it are dropped, since no trained token would see them.
 
         Raises:
             BadInput: A span cannot be proven, a content holds a special token, or the template fails.
@@ -94,7 +98,8 @@ class ChatRenderer:
         text = self._template.render(record)
         self._template.check(record, text)
         trained = [index for index in answers if record.messages[index].get("train", True)]
-        ids, mask = self._tokens(text, [self._template.answer(record, index, text) for index in trained], record.where)
+        spans = [self._template.find_answer(record, index, text) for index in trained]
+        ids, mask = self._tokens(text, spans, record.where)
         return Rendered(ids, mask, text, record.where)
 
     def preference(self, record: Preference) -> RenderedPair:
@@ -107,20 +112,22 @@ class ChatRenderer:
             reject(record.where, "chosen and rejected are the same once rendered", "Remove the record")
         return RenderedPair(prompt, chosen, rejected)
 
-    def _completion(self, record: Preference, said: Sequence[Message]) -> tuple[list[int], list[int]]:
-        chat = Conversation(messages=(*record.prompt, *said), where=record.where, tools=record.tools)
+    def _completion(self, record: Preference, side: Sequence[Message]) -> tuple[list[int], list[int]]:
+        chat = Conversation(messages=(*record.prompt, *side), where=record.where, tools=record.tools)
         text = self._template.render(chat)
         self._template.check(chat, text)
-        answer = self._template.answer(chat, len(chat.messages) - 1, text)
+        answer = self._template.find_answer(chat, len(chat.messages) - 1, text)
         ids, mask = self._tokens(text, [answer], record.where)
         start, end = mask.index(True), len(mask) - mask[::-1].index(True)
         return ids[:start], ids[start:end]
 
-    def _tokens(self, text: str, answers: Sequence[Answer], where: str) -> tuple[list[int], list[bool]]:
-        """Ids of ``text`` and their mask.
+    def _tokens(self, text: str, answers: Sequence[AnswerSpan], where: str) -> tuple[list[int], list[bool]]:
+        """Return the ids of ``text`` and their mask.
 
-        Special tokens stand at known places in text and ids alike, and no token reaches over one: from the last
-        special token before an answer the prompt's own tokens are compared with those of the whole text.
+        Characters cannot be mapped to ids in general: tokens cross borders, and normalisation changes characters.
+        Special tokens can: they occur in the same order in text and ids, and no other token crosses one. So they are
+        the fixed points. From the last one before an answer, the prompt is tokenized alone, as inference does it, and
+        must give the same ids as within the whole text.
         """
         whole = self._encode(text)
         found = list(self._template.control.finditer(text))
@@ -139,9 +146,10 @@ class ChatRenderer:
             if whole[first : first + len(head)] == head:
                 said = whole[first + len(head) : last]
             else:
+                # A token crosses the border. Training on it would teach an id that inference never starts from.
                 said = self._encode(text[answer.start : answer.end])
                 self._verify_border(head + said, text[char : answer.end], answer.turn, where)
-            # The head may begin with the stop token of the answer before, which is in ids already.
+            # The head may begin with the stop token of the previous answer, already in ids.
             asked = (whole[done:first] + head)[max(0, done - first) :]
             self._verify(said, text[answer.start : answer.end], answer.turn, where)
             ids += asked + said
@@ -150,13 +158,16 @@ class ChatRenderer:
         return ids + whole[done:], mask + [False] * (len(whole) - done)
 
     def _verify_border(self, ids: list[int], text: str, turn: int, where: str) -> None:
-        """Refuse an answer that is not the same text when it is tokenized apart from its prompt."""
+        """Raise BadInput if prompt and answer, tokenized apart, decode to another text."""
         if self._decode(ids) != text:
-            what = f"the mask for turn {turn} cannot be proven: a token reaches over the border of prompt and answer"
+            what = f"the mask for turn {turn} cannot be proven: a token crosses the border of prompt and answer"
             reject(where, what, "The tokenizer cannot tokenize the two apart: remove whitespace around the content")
 
     def _verify(self, said: list[int], span: str, turn: int, where: str) -> None:
-        """Refuse ids that do not decode to the trained span."""
+        """Raise BadInput for ids that do not decode to the trained span.
+
+        Tokenizers may normalise characters and whitespace, so two texts are compared without either.
+        """
         decoded = self._decode(said)
         if decoded != span and without_space(decoded) != without_space(span):
             what = f"the mask for turn {turn} cannot be proven: its tokens decode to {decoded!r}, not to {span!r}"
@@ -166,11 +177,11 @@ class ChatRenderer:
         return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
 
     def _encode(self, text: str, *, whole: bool = False) -> list[int]:
-        """Ids of ``text``; of a ``whole`` one with those that the tokenizer puts around it."""
+        """Return the ids of ``text``; with ``whole``, including the tokens that the tokenizer puts around a text."""
         encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
 
 def without_space(text: str) -> str:
-    """Text without what tokenizers normalise away: compatibility forms and whitespace."""
+    """Return text without the differences that tokenizers normalise away: compatibility forms and whitespace."""
     return "".join(unicodedata.normalize("NFKC", text).split())

@@ -1,4 +1,12 @@
-"""Items of different lengths into bins without a gap, for lengths that are much alike."""
+"""Bins without a gap, for items whose lengths are much alike.
+
+    lengths 5 4 4 3 2 2, capacity 10
+
+    best fit     5 4      4 3 2    2      3 bins
+    exact fit    5 2 3    4 2 4           2 bins
+
+Best fit looks at one item at a time and leaves a gap wherever no single item fills it; exact fit also tries pairs.
+"""
 
 # C = lengths from 0 to the capacity, P = pairs of lengths that sum to the same
 
@@ -13,10 +21,10 @@ Counts = NDArray[np.int64]
 
 
 def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``lengths`` in bins: the longest item left, and then what fills the bin without a gap.
+    """Return the indices of ``lengths`` in bins, each begun by the longest item left.
 
-    That is one item, or two as equal as can be, which leaves the short ones for the gaps of later bins; where there are
-    none, the longest item that fits, and on from there.
+    Fill the gap exactly with one item, else with the two most equal; otherwise take the longest item that fits, and
+    repeat.
     """
     waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
     for index, length in enumerate(lengths):
@@ -25,12 +33,12 @@ def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     bins = []
     for length in range(capacity, 0, -1):
         while left_C[length]:
-            bins.append([waiting[size].pop() for size in _filled(left_C, length)])
+            bins.append([waiting[size].pop() for size in _fill_bin(left_C, length)])
     return bins
 
 
-def _filled(left_C: Counts, first: int) -> list[int]:
-    """The lengths of a bin that begins with ``first``, taken out of ``left_C``, the items left of each length."""
+def _fill_bin(left_C: Counts, first: int) -> list[int]:
+    """Return the lengths of a bin that begins with ``first``; take them out of ``left_C``, the items of each length."""
     sizes: list[int] = []
     space, found = len(left_C) - 1, [first]
     while found:
@@ -38,22 +46,24 @@ def _filled(left_C: Counts, first: int) -> list[int]:
             left_C[size] -= 1
         sizes += found
         space -= sum(found)
-        found = _exactly(left_C, space) or _longest(left_C, space)
+        found = _find_exact(left_C, space) or _find_longest(left_C, space)
     return sizes
 
 
-def _exactly(left_C: Counts, space: int) -> list[int]:
-    """One length that is ``space``, or two that sum to it; empty when there are none."""
+def _find_exact(left_C: Counts, space: int) -> list[int]:
+    """Return one length equal to ``space``, or two with that sum; empty when there are none."""
     if space and left_C[space]:
         return [space]
+    # The most equal pair: the shortest items stay for the gaps of later bins, where nothing else fits.
     half = space // 2
     pairs_P = np.minimum(left_C[1 : half + 1], left_C[space - half : space][::-1])
+    # Both items of the middle pair have the same length, so it needs two of them.
     if half and half * 2 == space:
         pairs_P[-1] = left_C[half] // 2
     found = np.flatnonzero(pairs_P)
     return [int(found[-1]) + 1, space - int(found[-1]) - 1] if len(found) else []
 
 
-def _longest(left_C: Counts, space: int) -> list[int]:
+def _find_longest(left_C: Counts, space: int) -> list[int]:
     found = np.flatnonzero(left_C[1 : space + 1])
     return [int(found[-1]) + 1] if len(found) else []

@@ -1,4 +1,4 @@
-"""Signs that a chat template belongs to another family of models than the tokenizer and the model."""
+"""Signs of a chat template from another family of models than the tokenizer and the model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 from posttrain.tokens.chat import Rendered
 
 MARKER = re.compile(r"<[|｜][^\s<>]{1,40}?[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
-"""How families write the borders of turns: ChatML, Llama 3, Zephyr, Phi, DeepSeek; Gemma; Mistral."""
+"""Borders of turns in the families ChatML, Llama 3, Zephyr, Phi, DeepSeek; Gemma; Mistral."""
 SEEN = 16
-"""Documents that are looked at: what stands in all of them is the template's, not a content's."""
+"""Documents to compare: a marker in all of them comes from the template, not from a content."""
 
 
 def family_faults(tokenizer: Any, documents: Sequence[Rendered], ends: Iterable[int | None]) -> list[str]:
-    """Markers of the template that are no tokens, and a stop token at which generation does not stop.
+    """Return a line for markers of the template that are no tokens, and for a stop token that ends no generation.
 
-    ``documents`` are conversations that are trained; ``ends`` are the tokens at which the model's generation settings
-    stop, besides the tokenizer's own end.
+    Args:
+        tokenizer: The tokenizer of the model.
+        documents: Trained conversations.
+        ends: Stop tokens in the model's generation settings, in addition to the tokenizer's own.
     """
     if not documents:
         return []
@@ -27,8 +29,8 @@ def family_faults(tokenizer: Any, documents: Sequence[Rendered], ends: Iterable[
     split = sorted(marker for marker in written if marker not in vocabulary)
     faults = []
     if split:
-        what = f"the template writes {', '.join(split)}, which the tokenizer cuts into pieces"
-        faults.append(f"model.chat_template: {what}; right only for a base that was trained on it that way")
+        what = f"the template writes {', '.join(split)}, which the tokenizer splits"
+        faults.append(f"model.chat_template: {what}; right only for a base trained that way")
     trained = [token for token, is_trained in zip(documents[0].ids, documents[0].mask, strict=True) if is_trained]
     if trained and not {tokenizer.eos_token_id, *ends} & set(trained):
         stop = tokenizer.convert_ids_to_tokens(trained[-1])

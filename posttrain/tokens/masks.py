@@ -1,4 +1,8 @@
-"""The mask of a rendered conversation, read back: what is trained must be the answers, each with its stop token."""
+"""A second proof of the mask, from the tokens alone: the trained ones must be the answers with their stop tokens.
+
+``chat`` builds the mask from characters; this file reads it back without the template, so that one error cannot hide in
+both.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,18 @@ from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.tokens.chat import Rendered, without_space
 
 _TAG = re.compile(r"^<\w+>")
-"""The tag with which a generation prompt may begin the answer, such as that of thoughts; it is not trained then."""
+"""A tag at the beginning of an answer, such as that of thoughts; untrained when the generation prompt writes it."""
 
 
 def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
-    """What is wrong with the mask of ``rendered``, judged from its tokens alone; None when nothing is."""
+    """Return the fault of the mask of ``rendered``, judged by its tokens alone; None for a sound mask."""
     if isinstance(record, Text):
         return _fault_of_text(record, rendered, tokenizer)
     return _fault_of_answers(record, rendered, tokenizer, last_only)
 
 
 def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | None:
-    """All tokens of a text but its first have to be trained, and the last has to end it."""
+    """Return the fault of a text: all tokens but the first must be trained, and the last must end it."""
     if not all(rendered.mask[1:]):
         return "not every token of the text is trained"
     if rendered.ids[-1] != tokenizer.eos_token_id:
@@ -33,10 +37,10 @@ def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | No
 
 
 def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, last_only: bool) -> str | None:
-    """Every answer has to be trained as a whole with its stop token, and nothing else.
+    """Return the fault of a conversation: every answer must be trained whole with its stop token, and nothing else.
 
-    Each run of trained tokens has to end with an assistant turn's content and, behind it, special tokens only; where
-    the turn calls tools, the calls may stand between the two. What users and the system say stands in untrained tokens.
+    Each run of trained tokens must end with an assistant turn's content and then special tokens only; calls of tools
+    may come between the two. Contents of users and the system must occur in untrained tokens.
     """
     answers = [message for message in record.messages if message["role"] == "assistant"]
     answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
@@ -51,18 +55,18 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
             end -= 1
         content = answer["content"]
         if not special & set(run[end:]):
-            return f"the stop token behind {content!r} is not trained"
+            return f"the stop token after {content!r} is not trained"
         bare, wanted = _bare(tokenizer, run[:end]), without_space(content)
         begun = _TAG.sub("", wanted, count=1)
         if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
             return f"{content!r} is not trained as a whole"
     last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
     asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, tokenizer)
-    return None if asked is None else f"{asked!r} stands among trained tokens alone, but is not for the model to write"
+    return None if asked is None else f"{asked!r} occurs in trained tokens only, but the model must not write it"
 
 
 def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: Any) -> str | None:
-    """The first content of a user or system turn that is in the text, but not in its untrained tokens."""
+    """Return the first content of a user or system turn that occurs in the text but not in its untrained tokens."""
     pairs = zip(rendered.ids, rendered.mask, strict=True)
     context = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if not trained]
     untrained, whole = [_bare(tokenizer, run) for run in context], _bare(tokenizer, rendered.ids)

@@ -1,4 +1,8 @@
-"""Documents that are longer than a row: cut at the end, split into several, or rejected."""
+"""Documents longer than a row: cut at the end, split into pieces, or rejected.
+
+row of 5 slots     truncate    a b c d e
+a b c d e f g h    split       a b c d e | f g h      f is not trained: no token of its row predicts it
+"""
 
 from __future__ import annotations
 
@@ -18,25 +22,25 @@ NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document, or a part of one, that a row has room for; ``ids`` and ``mask`` are equally long."""
+    """A document or a part of one, short enough for a row; ``ids`` and ``mask`` are equally long."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Whether the token is trained; never true for the first, which nothing predicts."""
+    """True for a trained token; never for the first, which no token predicts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What of a document is put into rows."""
+    """The pieces of one document, with counts of the rest."""
 
     pieces: tuple[Piece, ...]
-    """The pieces in which something is trained."""
+    """The pieces with a trained token."""
     parts: int
-    """Pieces that the document was split into, those in which nothing is trained among them."""
+    """All pieces of the document, those without a trained token included."""
     cut: int
-    """Tokens that stand in no piece."""
+    """Tokens in no piece."""
     unpredicted: int
-    """Trained tokens that are no target any more, because they begin a piece of a split document."""
+    """Trained tokens that are no target, because they begin a piece of a split document."""
 
     @property
     def tokens(self) -> int:
@@ -50,10 +54,10 @@ class Fitted:
 
 
 def fit(document: Rendered, sequence_length: int, overlong: Overlong) -> Fitted:
-    """The document in pieces of at most ``sequence_length`` tokens.
+    """Return the document in pieces of at most ``sequence_length`` tokens.
 
-    Truncating keeps the head. Splitting gives full pieces one after the other and what is left at the end: no token is
-    lost or doubled, but a piece does not see the one before, so its first token is not trained, as if it began a text.
+    Truncating keeps the head. Splitting gives full pieces and a shorter last one: no token is lost or doubled. A piece
+    does not see the one before it, so its first token is not trained, like the first token of a text.
     """
     kept = document.ids if overlong is Overlong.split else document.ids[:sequence_length]
     parts = [_piece(document, start, sequence_length) for start in range(0, len(kept), sequence_length)]

@@ -1,12 +1,15 @@
-"""Documents of different lengths become rows of one length, with as few empty slots as possible.
+"""Documents of different lengths packed into rows of one length, with as few empty slots as possible.
 
-    row of 12 slots      a a a a a  b b b b  c c .
-    lengths              5          4        2
-    position_ids         0 1 2 3 4  0 1 2 3  0 1
-    cu_seqlens           0          5        9     11
+    row of 12 slots      a0 a1 a2 a3 a4  b0 b1 b2 b3  c0 c1  .
+    mask                  .  .  .  T  T   .  .  T  T   .  T       T = trained
+    targets               .  . a3 a4  .   . b2 b3  .  c1  .       the next token, at the position that predicts it
+    lengths               5               4            2
+    position_ids          0  1  2  3  4   0  1  2  3   0  1
+    cu_seqlens            0               5            9     11
 
-A document never sees another: attention is confined by ``position_ids`` or ``cu_seqlens``, and no position is asked for
-the first token of the next document.
+Documents stay isolated: attention is confined by ``position_ids`` or ``cu_seqlens``, and the last position of a
+document predicts nothing. Otherwise the loss of a document would depend on its neighbours, and packing, a matter of
+speed, would change the model.
 """
 
 # T = tokens of one row, N = documents of one row
@@ -29,7 +32,7 @@ from posttrain.tokens.overlong import Fitted, Piece, check_lengths, fit
 IntArray = NDArray[np.int32]
 
 ENOUGH = 1.005
-"""Bins per bin that the items would fill without a gap: with fewer than this, nothing better is looked for."""
+"""Ratio of slots to tokens that ends the search: half a percent of empty slots is not worth a second algorithm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,52 +42,53 @@ class PackedRow:
     input_ids: IntArray
     """Token ids, [T]."""
     mask: NDArray[np.bool_]
-    """Whether a token is trained, [T]; never true for the first token of a document, which nothing predicts."""
+    """True for a trained token, [T]; never for the first token of a document, which no token predicts."""
     lengths: tuple[int, ...]
     """Tokens of each document, [N]; their sum is T."""
 
     def targets(self, ignore_index: int = -100) -> IntArray:
-        """What each position has to predict, [T]: the next token of its document if it is trained.
+        """Return the token that each position must predict, [T]: the next one of its document if it is trained.
 
         The last position of every document and those before an untrained token hold ``ignore_index``.
         """
+        # The mask is never true for the first token of a document, so a shift by one cannot cross a border.
         targets_T = np.full(len(self.input_ids), ignore_index, dtype=np.int32)
         targets_T[:-1] = np.where(self.mask[1:], self.input_ids[1:], ignore_index)
         return targets_T
 
     def position_ids(self) -> IntArray:
-        """Positions counted from 0 in every document, [T]."""
+        """Return positions counted from 0 in every document, [T]."""
         return np.concatenate([np.arange(length, dtype=np.int32) for length in self.lengths])
 
     def cu_seqlens(self) -> IntArray:
-        """Where each document begins, and where the last one ends, [N + 1]."""
+        """Return the first position of each document, and the end of the last one, [N + 1]."""
         return np.cumsum((0, *self.lengths), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingCounts:
-    """What became of the documents; ``documents == packed + untrained``."""
+    """Counts of documents and tokens; ``documents == packed + untrained``."""
 
     documents: int
-    """Documents that were given."""
+    """Documents to pack."""
     packed: int
-    """Documents that stand in the rows, whole or in part."""
+    """Documents in the rows, whole or in part."""
     untrained: int
-    """Documents left out because no token of them is trained (any more, after they were cut)."""
+    """Documents left out because they have no trained token, as given or once they are cut."""
     truncated: int
-    """Documents in the rows of which only the first ``sequence_length`` tokens are kept."""
+    """Documents in the rows with only their first ``sequence_length`` tokens."""
     split: int
-    """Documents in the rows that were split."""
+    """Split documents in the rows."""
     pieces: int
-    """Documents that the rows keep apart: those that are whole, and every piece of the others."""
+    """Isolated parts of the rows: whole documents, and every piece of the others."""
     cut_tokens: int
-    """Tokens that truncated documents lost, and those in pieces of split ones in which nothing is trained."""
+    """Tokens lost from truncated documents, and tokens in pieces without a trained token."""
     unpredicted: int
-    """Trained tokens that begin a piece of a split document, where nothing predicts them."""
+    """Trained tokens at the beginning of a piece, where no token predicts them."""
     tokens: int
     """Tokens in the rows."""
     trained_tokens: int
-    """Tokens in the rows that are targets."""
+    """Targets in the rows."""
     rows: int
     """Number of rows."""
     sequence_length: int
@@ -92,17 +96,17 @@ class PackingCounts:
 
     @property
     def fill(self) -> float:
-        """Share of the slots that hold a token."""
+        """Share of the slots with a token."""
         return self.tokens / (self.rows * self.sequence_length)
 
     def notes(self) -> Iterator[str]:
-        """What was not put into the rows as it was given, one line each."""
+        """Yield a line for each kind of change and loss on the way into the rows."""
         longer = f"of {self.documents:,} records are longer than {self.sequence_length:,} tokens"
         if self.truncated:
             yield f"{self.truncated:,} {longer} and cut there: {self.cut_tokens:,} tokens lost (overlong=truncate)"
         if self.split:
             lost = f"{self.unpredicted:,} tokens begin a piece and are not trained"
-            left = f", {self.cut_tokens:,} stand in pieces without a trained token" if self.cut_tokens else ""
+            left = f", {self.cut_tokens:,} are in pieces without a trained token" if self.cut_tokens else ""
             yield f"{self.split:,} {longer} and split: {lost}{left} (overlong=split)"
         if self.untrained:
             yield f"{self.untrained:,} of {self.documents:,} records have no trained token and are left out"
@@ -110,7 +114,7 @@ class PackingCounts:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Packed rows and what became of the documents."""
+    """Packed rows with their counts."""
 
     rows: list[PackedRow]
     counts: PackingCounts
@@ -131,7 +135,7 @@ def pack(
         documents: Token ids with their masks.
         sequence_length: Slots of a row.
         packing: False gives every document a row of its own, in the order given.
-        overlong: What happens to a document that is longer than a row.
+        overlong: Treatment of documents longer than a row.
 
     Raises:
         BadInput: No document has a trained token, or one is longer than a row and ``overlong`` is reject.
@@ -148,10 +152,10 @@ def pack(
 
 
 def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``lengths``, from 1 to the capacity, in bins: by best fit, or by exact fit if that is better.
+    """Return the indices of ``lengths`` (1 to ``capacity``) in bins: by best fit, or by exact fit if that is better.
 
-    Best fit leaves hardly a gap when items are much shorter than a bin. Where a few fill one, exact fit often does.
-    The same lengths always give the same bins.
+    Best fit leaves hardly a gap when items are much shorter than a bin. When a few items fill a bin, exact fit is
+    often better. The same lengths always give the same bins.
     """
     bins = best_fit(lengths, capacity)
     if len(bins) * capacity <= ENOUGH * sum(lengths):
@@ -160,11 +164,11 @@ def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``lengths`` in bins: longest first, each into the fullest bin that still takes it.
+    """Return the indices of ``lengths`` in bins: longest first, each into the fullest bin with room for it.
 
     Best-fit decreasing needs at most 11/9 of the best number of bins, plus one (Johnson 1973, "Near-optimal bin
-    packing algorithms"). Bins are kept by the space left in them, so an item costs one search among the spaces
-    that occur.
+    packing algorithms"). An optimal packing is NP-hard. Bins are kept by the space left in
+    them, so an item costs one search among the spaces that occur.
     """
     bins: list[list[int]] = []
     with_space: dict[int, list[int]] = {}

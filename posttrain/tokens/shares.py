@@ -1,4 +1,4 @@
-"""Sources that are to have a share of the tokens of a mix, such as general text replayed beside a narrow one."""
+"""Sources with a share of all tokens, such as general text replayed beside a narrow one."""
 
 from __future__ import annotations
 
@@ -14,71 +14,73 @@ from posttrain.errors import BadInput, Problem
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The tokens of a document that rows have room for."""
+    """The tokens of a document in the rows."""
 
     tokens: int
     trained: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Portion:
-    """What a mix holds of one source."""
+class SourceShare:
+    """The part of one source in the documents of a stage."""
 
     origin: Origin
     records: int
     """Records of the source, as often as its weight says."""
     taken: int
-    """Records in the mix: more than ``records`` where the source is too small for its share."""
+    """Records drawn: more than ``records`` when the source is too small for its share."""
     tokens: int
     trained: int
     """Trained tokens."""
     share: float
-    """Share of all tokens of the mix."""
+    """Share of all tokens."""
 
     def figures(self) -> dict[str, int]:
-        """The portion for a manifest, in which paths do not count."""
+        """Return the counts for a manifest, without the path: moved files keep their digest."""
         return {"records": self.records, "taken": self.taken, "tokens": self.tokens, "trained_tokens": self.trained}
 
     def note(self) -> str:
-        """The portion in one line."""
+        """Return the share in one line."""
         often = f", each {self.taken / self.records:.1f} times" if self.taken > self.records else ""
         drawn = f"{self.share:.1%} of the tokens, {self.taken:,} records drawn from {self.records:,}{often}"
         return f"{self.origin.path}: {drawn}"
 
 
-def by_share(records: Sequence[Document], sizes: Sequence[Size], seed: int) -> list[int]:
-    """Indices of the records to take, so that every source with a share has that share of all tokens.
+def draw_by_share(records: Sequence[Document], sizes: Sequence[Size], seed: int) -> list[int]:
+    """Return the indices of records with which every source with a share has that share of all tokens.
 
-    All records of the sources without a share are taken. The others give a seeded draw, as near to their share as
-    whole records come, at least one; a source that is too small gives all of its records several times.
+    All records of the sources without a share are taken: they set the number of tokens. The others give a seeded
+    draw, as near to their share as whole records come, at least one; a source that is too small gives all of its
+    records several times.
 
     Raises:
-        BadInput: A source with a share, or all others together, have no tokens.
+        BadInput: A source with a share has no tokens, or all others together have none.
     """
     groups = _by_origin(records)
     taken = [index for origin, group in groups.items() if not origin.share for index in group]
     shared = {origin: _usable(group, sizes) for origin, group in groups.items() if origin.share}
     if shared:
         _check_tokens(shared, taken, sizes)
+    # The sources without a share are 1 - (sum of shares) of the whole, so they give its size.
     total = sum(sizes[index].tokens for index in taken) / (1 - sum(origin.share for origin in shared))
     for origin, group in shared.items():
-        taken += _drawn(group, sizes, origin.share * total, random.Random(f"share/{seed}/{origin.number}"))
+        taken += _draw(group, sizes, origin.share * total, random.Random(f"share/{seed}/{origin.number}"))
     return sorted(taken)
 
 
-def portions(records: Sequence[Document], sizes: Sequence[Size], taken: Sequence[int]) -> list[Portion]:
-    """What the mix of the records ``taken`` holds of each source, in the order of the recipe."""
-    mixed: dict[Origin, list[Size]] = {}
+def measure_shares(records: Sequence[Document], sizes: Sequence[Size], taken: Sequence[int]) -> list[SourceShare]:
+    """Return the part of each source in the records ``taken``, in the order of the recipe."""
+    drawn: dict[Origin, list[Size]] = {}
     for index in taken:
-        mixed.setdefault(records[index].origin, []).append(sizes[index])
-    total = sum(size.tokens for found in mixed.values() for size in found)
+        drawn.setdefault(records[index].origin, []).append(sizes[index])
+    total = sum(size.tokens for found in drawn.values() for size in found)
     counts = {origin: len(group) for origin, group in _by_origin(records).items()}
-    return [_portion(origin, count, mixed.get(origin, []), total) for origin, count in counts.items()]
+    return [_measure_share(origin, count, drawn.get(origin, []), total) for origin, count in counts.items()]
 
 
-def _portion(origin: Origin, records: int, found: Sequence[Size], total: int) -> Portion:
+def _measure_share(origin: Origin, records: int, found: Sequence[Size], total: int) -> SourceShare:
     tokens = sum(size.tokens for size in found)
-    return Portion(
+    return SourceShare(
         origin=origin,
         records=records,
         taken=len(found),
@@ -99,8 +101,8 @@ def _usable(group: Sequence[int], sizes: Sequence[Size]) -> list[int]:
     return [index for index in group if sizes[index].tokens]
 
 
-def _drawn(group: Sequence[int], sizes: Sequence[Size], target: float, rng: random.Random) -> list[int]:
-    """Indices of ``group`` in a random order, all of them again and again, whose tokens come nearest to ``target``."""
+def _draw(group: Sequence[int], sizes: Sequence[Size], target: float, rng: random.Random) -> list[int]:
+    """Return indices of ``group`` in a random order, repeated if need be, whose tokens come nearest to ``target``."""
     order = rng.sample(group, len(group))
     sums = [0, *accumulate(sizes[index].tokens for index in order)]
     whole, rest = divmod(target, sums[-1])

@@ -1,4 +1,4 @@
-"""How long a program that came with a model may take."""
+"""A limit on the computing time of a program that comes with a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from types import FrameType
 
 
 @contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside once this process has computed for ``seconds``; waiting does not count.
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the body once this process has computed for ``seconds``.
 
-    Only the main thread can be interrupted; elsewhere there is no limit.
+    Computing time, not time by the clock: a busy machine must not reject a sound template. Only the main thread can
+    be interrupted; elsewhere there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

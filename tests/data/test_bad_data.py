@@ -256,7 +256,7 @@ TEMPLATES: dict[str, tuple[Spoil, str]] = {
         f"{RENDERED} cannot render the conversation: Range too big",
     ),
     "endless recursion": (template(BOTTOMLESS), f"{RENDERED} cannot render the conversation: maximum recursion depth"),
-    "much output": (template(TEMPLATE + "{{ 'x' * 2000000 }}"), f"{RENDERED} makes 2,000,042 characters of it"),
+    "much output": (template(TEMPLATE + "{{ 'x' * 2000000 }}"), f"{RENDERED} writes 2,000,042 characters for it"),
     "more output than memory": (
         template("{{ 'x' * 10 ** 15 }}"),
         f"{RENDERED} cannot render the conversation: Memory",

@@ -16,7 +16,7 @@ from posttrain.config.schema import Source
 from posttrain.data.mixing import read_sources
 from posttrain.data.records import Conversation, Origin, Text
 from posttrain.errors import BadInput
-from posttrain.tokens.shares import Size, by_share, portions
+from posttrain.tokens.shares import Size, draw_by_share, measure_shares
 from tests.support.tiny import write_base
 
 
@@ -74,7 +74,7 @@ def texts(origin: Origin, lengths: list[int]) -> list[tuple[Text, Size]]:
 
 
 def drawn(pairs: list[tuple[Text, Size]], seed: int = 0) -> list[int]:
-    return by_share([text for text, _ in pairs], [size for _, size in pairs], seed)
+    return draw_by_share([text for text, _ in pairs], [size for _, size in pairs], seed)
 
 
 @given(
@@ -109,7 +109,7 @@ def test_every_source_has_its_share_as_near_as_whole_records_come(
 def test_a_source_that_is_too_small_is_repeated_and_the_note_says_how_often() -> None:
     pairs = texts(NARROW, [10] * 80) + texts(GENERAL, [10] * 8)
     taken = drawn(pairs)
-    narrow, general = portions([text for text, _ in pairs], [size for _, size in pairs], taken)
+    narrow, general = measure_shares([text for text, _ in pairs], [size for _, size in pairs], taken)
     assert (general.records, general.taken, general.tokens, general.trained, general.share) == (8, 20, 200, 180, 0.2)
     assert general.note() == "general: 20.0% of the tokens, 20 records drawn from 8, each 2.5 times"
     assert narrow.note() == "narrow: 80.0% of the tokens, 80 records drawn from 80"

@@ -263,8 +263,8 @@ def remasked(change: Callable[[list[bool]], list[bool]]) -> str | None:
     ("change", "fault"),
     [
         (lambda mask: mask, None),
-        (lambda mask: [*mask[:-1], False], "the stop token behind 'two  2' is not trained"),
-        (lambda mask: [*mask[1:], False], "the stop token behind 'hello' is not trained"),
+        (lambda mask: [*mask[:-1], False], "the stop token after 'two  2' is not trained"),
+        (lambda mask: [*mask[1:], False], "the stop token after 'hello' is not trained"),
         (lambda mask: [False, *mask[:-1]], "'hello' is not trained as a whole"),
         (lambda mask: [True] * len(mask), "1 runs of trained tokens for 2 answers"),
         (lambda mask: [False] * len(mask), "0 runs of trained tokens for 2 answers"),
@@ -341,4 +341,4 @@ def test_a_wrong_mask_ends_with_code_5(
 
     monkeypatch.setattr(ChatRenderer, "conversation", shortened)
     assert doctor() == 5
-    assert "train.jsonl:1 is wrong: the stop token behind 'it is 1' is not trained" in capsys.readouterr().err
+    assert "train.jsonl:1 is wrong: the stop token after 'it is 1' is not trained" in capsys.readouterr().err

@@ -213,7 +213,7 @@ def test_a_template_that_moves_the_system_message_still_gives_the_right_spans() 
 
 def test_a_header_that_the_generation_prompt_lacks_is_rejected() -> None:
     message = rejection(NO_GENERATION_PROMPT, chat("Hi", "Hello"))
-    assert "'<|im_start|>assistant\\n' stands between the generation prompt and its content" in message
+    assert "'<|im_start|>assistant\\n' is between the generation prompt and its content" in message
 
 
 def test_thoughts_that_the_generation_prompt_opens_are_trained_from_there() -> None:
@@ -253,7 +253,7 @@ def test_markers_that_cover_another_turn_are_rejected() -> None:
     short = MARKED.replace(
         "{{ m.content }}{% endgeneration %}", "{{ m.content[:2] }}{% endgeneration %}{{ m.content[2:] }}"
     )
-    assert "{% generation %} marks 'He' in its place" in rejection(short, chat("Hi", "Hello"))
+    assert "{% generation %} marks 'He' instead" in rejection(short, chat("Hi", "Hello"))
     assert "{% generation %} marks '<|im_start|>user" in rejection(begun_early, chat("Hi", "Hello"))
     assert "does not mark every assistant turn once" in rejection(
         "{% generation %}{% endgeneration %}" + MARKED, chat("Hi", "Yo")
@@ -293,7 +293,7 @@ def test_an_answer_that_cannot_be_tokenized_apart_is_rejected() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     renderer = ChatRenderer(tokenizer)
     assert renderer.conversation(chat("Hi", "Hello")).mask.count(True) > 0
-    with pytest.raises(BadInput, match="turn 2 cannot be proven: a token reaches over the border"):
+    with pytest.raises(BadInput, match="turn 2 cannot be proven: a token crosses the border"):
         renderer.conversation(chat("Hi", "\nfoo"))
 
 

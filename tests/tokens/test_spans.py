@@ -213,9 +213,9 @@ def test_thoughts_that_earlier_turns_lose_are_rejected_with_the_way_out() -> Non
 
 def test_thoughts_that_the_template_rewrites_or_removes_are_rejected() -> None:
     squeezed = rejection(QWEN3, record(user("Hi"), said("<think>hm</think>Hello")))
-    assert "turn 2 cannot be proven: its content does not stand in the text" in squeezed
+    assert "turn 2 cannot be proven: the text does not hold its content" in squeezed
     chat = record(user("Hi"), said("<think>\nhm\n</think>\n\nHello"))
-    assert "turn 2 cannot be proven: its content does not stand in the text" in rejection(DEEPSEEK, chat)
+    assert "turn 2 cannot be proven: the text does not hold its content" in rejection(DEEPSEEK, chat)
     for last_only in (False, True):
         message = rejection(DEEPSEEK_R1, chat, last_only=last_only)
         assert "turn 2 cannot be proven: the template does not begin it with its own generation prompt" in message
@@ -291,10 +291,10 @@ WRITES = "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}<
     ("content", "wrote", "why"),
     [
         ("Look", "{{ m.content }}", "leaves out or rewrites turn 4"),
-        ("Look", WRITES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "content does not stand"),
-        ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list"), "'7' does not stand in it"),
+        ("Look", WRITES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "its content is missing from the text of the turn"),
+        ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list"), "'7' is missing from the text of the turn"),
         ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list ~ 7"), "does not write all of"),
-        ("Look", WRITES.replace("<call>", "<|im_end|>\n"), "its calls do not stand between"),
+        ("Look", WRITES.replace("<call>", "<|im_end|>\n"), "its calls are not between"),
         ("Look", WRITES.replace("<call>", "<call {{ messages[0].content }}>"), "written differently in another"),
         ("Look", WRITES.replace("</call>", "</call>{{ messages | length }}"), "written differently in another"),
     ],
@@ -308,7 +308,7 @@ def test_calls_that_cannot_be_proven_are_rejected(content: str | None, wrote: st
 
 def test_calls_behind_a_header_that_the_generation_prompt_lacks_are_rejected() -> None:
     template = NO_GENERATION_PROMPT.replace("{{ m.content }}", WRITES)
-    with pytest.raises(BadInput, match=r"assistant\\n' stands between the generation prompt and its content"):
+    with pytest.raises(BadInput, match=r"assistant\\n' is between the generation prompt and its content"):
         make_renderer(template).conversation(record(user("1+1"), said("Look", tool_calls=[call(a=7)])))
 
 
