@@ -38,15 +38,8 @@ SIZE, SIZE_PER_CHARACTER = 1_000_000, 10
 """Characters that a template may write in any case, and for every character of the conversation."""
 
 _FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 """The exceptions of a failing template."""
 
 _SHORT = 16
@@ -265,11 +258,8 @@ class Template:
         said = [word for call in called_functions(message) for word in (call["name"], *words(call["arguments"]))]
         missing = [word for word in said if not occurs_in(word, span)]
         if missing or message["content"].strip() not in text[before:stop]:
-            _reject_span(
-                where,
-                turn,
-                f"{_short(str(missing[0])) if missing else 'its content'} is missing from the text of the turn",
-            )
+            lost = _short(str(missing[0])) if missing else "its content"
+            _reject_span(where, turn, f"{lost} is missing from the text of the turn")
         # Real words such as 1 or "a" occur by chance, as in the history of the chat; invented ones do not.
         other, new_words = disguise_calls(message)
         shown = self._render_alone(chat, other).partition(self._closing)[0]

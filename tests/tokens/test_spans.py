@@ -291,8 +291,8 @@ WRITES = "{{ m.content }}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}<
     ("content", "wrote", "why"),
     [
         ("Look", "{{ m.content }}", "leaves out or rewrites turn 4"),
-        ("Look", WRITES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "its content is missing from the text of the turn"),
-        ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list"), "'7' is missing from the text of the turn"),
+        ("Look", WRITES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), "its content is missing"),
+        ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list"), "'7' is missing"),
         ("Look", WRITES.replace("| tojson", "| map(attribute='function.name') | list ~ 7"), "does not write all of"),
         ("Look", WRITES.replace("<call>", "<|im_end|>\n"), "its calls are not between"),
         ("Look", WRITES.replace("<call>", "<call {{ messages[0].content }}>"), "written differently in another"),
