@@ -12,7 +12,7 @@ from tests.support.command import call, complete, main
 from tests.support.fakes import GATES, Script, run_recipe, write_project
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["help"], ["--version"]])
+@pytest.mark.parametrize("words", [["--help"], [], ["help"], ["doctor", "--help"], ["--version"]])
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(*words) == 0
     assert "posttrain" in capsys.readouterr().out
@@ -67,6 +67,9 @@ def test_every_setting_of_every_stage_has_help() -> None:
     ("words", "expected"),
     [
         (["plann"], "Did you mean plan?"),
+        (["foo"], "Commands: doctor, gate, leaderboard"),
+        (["ledger"], "needs one of export, rebuild, verify"),
+        (["ledger", "verify", "--format", "csv"], "'--format' is no flag of this command"),
         (["list", "stagse"], "Did you mean stages?"),
         (["recipe=quickstrat"], "Did you mean quickstart?"),
         (["report", "nowhere"], "is not the directory of a run"),

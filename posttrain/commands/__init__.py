@@ -1,1 +1,1 @@
-"""The commands of ``posttrain``, one file each."""
+"""The commands of ``posttrain``, a file each: ``main(words)`` runs one and returns its exit code."""

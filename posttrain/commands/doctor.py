@@ -31,7 +31,7 @@ READ = 100
 """Records per source whose mask is read back."""
 
 
-def doctor_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Compare the gradient of one optimizer step with plain float64 and print every comparison.
 
     Raises ProofFailed naming the comparisons that fail: such a model must not be trained.

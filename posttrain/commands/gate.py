@@ -32,7 +32,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 """Variable with the path of the file that GitHub shows with a job."""
 
 
-def gate_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Judge, print the table and write the files that were asked for; only then raise GateRefused or GateUndecided."""
     host = plugins.load()
     name, settings, tasks, problems = read_settings(host, words)

@@ -1,4 +1,4 @@
-"""``posttrain leaderboard``: every artifact of the ledger beside its base, ranked by task."""
+"""``posttrain leaderboard``: every artifact of the ledger and its base, ranked by task."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.commands.words import understood
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.commands.arguments import parse
+from posttrain.errors import reject, suggest
 from posttrain.ledger import lifts
 from posttrain.report.leaderboard import Board, Entry, boards
 from posttrain.report.scores import Scale
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("artifact", "recipe", "lineage", "n", "score", "lift over base", "verdict")
-OTHER = "Other documents or settings than in the board above: its scores and these cannot be compared."
+OTHER = "Other documents or settings than in the board above; do not compare scores across the two."
 
 
-def leaderboard_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Rank the artifacts recorded below an output root, by every task or by ``task=NAME``."""
-    given = understood("leaderboard", words, ("task", "output_root"), ("table", "markdown", "json"))
+    given = parse("leaderboard", words, ("task", "output_root"), ("table", "markdown", "json"))
     if given.plain:
         fix = f"posttrain leaderboard task={given.plain[0]}"
-        raise BadInput(Problem(where=f"leaderboard {' '.join(given.plain)}", what="is not key=value", fix=fix))
+        reject(f"leaderboard {' '.join(given.plain)}", f"{given.plain[0]} is not key=value", fix)
     found = _boards(Path(given.settings.get("output_root", "runs")), given.settings.get("task"))
     if given.format == "json":
         print(json.dumps([asdict(board) for board in found], indent=2))
@@ -42,14 +42,10 @@ def _boards(root: Path, task: str | None) -> list[Board]:
     found = boards(row.lift for row in lifts(root))
     if not found:
         fix = "posttrain recipe=quickstart records some; output_root=DIR names another folder of runs"
-        raise BadInput(Problem(where=str(root), what="no lift is recorded there", fix=fix))
+        reject(str(root), "no results recorded yet", fix)
     chosen = [board for board in found if task in (None, board.task)]
     if not chosen:
-        raise BadInput(
-            Problem(
-                where=f"task={task}", what="has no score", fix=suggest(str(task), sorted({one.task for one in found}))
-            )
-        )
+        reject(f"task={task}", "no score of this task is recorded", suggest(str(task), {one.task for one in found}))
     return chosen
 
 
@@ -63,12 +59,12 @@ def _cells(entry: Entry, scale: Scale) -> tuple[str, ...]:
     if entry.lift is not None and entry.low is not None and entry.high is not None:
         lift = scale.interval(entry.lift, entry.low, entry.high)
     score = scale.score(entry.score)
-    name = "/".join(entry.name.split("/")[-2:])  # of a path, what tells it from others
+    name = "/".join(entry.name.split("/")[-2:])  # the end of a path tells it from others
     return (entry.digest[:8], name, entry.lineage, f"{entry.n:,}", score, lift, entry.verdict)
 
 
 def _print(found: Sequence[Board]) -> None:
-    """Tables on a terminal, or 80 columns wide elsewhere."""
+    """Print the tables as wide as the terminal, or in 80 columns elsewhere."""
     from rich.console import Console
 
     console = Console(highlight=False)

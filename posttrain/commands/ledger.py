@@ -1,4 +1,4 @@
-"""``posttrain ledger``: every lift ever recorded, exported, checked, or made again from the runs."""
+"""``posttrain ledger``: export, verify or rebuild the record of every lift."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from posttrain.commands.words import understood
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.commands.arguments import parse
+from posttrain.errors import nearest, reject
 from posttrain.ledger import Row, lifts
 from posttrain.ledger.audit import rebuild, require_ledger, verify
 from posttrain.ledger.store import COLUMNS, ledger_path
@@ -18,16 +18,21 @@ from posttrain.ledger.store import COLUMNS, ledger_path
 ACTIONS = ("export", "rebuild", "verify")
 
 
-def ledger_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Export, verify or rebuild the ledger of an output root (``output_root=DIR``, ./runs by default)."""
     action, *others = words or [""]
     if action not in ACTIONS:
-        fix = suggest(action, ACTIONS)
-        raise BadInput(Problem(where=f"ledger {action}".strip(), what="is not something to do with it", fix=fix))
+        close = nearest(action, ACTIONS)
+        fix = f"Did you mean {close}?" if close else f"posttrain ledger {ACTIONS[0]}"
+        reject(f"ledger {action}".strip(), f"needs one of {', '.join(ACTIONS)}", fix)
     formats = ("jsonl", "csv") if action == "export" else ()
-    given = understood(f"ledger {action}", others, ("output_root",), formats)
+    given = parse(f"ledger {action}", others, ("output_root",), formats)
     if given.plain:
-        raise BadInput(Problem(where=f"ledger {' '.join(words)}", what="is not key=value", fix="output_root=DIR"))
+        reject(
+            f"ledger {' '.join(words)}",
+            f"{given.plain[0]} is not key=value",
+            "output_root=DIR names the folder of runs",
+        )
     root = Path(given.settings.get("output_root", "runs"))
     if action == "export":
         require_ledger(root)
@@ -35,10 +40,10 @@ def ledger_command(words: list[str]) -> int:
     elif action == "verify":
         records = verify(root)
         head = f", the last one {records[-1]['hash']}" if records else ""
-        print(f"{ledger_path(root)}: {len(records):,} rows, every one as it was written{head}")
+        print(f"{ledger_path(root)}: {len(records):,} rows, none changed since it was written{head}")
     else:
         count, changed = rebuild(root)
-        print(f"{ledger_path(root)}: {count:,} rows from the runs below {root}, {changed:,} of them not as before")
+        print(f"{ledger_path(root)}: {count:,} rows rebuilt from the runs below {root}, {changed:,} of them changed")
     return 0
 
 

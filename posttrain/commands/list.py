@@ -1,4 +1,4 @@
-"""``posttrain list``: what is available, without importing Hydra or torch."""
+"""``posttrain list``: every recipe, stage, group and plugin; imports neither Hydra nor torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.paths import conf_folders, recipe_folders
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.errors import reject, suggest
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 
 GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker"}
-"""What a list is called, and the folder below conf/ that holds it."""
+"""Names of lists, and their folders below conf/."""
 SECTIONS = ("recipes", "stages", *GROUPS, "plugins")
 
 
-def list_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Print every section, one of them, or the settings of one stage."""
     as_json = "--json" in words
     names = [word for word in words if word != "--json"]
@@ -27,14 +27,14 @@ def list_command(words: list[str]) -> int:
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         fix = suggest(unknown[0], [*SECTIONS, *host.stages])
-        raise BadInput(Problem(where=f"list {unknown[0]}", what="is neither a list nor a stage", fix=fix))
-    content = {section: section_rows(section, host) for section in names or SECTIONS}
+        reject(f"list {unknown[0]}", "is neither a list nor a stage", fix)
+    content = {section: _rows(section, host) for section in names or SECTIONS}
     print(json.dumps(content, indent=2) if as_json else _text(content))
     return 0
 
 
-def section_rows(section: str, host: Host) -> list[dict[str, Any]]:
-    """The entries of one list."""
+def _rows(section: str, host: Host) -> list[dict[str, Any]]:
+    """Return the entries of one list."""
     if section == "plugins":
         return [
             {
@@ -73,7 +73,7 @@ def _files(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def _summary(path: Path) -> str:
-    """The comment on the first line of a file, if there is one."""
+    """Return the comment on the first line of a file, or nothing."""
     with path.open(encoding="utf-8") as stream:
         first = stream.readline().strip()
     return first.lstrip("# ").rstrip(":") if first.startswith("#") and "@package" not in first else ""

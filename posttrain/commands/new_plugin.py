@@ -1,4 +1,4 @@
-"""``posttrain new-plugin NAME``: a complete distribution with a stage that trains, and its tests."""
+"""``posttrain new-plugin NAME``: a complete package with a stage that trains, and its tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from posttrain.errors import BadInput, Problem
+from posttrain.errors import BadInput, Problem, reject
 from posttrain.hookspecs import API_VERSION
 from posttrain.host import plugins
 from posttrain.version import __version__
@@ -16,9 +16,9 @@ from posttrain.version import __version__
 TEMPLATES = Path(__file__).parent / "templates" / "plugin"
 SUFFIX = ".j2"
 LONGEST = 40
-"""Letters of a name."""
+"""Characters in a name, at most."""
 NEXT = """\
-{folder} holds the distribution {distribution}.
+{folder} holds the package {distribution}.
 
   pip install --editable {folder}
   posttrain list {name}
@@ -27,14 +27,14 @@ NEXT = """\
 """
 
 
-def new_plugin_command(words: list[str]) -> int:
-    """Write the distribution into a folder of its own below the working directory.
+def main(words: list[str]) -> int:
+    """Write the package into a new folder of the working directory.
 
-    Raises BadInput for a bad name, and where the folder cannot be written.
+    Raises BadInput for a bad name, and for a folder that cannot be written.
     """
     if len(words) != 1 or words[0].startswith("-"):
-        fix = "posttrain new-plugin NAME, where NAME is what the stage is to be called"
-        raise BadInput(Problem(where=f"new-plugin {' '.join(words)}".strip(), what="takes one name", fix=fix))
+        fix = "posttrain new-plugin NAME, with the name of the new stage"
+        reject(f"new-plugin {' '.join(words)}".strip(), "takes one name", fix)
     name = words[0]
     distribution = f"posttrain-{name.replace('_', '-')}"
     folder = Path(distribution)
@@ -52,10 +52,12 @@ def new_plugin_command(words: list[str]) -> int:
 def _bad_name(name: str) -> Problem | None:
     if _can_be_a_name(name):
         return None
-    what = f"{name!r} cannot be the name of a stage: it becomes part of a Python package and of settings"
+    what = f"{name!r} cannot be the name of a stage: it becomes part of a Python package and of keys in recipes"
     mended = re.sub(r"\W+|_+", "_", name.lower(), flags=re.ASCII).strip("_0123456789")[:LONGEST]
     fix = f"Try {mended}. " if _can_be_a_name(mended) else ""
-    return Problem(where="new-plugin", what=what, fix=f"{fix}Lower-case letters, digits and _, a letter first")
+    return Problem(
+        where="new-plugin", what=what, fix=f"{fix}Use lower-case letters, digits and _, beginning with a letter"
+    )
 
 
 def _can_be_a_name(name: str) -> bool:
@@ -63,7 +65,7 @@ def _can_be_a_name(name: str) -> bool:
 
 
 def _taken(name: str) -> Problem | None:
-    """A stage, plugin, recipe, gate, list, key of recipes or package that has the name already."""
+    """Name the stage, plugin, recipe, gate, list, key of recipes or package that has the name."""
     from posttrain.commands.list import SECTIONS
     from posttrain.config.explain import ROOT
 
@@ -90,11 +92,11 @@ def _taken(name: str) -> Problem | None:
 def _in_the_way(folder: Path) -> Problem | None:
     if not folder.exists():
         return None
-    return Problem(where=str(folder), what="is there already", fix="Remove it, or work in another directory")
+    return Problem(where=str(folder), what="exists already", fix="Remove it, or work in another directory")
 
 
 def _write(folder: Path, name: str, distribution: str) -> None:
-    """Fill the templates in; the folder is there whole or not at all."""
+    """Fill the templates in. The folder appears whole or not at all."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     engine = Environment(
@@ -121,7 +123,7 @@ def _write(folder: Path, name: str, distribution: str) -> None:
 
 
 def _place(template: str, name: str, package: str) -> Path:
-    """Where the file made from a template belongs."""
+    """Return the path of the file made from a template."""
     path = template.removesuffix(SUFFIX).replace("name.", f"{name}.")
     path = path.replace("package/", f"{package}/", 1) if path.startswith("package/") else path
     return Path(".gitignore" if path == "gitignore" else path)

@@ -1,4 +1,4 @@
-"""``posttrain plan``: what a recipe would do, after checking everything that can be checked without loading."""
+"""``posttrain plan``: the stages, settings and gates of a recipe, checked as far as can be without loading a model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
 
-def plan_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Print the plan, as text or as JSON."""
     host = plugins.load()
     composition = compose(host, [word for word in words if word != "--json"])
     plan = make_plan(composition, host)
     if "--json" in words:
-        print(json.dumps(plan_json(plan), indent=2))
+        print(json.dumps(_plan_json(plan), indent=2))
     else:
         print("\n".join(_text(plan, composition.config)))
     return 0
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan for scripts: the stages in running order and the resolved recipe."""
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan for scripts: the stages in running order and the resolved recipe."""
     stages = [
         {
             "name": step.name,
@@ -50,7 +50,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _power_json(step: Step) -> dict[str, Any]:
-    """Documents and chances to pass of every task by assumed discordance; empty where the gate is off."""
+    """Return documents and chances to pass of every task, by assumed discordance; empty where the gate is off."""
     found = gate_outlooks(step.gate, step.tasks) if step.gate.enabled else []
     return {each.name: {"documents": each.documents, "chances": each.chances} for each in found}
 
@@ -81,7 +81,7 @@ def _source_note(source: Any) -> str:
 
 
 def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> list[str]:
-    """The settings that differ from their defaults, with the key they take their value from."""
+    """Return the settings that differ from their defaults, each with the key it takes its value from."""
     lines = []
     for field in fields(settings):
         value, default = getattr(settings, field.name), getattr(defaults, field.name)
@@ -109,12 +109,12 @@ def _gate(step: Step) -> list[str]:
     lines = [_asked(gate, name, step.tasks.get(name), each) for name, each in zip(asked, outlooks, strict=True)]
     if any(each.chances for each in outlooks):
         shares = " or ".join(f"{share:.0%}" for share in DISCORDANCES)
-        lines.append(f"these are chances if {shares} of the documents are right under one system alone")
+        lines.append(f"power assuming the two systems disagree on {shares} of the documents")
     return [head, *lines, *(f"warning: {_warning(each)}" for each in outlooks if each.hopeless)]
 
 
 def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:
-    """What the gate asks of a task, or of all guards together, of how many documents, and how likely it is to pass."""
+    """Return the demand on a task, or on all guards together, with its documents and its chance to pass."""
     demand = name
     if task is not None:
         demand = f"{task.role.value} {name} {task.metric}: {RULES[task.role].demand(gate, task)}"
@@ -133,8 +133,8 @@ def _power(outlook: Outlook) -> str:
 
 
 def _warning(outlook: Outlook) -> str:
-    """Why a gate is hopeless, and what would help."""
-    told = f"{outlook.name} is hopeless: {RULES[outlook.role].supposed} passes with {max(outlook.chances):.0%} at best"
+    """Return why a gate is hopeless, and what would help."""
+    reason = f"{outlook.name} is hopeless: {RULES[outlook.role].supposed} passes with {max(outlook.chances):.0%} at best"
     if outlook.needed:
-        return f"{told}; about {outlook.needed:,} documents would do"
-    return f"{told}; more documents, a larger max_drop or pooled_max_drop would help"
+        return f"{reason}; about {outlook.needed:,} documents would do"
+    return f"{reason}; more documents, a larger max_drop or pooled_max_drop would help"

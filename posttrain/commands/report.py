@@ -1,28 +1,28 @@
-"""``posttrain report``: make the reports of a run again and print its final table."""
+"""``posttrain report``: print the final table of a run and rewrite its reports."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from posttrain import report
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.errors import BadInput, Problem, reject, suggest
 
 ROOT = Path("runs")
 
 
-def report_command(words: list[str]) -> int:
-    """Report on the run given by directory or by name; on the newest run when none is given.
+def main(words: list[str]) -> int:
+    """Report on the run of this directory or name, by default on the newest.
 
-    Raises BadInput when there is no such run, or its directory cannot be written.
+    Raises BadInput for a run that does not exist or cannot be written.
     """
     if len(words) > 1:
-        raise BadInput(Problem(where=" ".join(words), what="one run at a time", fix="posttrain report RUN"))
+        reject(f"report {' '.join(words)}", "takes one run", "posttrain report RUN")
     path = _find(words[0]) if words else _newest()
     report.show(path)
     try:
         report.write(path)
     except OSError as error:
-        raise BadInput(Problem(where=str(path), what=f"the reports cannot be written: {error}")) from None
+        raise BadInput(Problem(where=str(path), what=f"cannot write the reports: {error}")) from None
     return 0
 
 
@@ -30,13 +30,13 @@ def _find(word: str) -> Path:
     for path in (Path(word), ROOT / word):
         if (path / "run.json").exists():
             return path
-    raise BadInput(Problem(where=word, what="is not the directory of a run", fix=suggest(word, _names())))
+    reject(word, "is not the directory of a run", suggest(word, _names()))
 
 
 def _newest() -> Path:
     states = sorted(ROOT.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     if not states:
-        raise BadInput(Problem(where=str(ROOT), what="holds no run", fix="posttrain recipe=quickstart makes one"))
+        reject(str(ROOT), "holds no run", "posttrain recipe=quickstart makes one")
     return states[-1].parent
 
 

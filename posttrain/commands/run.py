@@ -1,10 +1,9 @@
-"""``posttrain recipe=NAME``: run or continue a recipe; with ``--multirun`` through Hydra's launchers."""
+"""``posttrain recipe=NAME``: run or resume a recipe, or with ``--multirun`` every member of a sweep."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain import environment
@@ -17,17 +16,24 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def run_command(words: Sequence[str]) -> int:
-    """Compose, check, run, report."""
+HYDRA_FLAGS = ("--multirun", "-m", "--config-dir", "-cd", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc",
+               "--experimental-rerun", "--package", "-p", "--resolve", "--hydra-help")  # fmt: skip
+WITH_VALUE = ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+
+
+def main(words: list[str]) -> int:
+    """Compose, check, run and report on a recipe."""
+    if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+        return run_hydra(_flags_first(words))
     from posttrain.config.compose import compose
 
     host = plugins.load()
-    run_plan(make_plan(compose(host, words), host), host)
+    _run_plan(make_plan(compose(host, words), host), host)
     return 0
 
 
-def run_plan(plan: Plan, host: Host) -> None:
-    """Carry out a plan; its final table is printed however it ends."""
+def _run_plan(plan: Plan, host: Host) -> None:
+    """Run a plan, and print its final table however it ends."""
     environment.prepare()
     from posttrain.pipeline import run
     from posttrain.run.display import Display
@@ -36,11 +42,25 @@ def run_plan(plan: Plan, host: Host) -> None:
     run(plan, host, Display())
 
 
-def hydra_command(words: list[str], primary: str = "config") -> int:
-    """Anything that takes a flag of Hydra's: sweeps, launchers, ``--cfg``, ``--info``, completion.
+def _flags_first(words: list[str]) -> list[str]:
+    """Put flags before overrides: users write them in any order, and Hydra rejects an override after a flag."""
+    flags, overrides = [], []
+    waiting = iter(words)
+    for word in waiting:
+        if word.startswith("-"):
+            flags.append(word)
+            if word in WITH_VALUE:
+                flags += [value for value in [next(waiting, None)] if value is not None]
+        else:
+            overrides.append(word)
+    return flags + overrides
 
-    The members of a sweep run one after the other; a member that a gate refuses does not stop the others. The exit code
-    is that of the first member that did not end with 0. ``primary`` is the file below conf/ whose keys are completed.
+
+def run_hydra(words: list[str], primary: str = "config") -> int:
+    """Run Hydra for words with its flags: sweeps, launchers, ``--cfg``, ``--info``, completion.
+
+    The members of a sweep run one after the other, and one that its gate fails does not stop the others. Return the
+    exit code of the first member that did not end with 0. ``primary`` is the file below conf/ whose keys are completed.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -66,7 +86,7 @@ def hydra_command(words: list[str], primary: str = "config") -> int:
             removed=removed_stages(overrides),
         )
         try:
-            run_plan(make_plan(found, host), host)
+            _run_plan(make_plan(found, host), host)
         except (BadInput, GateRefused, GateUndecided, ArtifactDamaged) as error:
             codes.append(explain(error))
 

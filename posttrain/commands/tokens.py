@@ -38,7 +38,7 @@ TRAINED = "bold green"
 BORDER = "cyan"
 
 
-def tokens_command(words: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Print the first records of each source, one packed row, and what is trained of each source and in all.
 
     On a terminal trained tokens are green; elsewhere, and without colours, they stand between ⟦ and ⟧.

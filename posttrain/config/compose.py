@@ -1,4 +1,4 @@
-"""Composes a recipe with Hydra and goes on past what is wrong, so that every problem is reported at once."""
+"""Composing a recipe with Hydra, past every problem, so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ PRIMARY = {"recipe": "config", "gate": "regression"}
 CONFIG_DIR = ("--config-dir", "-cd")
 """Flags that name a folder of the user's own gates, models and variants."""
 MOST_PROBLEMS = 20
-"""Composing again after each problem has to stop somewhere."""
+"""Problems after which composing stops: each costs another composition."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """A recipe, or a gate for one adapter, with its overrides applied, and what is wrong with it."""
+    """A recipe, or a gate for one adapter, with its overrides applied, and its problems."""
 
     recipe: str
-    """The name that was chosen."""
+    """Name of the recipe or gate."""
     config: DictConfig
     words: tuple[str, ...]
-    """The words of the command line that gave it."""
+    """The command line."""
     removed: frozenset[str]
     """Stage nodes taken out with ``~stage@name``."""
     problems: list[Problem] = field(default_factory=list)
 
 
 def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Composition:
-    """The ``recipe`` or ``gate`` that ``overrides`` choose. Raises BadInput when nothing could be composed at all."""
+    """Compose the ``recipe`` or ``gate`` that ``overrides`` choose. Raises BadInput when nothing can be composed."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of ending the process
     sources.register(host)
     sources.RecipeSource.dropped = set()
@@ -68,7 +68,7 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
 
 
 def _searching(words: Sequence[str]) -> list[str]:
-    """The words, with folders of the user's own gates and models on Hydra's search path; raises BadInput for none."""
+    """Turn ``--config-dir DIR`` into Hydra's search path. Raises BadInput when there is no such directory."""
     remaining: list[str] = []
     folders: list[str] = []
     waiting = iter(words)
@@ -87,12 +87,12 @@ def _searching(words: Sequence[str]) -> list[str]:
 
 
 def removed_stages(overrides: Sequence[str]) -> frozenset[str]:
-    """The stage nodes that ``~stage@name`` takes out; Hydra leaves behind what the recipe sets in them."""
+    """Return the stage nodes that ``~stage@name`` takes out; Hydra leaves the recipe's settings of them behind."""
     return frozenset(o.removeprefix("~stage@").split("=")[0] for o in overrides if o.startswith("~stage@"))
 
 
 def _leave_out(fault: explain.Fault, overrides: list[str]) -> bool:
-    """Take the faulty override or recipe key away; False when composing cannot go on without it."""
+    """Remove the faulty override or recipe key. Return False when composing must stop."""
     if fault.override is not None:
         if fault.fatal:
             return False

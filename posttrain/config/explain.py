@@ -1,4 +1,4 @@
-"""Says what Hydra found wrong in the user's terms: which override or key, the nearest valid name, how to mend it."""
+"""Errors of Hydra and OmegaConf in the user's terms: the override or key, the nearest valid name, the fix."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ from posttrain.host.plugins import Host
 ROOT = (
     "seed", "output_root", "stages", "start_from", "model", "data", "gate_data", "tracker", "variant", "plugin_timeout",
 )  # fmt: skip
-"""Keys at the top level of every recipe besides its stages."""
+"""Top-level keys of every recipe; its stages are the others."""
 FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline")
-"""Of the commands that compose."""
+"""Flags of the commands that compose."""
+TYPE_ERRORS = {
+    r"Value (.+) of type '\w+' could not be converted to Float": r"\1 is not a number",
+    r"Value (.+) of type '\w+' could not be converted to Integer": r"\1 is not an integer",
+    r"Value (.+) is not a valid bool \(type \w+\)": r"\1 is neither true nor false",
+    r"field '(.+)' is not Optional": r"\1 cannot be null",
+    r"Invalid value (.+), expected one of \[(.+)\]": r"\1 is not one of \2",
+}
+"""Messages of OmegaConf by pattern, in plain English."""
 NODES = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A problem and what causes it, so that composing can go on without the cause."""
+    """A problem and its cause; composing without the cause finds the next problem."""
 
     problem: Problem
     override: str | None = None
     recipe_key: str | None = None
     instead: str | None = None
-    """The override as the user meant it, when there is nothing wrong with it but Hydra's syntax."""
+    """The override in Hydra's syntax, when that is all it lacks."""
     fatal: bool = False
 
 
 def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
-    """What ``error``, raised while composing, means."""
+    """Explain an error raised while composing. Raises PluginFailed for a failed plugin that the recipe needs."""
     if isinstance(error, OverrideParseException):
         return Fault(problem=_unreadable_word(str(error.override), str(error.message)), override=error.override)
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
@@ -62,18 +70,18 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
 
 
 def _unreadable_word(word: str, message: str) -> Problem:
-    """A word that Hydra cannot take for an override: a flag, a word without a value, or one to be quoted."""
+    """Explain a word that is no override: a flag, a word without a value, or one that lacks quotes."""
     if word.startswith("-"):
         close = nearest(word, FLAGS)
         fix = (f"Did you mean {close}? " if close else "") + "posttrain --help shows which command takes which flags"
         return Problem(where=word, what="is no flag of this command", fix=fix)
     fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
-    what = f"cannot be read: {_first_line(message)}" if "=" in word else "is not key=value"
+    what = f"cannot be read: {readable(message)}" if "=" in word else "is not key=value"
     return Problem(where=word, what=what, fix=fix)
 
 
 def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, overrides: Sequence[str]) -> Problem:
-    """A file of a group that is no YAML: named where the parser knows it, else by what chose it."""
+    """Explain a file that is no YAML, named by the parser if possible, else by the override that chose it."""
     mark = getattr(error, "problem_mark", None)
     chosen = next((o for o in reversed(overrides) if _group(o) in ("recipe", "gate", "variant")), "recipe")
     where = chosen if mark is None else f"{mark.name}:{mark.line + 1}"
@@ -81,34 +89,34 @@ def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, overrides: Sequ
 
 
 def _chosen_twice(text: str, overrides: Sequence[str]) -> Fault | None:
-    """A word of the command line that adds what the recipe has already; None for any other error."""
+    """Explain a word that adds a group twice; return None for any other error."""
     match = re.search(r"Multiple values for (\S+)\. |^(\S+) appears more than once", text)
     choice = match and (match[1] or match[2])
     override = next((word for word in overrides if word.startswith("+") and _key(word) == choice), None)
     if override is None:
         return None
-    fix = "Leave out the + to have it in the other one's place"
+    fix = "Leave out the + to replace the first"
     if _group(override) == "stage":
         kind = _value(override)
         name = kind if choice != f"stage@{kind}" else f"{kind}2"
         fix += f", or give the second a name of its own: +stage@{name}={kind}"
-    problem = Problem(where=override, what=f"the recipe has {choice} already", fix=fix)
+    problem = Problem(where=override, what=f"the recipe already has {choice}", fix=fix)
     return Fault(problem=problem, override=override)
 
 
 def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) -> bool:
-    """Whether a setting is given that the gate leaves at its default: Hydra only knows those that its file names."""
+    """Check for a setting of a known task that the gate's file does not name: Hydra knows only those it names."""
     match = re.fullmatch(r"(?:\w+\.)?gate\.tasks\.[^.]+\.(\w+)", _key(override))
     exists = cause is not None and isinstance(cause.parent_node, DictConfig) and "role" in cause.parent_node
     return bool(match and exists and match[1] in {field.name for field in fields(GateTask)})
 
 
 def _missing_option(error: MissingConfigException, overrides: Sequence[str], host: Host) -> Fault:
-    """A group has no such option: an unknown recipe, model, gate or kind of stage."""
+    """Explain an unknown recipe, model, gate or kind of stage."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = [str(name) for name in error.options or _options(group)]
     override = next((o for o in overrides if _value(o) == option and _group(o) == group), None)
-    fix = suggest(option, options) + _of_your_own(group)
+    fix = suggest(option, options) + _own_files(group)
     _require_plugins(group, option, override, host)
     fix += "".join(f"\n    note: {info}" for info in (*host.failures(), *host.blocked()))
     problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
@@ -116,22 +124,22 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
 
 
 def _require_plugins(group: str, option: str, override: str | None, host: Host) -> None:
-    """Raise PluginFailed where a plugin that could not be loaded is what is missing, as far as can be told."""
+    """Raise PluginFailed when a plugin that failed to load is the likely cause of a missing option."""
     failures = host.failures()
     culprits = [info for info in failures if info.name == option]
     if culprits:
         raise PluginFailed(f"no {group} is named {option!r}: {culprits[0]}")
-    if failures and group == "stage" and override is None:  # no slip of the user's: the recipe asks for it
+    if failures and group == "stage" and override is None:  # not mistyped: the recipe asks for it
         lines = "".join(f"\n    {info}" for info in failures)
-        raise PluginFailed(f"no stage is named {option!r}: it may be that of a plugin that is not there{lines}")
+        raise PluginFailed(f"no stage is named {option!r}: a plugin that failed to load may have it{lines}")
 
 
-def _of_your_own(group: str) -> str:
-    """Where a file of the user's would have been found."""
+def _own_files(group: str) -> str:
+    """Return the place where a file of the user's own is found."""
     if group == "recipe":
-        return "\n    One of your own is the file recipes/NAME.yaml, seen from here"
+        return "\n    Your own recipes are read from ./recipes/NAME.yaml"
     in_file = group in ("gate", "model", "variant", "tracker")
-    return f"\n    One of your own is the file {group}/NAME.yaml in DIR, with --config-dir DIR" if in_file else ""
+    return f"\n    Your own {group}s are read from DIR/{group}/NAME.yaml with --config-dir DIR" if in_file else ""
 
 
 def _options(group: str) -> list[str]:
@@ -144,26 +152,28 @@ def _override_problem(override: str, cause: OmegaConfBaseException | None, text:
         return _key_problem(override, key, cause, host)
     if match := re.search(r"Could not append to config\. An item is already at '(.+?)'", text):
         return Problem(
-            where=override, what=f"{match[1]} exists already", fix=f"Leave out the +: {override.lstrip('+')}"
+            where=override, what=f"{match[1]} already exists", fix=f"Leave out the +: {override.lstrip('+')}"
         )
     if "Ambiguous value" in text or "requires --multirun" in text:
         fix = "A list is written [a,b]; to run every value, add --multirun"
         return Problem(where=override, what="has several values", fix=fix)
-    reason = _first_line(str(cause.msg if cause is not None and cause.msg else text))
+    reason = readable(str(cause.msg if cause is not None and cause.msg else text))
     return Problem(where=override, what=reason, fix=_expected(key, host))
 
 
 def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, host: Host) -> Problem:
-    """Either no such key, or a value of the wrong type at a key that exists."""
+    """Explain an unknown key, or a value of the wrong type at a known one."""
     if cause is not None and cause.full_key and key.startswith(f"{cause.full_key}."):
-        key = str(cause.full_key)  # below it nothing can be known
+        key = str(cause.full_key)  # the keys below it are not known
     parent, _, leaf = key.rpartition(".")
     known = settings_of(parent, host, cause)
     if leaf in known and cause is not None and not isinstance(cause, ConfigKeyError):
-        return Problem(where=where, what=_first_line(str(cause.msg)), fix=_expected(key, host))
+        return Problem(where=where, what=readable(str(cause.msg)), fix=_expected(key, host))
     close = nearest(leaf, known)
     prefix = f"{parent}." if parent else ""
     fix = (f"Did you mean {prefix}{close}? " if close else "") + f"Available: {', '.join(known)}"
+    if re.fullmatch(r"(\w+\.)?gate\.tasks\.[^.]+", key) and "=" in where:
+        fix += f"\n    For a new task, add a +: +{where.lstrip('+')}"
     return Problem(where=where, what=f"unknown key {key!r}", fix=fix)
 
 
@@ -171,11 +181,11 @@ def _composition_problem(text: str, host: Host) -> Problem:
     if match := re.search(r"You must specify '(\w+)'", text):
         group = match[1]
         return Problem(where=group, what=f"no {group} chosen", fix=f"Add {group}=NAME. {suggest('', _options(group))}")
-    return Problem(where="recipe", what=_first_line(text), fix="posttrain list shows what is available")
+    return Problem(where="recipe", what=readable(text), fix="posttrain list shows the options")
 
 
 def settings_of(path: str, host: Host, cause: OmegaConfBaseException | None = None) -> list[str]:
-    """Names of the settings at a dotted path: the root's, a typed node's, or those of the node that ``cause`` holds."""
+    """Return the names of the settings at a dotted path: of the node in ``cause``, of the root, or of a typed node."""
     node = cause.parent_node if cause is not None and cause.parent_node is not None else None
     if node is not None:
         keys = [str(key) for key in node]
@@ -191,7 +201,7 @@ def _expected(key: str, host: Host) -> str:
 
 
 def _culprit(text: str, overrides: Iterable[str]) -> str | None:
-    """The override that an error message quotes."""
+    """Return the longest override that an error message quotes."""
     quoted = [o for o in overrides if o in text or f"'{_key(o)}'" in text or f"'{o.lstrip('+~')}'" in text]
     return max(quoted, key=len, default=None)
 
@@ -208,6 +218,10 @@ def _group(override: str) -> str:
     return _key(override).split("@")[0]
 
 
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "cannot be composed"
+def readable(message: str) -> str:
+    """Return the first line of an error of OmegaConf; one about a type without the terms of OmegaConf."""
+    first = next((line.strip() for line in message.splitlines() if line.strip()), "cannot be composed")
+    for pattern, text in TYPE_ERRORS.items():
+        if match := re.match(pattern, first):
+            return match.expand(text)
+    return first

@@ -24,7 +24,7 @@ class Setting:
 
 
 def settings(kind: type, prefix: str = "") -> list[Setting]:
-    """The settings of a dataclass, nested ones by dotted name, in the order of their definition."""
+    """Return the settings of a dataclass in the order of their definition, nested ones by dotted name."""
     texts = docstrings(kind)
     rows = []
     for field in fields(kind):
@@ -40,7 +40,7 @@ def settings(kind: type, prefix: str = "") -> list[Setting]:
 
 
 def docstrings(kind: type) -> dict[str, str]:
-    """The docstring under each field, of the class and of those it inherits from; empty where there is none."""
+    """Return the docstring under each field, inherited ones included; empty for a field without one."""
     texts = {field.name: "" for field in fields(kind)}
     for cls in reversed([c for c in kind.__mro__ if is_dataclass(c)]):
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
@@ -54,7 +54,7 @@ def docstrings(kind: type) -> dict[str, str]:
 
 
 def _type(field: Field[Any]) -> str:
-    """As it is written: a text where annotations are postponed, else a class."""
+    """Return the type as it is written: a text with postponed annotations, else a class."""
     return field.type.__name__ if isinstance(field.type, type) else str(field.type)
 
 

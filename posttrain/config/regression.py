@@ -10,35 +10,35 @@ from posttrain.config.schema import MISSING, Dtype, GateConfig
 
 @dataclass(kw_only=True)
 class BaseSettings:
-    """What may be said about the base: by default it is what the adapter names."""
+    """The base model; by default the one that the adapter names."""
 
     path: str | None = None
     """Directory or hub name of the base model; needed for full weights that are no artifact."""
     revision: str | None = None
     """Commit of the hub repository."""
     chat_template: str | None = None
-    """Jinja file, when neither the adapter nor the base has a chat template."""
+    """Jinja file of the chat template, for an adapter and a base without one."""
     dtype: Dtype | None = None
-    """Number format; by default what an artifact was trained in, or float32 where the base is, else bfloat16."""
+    """Number format; by default that of the artifact's training, else float32 for a float32 base, else bfloat16."""
 
 
 @dataclass(kw_only=True)
 class RegressionConfig:
-    """One gate about one adapter or model that is there already."""
+    """One gate on an existing adapter or model."""
 
     adapter: str = MISSING
     """Directory of an artifact, of a peft adapter or of full weights."""
     baseline: str | None = None
-    """Directory of a previous adapter, or its scores in FILE.json; no task may be worse than there by ``max_drop``."""
+    """Directory of an earlier adapter, or its scores in FILE.json; a task may lose ``max_drop`` against them."""
     update_baseline: bool = False
-    """Write ``baseline`` (FILE.json) from the scores of an adapter that passes against its base."""
+    """Write the scores of an adapter that passes against its base into ``baseline`` (FILE.json)."""
     model: BaseSettings = field(default_factory=BaseSettings)
     gate: GateConfig = field(default_factory=GateConfig)
     gate_data: Any = None
     """Files of rows to score, for gates that ask for them."""
     output_root: str = "runs"
-    """Folder of cached scores, and of what the gate leaves behind."""
+    """Folder of cached scores and of the gate's records."""
     junit: str | None = None
-    """File for the verdict as JUnit XML."""
+    """JUnit XML file for the verdict."""
     markdown: str | None = None
-    """File for the verdict as Markdown, for a pull request."""
+    """Markdown file for the verdict, as a comment on a pull request."""

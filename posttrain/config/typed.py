@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from posttrain.config.explain import readable
 from posttrain.config.schema import GateConfig, GateTask, Role, Source
 from posttrain.errors import Problem, suggest
 from posttrain.host.plugins import Host
@@ -34,7 +35,7 @@ def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseExcep
     where = f"{path} (from {source})" if source else path
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         return Problem(where=where, what="has no value", fix=f"Give {source or path}=VALUE")
-    return Problem(where=where, what=str(error).splitlines()[0])
+    return Problem(where=where, what=readable(str(error)))
 
 
 def _leaves(config: DictConfig, path: str) -> Iterator[str]:
@@ -67,12 +68,12 @@ def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
         except OmegaConfBaseException as error:
             sound = False
             unknown = str(key) not in known
-            what = f"unknown key {key!r}" if unknown else str(error).splitlines()[0]
+            what = f"unknown key {key!r}" if unknown else readable(str(error))
             fix = suggest(str(key), known) if unknown else ""
             problems.append(Problem(where=f"{where}.{key}", what=what, fix=fix))
     for key in sorted(OmegaConf.missing_keys(schema) - set(map(str, value))):
         sound = False
-        problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {key}"))
+        problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {where}.{key}"))
     return OmegaConf.to_object(schema) if sound else None
 
 

@@ -123,7 +123,7 @@ def test_it_takes_one_name(words: list[str], capsys: pytest.CaptureFixture[str])
 def test_what_is_there_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     Path("posttrain-mine").mkdir()
     assert main("new-plugin", "mine") == 2
-    assert "posttrain-mine: is there already" in capsys.readouterr().err
+    assert "posttrain-mine: exists already" in capsys.readouterr().err
     assert not list(Path("posttrain-mine").iterdir())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.commands.list import list_command
+from posttrain.commands import list as listing
 from posttrain.config.compose import compose
 from posttrain.errors import BadInput
 from posttrain.host import plugins
@@ -105,6 +105,6 @@ def test_a_variant_without_a_method_is_rejected(host: Host) -> None:
 
 @pytest.mark.parametrize("kind", DEFAULT)
 def test_the_list_of_settings_shows_both_rates(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    list_command([kind])
+    listing.main([kind])
     adapter, full = DEFAULT[kind]
     assert f"  {kind}.lr: float = {adapter}, with variant=full {full}\n" in capsys.readouterr().out

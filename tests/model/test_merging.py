@@ -136,13 +136,13 @@ def test_weights_that_are_saved_wrongly_are_not_published(
     assert not list(working_folder.glob("*merged*"))
 
 
-def test_what_cannot_be_merged_is_refused(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_merged_is_rejected(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_adapter(working_folder)
     (working_folder / "taken").mkdir()
     assert main("merge", "adapter", "merged") == 0
     cases = {
-        ("adapter",): "takes two directories",
-        ("adapter", "a", "b"): "takes two directories",
+        ("adapter",): "needs two directories",
+        ("adapter", "a", "b"): "needs two directories",
         ("nowhere", "out"): "nowhere: there is no such directory",
         ("adapter", "taken"): "taken: exists already",
         ("merged", "out"): "merged: holds full weights",

@@ -214,7 +214,7 @@ def test_a_task_that_cannot_be_scored_is_an_error_in_the_files_too(gate: Gate, m
 def test_a_wrong_value_of_a_setting_is_one_problem(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate("good", "gate.tasks.quiz.role=lfit") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: gate.tasks.quiz.role: Invalid value 'lfit', expected one of [lift,")
+    assert line.startswith("error: gate.tasks.quiz.role: 'lfit' is not one of lift,")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_runs_of_the_pipeline_stand_in_the_leaderboard(
         (["--format", "html"], "Available: json, markdown, table"),
         (["--format"], "Available: json, markdown, table"),
         (["--markdown"], "Available: --format"),
-        (["output_root=nowhere"], "no lift is recorded there"),
+        (["output_root=nowhere"], "no results recorded yet"),
     ],
 )
 def test_bad_words(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

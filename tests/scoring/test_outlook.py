@@ -135,15 +135,15 @@ def test_pooled_guards_have_the_chances_of_the_pool(quiz: Path) -> None:
 
 
 def test_the_plan_states_power_and_warns(quiz: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from posttrain.commands.plan import plan_command
+    from posttrain.commands import plan
 
     gate = f"+sft.gate.tasks.quiz={{task: {quiz}, role: guard, metric: acc, limit: 100}}"
-    assert plan_command(["recipe=quickstart", "stages=[sft]", gate]) == 0
+    assert plan.main(["recipe=quickstart", "stages=[sft]", gate]) == 0
     text = capsys.readouterr().out
     assert "guard quiz acc: lower bound > -0.020, 100 documents; an unchanged model passes with 15% or 11%" in text
     assert "warning: quiz is hopeless: an unchanged model passes with 15% at best; about 1,579 documents" in text
     assert "lift towns_facts exact_match: lower bound > +0.500, 400 documents; a lift 5 points better passes" in text
-    assert plan_command(["recipe=quickstart", "stages=[sft]", gate, "--json"]) == 0
+    assert plan.main(["recipe=quickstart", "stages=[sft]", gate, "--json"]) == 0
     power = json.loads(capsys.readouterr().out)["stages"][0]["power"]
     assert power["quiz"]["documents"] == 100
     assert power["quiz"]["chances"][0] == pytest.approx(0.15, abs=0.01)

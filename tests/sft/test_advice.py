@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from posttrain import report
-from posttrain.commands.plan import plan_command
+from posttrain.commands import plan
 from posttrain.config.compose import compose
 from posttrain.config.paths import shipped
 from posttrain.config.schema import LoraSettings, Method, Source
@@ -173,11 +173,11 @@ def test_shipped_recipes_depart_only_where_they_say_why(host: Host, name: str) -
 def test_the_plan_shows_it(capsys: pytest.CaptureFixture[str], working_folder: Path) -> None:
     write_project(working_folder)
     words = ["recipe=mine", "stages=[sft]", "+gate@sft.gate=none", "sft.lr=1e-2", "sft.epochs=20"]
-    plan_command(words)
+    plan.main(words)
     text = capsys.readouterr().out
     assert "  advice sft.lr: 0.01; usual is 1e-4 to 5e-4 for an adapter" in text
     assert "  advice sft.epochs: 20 for 1 examples" in text
-    plan_command([*words, "--json"])
+    plan.main([*words, "--json"])
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     settings = [line.partition(":")[0] for line in stage["advice"]]
     assert settings == ["sft.lr", "sft.epochs", "sft.eval_share", "sft.neftune_alpha"]
