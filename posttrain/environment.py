@@ -1,4 +1,4 @@
-"""What has to be set before torch and its companions are imported."""
+"""Settings of the process that must precede the import of torch and its companions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DEFAULTS = {
     # Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning made runs ten times slower.
     "OMP_WAIT_POLICY": "passive",
 }
-"""Environment variables, for whatever the user has not set."""
+"""Environment variables; those that the user has set keep their values."""
 
 
 def prepare() -> None:
-    """Set the defaults, and hide what the libraries underneath say about their own future."""
+    """Set the defaults, and hide the libraries' warnings about their own future."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

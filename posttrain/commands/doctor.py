@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from posttrain.sft.proof import Check
 
 READ = 100
-"""Records per source whose mask is read back."""
+"""Records per source, at most, whose mask is read back."""
 
 
 def main(words: list[str]) -> int:
     """Compare the gradient of one optimizer step with plain float64 and print every comparison.
 
-    Raises ProofFailed naming the comparisons that fail: such a model must not be trained.
+    Raises ProofFailed naming the comparisons that fail: this model must not be trained.
     """
     host = plugins.load()
     plan = make_plan(compose(host, words), host)
@@ -60,7 +60,7 @@ def _core(plan: Plan) -> Step:
 
 
 def _documents(step: Step, base: ModelSource) -> list[Rendered]:
-    """The first records of every source, rendered; raises ProofFailed when a mask cannot be read back."""
+    """Render the first records of every source. Raises ProofFailed for a mask that cannot be read back."""
     from posttrain.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
@@ -105,7 +105,7 @@ def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Render
 
 
 def _model(config: SFTConfig, base: ModelSource, seed: int) -> PreTrainedModel | PeftModel:
-    """The model as the stage would train it, in float32; for qlora, on the weights before they are quantised."""
+    """Load the model as the stage trains it, but in float32; for qlora, with the base before quantisation."""
     from posttrain.model.loading import added_token_ids, load_model, load_trainable, new_adapter
 
     if config.method is Method.full:

@@ -134,7 +134,8 @@ def _power(outlook: Outlook) -> str:
 
 def _warning(outlook: Outlook) -> str:
     """Return why a gate is hopeless, and what would help."""
-    reason = f"{outlook.name} is hopeless: {RULES[outlook.role].supposed} passes with {max(outlook.chances):.0%} at best"
+    supposed, best = RULES[outlook.role].supposed, max(outlook.chances)
+    reason = f"{outlook.name} is hopeless: {supposed} passes with {best:.0%} at best"
     if outlook.needed:
         return f"{reason}; about {outlook.needed:,} documents would do"
     return f"{reason}; more documents, a larger max_drop or pooled_max_drop would help"

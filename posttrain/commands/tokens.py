@@ -1,4 +1,4 @@
-"""``posttrain tokens``: the training text as the model sees it, trained tokens marked, packed documents apart."""
+"""``posttrain tokens``: the training text as the model reads it, trained tokens marked, packed documents apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL = "--all"
 SHOWN = 3
 """Records per source that are printed in full."""
 COUNTED = 1000
-"""Records per source that are read, unless all are asked for."""
+"""Records per source that are read without ``--all``."""
 EDGE = 30
 """Tokens at either end of a document that a packed row shows."""
 TRAINED = "bold green"
@@ -39,9 +39,9 @@ BORDER = "cyan"
 
 
 def main(words: list[str]) -> int:
-    """Print the first records of each source, one packed row, and what is trained of each source and in all.
+    """Print the first records of each source, one packed row, and the trained tokens of each source and in all.
 
-    On a terminal trained tokens are green; elsewhere, and without colours, they stand between ⟦ and ⟧.
+    Trained tokens are green on a terminal, and between ⟦ and ⟧ elsewhere or without colours.
     """
     host = plugins.load()
     plan = make_plan(compose(host, [word for word in words if word != ALL]), host)
@@ -61,13 +61,13 @@ def _tokenizer(plan: Plan) -> Any:
 
 @dataclass(frozen=True)
 class Page:
-    """What the command prints, on one console with one tokenizer."""
+    """The output of the command, on one console with one tokenizer."""
 
     console: Console
     tokenizer: Any
 
     def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
-        """Print a stage; with ``count``, from so many records of each source at most."""
+        """Print a stage, from at most ``count`` records of each source."""
         sources = [_limited(source, count) for source in step.sources]
         found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
         documents = render(found, ChatRenderer(self.tokenizer), config)
@@ -82,11 +82,11 @@ class Page:
         self.console.print(f"{counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
         for note in counts.notes():
             self.console.print(note)
-        if count is not None and any(_goes_on(step.sources, share, count) for share in mixed.shares):
+        if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 
     def marked(self, ids: Sequence[int], mask: Sequence[bool]) -> Text:
-        """The text of tokens with the trained ones marked; decoded from the ids, so that it shows what is trained."""
+        """Return the text of tokens with the trained ones marked, decoded from the ids that are trained."""
         text = Text()
         bare = not self.console.is_terminal or self.console.no_color
         for trained, run in groupby(zip(mask, ids, strict=True), key=itemgetter(0)):
@@ -95,7 +95,7 @@ class Page:
         return text
 
     def _show_row(self, name: str, packing: Packing) -> None:
-        """One packed row, document by document; the first that holds three, or as many as any does."""
+        """Print one packed row by document: the first with three documents, or with the most."""
         number, row = max(enumerate(packing.rows), key=lambda numbered: min(len(numbered[1].lengths), 3))
         self._rule(f"{name}: packed row {number + 1:,} of {len(packing.rows):,}")
         for index, (start, end) in enumerate(pairwise(row.cu_seqlens().tolist()), start=1):
@@ -106,7 +106,7 @@ class Page:
         self.console.print(f"▌{empty:,} of {packing.counts.sequence_length:,} slots empty", style=BORDER, end="\n\n")
 
     def _edges(self, row: PackedRow, start: int, end: int) -> Text:
-        """The tokens of a document, of a long one the first and the last."""
+        """Return the tokens of a document, the first and last ones of a long document."""
 
         def part(first: int, last: int) -> Text:
             return self.marked(row.input_ids[first:last].tolist(), row.mask[first:last].tolist())
@@ -135,14 +135,14 @@ def _limited(source: Source, count: int | None) -> Source:
     return replace(source, limit=min(limits, default=None))
 
 
-def _goes_on(sources: Sequence[Source], share: SourceShare, count: int) -> bool:
-    """Whether a source may hold more than the first ``count`` records, and the recipe would take them."""
+def _has_more(sources: Sequence[Source], share: SourceShare, count: int) -> bool:
+    """Tell if the recipe may take more than the first ``count`` records of a source."""
     source = sources[share.origin.number]
     return share.records >= round(count * source.weight) and (source.limit is None or source.limit > count)
 
 
 def _lines(shares: Sequence[SourceShare]) -> Iterator[tuple[str, ...]]:
-    """The cells of each source, and of all together where there are several."""
+    """Yield the cells of each source, and of all together when there are several."""
     for share in shares:
         yield _cells(
             Path(share.origin.path).name,

@@ -18,9 +18,9 @@ from posttrain.config.ranges import number, out_of_range
 MISSING: Any = "???"
 """Default of a setting that the recipe must give."""
 MAX_DROP = 0.02
-"""How much a guard may lose unless its task says."""
+"""Loss that a guard allows when its task names none."""
 MAX_DROP_IN_POOL = 0.1
-"""The same where the pool of guards is held to less: a limit for catastrophes."""
+"""The same for a guard in a pool, which has a stricter limit of its own: this one is for catastrophes."""
 MOST_LOOKS = 20
 FROM_VARIANT = "from_variant"
 """Name of the resolver that ``from_variant`` writes into a default."""
@@ -46,7 +46,7 @@ def variant_rates(default: object) -> tuple[float, float] | None:
 
 
 class Method(Enum):
-    """What is trained."""
+    """The trained weights: all of them, or an adapter on a base in full or in 4 bits."""
 
     full = "full"
     lora = "lora"
@@ -74,7 +74,7 @@ class Format(Enum):
 
 
 class Overlong(Enum):
-    """What happens to a record that is longer than a row."""
+    """The treatment of a record that is longer than a row."""
 
     truncate = "truncate"
     split = "split"
@@ -89,7 +89,7 @@ class Tracker(Enum):
 
 
 class Role(Enum):
-    """What a gate asks of a task."""
+    """The demand of a gate on a task."""
 
     lift = "lift"
     guard = "guard"
@@ -97,21 +97,21 @@ class Role(Enum):
 
 
 class Sequential(Enum):
-    """How a gate may decide before all documents are scored."""
+    """The rule by which a gate may decide before all documents are scored."""
 
     none = "none"
     obrien_fleming = "obrien_fleming"
 
 
 class Backend(Enum):
-    """What runs the models that a gate scores."""
+    """The engine that runs the models of a gate."""
 
     hf = "hf"
     vllm = "vllm"
 
 
 class OnFail(Enum):
-    """What follows a verdict that is not a pass."""
+    """The consequence of a verdict other than a pass."""
 
     stop = "stop"
     rollback = "rollback"
@@ -127,11 +127,11 @@ class ModelConfig:
     revision: str | None = None
     """Commit of the hub repository; a branch name is resolved to its commit."""
     chat_template: str | None = None
-    """Jinja file to use instead of the tokenizer's own chat template; needed when it has none."""
+    """Jinja file in place of the tokenizer's chat template; needed for a tokenizer without one."""
     added_tokens: list[str] = field(default_factory=list)
-    """Special tokens that the base lacks, such as those of its new chat template: added to it and trained."""
+    """Special tokens to add to the base and train, such as those of a new chat template."""
     dtype: Dtype = Dtype.bfloat16
-    """Number format of weights and activations, in training and in evaluation."""
+    """Number format of weights and activations, in training and evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -161,7 +161,7 @@ class Source:
     format: Format = Format.auto
     """Shape of the records; text trains every token of the key ``text``, or of .txt files, each one document."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Renames keys before the shape is read: {prompt: question, completion: answer}."""
+    """Keys to rename before the shape is read: {prompt: question, completion: answer}."""
     split: str = "train"
     """Split of a hub dataset."""
     subset: str | None = None
@@ -169,51 +169,51 @@ class Source:
     revision: str | None = None
     """Commit of a hub dataset."""
     limit: int | None = None
-    """Use only the first so many records."""
+    """Number of records to read, from the first."""
     weight: float = 1.0
-    """How often each record is seen per epoch: 0.5 takes a seeded half, 2 takes each twice."""
+    """Times that an epoch sees each record: 0.5 takes a seeded half, 2 takes each twice."""
     share: float | None = None
-    """Share of the mix's tokens: 0.15 draws records, again and again if need be, beside the sources without a share."""
+    """Share of the mix's tokens: 0.15 draws records, repeatedly if need be; sources without a share are the rest."""
 
 
 @dataclass(kw_only=True)
 class GateTask:
-    """What a gate asks of one lm-eval task."""
+    """The demand of a gate on one lm-eval task."""
 
     role: Role = MISSING
     """lift: must improve. guard: must not get worse. limit: must be better than a threshold of its own."""
     metric: str = MISSING
-    """The task's metric that is compared."""
+    """Metric of the task to compare."""
     filter: str | None = None
-    """The task's filter; needed when it has several."""
+    """Filter of the task; needed for a task with several."""
     higher_is_better: bool | None = None
-    """Whether more of the metric is better, for a task that does not say; one that says otherwise is refused."""
+    """True when more is better, for a task that names no direction; must not contradict a task that does."""
     task: str | None = None
-    """Registered lm-eval name or path of a YAML file, when it differs from the key of this entry."""
+    """Registered lm-eval name or path of a YAML file; by default the key of this entry."""
     data: str | None = None
-    """JSON, JSONL or Parquet file with the documents, instead of the task's own data set."""
+    """JSON, JSONL or Parquet file of documents, in place of the task's own data set."""
     min_lift: float = 0.0
-    """A lift passes when the lower bound of the paired difference exceeds this."""
+    """Bound of a lift: the lower bound of the paired difference must exceed it."""
     max_drop: float | None = None
-    """A guard passes when the lower bound of the paired difference exceeds minus this; 0.02, or 0.1 in a pool."""
+    """Loss allowed to a guard: the lower bound of the paired difference must exceed -max_drop. 0.02, or 0.1 pooled."""
     threshold: float | None = None
-    """A limit passes when the bound of the candidate's own score is better than this."""
+    """Bound of a limit: the bound of the candidate's own score must be better."""
     cluster: str | None = None
-    """Field of the documents that names their source, where several share one: bounds then hold over sources."""
+    """Field that names a document's source, when several share one: bounds then hold over sources."""
     limit: int | None = None
-    """Score a seeded sample of so many documents."""
+    """Documents to score, as a seeded sample; all when absent."""
     num_fewshot: int | None = None
-    """Examples in the prompt; the task's own number when absent."""
+    """Examples in the prompt; by default the task's own number."""
     run_code: bool = False
-    """Lets a task run what the model writes, on this machine: only where that can do no harm."""
+    """Permission to run programs of the model on this machine: only where they can do no harm."""
     chat: bool | None = None
-    """Wrap prompts in the chat template; by default for tasks that generate, not for log-likelihoods."""
+    """Prompts in the chat template; by default true for tasks that generate, false for log-likelihoods."""
 
     def problems(self) -> Sequence[tuple[str, str]]:
-        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        """Return the settings that contradict each other or are out of range, each with what is wrong."""
         used = {Role.lift: "min_lift", Role.guard: "max_drop", Role.limit: "threshold"}
         given = {"min_lift": self.min_lift or None, "max_drop": self.max_drop, "threshold": self.threshold}
-        # against a baseline, posttrain gate takes every task for a guard
+        # max_drop is never idle: against a baseline, posttrain gate takes every task for a guard
         idle = [key for key, value in given.items() if value is not None and key not in ("max_drop", used[self.role])]
         found = [(key, f"a {self.role.value} has no {key}") for key in idle]
         if self.role is Role.limit and self.threshold is None:
@@ -231,38 +231,38 @@ class GateConfig:
     """The gate of one stage."""
 
     enabled: bool = True
-    """False promotes without asking; the verdict and the report say so."""
+    """False promotes unseen, as the verdict and the report state."""
     tasks: dict[str, Any] = field(default_factory=dict)
-    """Tasks by name; see GateTask."""
+    """Tasks by name: role, metric and more, see docs/gates.md."""
     against: list[str] = field(default_factory=lambda: ["base", "parent"])
-    """What the candidate is compared with."""
+    """Systems to compare the candidate with: base, parent or both."""
     pooled_max_drop: float | None = None
-    """All guards whose scores are shares, taken together with equal weight, may drop so much; see max_drop."""
+    """Loss allowed to all guards with scores from 0 to 1 together, at equal weight; see max_drop."""
     confidence: float = 0.95
     """One-sided confidence of the bounds."""
     sequential: Sequential = Sequential.none
-    """obrien_fleming looks at the scores several times and stops as soon as they decide; see docs/gates.md."""
+    """none, or obrien_fleming: looks at the scores several times and stops once they decide; see docs/gates.md."""
     looks: int = 5
-    """How many times a sequential gate looks."""
+    """Looks of a sequential gate."""
     on_fail: OnFail = OnFail.stop
-    """stop, rollback (go on from the parent) or warn (go on from the candidate)."""
+    """stop, rollback (the next stage starts from the parent) or warn (it starts from the candidate)."""
     on_undecided: OnFail = OnFail.stop
     """The same, for a verdict that is undecided."""
     backend: Backend = Backend.hf
-    """hf (transformers) or vllm, for GPUs: for every system of the gate, because the two do not score alike."""
+    """hf (transformers) or vllm (GPUs), for every system of the gate, because the two differ in their scores."""
     batch_size: int = 16
-    """Requests scored at once; after each batch of documents, an evaluation can be killed and goes on."""
+    """Requests scored at once; a killed evaluation resumes after its last batch of documents."""
     seed: int = 0
-    """Seeds samples of documents, few-shot examples, the order of documents and resampling."""
+    """Seed of document samples, few-shot examples, the order of documents and resampling."""
 
     def allowed_drop(self, task: GateTask) -> float:
-        """How much a guard may lose."""
+        """Return the loss that a guard allows."""
         if task.max_drop is not None:
             return task.max_drop
         return MAX_DROP if self.pooled_max_drop is None else MAX_DROP_IN_POOL
 
     def problems(self) -> Sequence[tuple[str, str]]:
-        """Settings that contradict each other or are out of range, as (setting, what is wrong)."""
+        """Return the settings that contradict each other or are out of range, each with what is wrong."""
         found = []
         if not 0.5 < self.confidence < 1:
             found.append(("confidence", f"{self.confidence} is not between 0.5 and 1"))
@@ -282,22 +282,22 @@ class StageConfig:
     """Settings that every stage has."""
 
     kind: str = MISSING
-    """Which registered stage runs here."""
+    """Registered stage that runs here."""
     data: Any = MISSING
-    """Training records: a path or hub name, one source, or a list of sources. null stands for the recipe's data."""
+    """Training records: a path or hub name, a source, or a list of sources; null: the recipe's data."""
     gate: GateConfig = field(default_factory=GateConfig)
-    """The gate that decides about this stage's artifact: choose one with gate@<stage>.gate=NAME."""
+    """Gate on this stage's artifact, chosen with gate@<stage>.gate=NAME."""
 
     def eval_sources(self) -> Any:
         """Return the sources of the eval loss, in the form of ``data``; None for a kind without such a setting."""
         return None
 
     def problems(self) -> Sequence[tuple[str, str]]:
-        """Return settings out of range, as (setting, what is wrong); a subclass adds those that contradict others."""
+        """Return the settings out of range, each with what is wrong; a subclass adds those that contradict others."""
         return out_of_range(self)
 
     def advice(self, examples: int | None) -> Sequence[str]:
-        """Settings that are unusual for so many examples (None: unknown), each with what is usual and why."""
+        """Return unusual settings for so many examples (None: unknown), each with the usual value and its reason."""
         return ()
 
 

@@ -70,7 +70,7 @@ def _check_numbers(where: str, task: GateTask) -> Iterator[Problem]:
     for key, least in (("limit", 1), ("num_fewshot", 0)):
         value = getattr(task, key)
         if value is not None and value < least:
-            yield Problem(where=f"{where}.{key}", what=f"{key} is {value}", fix=f"Give at least {least}.")
+            yield Problem(where=f"{where}.{key}", what=f"{key} is {value}", fix=f"Give at least {least}")
 
 
 def _check_file(where: str, path: Path, task: GateTask) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ def _check_file(where: str, path: Path, task: GateTask) -> Iterator[Problem]:
         return
     siblings = [str(file) for file in path.parent.glob("*.y*ml")]
     close = nearest(str(path), siblings)
-    fix = f"Did you mean {close}?" if close else f"There is no task file in {path.parent}." if not siblings else ""
+    fix = f"Did you mean {close}?" if close else f"There is no task file in {path.parent}" if not siblings else ""
     yield Problem(where=f"{where}.task", what=f"there is no file {path}", fix=fix or suggest(str(path), siblings))
 
 
@@ -93,7 +93,7 @@ def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> I
         yield Problem(
             where=f"{where}.task",
             what=f"{path} names no task",
-            fix="Add a line task: NAME; a local group is not supported.",
+            fix="Add a line task: NAME; a local group is not supported",
         )
     if isinstance(settings.get("task"), list):
         return
@@ -126,7 +126,7 @@ def unknown_metric(where: str, metrics: Mapping[str, Any], task: GateTask) -> Pr
 
 def unsafe_code(where: str) -> Problem:
     """The problem of a task that runs what the model writes, where nobody has allowed it."""
-    fix = "In a container without network, set run_code: true on the task; elsewhere choose another task."
+    fix = "In a container without network, set run_code: true on the task; elsewhere choose another task"
     return Problem(where=f"{where}.run_code", what="the task runs programs that the model writes", fix=fix)
 
 
@@ -135,7 +135,7 @@ def unsupported_aggregation(where: str, task: GateTask) -> Problem:
     return Problem(
         where=f"{where}.metric",
         what=f"{task.metric} is not a mean over documents",
-        fix="Only metrics with aggregation: mean can be compared document by document.",
+        fix="Only metrics with aggregation: mean can be compared document by document",
     )
 
 
@@ -143,7 +143,7 @@ def check_filter(where: str, filters: Sequence[str], task: GateTask) -> Iterator
     """The problem of a filter that the task does not have, or of a missing choice among several."""
     if task.filter is None and len(filters) > 1:
         yield Problem(
-            where=f"{where}.filter", what="the task has several filters", fix=f"Choose one of {', '.join(filters)}."
+            where=f"{where}.filter", what="the task has several filters", fix=f"Choose one of {', '.join(filters)}"
         )
     elif task.filter is not None and task.filter not in filters:
         yield Problem(
