@@ -11,7 +11,7 @@ from posttrain.errors import reject, shown
 
 
 def read_tools(value: Any, where: str) -> tuple[Tool, ...]:
-    """Return the tools that a record offers, from a list of definitions or the same as JSON text.
+    """Return the tools of a record, from a list of definitions or the same as JSON text.
 
     Raises:
         BadInput: ``value`` is neither, or a tool has no name.
@@ -71,7 +71,7 @@ def check_results(messages: Sequence[Message], where: str) -> None:
 
 
 def called_functions(message: Message) -> Sequence[Mapping[str, Any]]:
-    """Return the functions that a message calls, each with ``name`` and ``arguments``."""
+    """Return the functions called by a message, each with ``name`` and ``arguments``."""
     return [call["function"] for call in message.get("tool_calls") or ()]
 
 
@@ -95,7 +95,7 @@ def disguise_calls(message: Message) -> tuple[Message, list[str]]:
 
 
 def tool_names(tools: Sequence[Tool]) -> list[str]:
-    """Return the names of the functions that tools define."""
+    """Return the names of the functions in tool definitions."""
     return [_function(tool)["name"] for tool in tools]
 
 
@@ -154,7 +154,7 @@ def _new_word(taken: list[str]) -> str:
 
 
 def _parse_json(value: Any) -> Any:
-    """Return the value of JSON text; return anything else, and text that is no readable JSON, unchanged."""
+    """Return the value of JSON text; return anything else, and text without readable JSON, unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -40,7 +40,7 @@ class FileFormat:
     datasets_builder: str | None = None
     """Builder of ``datasets`` for such files, by which lm-eval reads a gate's ``data``; None for no such use."""
     is_note: bool = False
-    """True for a file that is a note about the data beside it."""
+    """True for a note about the data beside it."""
 
 
 def read_rows(path: Path) -> Rows:

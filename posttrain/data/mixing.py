@@ -1,4 +1,4 @@
-"""All sources of a stage as one list of records, each source as often as its weight says."""
+"""All sources of a stage as one list of records, each source repeated by its weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posttrain.errors import reject
 
 
 def read_sources(sources: Sequence[Source], shape: str, seed: int) -> list[Record]:
-    """Read the records of all sources, one source after the other, each record as often as the weight says.
+    """Read the records of all sources, source by source, each record repeated by the weight.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
     a fraction is rounded to whole records, at least one. The same seed takes the same records. A ``share`` is a share
@@ -35,7 +35,7 @@ def read_sources(sources: Sequence[Source], shape: str, seed: int) -> list[Recor
 
 
 def count_records(sources: Sequence[Source]) -> int | None:
-    """Return the number of records in one epoch, weights included; None when only reading them would tell."""
+    """Return the number of records in one epoch, weights included; None when it takes reading them."""
     counts = [None if source.share else count_selected(source) for source in sources]
     known = [round(count * source.weight) for count, source in zip(counts, sources, strict=True) if count is not None]
     return sum(known) if len(known) == len(counts) else None

@@ -1,4 +1,4 @@
-"""Rows of gate files that occur in the training data as well: their scores show memory, not skill."""
+"""Rows of gate files that are also in the training data: their scores show memory, not skill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posttrain.data.reading import select_rows
 
 
 def count_overlap(sources: Sequence[Source], scored: Sequence[str]) -> list[tuple[int, int]]:
-    """Count, for each file in ``scored``, its rows that the sources select too, and all of its rows.
+    """Count, for each file in ``scored``, the rows also selected by the sources, and all rows.
 
     Two rows are the same when they hold the same keys and values in their files, null ones ignored. Hub datasets are
     not searched.

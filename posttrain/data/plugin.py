@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
-    """Report sources without files, options out of range, and shares that contradict each other."""
+    """Report sources without files, options out of range, and contradicting shares."""
     problems: list[Problem] = []
     for step in plan.steps:
         for setting, sources in (("data", step.sources), ("eval_data", step.eval_sources)):

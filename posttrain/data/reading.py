@@ -24,7 +24,7 @@ from posttrain.errors import BadInput, Problem, reject, suggest
 
 
 def select_rows(source: Source) -> Rows:
-    """Yield ``(where, row)`` for the rows of ``source`` that its options select, under the keys of its files.
+    """Yield ``(where, row)`` for the rows of ``source`` selected by its options, under the keys of its files.
 
     An existing path is read from disk (JSON, JSONL, Parquet, text, or a directory of them in the order of their
     names), any other name is streamed from the hub.
@@ -36,7 +36,7 @@ def select_rows(source: Source) -> Rows:
 
 
 def count_selected(source: Source) -> int | None:
-    """Return the number of rows that ``select_rows`` yields; None when only reading them would tell.
+    """Return the number of rows selected by the options; None when it takes reading them.
 
     Uncounted files and hub datasets are taken to hold as many rows as their ``limit``.
     """
@@ -48,7 +48,7 @@ def count_selected(source: Source) -> int | None:
 
 
 def read_source(source: Source, shape: str) -> Iterator[Record]:
-    """Yield the records of ``source`` in the shape that a stage needs; ``columns`` renames keys first.
+    """Yield the records of ``source`` in the shape for a stage; ``columns`` renames keys first.
 
     Args:
         source: Path or hub name, with options.

@@ -10,8 +10,8 @@ Message = Mapping[str, Any]
 """``{"role": "user", "content": "..."}`` with further keys for the chat template.
 
 Calls of tools are ``tool_calls: [{"type": "function", "function": {"name": "...", "arguments": {...}}}]``; beside them
-content may be empty. On an assistant turn, ``train: false`` makes it context, and ``refuses`` marks an answer that
-declines the request, or one that does not. The template sees neither key.
+content may be empty. On an assistant turn, ``train: false`` makes it context, and ``refuses`` marks an answer
+as declining the request (true) or not (false). The template sees neither key.
 """
 
 Tool = Mapping[str, Any]
@@ -78,6 +78,6 @@ class Feedback:
 
 
 Document = Conversation | Text
-"""A record of a stage that asks for documents."""
+"""A record for a stage of documents."""
 
 Record = Document | Preference | Feedback

@@ -30,11 +30,11 @@ SERVES = {
     "preferences": (Format.preference,),
     "feedback": (Format.feedback, Format.preference),
 }
-"""The shapes in files behind each shape of records that a stage can ask for."""
+"""The shapes in files for each of RECORD_SHAPES."""
 
 
 def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
-    """Convert one row to the record that a stage needs.
+    """Convert one row to a record for a stage.
 
     Args:
         row: Keys and values of the record; null counts as absent.
@@ -145,7 +145,7 @@ def _feedback(row: RawRow, where: str) -> Feedback:
 
 
 def _split_judged(row: RawRow, where: str) -> tuple[list[Message], list[Message]]:
-    """Return the prompt and the judged answer, which is the completion or the last turn of a conversation."""
+    """Return the prompt and the judged answer: the completion, or the last turn of a conversation."""
     known = recognise(row, where)
     if known is Format.prompt_completion:
         prompt = _read_side(row.get("prompt"), "user", where, "prompt")
@@ -234,7 +234,7 @@ def _system(row: RawRow, where: str) -> list[Message]:
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Return the turns that both sides begin with, their last turns excluded."""
+    """Return the common first turns of both sides, their last turns excluded."""
     count = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:

@@ -10,7 +10,7 @@ from posttrain.data.records import Message
 from posttrain.errors import reject, shown, suggest
 
 ROLES = ("system", "user", "assistant", "tool")
-"""The roles that a message can have."""
+"""The roles of messages."""
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -54,7 +54,7 @@ def read_turns(value: Any, where: str, name: str) -> list[Message]:
 def check_order(messages: Sequence[Message], where: str) -> None:
     """Raise BadInput for turns out of order: a system turn only first, a tool's result only after an assistant turn.
 
-    Turns of one role may follow each other; some templates can render that.
+    Turns of one role may follow each other; some templates render such turns.
     """
     last = "start"
     for number, message in enumerate(messages, start=1):

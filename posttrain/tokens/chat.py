@@ -1,7 +1,7 @@
 """Conversations as token ids, with the mask of the trained tokens.
 
-Text and ids are proven apart from each other: ``spans`` proves which characters are the answers, and this file which
-ids are those characters.
+Text and ids are proven apart from each other: ``spans`` proves the characters of the answers, and this file the ids of
+those characters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Rendered:
 
     ids: list[int]
     mask: list[bool]
-    """True for a token that is trained as a target: the answers and their stop tokens."""
+    """True for a token trained as a target: the answers and their stop tokens."""
     text: str
     where: str = ""
     """The place of the record, as ``file:line``."""
@@ -164,7 +164,7 @@ class ChatRenderer:
             reject(where, what, "The tokenizer cannot tokenize the two apart: remove whitespace around the content")
 
     def _verify(self, said: list[int], span: str, turn: int, where: str) -> None:
-        """Raise BadInput for ids that do not decode to the trained span.
+        """Raise BadInput unless the ids decode to the trained span.
 
         Tokenizers may normalise characters and whitespace, so two texts are compared without either.
         """
@@ -177,11 +177,11 @@ class ChatRenderer:
         return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
 
     def _encode(self, text: str, *, whole: bool = False) -> list[int]:
-        """Return the ids of ``text``; with ``whole``, including the tokens that the tokenizer puts around a text."""
+        """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
         encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
 
 
 def without_space(text: str) -> str:
-    """Return text without the differences that tokenizers normalise away: compatibility forms and whitespace."""
+    """Return text without compatibility forms and whitespace, both lost in some tokenizers."""
     return "".join(unicodedata.normalize("NFKC", text).split())

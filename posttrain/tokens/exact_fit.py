@@ -23,7 +23,7 @@ Counts = NDArray[np.int64]
 def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return the indices of ``lengths`` in bins, each begun by the longest item left.
 
-    Fill the gap exactly with one item, else with the two most equal; otherwise take the longest item that fits, and
+    Fill the gap exactly with one item, else with the two most equal; otherwise take the longest fitting item, and
     repeat.
     """
     waiting: list[list[int]] = [[] for _ in range(capacity + 1)]

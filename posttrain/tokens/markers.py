@@ -15,7 +15,7 @@ SEEN = 16
 
 
 def family_faults(tokenizer: Any, documents: Sequence[Rendered], ends: Iterable[int | None]) -> list[str]:
-    """Return a line for markers of the template that are no tokens, and for a stop token that ends no generation.
+    """Return a line for markers without a token of their own, and one for a stop token that ends no generation.
 
     Args:
         tokenizer: The tokenizer of the model.

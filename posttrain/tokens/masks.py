@@ -16,7 +16,7 @@ from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.tokens.chat import Rendered, without_space
 
 _TAG = re.compile(r"^<\w+>")
-"""A tag at the beginning of an answer, such as that of thoughts; untrained when the generation prompt writes it."""
+"""A tag at the beginning of an answer, such as ``<think>``; untrained when the generation prompt writes it."""
 
 
 def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:

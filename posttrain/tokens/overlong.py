@@ -17,7 +17,7 @@ from posttrain.errors import BadInput, Problem
 from posttrain.tokens.chat import Rendered
 
 NAMED = 5
-"""Overlong documents that the error names; the others are counted."""
+"""Overlong documents named by the error; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Fitted:
     cut: int
     """Tokens in no piece."""
     unpredicted: int
-    """Trained tokens that are no target, because they begin a piece of a split document."""
+    """Trained tokens without a prediction, since they begin a piece of a split document."""
 
     @property
     def tokens(self) -> int:
@@ -72,7 +72,7 @@ def fit(document: Rendered, sequence_length: int, overlong: Overlong) -> Fitted:
 
 
 def check_lengths(documents: Sequence[Rendered], sequence_length: int) -> None:
-    """Refuse documents that are longer than a row; the first few are named, all are counted."""
+    """Raise BadInput for documents longer than a row; names the first few, counts all."""
     overlong = [document for document in documents if len(document.ids) > sequence_length]
     if overlong:
         raise BadInput(list(_problems(overlong, len(documents), sequence_length)))

@@ -32,7 +32,7 @@ from posttrain.tokens.overlong import Fitted, Piece, check_lengths, fit
 IntArray = NDArray[np.int32]
 
 ENOUGH = 1.005
-"""Ratio of slots to tokens that ends the search: half a percent of empty slots is not worth a second algorithm."""
+"""Slots per token, good enough to end the search: half a percent of empty slots is not worth a second try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class PackedRow:
     """Tokens of each document, [N]; their sum is T."""
 
     def targets(self, ignore_index: int = -100) -> IntArray:
-        """Return the token that each position must predict, [T]: the next one of its document if it is trained.
+        """Return the token to predict at each position, [T]: the next one of its document if it is trained.
 
         The last position of every document and those before an untrained token hold ``ignore_index``.
         """

@@ -26,7 +26,7 @@ class SourceShare:
 
     origin: Origin
     records: int
-    """Records of the source, as often as its weight says."""
+    """Records of the source, repeated by its weight."""
     taken: int
     """Records drawn: more than ``records`` when the source is too small for its share."""
     tokens: int
@@ -50,8 +50,8 @@ def draw_by_share(records: Sequence[Document], sizes: Sequence[Size], seed: int)
     """Return the indices of records with which every source with a share has that share of all tokens.
 
     All records of the sources without a share are taken: they set the number of tokens. The others give a seeded
-    draw, as near to their share as whole records come, at least one; a source that is too small gives all of its
-    records several times.
+    draw, as near to their share as whole records come, at least one; too small a source gives all of its records
+    several times.
 
     Raises:
         BadInput: A source with a share has no tokens, or all others together have none.

@@ -1,7 +1,7 @@
 r"""The spans of the answers in the text of a chat template, proven for every turn.
 
 A template is a program. Its source tells nothing for sure, so every span is proven by comparing renderings of the
-same conversation that differ in one known thing:
+same conversation with one known difference:
 
     bare   = the turns before the answer               its end is where the generation prompt begins
     prompt = the same with the generation prompt       the input of the model at inference
@@ -12,7 +12,7 @@ same conversation that differ in one known thing:
                                                               prompt end     stop end
 
 The span between the bars is trained: the model must write it itself after the prompt. Calls of tools have no fixed
-form in a template; their span must equal the one in a conversation that holds nothing else.
+form in a template; their span must equal the one in a conversation of nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUR_KEYS = ("train", "refuses")
 SECONDS = 5
 """Computing time of a template for one conversation; templates of published models take a thousandth."""
 SIZE, SIZE_PER_CHARACTER = 1_000_000, 10
-"""Characters that a template may write in any case, and for every character of the conversation."""
+"""Largest text of a template in characters, in any case and for every character of the conversation."""
 
 _FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
@@ -49,17 +49,17 @@ _SENTINELS = ("qjxzv", "wkvyb")
 """Two contents in place of the real one, to see where the template puts it.
 
 Searching for the real content can hit an earlier copy, such as a quote in the question. These two occur nowhere else,
-and there are two because the text before them must be the same: a prefix that depends on the content is no proof.
+and there are two because the text before them must be the same: a prefix dependent on the content is no proof.
 """
 
 _MARKER = re.compile(r"(\{%-?\s*(?:end)?generation\s*(-?)%\})\n?")
-"""The tags ``{% generation %}`` and ``{% endgeneration %}``, with the line end that Jinja drops after a tag."""
+"""The tags ``{% generation %}`` and ``{% endgeneration %}``, with the line end dropped by Jinja."""
 
 _VISIBLE = "\ue000"
 """A private-use character that generation markers are made to write, to see their places."""
 
 _QUESTION = {"role": "user", "content": "x"}
-"""The shortest conversation before an answer, to see the text that does not depend on the conversation."""
+"""The shortest conversation before an answer, to see the text independent of the conversation."""
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """The keys of thoughts before the content."""
@@ -124,7 +124,7 @@ class Template:
         return text
 
     def check(self, chat: Conversation, text: str) -> None:
-        """Raise BadInput for special tokens in a record, and for a template that leaves out a content or the tools."""
+        """Raise BadInput for special tokens in a record, and for a template without a content or the tools."""
         bos = self._tokenizer.bos_token
         if bos and text.startswith(2 * bos):
             reject(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
@@ -244,7 +244,7 @@ class Template:
         return AnswerSpan(turn, start, content, content + len(core), end)
 
     def _find_calls(self, chat: Conversation, text: str, before: int, start: int) -> AnswerSpan:
-        """Return the span of a message that calls tools: from the prompt to the stop token that ends any answer.
+        """Return the span of a message with calls of tools: from the prompt to the stop token of any answer.
 
         Templates write calls as JSON, XML or code, so there is no text to compare the span with. Instead it must hold
         every word of the calls, and every word invented in their place; and it must not depend on the conversation.
@@ -276,7 +276,7 @@ class Template:
         return text[len(prompt) :] if text.startswith(prompt) else ""
 
     def _find_content(self, chat: Conversation, index: int, text: str) -> int | None:
-        """Find where the content of turn ``index`` begins: after the part that does not depend on it."""
+        """Find where the content of turn ``index`` begins: after the part independent of it."""
         earlier, message, later = chat.messages[:index], chat.messages[index], chat.messages[index + 1 :]
         one, other = (
             self.render(replace(chat, messages=(*earlier, _with_content(message, sentinel), *later)))
@@ -289,7 +289,7 @@ class Template:
         return content if text.startswith(_core(message), content) else None
 
     def _lead(self, chat: Conversation) -> str:
-        """Return the text that the template writes between generation prompt and content in any conversation.
+        """Return the text between generation prompt and content in any conversation.
 
         Empty for a template without generation prompt: at inference the model would have to write the header itself.
         """
@@ -326,9 +326,9 @@ class Template:
         return ends[0] if ends else None
 
     def _narrow_to_markers(self, chat: Conversation, text: str, before: int, answer: AnswerSpan) -> AnswerSpan:
-        """Return the span that the template's generation markers give, from the generation prompt to the stop token.
+        """Return the span of the template's generation markers, from the generation prompt to the stop token.
 
-        The template's author knows best what the model writes, but markers are checked like any other claim: they may
+        The template's author knows best, but markers are checked like any other claim: they may
         begin inside the generation prompt, at ``before`` or later, and must cover the content and no other turn.
         """
         # Visible markers must change nothing else, or the places found are those of another text.

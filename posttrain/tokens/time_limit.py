@@ -1,4 +1,4 @@
-"""A limit on the computing time of a program that comes with a model."""
+"""A limit on the computing time of programs from a model, its chat template for one."""
 
 from __future__ import annotations
 

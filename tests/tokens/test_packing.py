@@ -177,7 +177,7 @@ def test_a_long_document_is_cut_split_or_rejected() -> None:
     assert list(pack([long, short], 10, overlong=Overlong.reject).counts.notes()) == []
 
 
-def test_a_refusal_names_the_first_few_and_counts_all() -> None:
+def test_the_error_names_the_first_few_and_counts_all() -> None:
     long = [Rendered([1] * 9, [False] + [True] * 8, "", f"a.jsonl:{number}") for number in range(1, 21)]
     with pytest.raises(BadInput) as caught:
         pack(long, 4, overlong=Overlong.reject)
