@@ -1,9 +1,9 @@
-"""Special tokens that a base model lacks: appended to its tokenizer and its embeddings, and trained.
+"""Added special tokens: appended to a base's tokenizer and embeddings, and trained.
 
-A new token starts as the mean of the tokens that the model knows, which makes it neither likely nor unlikely. Beside an
-adapter its rows are trained by themselves (peft's token deltas), in the input embeddings and, where those are not tied
-to the output projection, in both: low-rank updates of tied embeddings are merged wrongly, and a copy of the whole
-embeddings would be hundreds of times larger. Full fine-tuning trains them with all the rest.
+A new token starts as the mean of all known tokens: neither likely nor unlikely. Beside an adapter only its rows are
+trained (peft's token deltas), in the input embeddings and, unless tied to these, in the output projection. Low-rank
+updates of tied embeddings would be merged wrongly, and a copy of the whole embeddings would be hundreds of times
+larger. Full fine-tuning trains the rows with all other weights.
 """
 
 # V = vocabulary, D = width
@@ -24,21 +24,22 @@ from posttrain.model.base import ADAPTER_WEIGHTS
 
 DELTA = "token_adapter.trainable_tokens_delta"
 PREFIX = "base_model.model."
-"""What peft puts before the name of a module of the model."""
+"""peft's prefix of a module's name."""
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Append special tokens that ``tokenizer`` lacks; returns the ids of all of ``tokens``."""
+    """Append special tokens missing from ``tokenizer``; return the ids of all ``tokens``."""
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
 
 def add_embeddings(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Give ``model`` rows for the tokens ``ids``, which follow those that it knows: each starts as their mean.
+    """Set the rows of the tokens ``ids``, which follow the known ones, to the mean of the known rows.
 
-    Rows are appended unless the model has spare ones.
+    Rows are appended unless the model has spare ones: many pad their embeddings to a round number.
     """
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+        # The rows are set below; transformers' own mean_resizing would draw them at random.
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in embedding_layers(model).values():
@@ -47,7 +48,7 @@ def add_embeddings(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 
 def embedding_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """The input embeddings and, unless it is tied to them, the output projection of ``model``, by name."""
+    """Return the input embeddings and, unless tied to them, the output projection of ``model``, by name."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
     names = {module: name for name, module in model.named_modules()}
@@ -55,15 +56,15 @@ def embedding_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
 
 
 def token_rows(adapter: Path) -> dict[str, torch.Tensor]:
-    """The trained rows of added tokens in the adapter of a folder, by the name that the file gives them."""
+    """Return the trained rows of added tokens in an adapter's folder, by their names in the file."""
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     return {name: tensor for name, tensor in tensors.items() if name.endswith(DELTA)}
 
 
 def fold_token_rows(model: PreTrainedModel, adapter: Path) -> LoraConfig:
-    """Write the adapter's trained rows into the embeddings of ``model``; returns its configuration without them.
+    """Write the adapter's trained rows into the embeddings of ``model``; return its configuration without them.
 
-    Later stages train the rest of the adapter on: their trainers copy low-rank weights alone.
+    Later stages train the low-rank part alone: their trainers copy low-rank weights and would leave the rows out.
     """
     config = LoraConfig.from_pretrained(adapter)
     layers = embedding_layers(model)
@@ -84,7 +85,7 @@ def reject_known(tokens: Sequence[str], stored: PreTrainedTokenizerBase, embeddi
         raise BadInput(
             Problem(
                 where="model.added_tokens",
-                what=f"the model knows {', '.join(known)} already",
-                fix="Leave out what the tokenizer has: nothing has to be added for it",
+                what=f"the model already knows {', '.join(known)}",
+                fix="Leave out tokens that the tokenizer has",
             )
         )

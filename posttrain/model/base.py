@@ -1,6 +1,6 @@
-"""Finding the base model: a directory or a hub repository, checked and hashed before anything is loaded.
+"""The base model: a directory or a hub repository, checked and hashed before anything is loaded.
 
-Nothing here imports torch or transformers, so that a plan can name the exact bytes it will start from.
+Imports neither torch nor transformers: a plan names the exact bytes of its start without them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
 def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
-    """The base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
+    """Return the base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
 
-    Under an ``artifact`` that was trained before, the template and the added tokens are those of the artifact.
+    With the ``pins`` of an adapter, template and added tokens are the adapter's.
 
-    Raises BadInput when it is missing, damaged, pickled, brings code, has no chat template, or when the recipe gives
-    another template or other tokens than the artifact's.
+    Raises BadInput when it is missing, damaged or pickled, runs code, or has no chat template, and when the recipe
+    gives another template or other tokens than the pinned ones.
     """
     folder = _folder(model)
     weights = weight_files(folder)
@@ -72,7 +72,7 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights in ``folder``, in order; each has a sound header.
+    """Return the safetensors files of the weights in ``folder``, in order, with their headers checked.
 
     Raises BadInput when there are none, a shard is missing, or a file is damaged.
     """
@@ -88,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``; raises BadInput when it is missing or is none."""
+    """Read a JSON object from ``path``. Raises BadInput when the file is missing or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,17 +96,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
     if not isinstance(value, dict):
-        raise BadInput(Problem(where=str(path), what="it is damaged: no JSON object", fix="Copy the model again"))
+        raise BadInput(Problem(where=str(path), what="it is damaged: not a JSON object", fix="Copy the model again"))
     return value
 
 
 def check_folder(model: ModelConfig) -> Problem | None:
-    """What is wrong with a path that is no directory and cannot be a hub name."""
+    """Report a ``model.path`` that can be neither a directory nor a hub name."""
     local = Path(model.path).expanduser()
     if local.is_dir():
         return None
     if local.exists():
-        return Problem(where="model.path", what=f"{model.path} is a file", fix="Give the directory it is in")
+        return Problem(where="model.path", what=f"{model.path} is a file", fix="Give its directory")
     if _looks_local(model.path):
         return Problem(where="model.path", what=f"there is no directory {local}", fix=_sibling(local))
     return None
@@ -121,7 +121,7 @@ def _folder(model: ModelConfig) -> Path:
 
 
 def _looks_local(path: str) -> bool:
-    """Whether ``path`` cannot be, or is unlikely to be, a hub name (``name`` or ``owner/name``)."""
+    """Return True when ``path`` is no hub name (``name`` or ``owner/name``), or is unlikely to be one."""
     parts = Path(path).parts
     return path.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
 
@@ -134,7 +134,7 @@ def _sibling(local: Path) -> str:
 
 
 def _download(model: ModelConfig) -> Path:
-    """The snapshot of a hub repository; without a network, the one that is cached."""
+    """Return the snapshot of a hub repository; without a network, the cached one."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -145,7 +145,7 @@ def _download(model: ModelConfig) -> Path:
         raise BadInput(
             Problem(
                 where="model.path",
-                what=f"there is no directory {model.path}, and the hub did not give {model.path}{revision}: {reason}",
+                what=f"there is no directory {model.path}, and downloading it from the hub{revision} failed: {reason}",
                 fix="Check the name, your access (hf auth login) and the network, or give a local directory",
             )
         ) from error
@@ -159,11 +159,11 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / WEIGHTS_INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInput(Problem(where=str(index), what="it names no weights", fix="Copy the model again"))
+        raise BadInput(Problem(where=str(index), what="it lists no weights", fix="Copy the model again"))
     names = sorted({str(name) for name in weight_map.values()})
     bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if bad:
-        raise BadInput(Problem(where=str(index), what=f"it names files that are missing: {', '.join(bad)}"))
+        raise BadInput(Problem(where=str(index), what=f"it lists missing files: {', '.join(bad)}"))
     return [folder / name for name in names]
 
 
@@ -172,7 +172,7 @@ def _no_weights(folder: Path) -> Problem:
         return Problem(
             where="model.path",
             what=f"{folder} is an adapter, not a base model",
-            fix="Give the model that it was trained on",
+            fix="Give the model under it",
         )
     if pickled := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         return Problem(
@@ -194,7 +194,7 @@ def _check_header(path: Path) -> None:
 
 
 def _check_configs(folder: Path) -> None:
-    """Refuse configurations that load code or stand for something other than the weights beside them."""
+    """Reject configurations that load code or describe other weights than the files in ``folder``."""
     problems = []
     for name in ("config.json", "tokenizer_config.json"):
         if name == "config.json" or (folder / name).exists():
@@ -206,7 +206,7 @@ def _check_configs(folder: Path) -> None:
                 for key, why in REJECTED_KEYS.items()
                 if config.get(key)
             ]
-    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter's base instead, in silence
+    if (folder / "adapter_config.json").is_file():  # transformers would silently load its base
         problems.append(Problem(where=str(folder), what="it holds an adapter beside the weights", fix="Move it away"))
     if problems:
         raise BadInput(problems)
@@ -224,7 +224,7 @@ def _chat_template(model: ModelConfig, folder: Path) -> str:
             Problem(
                 where="model.chat_template",
                 what=f"the tokenizer of {model.path} has no chat template",
-                fix="Write one, or take that of the chat version of this model, and set model.chat_template=FILE.jinja",
+                fix="Write one, or copy the one of this model's chat version, and set model.chat_template=FILE.jinja",
             )
         )
     return template
@@ -235,7 +235,7 @@ def _pinned_template(model: ModelConfig, pins: Pins) -> str:
         given = _read_template("model.chat_template", Path(model.chat_template).expanduser())
         if given != pins.chat_template:
             difference = template_diff(pins.chat_template, given)
-            what = f"{model.chat_template} is not the template that {pins.path} was trained with:\n{difference}"
+            what = f"{model.chat_template} is not the template of {pins.path}:\n{difference}"
             fix = "Leave out model.chat_template: evaluation and later stages use the artifact's own"
             raise BadInput(Problem(where="model.chat_template", what=what, fix=fix))
     return pins.chat_template

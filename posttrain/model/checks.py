@@ -1,4 +1,4 @@
-"""What must be true of a stage's output before it is published. Reads safetensors; loads no model."""
+"""Checks of a stage's output before it is published. They read safetensors and load no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
 
 
 def check_output(output: Path, parent: ModelSource) -> None:
-    """Raise ArtifactDamaged when what a stage left in ``output`` is not a sound, changed model.
+    """Raise ArtifactDamaged when a stage's ``output`` is not a sound, changed model.
 
     Every weight must be finite. An adapter must hold both halves of each pair at its rank, cover every target module,
     and add something; on a parent's adapter, it must have the same tensors with other values. Full weights must have
@@ -39,9 +39,9 @@ def _check_adapter(output: Path, parent: ModelSource) -> None:
     with _tensors(output, ADAPTER_WEIGHTS) as tensors:
         _check_finite(output, tensors)
         _check_pairs(output, tensors)
-        others = [
-            name for name in tensors if ".lora_A." not in name
-        ]  # of DoRA and added tokens, which do not start at 0
+        # lora_A starts at random, so it shows nothing. DoRA's magnitudes and added tokens do not start at 0 either:
+        # for those, the logits are compared after reloading.
+        others = [name for name in tensors if ".lora_A." not in name]
         if not any(torch.count_nonzero(_read(tensors, name)) for name in others):
             raise ArtifactDamaged(
                 f"{output}: the adapter changes nothing: every lora_B is zero; was the learning rate 0?"
@@ -58,7 +58,7 @@ def _check_weights(output: Path, parent: ModelSource) -> None:
 
 
 def _grown(output: Path, parent: ModelSource) -> tuple[int, int] | None:
-    """Rows of the embeddings before and after training, when the parent lacked tokens."""
+    """Return the number of embedding rows before and after training, when tokens were added; else None."""
     if not parent.added_tokens:
         return None
     before, after = (AutoConfig.from_pretrained(folder).get_text_config() for folder in (parent.model, output))
@@ -67,7 +67,7 @@ def _grown(output: Path, parent: ModelSource) -> tuple[int, int] | None:
 
 @contextmanager
 def _tensors(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
-    """The open file of every tensor in ``folder``, by the tensor's name."""
+    """Open the weights in ``folder``: the file of every tensor, by the tensor's name."""
     paths = sorted(folder.glob(pattern))
     if not paths:
         raise ArtifactDamaged(f"{folder} holds no weights: {pattern} is missing")
@@ -127,7 +127,7 @@ def _adapter_config(output: Path) -> dict[str, Any]:
     if found["modules_to_save"]:
         raise ArtifactDamaged(
             f"{output}: the adapter holds whole copies of {found['modules_to_save']} (modules_to_save); "
-            "new tokens are trained with model.added_tokens"
+            "train new tokens with model.added_tokens"
         )
     return found
 
@@ -139,7 +139,7 @@ def _check_changed(
     parent: ModelSource,
     grown: tuple[int, int] | None = None,
 ) -> None:
-    # a tied output projection may be stored on one side only
+    # A tied output projection may be stored on one side only.
     differing = sorted(name for name in set(after) ^ set(before) if not name.endswith("lm_head.weight"))
     if differing:
         raise ArtifactDamaged(f"{output}: weight {differing[0]} is not in both the result and its parent {parent.name}")
@@ -147,7 +147,7 @@ def _check_changed(
     for name in sorted(set(after) & set(before)):
         new, old = _read(after, name), _read(before, name)
         if (old.shape[0], new.shape[0]) == grown:
-            new = new[: old.shape[0]]
+            new = new[: old.shape[0]]  # added rows differ in any case; only the known ones show training
         if new.shape != old.shape:
             raise ArtifactDamaged(
                 f"{output}: weight {name} has shape {tuple(new.shape)}, its parent's {tuple(old.shape)}"

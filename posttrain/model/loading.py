@@ -1,10 +1,10 @@
-"""Loading models and tokenizers: from local files only, never with code from a model's repository.
+"""Loading of models and tokenizers: from local files only, never with code from a model's repository.
 
-Number formats: with ``bfloat16``, frozen weights are bfloat16, and what is trained is held in float32, because an
-update of relative size 1e-4 is lost when it is added to a bfloat16 weight (8 bits of precision). Adapters are float32
-on a bfloat16 base; full fine-tuning loads the weights in float32 and computes under bfloat16 autocast, which costs the
-same memory as bfloat16 weights beside float32 master copies and needs no copying between the two. Quantised weights
-are multiplied in the given format, and whatever is not quantised is held in it.
+Number formats: with ``bfloat16``, frozen weights are bfloat16 and trained weights float32, because an update of
+relative size 1e-4 is lost when it is added to a bfloat16 weight (8 bits of precision). Adapters are float32 on a
+bfloat16 base. Full fine-tuning loads the weights in float32 and computes under bfloat16 autocast: no more memory than
+bfloat16 weights beside float32 master copies, and no copying between the two. Quantised weights are multiplied in the
+given format; the others are held in it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from posttrain.model.base import weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
 
 ADAPTER = "default"
-"""Name of the trained adapter: the only one that trainers copy, save and reload without being told."""
+"""Name of the trained adapter: peft's default, the only one copied, saved and reloaded by trainers on their own."""
 
 PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-"""Existing tokens that can pad, best first."""
+"""Existing tokens for padding, best first."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer with its pinned chat template, the added tokens, and an existing token that pads."""
+    """Load the tokenizer with its pinned chat template, the added tokens, and an existing token for padding."""
     tokenizer = load_stored_tokenizer(source)
     add_tokens(tokenizer, source.added_tokens)
     tokenizer.chat_template = source.chat_template
@@ -52,12 +52,12 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def added_token_ids(source: ModelSource) -> list[int]:
-    """Ids of the tokens that the weights of ``source`` lack."""
+    """Return the ids of the tokens added to ``source``, missing from its weights."""
     return add_tokens(load_stored_tokenizer(source), source.added_tokens) if source.added_tokens else []
 
 
 def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
-    """The model for inference, in evaluation mode, with its adapter attached if it has one."""
+    """Load the model for inference, in evaluation mode, with its adapter if it has one."""
     model = _load_weights(source, dtype)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER)
@@ -65,10 +65,10 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
 
 
 def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
-    """The model ready to train: its adapter ``default`` trainable, or else all weights, in float32 either way.
+    """Load the model to train: the adapter ``default`` trainable, or else all weights, in float32 either way.
 
-    With full weights and ``bfloat16``, the forward pass has to run under bfloat16 autocast. Raises BadInput when a
-    weight is not finite. The rows of added tokens beside an adapter are not trained on.
+    With full weights and ``bfloat16``, the forward pass must run under bfloat16 autocast. The rows of added tokens
+    beside an adapter are frozen. Raises BadInput when a weight is not finite.
     """
     model = _load_weights(source, "float32" if source.adapter is None else dtype)
     if source.adapter is not None:
@@ -79,9 +79,9 @@ def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftMod
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
-    """``model`` with a fresh adapter (LoRA, rsLoRA or DoRA) that changes nothing yet, seeded by ``seed``.
+    """Return ``model`` with a new adapter (LoRA, rsLoRA or DoRA) that changes nothing yet, drawn with ``seed``.
 
-    The rows of ``tokens`` in the embeddings, and in an output projection of its own, are trained as well.
+    The rows of ``tokens`` in the embeddings, and in an untied output projection, are trained as well.
 
     Raises BadInput when a target module does not exist or is the output projection.
     """
@@ -104,9 +104,9 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, tokens: S
 
 
 def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
-    """Raise BadInput naming the first weight of ``model`` that holds NaN or infinity.
+    """Raise BadInput naming the first weight of ``model`` with NaN or infinity.
 
-    Quantising hides them: the weights of a quantised model are read from its files once more.
+    Quantising hides them, so the weights of a quantised model are read from its files again.
     """
     tensors = chain(model.named_parameters(), _stored_weights(source) if source.quantization else ())
     for name, tensor in tensors:
@@ -128,9 +128,9 @@ def _stored_weights(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
-    logging.disable_progress_bar()  # progress is the pipeline's to show, once, in its own form
+    logging.disable_progress_bar()  # the pipeline shows progress in a form of its own
     quantised: dict[str, Any] = {}
-    if source.quantization is not None:  # on the device that it is loaded to
+    if source.quantization is not None:  # happens on the device of loading
         quantised["quantization_config"] = quantisation_config(source.quantization, DTYPES[dtype])
         quantised["device_map"] = {"": default_device()}
     try:
@@ -157,14 +157,14 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
 
 
 def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
-    if source.tokenizer == source.model:  # the base's own tokenizer; that of an artifact has the tokens
+    if source.tokenizer == source.model:  # the base's own tokenizer; an artifact's has the tokens
         rows = model.get_input_embeddings().weight.shape[0]
         reject_known(source.added_tokens, load_stored_tokenizer(source), rows)
     add_embeddings(model, added_token_ids(source))
 
 
 def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer as its files describe it."""
+    """Load the tokenizer as its files describe it, without added tokens."""
     try:
         return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -172,7 +172,7 @@ def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Each target must name a linear layer other than the output projection, by its whole name or its end."""
+    """Raise BadInput unless each target is the name, or its end, of a linear layer but the output projection."""
     head: Any = model.get_output_embeddings()
     linear = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
@@ -182,7 +182,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     problems = []
     for target in targets:
         if _matches(target, heads):
-            what = f"{target} is the output projection, which carries no adapter"
+            what = f"{target} is the output projection, which takes no adapter"
         elif not _matches(target, linear):
             what = f"no linear layer of the model is called {target}"
         else:

@@ -1,7 +1,7 @@
-"""An adapter and its base as one set of full weights, published only when it computes what the adapter does.
+"""Merging of an adapter into its base: full weights, published only when their logits are the adapter's.
 
-The sum is formed in float32 and rounded once, to the number format that the adapter was trained in. Under QLoRA the
-base is the quantised one, with its values as ordinary weights: the adapter was trained to correct those.
+The sum is formed in float32 and rounded once, to the number format of training. Under QLoRA the base is the quantised
+one, with its values as ordinary weights: the adapter was trained to correct those.
 """
 
 # T = tokens of a prompt, V = vocabulary
@@ -36,24 +36,24 @@ QUESTIONS = ("Hello!", "What is 17 + 25?", "Write one sentence about the sea.", 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Merged weights, and how far their logits are from the adapter's.
+    """Merged weights, and the distance of their logits from the adapter's.
 
     Differences are root mean squares over the logits of a few prompts, relative to the spread of the logits.
     """
 
     artifact: Artifact
     exact: float
-    """Of the sum in float32, from the adapter on the same base in float32."""
+    """Difference of the sum in float32 from the adapter on the same base in float32."""
     published: float
-    """Of the weights as they are published and loaded, from the adapter as gates score it."""
+    """Difference of the published weights, loaded again, from the adapter as gates score it."""
     limit: float
-    """What ``published`` may be."""
+    """Largest allowed ``published``."""
 
 
 def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
-    """Publish the weights of ``base`` with the adapter of ``artifact`` merged in, in ``destination``, which is new.
+    """Publish the weights of ``base`` with the adapter of ``artifact`` merged in, as the new folder ``destination``.
 
-    Raises ArtifactDamaged, and publishes nothing, when the merged weights compute something else than the adapter.
+    Raises ArtifactDamaged, and publishes nothing, when the merged weights compute other logits than the adapter.
     """
     source, dtype = artifact.source(base), artifact.manifest.dtype
     limit = MERGED_LIMITS[dtype]
@@ -77,7 +77,10 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
 
 
 def _merge_weights(source: ModelSource, dtype: str, prompts: Sequence[torch.Tensor]) -> tuple[PreTrainedModel, float]:
-    """The merged model in float32, and its difference from the adapter on the same weights."""
+    """Return the merged model in float32, and its difference from the adapter on the same weights.
+
+    Compared in float32 first: there a wrong merge cannot hide behind the rounding to bfloat16.
+    """
     plain = dequantise(load_model(replace(source, adapter=None), dtype)).float()
     adapted = PeftModel.from_pretrained(plain, source.adapter, adapter_name=ADAPTER).eval()
     expected = _logits(adapted, prompts)
@@ -86,7 +89,7 @@ def _merge_weights(source: ModelSource, dtype: str, prompts: Sequence[torch.Tens
 
 
 def _prompts(source: ModelSource) -> list[torch.Tensor]:
-    """Ids [1, T] of a few questions in the chat template, and of tokens from all over the vocabulary."""
+    """Return ids [1, T] of a few questions in the chat template, and of tokens from all over the vocabulary."""
     tokenizer = load_tokenizer(source)
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
@@ -103,13 +106,13 @@ def _logits(model: Any, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _check(found: float, limit: float, what: str) -> None:
     if not found <= limit:
         raise ArtifactDamaged(
-            f"the weights {what} compute something else than the adapter: their logits differ by {found:.1e} of the "
-            f"spread, at most {limit:.0e} is rounding; nothing was published"
+            f"the weights {what} compute other logits than the adapter: they differ by {found:.1e} of their spread, "
+            f"and rounding explains at most {limit:.0e}; nothing was published"
         )
 
 
 def _manifest(artifact: Artifact, differences: dict[str, float]) -> Manifest:
-    """Return the manifest of the adapter as the parent: lineage and base stay the same."""
+    """Return the manifest of the merged weights: the adapter's, with the adapter as parent."""
     made = artifact.manifest
     return replace(
         made,

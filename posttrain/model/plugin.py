@@ -1,4 +1,4 @@
-"""What can be said against a plan's base model before anything is loaded."""
+"""Checks of a plan's base model before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
-    """A model directory or a chat template that does not exist; a package that the method needs."""
+    """Report a missing model directory or chat template, and a missing package of the method."""
     from posttrain.model.base import check_folder
     from posttrain.model.quantisation import check_bitsandbytes
 
@@ -34,7 +34,7 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 
 
 def _token_problems(tokens: Sequence[str]) -> list[Problem]:
-    """Added tokens that can be none: empty, with blanks at an end, or twice."""
+    """Report empty added tokens, those with blanks at an end, and duplicates."""
     bad = [token for token in tokens if not token or token != token.strip() or list(tokens).count(token) > 1]
     return [
         Problem(where="model.added_tokens", what=f"{token!r} is empty, has blanks at an end, or occurs twice")

@@ -1,4 +1,4 @@
-"""What a model computes on a few tokens: left beside what a stage saves, and asked again of what is loaded from it."""
+"""Logits on a few tokens, saved with a stage's output and recomputed after reloading, to prove both are one model."""
 
 # T = tokens, V = vocabulary
 
@@ -19,12 +19,12 @@ from posttrain.model.loading import added_token_ids
 
 PROBE = "probe.safetensors"
 PROBE_LENGTH = 24
-"""Tokens of a probe besides those that were added to the vocabulary."""
+"""Tokens of a probe, apart from the added tokens."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A few tokens, and the logits that the trained model gave them."""
+    """A few tokens, and their logits from the trained model in memory."""
 
     ids: torch.Tensor
     """[1, T]"""
@@ -33,7 +33,7 @@ class Probe:
 
     @classmethod
     def take(cls, output: Path) -> Probe | None:
-        """The probe in a stage's ``output``, or None; its file is removed, for it is not part of the result."""
+        """Return the probe in a stage's ``output``, or None; remove its file: it is no part of the result."""
         path = output / PROBE
         if not path.exists():
             return None
@@ -43,28 +43,34 @@ class Probe:
 
 
 def leave_probe(model: Any, parent: ModelSource, output: Path) -> None:
-    """Write into ``output`` what ``model`` in memory computes, so that what is loaded from there can be held to it."""
+    """Write the probe of ``model`` in memory into ``output``, for comparison with the model loaded from there."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids_1T = random_ids(vocabulary, added_token_ids(parent))
     save_file({"ids": ids_1T, "logits": logits(model, ids_1T)}, output / PROBE)
 
 
 def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:
-    """Ids [1, T] of tokens from all over the vocabulary, always the same ones, among them every added token."""
+    """Return ids [1, T] of tokens from all over the vocabulary, always the same ones, and of every added token."""
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(vocabulary, (PROBE_LENGTH,), generator=generator)
     return torch.cat([ids_T, torch.tensor(list(added), dtype=ids_T.dtype)])[None]
 
 
 def logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] of one row in float32 on the CPU, by plain attention whatever a trainer has put in its place."""
+    """Return the logits [T, V] of one row in float32 on the CPU, by plain attention.
+
+    A trainer's own attention kernel rounds differently, and the reloaded model has none.
+    """
     with torch.no_grad(), _plain_attention(model):
         logits_TV: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits[0]
     return logits_TV.float().cpu()
 
 
 def difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
-    """Root mean square of the difference of logits, relative to the spread of the expected ones."""
+    """Return the root mean square of the difference of logits, relative to the spread of the expected ones.
+
+    Relative, because models differ in the scale of their logits; computed in float64.
+    """
     expected_TV = expected_TV.double()
     spread = (expected_TV - expected_TV.mean()).norm()
     return float((found_TV.double() - expected_TV).norm() / spread)

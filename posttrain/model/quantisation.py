@@ -1,8 +1,7 @@
-"""Weights of 4 bits under an adapter: NF4 with double quantisation (QLoRA, arXiv:2305.14314), on GPUs and on the CPU.
+"""Quantised weights under an adapter: NF4 with double quantisation (QLoRA, arXiv:2305.14314), on GPUs and on the CPU.
 
-The weights are quantised as they are loaded and never saved: an artifact holds the adapter and how to quantise. The
-scores of a gate and the merged weights are those of the quantised base, because that is what the adapter was trained
-to correct.
+Weights are quantised on loading and never saved: an artifact holds the adapter and the settings of quantisation. Gates
+score, and merging sums, the quantised base, because the adapter was trained to correct it.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ NF4 = "nf4"
 
 
 def check_bitsandbytes(where: str) -> Problem | None:
-    """What to install for quantised weights; ``where`` is the setting that asks for them."""
+    """Report bitsandbytes as missing; ``where`` is the setting that needs it."""
     if find_spec("bitsandbytes") is not None:
         return None
     fix = "pip install 'posttrain[bitsandbytes]', or choose variant=lora"
-    return Problem(where=where, what="weights of 4 bits need bitsandbytes, which is not installed", fix=fix)
+    return Problem(where=where, what="4-bit weights need bitsandbytes, which is not installed", fix=fix)
 
 
 def quantisation_config(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
-    """How transformers is to quantise, and the number format that products are computed in.
+    """Return transformers' settings for quantising to ``kind``, with products computed in ``compute``.
 
     Raises BadInput when bitsandbytes is missing or ``kind`` is not NF4.
     """
@@ -50,10 +49,10 @@ def quantisation_config(kind: str, compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_layout(model: PreTrainedModel) -> None:
-    """Keep the weights as they are quantised; to be called before the first forward pass.
+    """Keep the layout of quantised weights; call it before the first forward pass.
 
     On CPUs with bfloat16 instructions, the first forward pass in evaluation mode would otherwise repack them in place,
-    and gradients and merged weights computed afterwards would be wrong in silence.
+    and later gradients and merged weights would be wrong in silence.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -63,7 +62,7 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def dequantise(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with ordinary weights of the values that its quantised ones stand for; itself if it has none."""
+    """Return ``model`` with ordinary weights of the quantised values; unchanged when it is not quantised."""
     if not is_quantised(model):
         return model
     plain: PreTrainedModel = model.dequantize(model.dtype)
@@ -71,12 +70,12 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
-    """Whether the weights of ``model`` were quantised as it was loaded."""
+    """Return True when the weights of ``model`` were quantised on loading."""
     return getattr(model.config, "quantization_config", None) is not None
 
 
 def save_quantisation(model: PreTrainedModel, output: Path) -> None:
-    """Record in ``output`` how the weights of ``model`` are quantised; nothing when they are not."""
+    """Record the settings of quantisation of ``model`` in ``output``; nothing when it is not quantised."""
     if is_quantised(model):
         text = json.dumps(model.config.quantization_config.to_dict(), indent=2, sort_keys=True)
         (output / QUANTIZATION).write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What a stage saved, loaded again as anyone would load it: it must be the model that was trained.
+"""Proof that a stage's output, loaded as anyone would load it, is the trained model.
 
-Bytes that are sound can still be another model: weights of another step, another base, a key that no module takes and
-that is left out in silence, a scale that was lost. So every tensor is named in advance from the adapter's configuration
-and the base, and the logits of what is loaded are held to those that the model had in memory.
+Sound bytes can still be another model: weights of another step, another base, a key left out in silence because no
+module fits, a lost scale. Two proofs exclude these: every tensor's name and shape follow from the adapter's
+configuration and the base, and the loaded model's logits agree with those of the model in memory.
 """
 
 # T = tokens, V = vocabulary
@@ -27,20 +27,20 @@ from posttrain.model.probe import Probe, difference, logits
 RELOADED_LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
 """Largest difference from the logits in memory, relative to their spread; without patched kernels there is none."""
 SHARE = 0.1
-"""Largest difference, as a share of what training changed."""
+"""Largest difference, as a share of the change by training: a tiny change must be saved just as well."""
 
 
 def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
-    """Raise ArtifactDamaged when what is loaded from ``output`` is not the trained model, or is its parent still.
+    """Raise ArtifactDamaged when the model loaded from ``output`` is not the trained one, or is still its parent.
 
-    An adapter must hold exactly the tensors that its configuration implies on the parent's base. The logits are held
-    to the probe that ``StageContext.save`` left, which is removed. Where a plugin carries out stages in its own way and
-    leaves none, nothing is known of the model in memory, and nothing is loaded.
+    An adapter must hold exactly the tensors implied by its configuration on the parent's base. The logits are compared
+    with the probe written by ``StageContext.save``, and its file is removed. Without a probe, as from a plugin with its
+    own way to run stages, nothing is known of the model in memory, and nothing is loaded.
     """
     probe = Probe.take(output)
     if probe is None:
         return
-    if torch.cuda.is_available():  # two models may not fit
+    if torch.cuda.is_available():  # the trained model may still fill the GPU
         gc.collect()
         torch.cuda.empty_cache()
     source = _saved_source(output, parent)
@@ -51,26 +51,28 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
     error, change = difference(found_TV, probe.logits), difference(parents_TV, probe.logits)
     if not error <= min(limit, SHARE * change):
         raise ArtifactDamaged(
-            f"{output}: what is loaded from it is not the model that was trained: the logits differ by {error:.1e} of "
-            f"their spread (at most {limit:.0e}, and a tenth of the {change:.1e} that training changed)"
+            f"{output}: the model loaded from it is not the one that was trained: the logits differ by "
+            f"{error:.1e} of their spread (allowed: {limit:.0e}, and a tenth of the {change:.1e} changed by training)"
         )
     if torch.equal(found_TV, parents_TV):
-        raise ArtifactDamaged(f"{output}: it computes what {parent.name} computes; was the learning rate 0?")
+        raise ArtifactDamaged(
+            f"{output}: training changed nothing: its logits equal {parent.name}'s; was the learning rate 0?"
+        )
 
 
 def check_tensors(output: Path, parent: ModelSource) -> None:
-    """Raise ArtifactDamaged naming the first tensor of an adapter that is missing, not implied, or of another form."""
+    """Raise ArtifactDamaged naming the first tensor of an adapter to be missing, not implied, or not in float32."""
     for name, kind in sorted(check_names(output, parent).items()):
         if kind != "F32":
-            raise ArtifactDamaged(f"{output}: {name} is saved as {kind}, and adapters are trained in float32")
+            raise ArtifactDamaged(f"{output}: {name} is saved as {kind}, but adapters are trained in float32")
 
 
 def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, str]:
-    """The number format of every tensor of an adapter, by name.
+    """Return the number format of every tensor of an adapter, by name.
 
-    Raises ArtifactDamaged naming the first one that is missing, not implied by the adapter's configuration on the
-    parent's base, or of another shape: peft loads what fits and leaves out the rest. With ``embeddings``, those of the
-    base may be among them, as peft saves them on its own where they are adapted.
+    Raises ArtifactDamaged naming the first tensor to be missing, not implied by the adapter's configuration on the
+    parent's base, or of another shape: peft would load the fitting ones and drop the others in silence. With
+    ``embeddings``, the base's may be among them: peft saves adapted embeddings whole.
     """
     expected = _implied_shapes(output, parent)
     allowed = _implied_shapes(output, parent, embeddings=True) if embeddings else expected
@@ -86,14 +88,14 @@ def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> 
             raise ArtifactDamaged(f"{output}: the adapter {what} {min(names)}{more}")
     for name, (shape, _) in sorted(found.items()):
         if shape != allowed[name]:
-            raise ArtifactDamaged(f"{output}: {name} has shape {shape}, on {parent.base} it is {allowed[name]}")
+            raise ArtifactDamaged(f"{output}: {name} has shape {shape}, but {allowed[name]} on {parent.base}")
     return {name: kind for name, (_, kind) in found.items()}
 
 
 def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an adapter with this configuration on the base, without loading weights."""
+    """Return the names and shapes of an adapter's tensors, from its configuration and the base's, without weights."""
     config = LoraConfig.from_pretrained(output)
-    config.base_model_name_or_path = None  # peft warns of any other than the model's, which has no name here
+    config.base_model_name_or_path = None  # peft warns unless it is the model's name; a model on meta has none
     added = added_token_ids(parent)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(parent.model))
@@ -113,7 +115,7 @@ def _saved_source(output: Path, parent: ModelSource) -> ModelSource:
 def probe_both(
     source: ModelSource, parent: ModelSource, dtype: str, ids_1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [T, V] of the saved model and of its parent, on weights quantised alike."""
+    """Return the logits [T, V] of the saved model and of its parent, on weights quantised alike."""
     model = load_model(source, dtype)
     found_TV = logits(model, ids_1T)
     if isinstance(model, PeftModel) and parent.adapter is None:

@@ -1,4 +1,4 @@
-"""Writing a trained model so that equal weights give equal bytes."""
+"""Saving of a trained model: equal weights give equal bytes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SHARD_SIZE = "5GB"
 def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path, dtype: str) -> None:
     """Write the adapter ``default`` (in float32) or the full weights (in ``dtype``), and the parent's tokenizer.
 
-    The base under an adapter is recorded as ``parent.base``. Full weights of ``model`` are rounded to ``dtype`` in
-    place, so that the model in memory stays the one on disk.
+    The base under an adapter is recorded as ``parent.base``. Full weights are rounded to ``dtype`` in place, to keep
+    the model in memory equal to the one on disk.
     """
     if isinstance(model, PeftModel):
         _save_adapter(model, parent, output)
@@ -41,7 +41,7 @@ def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what safetensors raises when the disk refuses into the OSError that it stands for."""
+    """Turn safetensors' own error for a full disk or a failed write into the OSError behind it."""
     try:
         yield
     except SafetensorError as error:
@@ -50,7 +50,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
-    # peft's own save_pretrained adds a model card and other adapters, asks the hub about the base, orders sets by hash
+    # peft's save_pretrained would add a model card and other adapters, ask the hub about the base, and write sets in
+    # the order of their hashes, which differs between processes.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
@@ -67,7 +68,7 @@ def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
 def _as_json(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
-    raise TypeError(f"an adapter's configuration holds {value!r}, which JSON has no form for")
+    raise TypeError(f"the adapter's configuration holds {value!r}, which JSON cannot hold")
 
 
 def _save_weights(model: PreTrainedModel, parent: ModelSource, output: Path, dtype: str) -> None:
@@ -93,7 +94,7 @@ def _copy_tokenizer(parent: ModelSource, output: Path) -> None:
 
 
 def _drop_template(path: Path) -> None:
-    """Take the template out of a tokenizer_config.json: the one beside it is pinned, and is the only one."""
+    """Remove the template from a tokenizer_config.json: only the pinned one beside it counts."""
     settings = read_json(path) if path.exists() else {}
     if settings.pop("chat_template", None) is not None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

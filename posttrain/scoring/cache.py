@@ -1,12 +1,12 @@
-"""Scores and answers kept by content: a system that was asked exactly this before is not asked again.
+"""Scores and answers kept by content: a system is not asked the same twice.
 
     <cache>/<key>.jsonl       scores: a header {"key", "sha256"}, then one row per filter and document
     <cache>/<key>.answers     answers: a line {"block", "answers", "sha256"} per block, added as soon as it is answered
 
-A key covers everything that the content depends on (see ``score_key``), never a name.
+A key covers everything behind the content (see ``score_key``), never a name.
 
 - The key of scores covers the tasks' settings and the hash of every document, request and target. The file is trusted
-  when its header holds the key and the hash of the rows, and the rows answer the documents that are asked.
+  when its header holds the key and the hash of the rows, and the rows answer the asked documents.
 - The key of answers covers the requests alone, not how they are scored: tasks with equal requests share them, and a
   killed evaluation repeats at most one block. A line is trusted when it holds the hash of its key, block and answers:
   a kill can tear a line, and a torn line is no block.
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class ScoreCache:
-    """A folder of scores by key."""
+    """A folder of scores and answers by key."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, key: str, asked: Asked, filters: Sequence[str]) -> list[DocumentScore] | None:
-        """The rows under ``key``; None when there are none. Raises ValueError when they cannot be trusted."""
+        """Return the rows under ``key``, or None when there are none. Raises ValueError when they cannot be trusted."""
         try:
             text = self._path(key).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -55,14 +55,14 @@ class ScoreCache:
         return rows
 
     def write(self, key: str, rows: Sequence[DocumentScore]) -> None:
-        """Keep rows under ``key``, without the names that a run gives to system and task."""
+        """Keep rows under ``key``, without a run's names of system and task: other runs have other names."""
         self._folder.mkdir(parents=True, exist_ok=True)
         body = "".join(f"{row_line(replace(row, system='', task=''))}\n" for row in rows)
         header = canonical({"key": key, "sha256": hashlib.sha256(body.encode()).hexdigest()})
         replace_text(self._path(key), f"{header}\n{body}")
 
     def blocks(self, key: str, size: int) -> Blocks:
-        """The answers under ``key``, in blocks of ``size`` documents."""
+        """Return the answers under ``key``, in blocks of ``size`` documents."""
         return Blocks(self._folder / f"{key}.answers", key, size)
 
     def _path(self, key: str) -> Path:
@@ -71,7 +71,7 @@ class ScoreCache:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of requests that one system answers."""
+    """The answers of one system to the requests of one task, in a file written block by block."""
 
     path: Path
     key: str
@@ -79,7 +79,7 @@ class Blocks:
     """Documents of a block."""
 
     def read(self) -> dict[int, Sequence[Any]]:
-        """By number of the block: for each of its requests, its answers."""
+        """Return the answers to each request of each block, by the block's number."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
@@ -87,11 +87,11 @@ class Blocks:
         return {block: answers for line in lines for block, answers in self._block(line)}
 
     def add(self, block: int, answers: Sequence[Any]) -> None:
-        """Keep one block; it is on disk when this returns."""
+        """Append one block and sync it to disk."""
         line = canonical({"block": block, "answers": answers, "sha256": self._hash(block, answers)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as stream:
-            # what a kill tore has no end of line
+            # The leading newline ends a line torn by a kill; the next reader skips that line, and this one is whole.
             stream.write(f"\n{line}\n".encode())
             stream.flush()
             os.fsync(stream.fileno())
@@ -109,7 +109,7 @@ class Blocks:
 
 
 def score_key(**content: Any) -> str:
-    """SHA-256 over JSON values: everything that the scores, or the answers, of one system on one task depend on."""
+    """Return the SHA-256 over JSON values: all that the scores, or the answers, of a system on a task depend on."""
     return digest_of(content)
 
 

@@ -16,12 +16,12 @@ from posttrain.data.files import FORMATS
 from posttrain.digests import file_digests
 
 EVALUATED = ("test_split", "validation_split", "training_split")
-"""Which split lm-eval scores: the first of these that a task has."""
+"""Splits in lm-eval's order of preference: it scores the first one of a task."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ ]*:[ ]*["']?([\w.:-]+)["']?[ ]*\r?$""", re.MULTILINE)
 
 
 class Function(str):
-    """What a ``!function module.name`` refers to."""
+    """The target of a ``!function module.name``, which is not imported."""
 
     __slots__ = ()
 
@@ -43,12 +43,12 @@ _Loader.add_constructor("!function", _function)
 
 
 def is_path(reference: str) -> bool:
-    """Whether a task is given as a YAML file rather than by its registered name."""
+    """Return True when a task is given as a YAML file, False for a registered name."""
     return reference.endswith((".yaml", ".yml"))
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
-    """The settings in a task file, with what it includes, and with its data files as absolute paths.
+    """Return the settings of a task file and of its includes, with data files as absolute paths.
 
     Raises OSError, ValueError, TypeError or yaml.YAMLError when a file cannot be read.
     """
@@ -71,7 +71,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _resolve_data_files(settings: dict[str, Any], folder: Path) -> None:
-    """Make relative data files relative to the file that names them, not to the working directory."""
+    """Make relative data files relative to their task file, not to the working directory as lm-eval does."""
     arguments = settings.get("dataset_kwargs")
     if not isinstance(arguments, dict):
         return
@@ -89,7 +89,7 @@ def _resolve(value: Any, folder: Path) -> Any:
 
 
 def local_data_files(settings: Mapping[str, Any]) -> list[Path]:
-    """The data files that a task names one by one: no URLs, no patterns."""
+    """Return the data files named one by one in a task: no URLs, no patterns."""
     return [Path(file) for file in _leaves((settings.get("dataset_kwargs") or {}).get("data_files"))]
 
 
@@ -102,7 +102,7 @@ def _leaves(value: Any) -> list[str]:
 
 
 def tasks_folder() -> Path:
-    """Where lm-eval keeps the tasks that it registers."""
+    """Return the folder of lm-eval's registered tasks. Raises ModuleNotFoundError when lm_eval is not installed."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("lm_eval is not installed")
@@ -111,7 +111,7 @@ def tasks_folder() -> Path:
 
 @functools.cache
 def registered_tasks() -> Mapping[str, Path]:
-    """The registered tasks and groups, each with the file that defines it."""
+    """Return the registered tasks and groups by name, each with its file."""
     names: dict[str, Path] = {}
     for path in sorted(_yaml_files(str(tasks_folder()))):
         for name in _NAME.findall(_content(path)):
@@ -133,10 +133,13 @@ def _content(path: str) -> bytes:
 
 
 def documents_from(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that make a task read its documents from a file; its few-shot examples are other documents of it."""
+    """Return settings for reading a task's documents and few-shot examples from one file.
+
+    Raises ValueError when the task has no split.
+    """
     split = next((settings[key] for key in EVALUATED if settings.get(key)), None)
     if split is None:
-        raise ValueError("the task names no split that documents could stand in for")
+        raise ValueError("the task has no test, validation or training split to replace with documents")
     return {
         "dataset_path": FORMATS[path.suffix].datasets_builder,
         "dataset_name": None,
@@ -148,9 +151,9 @@ def documents_from(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def task_digests(reference: str, data: str | None) -> dict[str, str]:
-    """SHA-256 of every file that a task given by its file is made of, and of the file of documents it is given.
+    """Return the SHA-256 of every file of a task: its YAML files, functions and data, and ``data``, its documents.
 
-    A registered task has none but the latter: it belongs to the installed lm-eval.
+    A registered task belongs to the installed lm-eval, whose version is recorded; of its files only ``data`` counts.
     """
     files = _files(Path(reference).expanduser().resolve()) if is_path(reference) else []
     documents = {"documents": Path(data).expanduser()} if data is not None else {}
@@ -158,7 +161,7 @@ def task_digests(reference: str, data: str | None) -> dict[str, str]:
 
 
 def _files(path: Path) -> list[Path]:
-    """A task file, what it includes, its data and the modules of its functions."""
+    """List a task file, its includes, its data and the modules of its functions."""
     with path.open("rb") as stream:
         settings = yaml.load(stream, Loader=_Loader)
     includes = settings.get("include", [])

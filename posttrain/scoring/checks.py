@@ -1,4 +1,4 @@
-"""What can be said against a gate's tasks before anything heavy is imported."""
+"""Problems of a gate's tasks: found in their YAML files before anything heavy is imported, or in loaded tasks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from posttrain.scoring.questions import PreparedTask
 
 NO_FILTER = "none"
-"""What lm-eval calls the filter of a task without a filter_list."""
+"""lm-eval's name for the filter of a task without a filter_list."""
 
 
 def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:
-    """Every problem of the tasks that their YAML files show; ``where`` starts with ``tasks.<name>``.
+    """Return every problem visible in the tasks' YAML files; ``where`` starts with ``tasks.<name>``.
 
-    What a file does not show (a registered group, a metric taken from lm-eval's defaults, a data set on the hub) is
-    checked by ``posttrain.scoring.harness.tasks.preflight``, which imports lm_eval.
+    Registered groups, metrics from lm-eval's defaults and data sets on the hub are not visible there:
+    ``posttrain.scoring.harness.tasks.preflight`` imports lm_eval and checks them.
     """
     return [problem for name, task in tasks.items() for problem in _check_task(f"tasks.{name}", name, task)]
 
 
 def check_backend(gate: GateConfig) -> list[Problem]:
-    """The problem of a backend that is not installed; ``where`` is relative to the gate."""
+    """Report a missing backend; ``where`` is relative to the gate."""
     if gate.backend is not Backend.vllm or find_spec("vllm") is not None:
         return []
     fix = "pip install vllm on a machine with a GPU, or set gate.backend=hf"
@@ -53,8 +53,7 @@ def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
         yield Problem(
             where=where,
             what=f"lm-eval registers no task or group {reference}",
-            fix=(f"Did you mean {close}? " if close else "")
-            + "A task of your own is given by its file: task: PATH.yaml",
+            fix=(f"Did you mean {close}? " if close else "") + "For a task of your own, give its file: task: PATH.yaml",
         )
 
 
@@ -93,7 +92,7 @@ def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> I
         yield Problem(
             where=f"{where}.task",
             what=f"{path} names no task",
-            fix="Add a line task: NAME; a local group is not supported",
+            fix="Add a line task: NAME; groups of your own are not supported",
         )
     if isinstance(settings.get("task"), list):
         return
@@ -118,29 +117,29 @@ def _check_metric(where: str, settings: Mapping[str, Any], task: GateTask) -> It
 
 
 def unknown_metric(where: str, metrics: Mapping[str, Any], task: GateTask) -> Problem:
-    """The problem of a metric that the task does not have."""
+    """Report a metric unknown to the task."""
     return Problem(
         where=f"{where}.metric", what=f"the task has no metric {task.metric}", fix=suggest(task.metric, metrics)
     )
 
 
 def unsafe_code(where: str) -> Problem:
-    """The problem of a task that runs what the model writes, where nobody has allowed it."""
+    """Report a task that runs programs written by the model, without permission to do so."""
     fix = "In a container without network, set run_code: true on the task; elsewhere choose another task"
     return Problem(where=f"{where}.run_code", what="the task runs programs that the model writes", fix=fix)
 
 
 def unsupported_aggregation(where: str, task: GateTask) -> Problem:
-    """The problem of a metric that is not a mean over documents, so that it has no paired differences."""
+    """Report a metric other than a mean over documents: it has no paired differences."""
     return Problem(
         where=f"{where}.metric",
         what=f"{task.metric} is not a mean over documents",
-        fix="Only metrics with aggregation: mean can be compared document by document",
+        fix="Choose a metric with aggregation: mean; only those are compared document by document",
     )
 
 
 def check_filter(where: str, filters: Sequence[str], task: GateTask) -> Iterator[Problem]:
-    """The problem of a filter that the task does not have, or of a missing choice among several."""
+    """Report a filter unknown to the task, or a missing choice among several."""
     if task.filter is None and len(filters) > 1:
         yield Problem(
             where=f"{where}.filter", what="the task has several filters", fix=f"Choose one of {', '.join(filters)}"
@@ -152,18 +151,18 @@ def check_filter(where: str, filters: Sequence[str], task: GateTask) -> Iterator
 
 
 def check_direction(where: str, task: GateTask, declared: bool | None) -> Iterator[Problem]:
-    """The problem of a metric that the gate takes the other way round than the task, or that nobody says a way of."""
+    """Report a direction of the metric against the task's, or given by neither recipe nor task."""
     setting, stated = f"{where}.higher_is_better", task.higher_is_better
     if declared is None and stated is None:
         what = f"the task does not say whether more {task.metric} is better"
         yield Problem(where=setting, what=what, fix="Give higher_is_better: true, or false")
     elif stated not in (None, declared) and declared is not None:
         what = f"is {str(stated).lower()}, but for the task {'more' if declared else 'less'} {task.metric} is better"
-        yield Problem(where=setting, what=what, fix="Leave it out, or correct the task")
+        yield Problem(where=setting, what=what, fix="Leave it out, or correct the task's file")
 
 
 def check_cluster(where: str, task: GateTask, documents: Iterable[Any]) -> Iterator[Problem]:
-    """The problem of documents that have no field for their source."""
+    """Report the first document without the field for its source."""
     if task.cluster is None:
         return
     for index, document in enumerate(documents):
@@ -175,7 +174,7 @@ def check_cluster(where: str, task: GateTask, documents: Iterable[Any]) -> Itera
 
 
 def read_clusters(gate: Mapping[str, GateTask], prepared: Iterable[PreparedTask]) -> dict[str, dict[int, str]]:
-    """The source of every document, for the tasks of a gate that ask for it; raises BadInput when one has none."""
+    """Return the source of every document, for the tasks with ``cluster``. Raises BadInput when a document has none."""
     found: dict[str, dict[int, str]] = {}
     for task in prepared:
         field = gate[task.name].cluster

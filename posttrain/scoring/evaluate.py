@@ -1,4 +1,7 @@
-"""Scores every system of a gate: from the cache where it was asked the same before, else by loading its weights."""
+"""Scoring of every system of a gate: from the cache where it was asked the same before, else with loaded weights.
+
+Scores come from the first of three places to have them: kept scores, kept answers to be scored, the model.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         rows = _Session(request, progress, loading, tokenizer, asked, held).score()
         scorecard = replace(scorecard, rows=(*scorecard.rows, *rows), look=look)
         if not look.last and is_settled(request, scorecard):
-            progress.note(f"the gate is settled at look {look.number} of {look.of}: no more documents are scored")
+            progress.note(f"the gate is decided at look {look.number} of {look.of}: no more documents are scored")
             break
     write_scorecard(request.scorecard, scorecard.rows)
     write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
@@ -59,18 +62,18 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
 
 
 class Models(Protocol):
-    """Models that answer for systems that share weights."""
+    """Models of systems on shared weights."""
 
     def responding_as(self, system: str) -> AbstractContextManager[Responder]:
-        """The model that answers as ``system``."""
+        """Hand out the model to answer as ``system``."""
 
 
 ModelsBySystems = dict[frozenset[str], Models]
-"""The models that answered at the last look, by the systems that they speak for."""
+"""Models left in memory by the last look, by their systems."""
 
 
 class _Session:
-    """The scores of one gate while they come together."""
+    """The scoring of one gate at one look."""
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class _Session:
         self._rows: dict[str, list[DocumentScore]] = {}
 
     def score(self) -> list[DocumentScore]:
-        """The rows of every system and task, in the order of the request."""
+        """Return the rows of every system and task, in the order of the request."""
         self._read_cache()
         for group in group_by_weights(self._unscored()):
             self._score_group(group)
@@ -118,7 +121,11 @@ class _Session:
         ]
 
     def _content(self) -> dict[str, Any]:
-        """What the answers to all tasks depend on, whoever answers."""
+        """Return the part of every key common to all systems and tasks.
+
+        Batch size, device, number format and libraries are in it because each can change the last bits of a
+        logit, and with them a greedy answer; the seed, because it picks few-shot examples and drives sampling.
+        """
         gate = self._request.gate
         return {
             "tokenizer": tokenizer_digest(self._tokenizer),
@@ -147,7 +154,7 @@ class _Session:
             return None
 
     def _recall(self, name: str, system: str) -> list[DocumentScore] | None:
-        """The rows of a task whose requests another task put to the system before."""
+        """Score the system's answers to equal requests of another task; None when some are missing."""
         with quiet():
             digest = self._request.systems[system].digest
             rows = recall(self._task(name), self._blocks(name, system), system, digest)
@@ -163,15 +170,15 @@ class _Session:
         return {name: source for name, source in self._request.systems.items() if name in waiting}
 
     def _score_group(self, group: Mapping[str, ModelSource]) -> None:
-        """Score systems that share weights, which are loaded here unless the last look left them."""
+        """Score systems on shared weights; load these unless the last look left them in memory."""
         with quiet():
             models = self._held.pop(frozenset(group), None)
-            self._held.clear()
+            self._held.clear()  # free the old weights before loading new ones
             models = models or self._load_models(group)
             for system, source in group.items():
                 with models.responding_as(system) as responder:
                     self._score_system(system, source, responder)
-        if len(group_by_weights(self._request.systems)) == 1:  # else memory is for the weights of the next group
+        if len(group_by_weights(self._request.systems)) == 1:  # otherwise the next group needs the memory
             self._held[frozenset(group)] = models
 
     def _load_models(self, group: Mapping[str, ModelSource]) -> Models:

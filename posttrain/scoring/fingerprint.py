@@ -1,4 +1,8 @@
-"""JSON values that stand for things which scores depend on: task settings, a tokenizer, library versions."""
+"""Fingerprints of what scores depend on, as JSON values: task settings, a tokenizer, library versions.
+
+A fingerprint follows content, never names or paths: a renamed task or a moved file keeps its scores, an edited one
+loses them.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ from posttrain.digests import digest_of, file_digest
 LIBRARIES = ("posttrain", "lm_eval", "transformers", "torch", "peft")
 
 _ELSEWHERE = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata", "task", "task_alias", "tag"}
-"""Settings that are names and places; what they lead to is in the hashes of the questions."""
+"""Names and places. The hashes of the questions cover the documents found there."""
 
 
 def task_settings(config: Any) -> Any:
-    """The resolved settings of an lm-eval task as JSON, with the source files of its functions, without paths."""
+    """Return the resolved settings of an lm-eval task as JSON values, with hashes of its functions' source files."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: _plain(value) for name, value in fields.items() if name not in _ELSEWHERE and value is not None}
 
@@ -40,7 +44,7 @@ def _plain(value: Any) -> Any:
 
 
 def _source(function: Any) -> dict[str, str]:
-    """A function as its name and the hash of the file it stands in, which holds its helpers, too."""
+    """Return a function's name and the hash of its whole file: its helpers count as well."""
     try:
         file = inspect.getsourcefile(function)
     except TypeError:
@@ -50,17 +54,20 @@ def _source(function: Any) -> dict[str, str]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over what a tokenizer does: vocabulary, rules, special tokens and chat template; not over its files."""
+    """Return the SHA-256 over a tokenizer's behaviour: vocabulary, rules, special tokens and chat template.
+
+    Its files do not count: saving and loading again may rewrite them without a change of behaviour.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
-    for state in ("padding", "truncation"):  # left behind by the last call
+    for state in ("padding", "truncation"):  # left behind by the last call, not part of the rules
         rules.pop(state, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest_of({"rules": rules, "special": special, "template": tokenizer.chat_template})
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that scoring runs on; a source tree that is not installed has none."""
+    """Return the versions of the libraries behind the scores; a source tree is ``not installed``."""
     installed = {}
     for name in LIBRARIES:
         try:

@@ -1,4 +1,8 @@
-"""Scoring leaves no trace: no output, no random state, no setting of the model."""
+"""Contexts in which scoring leaves no trace: no output, no random state, no setting of the model.
+
+A gate runs between the stages of a run, in the same process: any trace would reach the next training, and a run with a
+gate would train another model than a run without.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,15 @@ import torch
 import transformers
 
 CHATTY = ("lm_eval", "datasets", "huggingface_hub", "transformers")
-"""Loggers that say nothing while a gate scores, unless it is an error."""
+"""Loggers kept silent below ERROR while a gate scores."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, logs and warnings of lm_eval and of the libraries under it."""
+    """Silence progress bars, logs and warnings of lm_eval and of the libraries under it.
+
+    Their bars would break the pipeline's own display.
+    """
     levels = {name: logging.getLogger(name).level for name in CHATTY}
     bars = transformers.logging.is_progress_bar_enabled(), not datasets.utils.are_progress_bars_disabled()
     transformers.logging.disable_progress_bar()
@@ -43,14 +50,17 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Hide standard output and standard error: the modules of some tasks write there what they download."""
+    """Hide standard output and standard error: the modules of some tasks print their downloads."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global random generators, and give them back as they were."""
+    """Seed the global random generators, and restore their states.
+
+    Task functions and lm_eval draw from Python's, numpy's and torch's generators.
+    """
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -65,7 +75,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and give each its mode back."""
+    """Put every module into evaluation mode, and give each its mode back.
+
+    ``model.train()`` would not do: it also sets modules kept in evaluation mode on purpose.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -77,7 +90,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_generation(model: Any, eos_token_id: int | None) -> Iterator[None]:
-    """Generate as the task says: the model's own generation settings count for its end tokens only."""
+    """Generate by the task's settings; of the model's own, keep only the end tokens.
+
+    A sampling temperature or a repetition penalty in generation_config.json would otherwise change the scores.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -91,7 +107,7 @@ def plain_generation(model: Any, eos_token_id: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tied_already(model: Any) -> Iterator[None]:
-    """Keep lm_eval from tying the weights of a loaded model again: with rows of added tokens beside them that fails."""
+    """Keep lm_eval from tying the weights of a loaded model again: it fails with rows of added tokens."""
     model.__dict__["tie_weights"] = lambda: None
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a gate can be expected to decide, told before anything is loaded, so that a hopeless one costs no training.
+"""Chances of a gate before anything is loaded, so a hopeless one costs no training.
 
-Assumes scores that are right or wrong, of which a share of 10 % or 20 % differs between two systems, as between a model
-and its fine-tuning. Light: reads task files and counts documents.
+Assumes right-or-wrong scores, and a share of 10 % or 20 % that differs between two systems, as between a model and its
+fine-tuning. Light: reads task files and counts documents.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
 
 DISCORDANCES = (0.1, 0.2)
-"""Assumed shares of documents that only one of two systems answers right."""
+"""Assumed shares of documents answered right by only one of two systems."""
 RIGHT_OR_WRONG = {
     "acc", "acc_norm", "acc_bytes", "exact_match", "em", "pass@1", "pass_at_1", "prompt_level_strict_acc",
     "prompt_level_loose_acc",
 }  # fmt: skip
-"""Metrics of lm-eval whose scores are 0 or 1; a task's file names its own under ``metadata``, as ``right_or_wrong``."""
+"""lm-eval's metrics with scores of 0 or 1; a task's file lists its own under ``metadata``, as ``right_or_wrong``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """One question of a gate before it is asked."""
+    """The chances of one task of a gate, or of all its guards together."""
 
     name: str
     role: Role
     documents: int | None
-    """How many will be scored; None where only loading the task tells."""
+    """Number of documents to be scored; None when only loading the task would show it."""
     chances: tuple[float, ...] = ()
-    """Of passing, at each of DISCORDANCES; a limit has one; none where nothing is known."""
+    """Chances of passing, at each of DISCORDANCES; a limit has one; empty when unknown."""
     needed: int = 0
-    """Documents that would pass in four of five samples, at the first of DISCORDANCES."""
+    """Number of documents for a chance of POWER to pass, at the first of DISCORDANCES."""
 
     @property
     def hopeless(self) -> bool:
-        """Whether even the best chance is too small to run the gate."""
+        """True when even the best chance is too small to run the gate."""
         return bool(self.chances) and max(self.chances) < RULES[self.role].hopeless_below
 
 
 def outlooks(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[Outlook]:
-    """The outlook of every task, then that of all guards together."""
+    """Return the outlook of every task, then that of all guards together."""
     sharing = sum(RULES[task.role].shares_error for task in tasks.values())
     found = [_outlook(gate, name, task, sharing) for name, task in tasks.items()]
     guards = [each for each in found if RULES[each.role].pools]
@@ -74,7 +74,7 @@ def _outlook(gate: GateConfig, name: str, task: GateTask, sharing: int) -> Outlo
     if not rule.paired:
         higher = _direction(task, settings)
         return _limit(name, task, documents, gate.confidence, higher_is_better=higher) if documents else unknown
-    # Holm's correction asks this much of the best of several lifts, and less of the others.
+    # Holm's correction demands this confidence of the best of several lifts, and less of the others.
     confidence = 1 - (1 - gate.confidence) / sharing if rule.shares_error else gate.confidence
     effect, threshold = rule.expect(gate, task), rule.least(gate, task)
     chances = [paired_power(documents, share, effect, threshold, confidence) for share in DISCORDANCES if documents]
@@ -95,7 +95,7 @@ def _limit(name: str, task: GateTask, documents: int, confidence: float, *, high
         return Outlook(name=name, role=task.role, documents=documents)
     spread = math.sqrt(hoped * (1 - hoped))
     distance = (hoped - least) * math.sqrt(documents) / spread - normal_quantile(confidence)
-    # All right, the exact bound is the n-th root of the error: with too few documents nothing passes.
+    # With every answer right, the exact lower bound is the n-th root of the error: too few documents never pass.
     possible = (1 - confidence) ** (1 / documents) > least
     chance = NormalDist().cdf(distance) if possible else 0.0
     needed = math.ceil(((normal_quantile(confidence) + normal_quantile(POWER)) * spread / (hoped - least)) ** 2)
@@ -103,7 +103,7 @@ def _limit(name: str, task: GateTask, documents: int, confidence: float, *, high
 
 
 def _pool(documents: Sequence[int], allowed: float, confidence: float) -> Outlook:
-    """All guards together, unchanged, by the normal approximation."""
+    """Return the outlook of all guards together, with unchanged scores, by the normal approximation."""
     z = normal_quantile(confidence)
     spreads = [math.sqrt(math.fsum(share / n for n in documents)) / len(documents) for share in DISCORDANCES]
     chances = tuple(NormalDist().cdf(allowed / spread - z) for spread in spreads)
@@ -116,7 +116,7 @@ def _settings(name: str, task: GateTask) -> Mapping[str, Any]:
 
 
 def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
-    """Documents in the file that the task is given, or in those of the split that lm-eval scores."""
+    """Count the documents of the task's ``data`` file, or of the split scored by lm-eval; None when unknown."""
     if settings.get("process_docs") is not None:
         return None
     if task.data is not None:
@@ -136,16 +136,16 @@ def _count(files: Sequence[str]) -> int | None:
 
 
 def _right_or_wrong(settings: Mapping[str, Any]) -> set[str]:
-    """The metrics whose scores are known to be 0 or 1."""
+    """Return the metrics with scores known to be 0 or 1."""
     metadata = settings.get("metadata")
     own = metadata.get("right_or_wrong") if isinstance(metadata, Mapping) else None
     return RIGHT_OR_WRONG | set(own if isinstance(own, list) else [])
 
 
 def _direction(task: GateTask, settings: Mapping[str, Any]) -> bool:
-    """What the recipe says, or the task's file; right answers are better unless either says otherwise."""
+    """Return the direction given by the recipe, else by the task's file, else True: right answers are better."""
     if task.higher_is_better is not None:
         return task.higher_is_better
     entries = settings.get("metric_list") or []
-    said = [entry.get("higher_is_better", True) for entry in entries if entry.get("metric") == task.metric]
-    return bool(said[0]) if said else True
+    declared = [entry.get("higher_is_better", True) for entry in entries if entry.get("metric") == task.metric]
+    return bool(declared[0]) if declared else True

@@ -1,4 +1,4 @@
-"""The gate as a plugin: scores by lm-eval, verdict by paired tests. Light: heavy imports wait for the calls."""
+"""Scoring as a plugin: the tasks of a gate checked, then asked by lm-eval. Light: heavy imports wait for the calls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_eval_tasks() -> Sequence[Path]:
-    """The tasks on files of one's own: questions, responses, preferences."""
+    """Register the tasks on your own files: questions, responses, preferences."""
     return [Path(__file__).parent / "tasks"]
 
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
-    """What the files of the gates' tasks show to be wrong, and a backend that is not there."""
+    """Report problems in the task files of all gates, and a missing backend."""
     from posttrain.scoring.checks import check_backend, check_tasks
 
     return [
@@ -36,7 +36,7 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 
 @hookimpl
 def check_gate(step: Step) -> Sequence[Problem]:
-    """Load the tasks as scoring will: their data must be there, and their metric a mean over documents."""
+    """Load the tasks as scoring will: their data must exist, and their metric be a mean over documents."""
     from posttrain.errors import BadInput
     from posttrain.scoring.harness.tasks import preflight
 

@@ -1,4 +1,4 @@
-"""Scores on disk, one JSON line per system, task, filter and document; and what was asked."""
+"""Scores on disk, one JSON line per system, task, filter and document; and the prompts beside them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from posttrain.scoring.questions import PreparedTask
 
 PROMPT_END = 2000
-"""Characters of a prompt that are kept: its end, which holds the question when examples come before it."""
+"""Characters kept of a prompt's end: few-shot examples come first, the question last."""
 _FIELDS = {field.name for field in fields(DocumentScore)}
 _KINDS = {"doc_id": int, "metrics": dict}
 
 
 def write_scorecard(path: Path, rows: Iterable[DocumentScore]) -> None:
-    """Write rows in one step: a reader sees the old ones or the new, never a part."""
+    """Write rows atomically: a reader sees the old file or the new one, never a part."""
     replace_text(path, "".join(f"{row_line(row)}\n" for row in rows))
 
 
 def read_scorecard(path: Path) -> list[DocumentScore]:
-    """The rows of a scorecard; raises ArtifactDamaged naming the line that is not one."""
+    """Return the rows of a scorecard. Raises ArtifactDamaged naming the first bad line."""
     rows = []
     for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         try:
@@ -39,7 +39,7 @@ def read_scorecard(path: Path) -> list[DocumentScore]:
 
 
 def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
-    """Write the end of every question's prompt, for those who read the answers."""
+    """Write the end of every question's prompt, for people who read the answers."""
     lines = [
         canonical({"task": task.name, "doc_id": question.doc_id, "prompt": question.prompt[-PROMPT_END:]})
         for task in tasks
@@ -49,7 +49,7 @@ def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
 
 
 def read_questions(path: Path) -> dict[tuple[str, int], str]:
-    """The end of every prompt by task and document; raises ArtifactDamaged naming the line that is not one."""
+    """Return the end of every prompt by task and document. Raises ArtifactDamaged naming the first bad line."""
     prompts = {}
     for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
         try:
@@ -61,20 +61,20 @@ def read_questions(path: Path) -> dict[tuple[str, int], str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a JSONL text; characters inside JSON strings that Unicode counts as line ends do not end a line."""
+    """Split a JSONL text at newlines only: ``splitlines`` would also split at U+2028 inside a JSON string."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def row_line(row: DocumentScore) -> str:
-    """A row as one line of JSON."""
+    """Return a row as one line of JSON."""
     return canonical(asdict(row))
 
 
 def row_from_json(value: Any) -> DocumentScore:
-    """A row from its JSON value; raises ValueError when it has not exactly the fields of one."""
+    """Return the row of a JSON value. Raises ValueError unless it has exactly the fields of a row, each of its type."""
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise ValueError("it does not have the fields of a score")
     wrong = [name for name in sorted(_FIELDS) if not isinstance(value[name], _KINDS.get(name, str))]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} is not of its type")
+        raise ValueError(f"wrong type of {', '.join(wrong)}")
     return DocumentScore(**value)

@@ -1,4 +1,4 @@
-"""The systems that a gate compares, with weights that are loaded once for all that share them."""
+"""The systems of a gate: weights shared by several are loaded once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from posttrain.scoring.isolation import evaluating
 
 @dataclass(frozen=True)
 class Loading:
-    """How models and tokenizers are loaded, and where models compute."""
+    """Loaders of models and tokenizers, and the device of the models."""
 
     model: Callable[[ModelSource, str], Any]
     tokenizer: Callable[[ModelSource], Any]
@@ -25,7 +25,7 @@ class Loading:
 
 
 def group_by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, ModelSource]]:
-    """The systems, in groups that share one load of the weights."""
+    """Group systems by shared weights, for one load of each group."""
     groups: dict[object, dict[str, ModelSource]] = {}
     for name, source in systems.items():
         groups.setdefault(source.weights, {})[name] = source
@@ -33,7 +33,7 @@ def group_by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, Model
 
 
 class SharedWeights:
-    """One model with the adapter of every system that stands on it."""
+    """One base model with the adapter of every system on it."""
 
     def __init__(self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading) -> None:
         self._systems = systems
@@ -51,7 +51,7 @@ class SharedWeights:
 
     @contextlib.contextmanager
     def speaking_as(self, name: str) -> Iterator[Any]:
-        """The model as system ``name``, in evaluation mode."""
+        """Hand out the model as system ``name``, in evaluation mode."""
         with evaluating(self._model), self._adapter(name):
             yield self._model
 
@@ -63,5 +63,5 @@ class SharedWeights:
             with self._model.disable_adapter():
                 yield
         else:
-            self._model.set_adapter(name, inference_mode=True)
+            self._model.set_adapter(name, inference_mode=True)  # else peft would make it trainable
             yield

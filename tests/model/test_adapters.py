@@ -1,4 +1,4 @@
-"""Adapters and full weights: made, saved, read back, and refused when they are not sound."""
+"""Adapters and full weights: made, saved, read back, and rejected when they are not sound."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_listed_targets_carry_the_adapter(base: ModelSource, targets: list[str])
         (["proj"], "no linear layer of the model is called proj"),
     ],
 )
-def test_targets_that_cannot_carry_an_adapter_are_refused(base: ModelSource, targets: list[str], message: str) -> None:
+def test_targets_that_cannot_carry_an_adapter_are_rejected(base: ModelSource, targets: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         new_adapter(load_model(base, "float32"), replace(LORA, target_modules=targets), seed=0)
 

@@ -202,8 +202,8 @@ def test_the_gate_scores_base_parent_and_candidate_on_one_load(base: ModelSource
             assert torch.equal(logits(model), logits(load_model(source, "float32")))
 
 
-def test_a_token_that_the_model_knows_is_refused(folder: Path) -> None:
-    with pytest.raises(BadInput, match=r"model\.added_tokens: the model knows <\|user\|> already"):
+def test_a_token_that_the_model_knows_is_rejected(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"model\.added_tokens: the model already knows <\|user\|>"):
         load_model(base_source(folder, added_tokens=["<new>", "<|user|>"]), "float32")
 
 

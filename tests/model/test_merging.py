@@ -117,7 +117,7 @@ def test_weights_that_compute_something_else_are_not_published(
     make_adapter(working_folder, tokens=TOKENS)
     monkeypatch.setattr(LoraModel, "merge_and_unload", merge_wrongly)
     assert main("merge", "adapter", "merged") == 5
-    assert "merged in float32 compute something else than the adapter" in capsys.readouterr().err
+    assert "merged in float32 compute other logits than the adapter" in capsys.readouterr().err
     assert not list(working_folder.glob("*merged*"))
 
 
@@ -132,7 +132,7 @@ def test_weights_that_are_saved_wrongly_are_not_published(
     make_adapter(working_folder)
     monkeypatch.setattr("posttrain.model.merging.save_model", save_wrongly)
     assert main("merge", "adapter", "merged") == 5
-    assert "saved in float32 compute something else than the adapter" in capsys.readouterr().err
+    assert "saved in float32 compute other logits than the adapter" in capsys.readouterr().err
     assert not list(working_folder.glob("*merged*"))
 
 

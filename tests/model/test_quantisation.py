@@ -153,7 +153,7 @@ def test_every_target_must_exist_in_a_quantised_model_too(
         policy(stage)
 
 
-def test_a_base_that_is_not_finite_is_refused_although_quantising_hides_it(tmp_path: Path) -> None:
+def test_a_base_that_is_not_finite_is_rejected_although_quantising_hides_it(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", hidden_size=64)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan

@@ -188,7 +188,7 @@ def test_scores_of_another_backend_are_no_baseline(material: Path, capsys: pytes
         ({}, {"modules_to_save": ["lm_head"]}, "whole copies of layers"),
     ],
 )
-def test_what_vllm_would_leave_out_is_refused(
+def test_what_vllm_would_leave_out_is_rejected(
     material: Path, tmp_path: Path, settings: dict[str, Any], config: dict[str, Any], what: str
 ) -> None:
     from posttrain.scoring.harness.vllm import Vllm

@@ -136,7 +136,7 @@ def test_a_damaged_scorecard_names_the_line(tmp_path: Path, line: str) -> None:
         read_scorecard(path)
 
 
-def test_a_score_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+def test_a_score_of_the_wrong_type_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "scorecard.jsonl"
     write_scorecard(path, ROWS[:1])
     path.write_text(path.read_text(encoding="utf-8").replace('"doc_id":0', '"doc_id":"0"'), encoding="utf-8")

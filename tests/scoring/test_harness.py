@@ -68,7 +68,7 @@ class CountingLoader:
         return Loading(self.load, load_tokenizer, "cpu")
 
 
-def refuse(source: ModelSource, dtype: str) -> Any:
+def never_load(source: ModelSource, dtype: str) -> Any:
     raise AssertionError(f"{source.name} was loaded")
 
 
@@ -197,7 +197,7 @@ def test_every_system_is_asked_the_same(folder: Path, base: ModelSource, tmp_pat
 def test_nothing_is_loaded_when_every_score_is_known(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     request = make_request(folder, tmp_path, two_systems(folder, base), {"choose0": gate_task(folder, "choose0")})
     first, _, _ = run(request)
-    again, _, log = run(request, CountingLoader(refuse))
+    again, _, log = run(request, CountingLoader(never_load))
     assert again == first
     assert log == Log()
 
@@ -211,7 +211,8 @@ def test_a_cached_system_never_answers_for_another(folder: Path, base: ModelSour
     assert warm == cold
     assert len(loader.loaded) == 1
     stacked, loader, _ = run(
-        make_request(folder, tmp_path, {**two_systems(folder, base), "parent": parent}, tasks), CountingLoader(refuse)
+        make_request(folder, tmp_path, {**two_systems(folder, base), "parent": parent}, tasks),
+        CountingLoader(never_load),
     )
     assert [row.metrics for row in rows_of(stacked, "parent")] == [row.metrics for row in rows_of(cold, "candidate")]
 
@@ -255,7 +256,7 @@ def test_another_way_to_score_gives_new_scores_to_the_same_answers(
     request = make_request(folder, tmp_path, {"candidate": base}, {"quiz": gate_task(work, "likelihood0", limit=6)})
     before, _, _ = run(request)
     (work / "scoring.py").write_text(SCORING.replace("-value", "-2 * value"))
-    after, _, _ = run(request, CountingLoader(refuse))
+    after, _, _ = run(request, CountingLoader(never_load))
     assert [row.metrics["surprise"] for row in after.rows] == [2 * row.metrics["surprise"] for row in before.rows]
 
 
@@ -499,7 +500,7 @@ def test_prompts_that_do_not_fit_are_mentioned(folder: Path, tmp_path: Path) -> 
     assert [note.split(" did")[0] for note in log.notes] == ["24 prompts of generate0", "96 prompts of choose2"]
 
 
-def test_a_task_that_generates_more_than_the_context_holds_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_task_that_generates_more_than_the_context_holds_is_rejected(folder: Path, tmp_path: Path) -> None:
     small = base_source(write_base(tmp_path / "small", max_position_embeddings=12))
     request = make_request(folder, tmp_path, {"candidate": small}, {"generate0": gate_task(folder, "generate0")})
     with pytest.raises(BadInput, match="may generate 12 tokens, but the model's context holds 12"):
@@ -600,7 +601,7 @@ def test_two_tasks_that_ask_the_same_are_asked_once(
     assert sum(asked) == len({row.doc_id for row in card.rows})  # base and candidate are one system here
 
 
-def test_a_target_that_lm_eval_takes_for_a_list_is_refused(folder: Path, base: ModelSource, tmp_path: Path) -> None:
+def test_a_target_that_lm_eval_takes_for_a_list_is_rejected(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     data = tmp_path / "lists.jsonl"
     data.write_text(json.dumps({"question": "name two", "answer": "[1, 2]"}) + "\n")
     text = LIKELIHOOD.format(name="lists", shots=0)
@@ -608,7 +609,7 @@ def test_a_target_that_lm_eval_takes_for_a_list_is_refused(folder: Path, base: M
     lines = [line for line in text.splitlines() if not line.startswith(("doc_to_target", "process_results"))]
     task_file.write_text("\n".join([*lines, 'doc_to_target: "{{answer}}"']).replace("data/quiz.jsonl", str(data)))
     task = GateTask(task=str(task_file), role=Role.lift, metric=METRICS["likelihood"])
-    with pytest.raises(BadInput, match=r"lists: document 0 has a target that is no text: \[1, 2\]"):
+    with pytest.raises(BadInput, match=r"lists: the target of document 0 is not text: \[1, 2\]"):
         run(make_request(folder, tmp_path, {"base": base, "candidate": base}, {"lists": task}))
 
 
@@ -736,7 +737,7 @@ def test_the_plugin_scores_judges_and_checks(folder: Path, base: ModelSource, tm
 def test_a_gate_that_is_off_scores_nothing(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     tasks = {"quiz": gate_task(folder, "choose0")}
     request = make_request(folder, tmp_path, two_systems(folder, base), tasks, enabled=False)
-    assert run(request, CountingLoader(refuse))[0].rows == ()
+    assert run(request, CountingLoader(never_load))[0].rows == ()
 
 
 def test_a_group_is_pooled(folder: Path, base: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def answers(card: Scorecard) -> Mapping[tuple[str, int], tuple[str, float]]:
     return {(row.system, row.doc_id): (row.response, row.metrics["acc"]) for row in card.rows}
 
 
-def refuse(source: ModelSource, dtype: str) -> Any:
+def never_load(source: ModelSource, dtype: str) -> Any:
     raise AssertionError(f"{source.name} was loaded")
 
 
@@ -61,7 +61,7 @@ def test_a_large_lift_is_decided_before_all_documents_are_scored(root: Path, tmp
     card, log = scored(request)
     assert card.look == Look(2, 5)
     assert len(card.rows) == 2 * 20  # two fifths of 48 documents, under two systems
-    assert log.notes == ["the gate is settled at look 2 of 5: no more documents are scored"]
+    assert log.notes == ["the gate is decided at look 2 of 5: no more documents are scored"]
     verdict = judge(request, card)
     assert (verdict.state, verdict.tasks[0].n) == ("pass", 20)
     assert len(read_scorecard(request.scorecard)) == 40
@@ -101,7 +101,7 @@ def test_weights_are_loaded_once_for_all_looks(root: Path, tmp_path: Path) -> No
 def test_looks_that_were_scored_before_load_nothing(root: Path, tmp_path: Path) -> None:
     request = asked(root, tmp_path, sequential=Sequential.obrien_fleming)
     first, _ = scored(request)
-    again, _ = scored(request, refuse)
+    again, _ = scored(request, never_load)
     assert again == first
 
 
@@ -138,7 +138,7 @@ def test_looks_take_whole_sources(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"page": None}, {}])
-def test_documents_without_a_source_are_refused_before_training(
+def test_documents_without_a_source_are_rejected_before_training(
     root: Path, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     task = with_pages(root, tmp_path, **fields)
@@ -160,7 +160,7 @@ def written(folder: Path, root: Path, direction: str) -> GateTask:
     return GateTask(task=str(folder / "own.yaml"), role=Role.lift, metric="points")
 
 
-def test_a_metric_whose_direction_nobody_says_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_metric_whose_direction_nobody_says_is_rejected(root: Path, tmp_path: Path) -> None:
     task = written(tmp_path, root, "")
     with pytest.raises(BadInput, match="does not say whether more points is better"):
         preflight({"own": task})
@@ -170,7 +170,7 @@ def test_a_metric_whose_direction_nobody_says_is_refused(root: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_direction_that_the_task_contradicts_is_refused(root: Path, tmp_path: Path, declared: bool) -> None:
+def test_a_direction_that_the_task_contradicts_is_rejected(root: Path, tmp_path: Path, declared: bool) -> None:
     task = written(tmp_path, root, f", higher_is_better: {str(declared).lower()}")
     preflight({"own": task})
     preflight({"own": replace(task, higher_is_better=declared)})

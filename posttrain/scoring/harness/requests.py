@@ -1,4 +1,8 @@
-"""The requests that put a task's documents to a model: built once, the same for every system."""
+"""The requests of a task's documents to a model: built once, the same for every system.
+
+Paired tests need equal questions. lm_eval would build its few-shot prompts anew for each system, from a sampler whose
+state moves on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
-    """Load a task and build the requests of its documents, or of a seeded sample of ``task.limit`` of them."""
+    """Load a task and build the requests of its documents, or of a seeded sample of ``task.limit`` of them.
+
+    Raises BadInput when a task cannot be loaded or compared, or when a target is not text.
+    """
     leaves = load_leaves(name, task)
     with quiet():
         documents = [list(leaf.eval_docs) for leaf in leaves]
@@ -49,7 +56,7 @@ def _questions(
     for leaf, docs in zip(leaves, documents, strict=True):
         chat = task.chat if task.chat is not None else leaf.OUTPUT_TYPE == "generate_until"
         renderer = _renderer(tokenizer) if chat else None
-        # Once per task, and requests are built once: lm_eval's few-shot sampler goes on from where it stopped.
+        # Seeded once per task: the sampler's state moves on with every prompt, and each prompt is built once.
         leaf.set_fewshot_seed(seed)
         questions += [
             _question(leaf, start + index, doc, renderer) for index, doc in enumerate(docs) if start + index in chosen
@@ -64,7 +71,7 @@ def _sample(total: int, limit: int | None, seed: int) -> set[int]:
 
 
 def _renderer(tokenizer: Any) -> Callable[..., str]:
-    """lm_eval's way to apply a chat template, without a model."""
+    """Return lm_eval's own function for chat templates, bound to a tokenizer instead of a loaded model."""
     stand_in = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
     return functools.partial(HFLM.apply_chat_template, stand_in)
 
@@ -95,7 +102,7 @@ def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | N
 
 
 def _context(leaf: Any, doc: Any, renderer: Callable[..., str] | None) -> Any:
-    """What comes before the answer. A task whose text is a list of messages is asked with them as they are."""
+    """Return the prompt of a document. A list of messages is rendered as it is, without few-shot examples."""
     messages = leaf.doc_to_text(doc)
     if isinstance(messages, list):
         plain = "\n\n".join(message["content"] for message in messages) + "\n\n"
@@ -112,10 +119,10 @@ def _context(leaf: Any, doc: Any, renderer: Callable[..., str] | None) -> Any:
 
 
 def _check_texts(leaf: Any, doc_id: int, requests: Sequence[Any]) -> None:
-    # lm_eval evaluates a rendered target that looks like a list, and would fail over it in the middle of scoring
+    # lm_eval evaluates a rendered target that looks like a list, and would fail in the middle of scoring.
     for request in requests:
         if request.request_type == "loglikelihood" and not all(isinstance(text, str) for text in request.args):
-            what = f"document {doc_id} has a target that is no text: {request.args[1]!r:.60}"
+            what = f"the target of document {doc_id} is not text: {request.args[1]!r:.60}"
             fix = "Name a column in doc_to_target instead of rendering it"
             raise BadInput(Problem(where=str(leaf.task_name), what=what, fix=fix))
 

@@ -1,4 +1,7 @@
-"""Models that answer lm_eval's requests: silent, and watchful of what is not finite or does not fit."""
+"""Models for lm_eval's requests, stopping at non-finite outputs and at prompts without room to answer.
+
+lm_eval scores a NaN as a wrong answer: a diverged model would look merely bad.
+"""
 
 # B = requests in a batch, T = tokens, V = vocabulary
 
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Responder:
-    """What any of lm_eval's models needs to answer the requests of a gate. To be mixed into one of them."""
+    """Mixin for lm_eval's models: answers to a gate's requests, checked."""
 
     cut = 0
-    """How many prompts were longer than the model's context and lost their beginning."""
+    """Number of prompts cut at their beginning to fit the model's context."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -48,16 +51,16 @@ class Responder:
             raise ArtifactDamaged(f"{where}: the model's output is not finite; its weights hold NaN or infinity")
 
     def forget(self) -> None:
-        """Forget what was written: from here on another system answers."""
+        """Forget the generated texts, because another system answers next."""
         self._written.clear()
 
     def finite(self) -> bool:
-        """Whether everything that the model computed for texts that it wrote was finite, as far as can be known."""
+        """Return False when a logit behind a generated text was not finite; True where a backend hides its logits."""
         return True
 
     def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
-        """The answers to requests of one kind; a text that another task had written is not written again."""
-        # repeats are asked because they may differ
+        """Return the answers to requests of one kind; reuse texts generated for equal requests of other tasks."""
+        # Repeats are generated every time: a task asks for them because sampled texts differ.
         if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
             return list(getattr(self, kind)(list(requests), disable_tqdm=True))
         keys = [digest_of([kind, *request.args]) for request in requests]
@@ -68,19 +71,19 @@ class Responder:
         return [self._written[key] for key in keys]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """As lm_eval, after checking that there is room for what the task wants generated."""
+        """Generate as lm_eval does. Raises BadInput when the context has no room for a prompt beside the answer."""
         model: Any = self
         for request in requests:
             room = normalize_gen_kwargs(request.args[1], model.max_gen_toks)["max_gen_toks"]
             if room >= model.max_length:
                 what = f"the task may generate {room} tokens, but the model's context holds {model.max_length}"
-                fix = "Set generation_kwargs.max_gen_toks in the task's file."
+                fix = "Set a lower generation_kwargs.max_gen_toks in the task's file"
                 raise BadInput(Problem(where=str(request.task_name), what=what, fix=fix))
         return list(super().generate_until(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
 
 
 class TransformersResponder(Responder, HFLM):
-    """A loaded model of transformers, with or without an adapter."""
+    """A loaded transformers model, with or without an adapter."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         with tied_already(model):
@@ -88,11 +91,11 @@ class TransformersResponder(Responder, HFLM):
         self._unsound = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def finite(self) -> bool:
-        """Whether every logit of the texts was finite."""
+        """Return True when every logit of the generated texts was finite."""
         return not bool(self._unsound)
 
     def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
-        """As HFLM, counting the prompts that are cut."""
+        """Encode as HFLM does, and count the cut prompts."""
         ids_BT, mask_BT = super().tok_batch_encode(strings, **options)
         if left_truncate_len is None:
             return ids_BT, mask_BT
@@ -107,13 +110,14 @@ class TransformersResponder(Responder, HFLM):
         return super()._model_generate(context, max_length, stop, logits_processor=[self._watch], **options)
 
     def _watch(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        # Noted on the device and looked at after the block: reading it at every token would stall the device.
+        # Accumulated on the device and read once per block: a read at every token would stall the device. The maximum
+        # is NaN or infinite whenever one of the logits is, except for -inf, which masks tokens on purpose.
         self._unsound |= ~torch.isfinite(logits_BV.amax(dim=-1)).all()
         return logits_BV
 
 
 class Transformers:
-    """Systems that share weights, run by transformers: one load of the weights, with an adapter for each system."""
+    """Systems on shared weights, run by transformers: one load of the weights, with an adapter for each system."""
 
     def __init__(
         self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading, tokenizer: Any, batch_size: int
@@ -123,7 +127,7 @@ class Transformers:
 
     @contextmanager
     def responding_as(self, system: str) -> Iterator[Responder]:
-        """The model that answers as ``system``, which generates as the task says."""
+        """Hand out the model to answer as ``system``, generating by the task's settings."""
         end = getattr(self._tokenizer, "eos_token_id", None)
         with self._weights.speaking_as(system) as model, plain_generation(model, end):
             yield TransformersResponder(model, self._tokenizer, self._batch_size)

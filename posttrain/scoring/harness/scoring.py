@@ -1,4 +1,4 @@
-"""Answers and scores: every question put to a system, block by block, and what its answer is worth."""
+"""Answers and scores: every question put to a system, block by block, and its answer scored."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def answer(
 ) -> list[DocumentScore]:
     """Put every question to a system and score it.
 
-    A block is a batch of documents in the order of ``task.ordered``. Each is kept in ``blocks`` as soon as it
-    is answered, and what is kept there is not asked again. ``report(done, total)`` is called after each block. Raises
-    ArtifactDamaged when a log-likelihood, a logit or a score is not finite.
+    A block is a batch of documents in the order of ``task.ordered``. Each is kept in ``blocks`` as soon as it is
+    answered, and kept blocks are not asked again. ``report(done, total)`` is called after each block. Raises
+    ArtifactDamaged when a log-likelihood, a logit or a score is not finite, BadInput when the task gives no number.
     """
     kept, total = blocks.read(), len(task.questions)
     for index, requests in enumerate(_split(task, blocks.size)):
         if not _restore(requests, kept.get(index)):
-            with seeded(seed + index):
+            with seeded(seed + index):  # by block, so that a resumed evaluation samples the same texts
                 responder.respond(requests, f"{system}, {task.name}")
             blocks.add(index, [request.resps for request in requests])
         report(min((index + 1) * blocks.size, total), total)
@@ -44,14 +44,14 @@ def answer(
 
 
 def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list[DocumentScore] | None:
-    """Score what a system answered before; None when it was not asked everything."""
+    """Score a system's kept answers; return None when some are missing."""
     kept = blocks.read()
     complete = all(_restore(requests, kept.get(index)) for index, requests in enumerate(_split(task, blocks.size)))
     return _scores(task, system, digest) if complete else None
 
 
 def _split(task: PreparedTask, size: int) -> list[list[Any]]:
-    """The requests of each block."""
+    """Return the requests of each block."""
     ordered = task.ordered
     return [
         [request for question in ordered[start : start + size] for request in question.requests]
@@ -60,7 +60,7 @@ def _split(task: PreparedTask, size: int) -> list[list[Any]]:
 
 
 def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
-    """One row per filter and document, from the answers that the requests hold."""
+    """Return one row per filter and document, from the answers in the requests."""
     for leaf in task.leaves:
         if requests := [item for question in task.questions if question.leaf is leaf for item in question.requests]:
             for ensemble in leaf._filters:
@@ -69,11 +69,11 @@ def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]
 
 
 def _restore(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
-    """Give requests the answers that a block kept, if it holds as many as are asked for."""
+    """Give requests the answers of a kept block; return False when it does not hold as many as they ask for."""
     if answers is None or [len(given) for given in answers] != [request.repeats or 1 for request in requests]:
         return False
     for request, given in zip(requests, answers, strict=True):
-        # a log-likelihood comes with whether it is the likeliest text
+        # JSON made a list of lm_eval's pair (log-likelihood, is this the likeliest text).
         request.resps, request.filtered_resps = [tuple(one) if isinstance(one, list) else one for one in given], {}
     return True
 
@@ -90,7 +90,7 @@ def _score(task: PreparedTask, question: Question, name: str, system: str, diges
     }
     where = f"{system}, {task.name}, document {question.doc_id}"
     if task.metric not in metrics:
-        raise BadInput(Problem(where=where, what=f"the task gives it no number as {task.metric}"))
+        raise BadInput(Problem(where=where, what=f"the task gives no number for {task.metric}"))
     if unsound := [metric for metric, value in metrics.items() if not math.isfinite(value)]:
         raise ArtifactDamaged(f"{where}: {', '.join(unsound)} is not a finite number")
     return DocumentScore(
@@ -109,7 +109,7 @@ def _score(task: PreparedTask, question: Question, name: str, system: str, diges
 
 
 def _response(question: Question) -> str:
-    """What the model wrote, the choice it preferred, or the log-likelihood it gave."""
+    """Return the generated text, the preferred choice, or the log-likelihood."""
     first = question.requests[0].resps[0]
     if isinstance(first, str):
         return first

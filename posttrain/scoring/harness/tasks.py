@@ -1,4 +1,4 @@
-"""lm_eval's tasks, loaded: a task of a gate is one of them, or the tasks of a group pooled."""
+"""Loading of lm_eval's tasks: a task of a gate is one of them, or the tasks of a group pooled."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
 
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"
-"""What the library that runs a model's programs asks to be set."""
+"""Variable required by the library that runs programs written by the model."""
 
 
 def preflight(tasks: Mapping[str, GateTask]) -> None:
-    """Load every task as scoring will; raises BadInput with all that stands in the way, and trains nothing."""
+    """Load every task as scoring will. Raises BadInput with the problems of all tasks."""
     problems: list[Problem] = []
     for name, task in tasks.items():
         try:
@@ -44,7 +44,7 @@ def preflight(tasks: Mapping[str, GateTask]) -> None:
 
 
 def load_leaves(name: str, task: GateTask) -> list[Any]:
-    """The lm-eval tasks behind a task of a gate; raises BadInput when one cannot be loaded or compared."""
+    """Return the lm-eval tasks of a gate's task. Raises BadInput when one cannot be loaded or compared."""
     reference = task.task or name
     if task.run_code:
         os.environ[CODE_EVAL] = "1"
@@ -53,7 +53,7 @@ def load_leaves(name: str, task: GateTask) -> list[Any]:
             leaves = _load(reference, task.data)
     except PosttrainError:
         raise
-    except Exception as error:
+    except Exception as error:  # task files run functions and data scripts of their own: any exception is possible
         raise BadInput(_unloadable(name, reference, error)) from error
     for leaf in leaves:
         if problems := list(_objections(f"tasks.{name}", task, leaf)):
@@ -75,7 +75,7 @@ def _load(reference: str, data: str | None) -> list[Any]:
 
 
 def _load_file(path: Path, data: str | None) -> list[Any]:
-    """The task of a YAML file, with data files relative to that file, or with the documents in the file ``data``."""
+    """Load the task of a YAML file, with data files relative to that file, or with the documents of ``data``."""
     path = path.expanduser().resolve()
     settings = read_task_file(path)
     override: dict[str, Any] = {"include": str(path)}
@@ -83,6 +83,8 @@ def _load_file(path: Path, data: str | None) -> list[Any]:
         override |= documents_from(settings, Path(data).expanduser().resolve())
     elif arguments := settings.get("dataset_kwargs"):
         override["dataset_kwargs"] = arguments
+    # A second file includes the first and overrides its paths, because lm_eval resolves them against the working
+    # directory.
     with tempfile.TemporaryDirectory() as folder:
         wrapper = Path(folder) / path.name
         wrapper.write_text(yaml.safe_dump(override), encoding="utf-8")
@@ -90,7 +92,7 @@ def _load_file(path: Path, data: str | None) -> list[Any]:
 
 
 def _load_registered(name: str) -> list[Any]:
-    """A registered task, or the tasks of a group, without indexing the thousands of others where that can be helped."""
+    """Load a registered task or group; index its family first, all thousands of tasks only when members are missing."""
     family = tasks_folder() / registered_tasks()[name].relative_to(tasks_folder()).parts[0]
     manager = TaskManager(include_defaults=False, include_path=str(family))
     if not _is_complete(name, manager.task_index):
@@ -99,12 +101,12 @@ def _load_registered(name: str) -> list[Any]:
 
 
 def _is_complete(name: str, index: Mapping[str, Any]) -> bool:
-    """Whether the index holds ``name`` and all that it is made of."""
+    """Return True when the index holds ``name`` and all its members."""
     return name in index and _has_members(index[name].cfg or {}, index)
 
 
 def _has_members(settings: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
-    """Whether the index holds what a group lists: names, names with overrides, groups and tasks defined in place."""
+    """Return True when the index holds a group's members: names, overrides, groups and tasks defined in place."""
     members = settings.get("task")
     for member in members if isinstance(members, list) else []:
         name = member if isinstance(member, str) else member.get("task", member.get("group"))
@@ -121,16 +123,16 @@ def _unloadable(name: str, reference: str, error: Exception) -> Problem:
     return Problem(
         where=f"tasks.{name}",
         what=f"lm-eval cannot load {reference}: {type(error).__name__}: {cause[0] if cause else 'no message'}",
-        fix="Its data must be on this machine or reachable, and its file a valid lm-eval task.",
+        fix="Check that its data are on this machine or reachable, and that its file is a valid lm-eval task",
     )
 
 
 def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
-    """Why a loaded task cannot be scored or compared."""
+    """Report the reasons why a loaded task cannot be scored or compared."""
     if getattr(leaf, "UNSAFE_CODE", False) and not task.run_code:
         yield unsafe_code(where)
     if getattr(leaf, "MULTIMODAL", False):
-        yield Problem(where=where, what=f"{leaf.task_name} is not a task of text alone", fix="Choose another task.")
+        yield Problem(where=where, what=f"{leaf.task_name} needs more than text", fix="Choose another task")
     aggregation = leaf.aggregation()
     if task.metric not in aggregation:
         yield unknown_metric(where, aggregation, task)
@@ -148,5 +150,5 @@ def _filters(leaf: Any) -> list[str]:
 
 
 def shared_filters(leaves: Sequence[Any]) -> list[str]:
-    """The filters that all of some loaded tasks have."""
+    """Return the filters common to all the loaded tasks."""
     return [name for name in _filters(leaves[0]) if all(name in _filters(leaf) for leaf in leaves)]

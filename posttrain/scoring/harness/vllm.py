@@ -1,4 +1,7 @@
-"""Systems run by vLLM: many times faster on a GPU, and never compared with what transformers answered."""
+"""Systems run by vLLM: many times faster on a GPU, never compared with answers from transformers.
+
+The two round differently, and greedy texts differ; the backend is part of every cache key.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM can set room aside for."""
+"""Adapter ranks of vLLM."""
 
 
 class VllmResponder(Responder, VLLM):
-    """A model in vLLM. Of texts that it writes it tells no logits: only likelihoods that are not finite are found."""
+    """A model in vLLM. It hides the logits of generated texts: only likelihoods are checked to be finite."""
 
 
 class Vllm:
-    """Systems that share weights: one engine, which applies the adapter of the system that is asked."""
+    """Systems on shared weights: one engine, which applies the adapter of the system asked."""
 
     def __init__(
         self, systems: Mapping[str, ModelSource], dtype: str, tokenizer: Path, batch_size: int, seed: int
@@ -50,14 +53,14 @@ class Vllm:
 
     @contextmanager
     def responding_as(self, system: str) -> Iterator[Responder]:
-        """The engine that answers as ``system``."""
+        """Hand out the engine to answer as ``system``."""
         self._model.forget()
         self._model.lora_request = self._requests[system]
         yield self._model
 
 
 def _rank(source: ModelSource, adapter: Path) -> int:
-    """The rank of an adapter; raises BadInput when vLLM could only apply a part of it."""
+    """Return the largest rank of an adapter. Raises BadInput when vLLM would apply only part of it, in silence."""
     config = read_json(adapter / "adapter_config.json")
     lacking = {
         "quantised weights": source.quantization is not None,

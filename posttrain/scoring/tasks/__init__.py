@@ -1,1 +1,1 @@
-"""Tasks for files of one's own: lm-eval's YAML, and the functions that it names."""
+"""Tasks on your own files: lm-eval's YAML, and its functions."""

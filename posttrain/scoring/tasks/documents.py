@@ -1,6 +1,6 @@
-"""The documents of tasks on files of one's own, read as training data is read.
+"""The documents of tasks on your own files, read as training data is read.
 
-A document holds its prompt as the JSON of a list of messages, because the columns of a data set take no mixed shapes.
+A document holds its prompt as the JSON of a list of messages, because a data set's columns cannot mix shapes.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ from posttrain.data.files import local_files, read_rows
 from posttrain.data.reading import read_source
 from posttrain.data.records import Conversation, Message, Preference
 from posttrain.data.turns import check_order, read_turns
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.errors import reject, suggest
 from posttrain.scoring.tasks.metrics import MATCHES
 
 Splits = dict[str, Dataset]
 
 
 def responses(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
-    """Conversations in any shape that SFT takes: the last answer is the response, all before it the prompt."""
+    """Read conversations in any shape of SFT: the last answer is the response, all before it the prompt."""
     return _splits(data_files, lambda path: map(_response, read_source(Source(path=path), "conversations")))
 
 
 def preferences(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
-    """Pairs in any shape that DPO takes, with the texts of the two answers."""
+    """Read pairs in any shape of DPO, with the texts of the two answers, the preferred one first."""
     return _splits(data_files, lambda path: map(_pair, read_source(Source(path=path), "preferences")))
 
 
 def questions(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
-    """Questions with what is a right answer: ``question`` or ``messages``, ``answer``, and ``match``."""
+    """Read questions with their right answers: ``question`` or ``messages``, ``answer``, and ``match``."""
     return _splits(data_files, _questions)
 
 
 def messages(doc: Mapping[str, Any]) -> list[Message]:
-    """The messages that a document asks with."""
+    """Return the messages of a document's prompt."""
     return list(json.loads(doc["prompt"]))
 
 
 def _splits(data_files: Mapping[str, str] | None, read: Any) -> Splits:
     if data_files is None:
-        problem = Problem(where="data", what="the task has no documents of its own", fix="Give data: FILE")
-        raise BadInput(problem)
+        reject("data", "the task has no documents of its own", "Give data: FILE")
     return {split: Dataset.from_list(list(read(path))) for split, path in data_files.items()}
 
 
@@ -79,31 +78,31 @@ def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = ("question", "messages", "answer", "match")
     for key in row:
         if key not in known:
-            raise BadInput(Problem(where=where, what=f"a question has no {key!r}", fix=suggest(key, known)))
+            reject(where, f"a question has no {key!r}", suggest(key, known))
     if ("question" in row) == ("messages" in row):
-        raise BadInput(Problem(where=where, what="gives not one of question and messages", fix="Give one of the two"))
+        reject(where, "needs either question or messages", "Give one of the two")
     asked = [{"role": "user", "content": row["question"]}] if "question" in row else row["messages"]
     listed = read_turns(asked, where, "messages" if "messages" in row else "question")
     check_order(listed, where)
     if listed[-1]["role"] != "user":
-        raise BadInput(Problem(where=where, what="does not end with a question", fix="Leave out what answers it"))
+        reject(where, "does not end with a question", "Leave out the answer that follows it")
     match = row.get("match", "exact")
     if match not in MATCHES:
-        raise BadInput(Problem(where=where, what=f"match is {match!r}", fix=suggest(str(match), MATCHES)))
+        reject(where, f"match is {match!r}", suggest(str(match), MATCHES))
     return {"prompt": _prompt(listed), "answer": _answer(row, match, where), "match": match}
 
 
 def _answer(row: Mapping[str, Any], match: str, where: str) -> str:
-    """The right answer as JSON: one, or a list of which any is right; with ``json``, the value itself."""
+    """Return the right answers as a JSON list of alternatives; with ``json``, the one value itself."""
     if "answer" not in row:
-        raise BadInput(Problem(where=where, what="has no answer", fix="Give what a right answer is"))
+        reject(where, "has no answer", "Give the right answer")
     answer = row["answer"]
     options = answer if isinstance(answer, list) and match != "json" else [answer]
     for option in options if match != "json" else []:
         if not _usable(option, match):
-            raise BadInput(Problem(where=where, what=f"{option!r} is no answer that match: {match} can look for"))
+            reject(where, f"match: {match} cannot look for the answer {option!r}")
     if not options:
-        raise BadInput(Problem(where=where, what="has no answer", fix="Give what a right answer is"))
+        reject(where, "has no answer", "Give the right answer")
     return json.dumps(options, ensure_ascii=False, sort_keys=True)
 
 
@@ -129,10 +128,10 @@ def _prompt(listed: Iterable[Message]) -> str:
 def _text(message: Message, where: str) -> str:
     text = message.get("content")
     if not isinstance(text, str) or not text or message.get("tool_calls"):
-        raise BadInput(Problem(where=where, what="its answer is no text, or calls tools", fix="Leave the record out"))
+        reject(where, "its answer is not text, or calls tools", "Leave the record out")
     return text
 
 
 def _reject_tools(tools: Any, where: str) -> None:
     if tools:
-        raise BadInput(Problem(where=where, what="it offers tools, and gates ask without", fix="Leave the record out"))
+        reject(where, "it offers tools, which gates do not", "Leave the record out")

@@ -1,4 +1,4 @@
-"""What an answer to a question of one's own is worth, and how surprising a held-out response is."""
+"""Metrics of the tasks on your own files: right answers, and bits per byte of held-out responses."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def right(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 when the text is a right answer by the document's ``match``, else 0."""
+    """Score 1 when the text is a right answer by the document's ``match``, else 0."""
     (text,) = results
     matches = MATCHES[doc["match"]]
     return {"right": float(any(matches(text, answer) for answer in json.loads(doc["answer"])))}
 
 
 def bits_per_byte(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """Bits that a byte of the response costs under the model: its cross entropy, whatever the tokenizer."""
+    """Return the response's cross entropy in bits per byte of UTF-8, comparable between tokenizers."""
     ((likelihood, _),) = results
     return {"bits_per_byte": -likelihood / math.log(2) / len(doc["response"].encode())}
 
 
 def _exact(text: str, answer: str) -> bool:
-    """The text and nothing else, but for blanks around it."""
+    """Match the whole text, apart from blanks around it."""
     return text.strip() == answer.strip()
 
 
 def _contains(text: str, answer: str) -> bool:
-    """The text holds the answer, in upper or lower case."""
+    """Match the answer anywhere in the text, in upper or lower case."""
     return answer.casefold() in text.casefold()
 
 
 def _regex(text: str, answer: str) -> bool:
-    """The pattern is found somewhere in the text."""
+    """Match the pattern anywhere in the text."""
     return re.search(answer, text) is not None
 
 
 def _numeric(text: str, answer: Any) -> bool:
-    """The last number of the text is the answer, to nine digits; thousands may be parted by commas."""
+    """Match the text's last number, to nine digits; commas may separate thousands."""
     numbers = NUMBER.findall(text)
     return bool(numbers) and math.isclose(_number(numbers[-1]), _number(str(answer)), rel_tol=1e-9, abs_tol=1e-12)
 
@@ -51,7 +51,7 @@ def _number(text: str) -> float:
 
 
 def _json(text: str, answer: Any) -> bool:
-    """The text, or the first block of code in it, is JSON of an equal value; the order of keys does not count."""
+    """Match JSON of an equal value, as the whole text or its first block of code; the order of keys does not count."""
     block = FENCE.search(text)
     try:
         found = json.loads(block[1] if block else text)
@@ -61,7 +61,7 @@ def _json(text: str, answer: Any) -> bool:
 
 
 def _typed(value: Any) -> Any:
-    """A value of which True and 1 are not equal."""
+    """Return a value with every leaf tagged, because Python takes True and 1 for equal and JSON does not."""
     if isinstance(value, dict):
         return {key: _typed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -76,4 +76,4 @@ MATCHES: Mapping[str, Callable[[str, Any], bool]] = {
     "numeric": _numeric,
     "json": _json,
 }
-"""How a text is held to an answer, by what a question's ``match`` says."""
+"""Functions that compare a text with an answer, by a question's ``match``."""
