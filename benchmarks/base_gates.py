@@ -48,7 +48,7 @@ class Silence:
         """Show nothing."""
 
 
-def scored(base: ModelSource, dtype: str, batch: int, folder: Path) -> Scorecard:
+def score_base(base: ModelSource, dtype: str, batch: int, folder: Path) -> Scorecard:
     """Return the base's answers."""
     request = GateRequest(
         stage="base", gate=GateConfig(batch_size=batch), tasks=TASKS, systems={"candidate": base}, dtype=dtype,
@@ -57,7 +57,7 @@ def scored(base: ModelSource, dtype: str, batch: int, folder: Path) -> Scorecard
     return evaluate(request, Silence(), Loading(load_model, load_tokenizer, default_device().type))
 
 
-def verdicts(base: ModelSource, cards: Mapping[int, Scorecard], samples: int) -> Iterator[str]:
+def judge_samples(base: ModelSource, cards: Mapping[int, Scorecard], samples: int) -> Iterator[str]:
     """Return the state of every gate of one number format."""
     request = GateRequest(
         stage="base", gate=GateConfig(), tasks=TASKS, systems={"base": base, "candidate": base}, dtype="",
@@ -74,7 +74,7 @@ def _rows(card: Scorecard, system: str, chosen: set[int]) -> Iterator[DocumentSc
     return (replace(row, system=system) for row in card.rows if row.doc_id in chosen)
 
 
-def differing(cards: Mapping[int, Scorecard]) -> int:
+def count_differing(cards: Mapping[int, Scorecard]) -> int:
     """Count the documents whose score depends on the batch size."""
     scores: dict[tuple[str, int], set[float]] = {}
     for card in cards.values():
@@ -91,10 +91,13 @@ def main() -> None:
     base = resolve_base(ModelConfig(path=str(QUICKSTART / "base")))
     for dtype in Dtype:
         with tempfile.TemporaryDirectory() as folder:
-            cards = {batch: scored(base, dtype.value, batch, Path(folder)) for batch in BATCHES}
-        states = list(verdicts(base, cards, options.samples))
+            cards = {batch: score_base(base, dtype.value, batch, Path(folder)) for batch in BATCHES}
+        states = list(judge_samples(base, cards, options.samples))
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("pass", "undecided", "fail"))
-        print(f"{dtype.value}: {len(states)} gates: {counts}; {differing(cards)} of 800 documents differ", flush=True)
+        print(
+            f"{dtype.value}: {len(states)} gates: {counts}; {count_differing(cards)} of 800 documents differ",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Outcome:
 
 
 @functools.cache
-def bounds_of(answers: PairedAnswers, confidence: float) -> Bounds:
+def compute_bounds(answers: PairedAnswers, confidence: float) -> Bounds:
     """Return the bounds of counts, which recur and are computed once."""
     return answers.bounds(confidence)
 
@@ -83,10 +83,10 @@ class Remembered(PairedAnswers):
 
     def bounds(self, confidence: float) -> Bounds:
         """Return the bounds, as PairedAnswers does."""
-        return bounds_of(PairedAnswers(self.wins, self.losses, self.n), confidence)
+        return compute_bounds(PairedAnswers(self.wins, self.losses, self.n), confidence)
 
 
-def simulated(
+def simulate(
     tasks: Sequence[Task], gates: int, *, pool: float | None = None, count: int = 1, seed: int = 0
 ) -> list[Outcome]:
     """Simulate gates of the same tasks; ``pool`` is the drop allowed to all guards together, ``count`` the looks."""
@@ -140,7 +140,7 @@ def share(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> floa
     return float(np.mean([holds(outcome) for outcome in outcomes]))
 
 
-def promoted(outcomes: Sequence[Outcome]) -> float:
+def share_promoted(outcomes: Sequence[Outcome]) -> float:
     """Return the share of the gates that passed, as text."""
     return share(outcomes, lambda outcome: outcome.state == "pass")
 
@@ -150,18 +150,18 @@ def base_against_base(gates: int) -> Iterator[tuple[str, float]]:
     for n in (50, 100, 200, 541, 1319, 2000):
         for discordance in (0.0, 0.005, 0.02, 0.1, 0.2):
             name = f"one lift, n = {n:,}, {discordance:.1%} discordant"
-            yield name, promoted(simulated([Task(n=n, discordance=discordance)], gates))
+            yield name, share_promoted(simulate([Task(n=n, discordance=discordance)], gates))
     guards = [Task(n=1319, discordance=0.02, role=Role.guard, threshold=-0.05) for _ in range(2)]
-    yield "a lift and two guards, n = 1,319", promoted(simulated([Task(n=1319, discordance=0.1), *guards], gates))
+    yield "a lift and two guards, n = 1,319", share_promoted(simulate([Task(n=1319, discordance=0.1), *guards], gates))
 
 
 def several_lifts(gates: int) -> Iterator[tuple[str, float]]:
     """Tabulate claims of any lift where none is true, and where one of five is."""
     for n in (200, 1319):
-        found = simulated([Task(n=n, discordance=0.1) for _ in range(5)], gates)
+        found = simulate([Task(n=n, discordance=0.1) for _ in range(5)], gates)
         yield f"five lifts, none true, n = {n:,}: any claimed", share(found, lambda outcome: outcome.claimed > 0)
         mixed = [Task(n=n, discordance=0.1) for _ in range(4)] + [Task(n=n, discordance=0.15, lift=0.1)]
-        found = simulated(mixed, gates)
+        found = simulate(mixed, gates)
         yield f"five lifts, one true (+10), n = {n:,}: a false one claimed", share(found, lambda o: o.claimed > 1)
 
 
@@ -170,13 +170,13 @@ def losses(gates: int) -> Iterator[tuple[str, float, float, float]]:
     loss = Task(n=1319, discordance=0.1, lift=-0.03)
     for allowed in (0.0, 0.01, 0.02):
         name = f"guard with max_drop = {allowed:g}{', the default' if allowed == MAX_DROP else ''}"
-        yield name, *_states(simulated([replace(loss, role=Role.guard, threshold=-allowed)], gates))
-    yield "lift", *_states(simulated([loss], gates))
+        yield name, *_states(simulate([replace(loss, role=Role.guard, threshold=-allowed)], gates))
+    yield "lift", *_states(simulate([loss], gates))
     for name in SHIPPED:
         guards, pool = shipped_guards(name)
         kept = [replace(guard, lift=loss.lift if guard.n == loss.n else 0.0) for guard in guards]
-        yield f"guards of {name}, of which gsm8k lost 3 points", *_states(simulated(kept, gates, pool=pool))
-        yield f"guards of {name}, unchanged", *_states(simulated(guards, gates, pool=pool))
+        yield f"guards of {name}, of which gsm8k lost 3 points", *_states(simulate(kept, gates, pool=pool))
+        yield f"guards of {name}, unchanged", *_states(simulate(guards, gates, pool=pool))
 
 
 def _states(outcomes: Sequence[Outcome]) -> Iterator[float]:
@@ -191,17 +191,17 @@ def pooled(gates: int) -> Iterator[tuple[str, float]]:
     for lift, what in ((-margin, "each lost 2 points"), (0.0, "unchanged")):
         alone = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-margin) for n in sizes]
         wide = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-0.1) for n in sizes]
-        yield f"three guards, {what}: all pass alone", promoted(simulated(alone, gates))
-        yield f"three guards, {what}: they pass in a pool", promoted(simulated(wide, gates, pool=margin))
+        yield f"three guards, {what}: all pass alone", share_promoted(simulate(alone, gates))
+        yield f"three guards, {what}: they pass in a pool", share_promoted(simulate(wide, gates, pool=margin))
 
 
 def early(gates: int) -> Iterator[tuple[str, float, float, float]]:
     """Tabulate promotions with one look and with five, and the share of the documents that five looks use."""
     for lift in (-0.1, 0.0, 0.02, 0.05, 0.1):
         task = Task(n=1319, discordance=0.24, lift=lift)
-        stopped = simulated([task], gates, count=5)
+        stopped = simulate([task], gates, count=5)
         used = float(np.mean([outcome.used for outcome in stopped]))
-        yield f"{100 * lift:+g} points", promoted(simulated([task], gates)), promoted(stopped), used
+        yield f"{100 * lift:+g} points", share_promoted(simulate([task], gates)), share_promoted(stopped), used
 
 
 DISTRIBUTIONS: Mapping[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
@@ -240,7 +240,7 @@ def clustered(gates: int) -> Iterator[tuple[str, float, float]]:
             values = np.where(discordant, np.where(wins, 1.0, -1.0), 0.0)
             robust += Mean(values.tolist(), 1.0, clusters).bounds(CONFIDENCE).low > 0
             counts = PairedAnswers(int((values > 0).sum()), int((values < 0).sum()), len(values))
-            naive += bounds_of(counts, CONFIDENCE).low > 0
+            naive += compute_bounds(counts, CONFIDENCE).low > 0
         yield f"{sources} sources of {each} documents", robust / gates, naive / gates
 
 

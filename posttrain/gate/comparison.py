@@ -1,4 +1,4 @@
-"""What a gate compares: the candidate with other systems on every task, with thresholds, and on all guards together."""
+"""The questions of a gate and their answers: per task and system, per threshold, and for all guards together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POOLED = "mean of tasks"
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One question that the gate asks of the scores."""
+    """One question to the scores."""
 
     name: str
     metric: str
@@ -40,9 +40,9 @@ class Comparison:
     evidence: Evidence | None
     """None when there are no documents."""
     threshold: float
-    """What the lower bound of the evidence has to exceed."""
+    """Value for the lower bound of the evidence to exceed."""
     limit: float | None = None
-    """The threshold of a limit, on the scale of the scores."""
+    """Threshold of a limit, on the scale of the scores."""
     means: Mapping[str, float]
     """Mean score of every system."""
     fractions: bool
@@ -51,21 +51,21 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The answer."""
+    """The answer to one comparison."""
 
     state: VerdictState
     bounds: Bounds
     confidence: float
-    """Of either bound: at an early look, as much as it takes for all looks to have the gate's."""
+    """Confidence of either bound. Early looks need more than the gate's, so that all looks together keep it."""
     family: int = 1
-    """Lifts that are corrected for together."""
+    """Number of lifts corrected together."""
     adjusted_low: float | None = None
     hopeless: bool = False
-    """Whether a sequential gate need not go on, as this is not going to pass."""
+    """Whether a sequential gate may stop because this can hardly pass any more."""
 
 
 def list_comparisons(gate: GateConfig, tasks: Sequence[TaskScores], against: Sequence[Comparator]) -> list[Comparison]:
-    """Every question, task by task; the pooled guards come last."""
+    """List all questions, task by task; the pooled guards come last."""
     found = []
     for task in tasks:
         if RULES[task.task.role].paired:
@@ -79,8 +79,9 @@ def list_comparisons(gate: GateConfig, tasks: Sequence[TaskScores], against: Seq
 
 
 def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
-    """The answer to every question; lifts over the same system are corrected for together."""
+    """Answer every question; lifts over the same system are corrected together."""
     alone = [_decide_alone(comparison, confidence, look) for comparison in asked]
+    # Guards and limits need no correction: all of them have to pass, and that only ever makes a pass rarer.
     for system in {comparison.against for comparison in asked}:
         lifts = [i for i, each in enumerate(asked) if RULES[each.role].shares_error and each.against == system]
         if len(lifts) > 1:
@@ -96,7 +97,7 @@ def _paired(gate: GateConfig, task: TaskScores, system: Comparator) -> Compariso
 
 def _difference(task: TaskScores, system: Comparator) -> Evidence | None:
     new, old = task.scores["candidate"], task.scores[system]
-    # Exchanging the systems turns a metric around: less is better becomes more is better.
+    # Where less is better, exchanging the systems turns the difference around.
     better, worse = (new, old) if task.higher_is_better else (old, new)
     return pair_scores(better, worse, task.clusters) if new else None
 
@@ -133,7 +134,7 @@ def _comparison(
 
 
 def _pooled(allowed: float, guards: Sequence[TaskScores], system: Comparator) -> Comparison:
-    """All guards together, so that a small loss on each does not add up to a large one that no guard sees."""
+    """Compare all guards together: small losses on each could add up to a large one that no single guard sees."""
     parts = [part for task in guards if (part := _difference(task, system)) is not None]
     return Comparison(
         name=POOL,
@@ -151,7 +152,7 @@ def _pooled(allowed: float, guards: Sequence[TaskScores], system: Comparator) ->
 
 
 def _share(task: TaskScores, system: str) -> float:
-    """Mean score of a system, oriented so that more is better."""
+    """Return the mean score of a system, oriented: more is better."""
     scores = task.scores[system]
     mean = fmean(scores) if scores else 0.0
     return mean if task.higher_is_better else 1 - mean
@@ -171,7 +172,7 @@ def _decide_alone(comparison: Comparison, confidence: float, look: Look) -> Deci
 
 
 def _decide_together(lifts: Sequence[Comparison], confidence: float, look: Look) -> list[Decision]:
-    """The answers to several lifts; documents must be there for each."""
+    """Answer several lifts that share the allowed error."""
     alone = [_decide_alone(lift, confidence, look) for lift in lifts]
     lows = [_low_at(lift.evidence, look) for lift in lifts]
     claims = holm(lows, [lift.threshold for lift in lifts], confidence)
@@ -187,7 +188,7 @@ def _decide_together(lifts: Sequence[Comparison], confidence: float, look: Look)
 
 
 def _low_at(evidence: Evidence | None, look: Look) -> LowAt:
-    """The lower bound as a function of the confidence that all looks have together."""
+    """Return the lower bound as a function of the confidence of all looks together."""
     if evidence is None:
         return lambda confidence: -math.inf
     return lambda confidence: evidence.bounds(look.nominal(confidence)).low

@@ -1,8 +1,9 @@
-"""What the scores of a task say: a mean with its bounds, oriented so that more is better. Imports no torch.
+"""The evidence in a task's scores: a mean with its bounds, oriented so that more is better. Imports no torch.
 
-Which interval decides follows from the scores: Tango's for paired answers that are right or wrong, Clopper and
-Pearson's for a share of right answers beside a threshold, Student's t with Hall's correction for skewness for every
-other mean, over clusters where documents share a source. A pool of tasks combines the bounds of each.
+The scores choose the interval: Tango's for paired answers that are right or wrong, Clopper and Pearson's for a share of
+right answers against a threshold, Student's t with Hall's correction for skewness for every other mean, over clusters
+where documents share a source. A pool of tasks combines the bounds of each. The usual normal interval would err where
+gates are used: with few discordant answers, shares near 0 or 1, and rare large losses (tables in docs/gates.md).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from posttrain.gate.statistics import (
 
 RESAMPLES = 2000
 RESAMPLED_AT_ONCE = 50
-"""Resamples held in memory together: 14,000 documents take 6 MB then."""
+"""Resamples held in memory at once: 6 MB for 14,000 documents."""
 
 
 class Evidence(Protocol):
@@ -37,7 +38,7 @@ class Evidence(Protocol):
 
     @property
     def n(self) -> int:
-        """Documents."""
+        """Number of documents."""
 
     @property
     def mean(self) -> float:
@@ -45,19 +46,19 @@ class Evidence(Protocol):
 
     @property
     def standard_error(self) -> float:
-        """Of the mean; 0 when nothing differs."""
+        """Standard error of the mean; 0 when nothing differs."""
 
     @property
     def method(self) -> str:
-        """How the bounds are found."""
+        """Name of the interval behind the bounds."""
 
     def bounds(self, confidence: float) -> Bounds:
-        """One-sided bounds of the mean."""
+        """Return one-sided bounds of the mean."""
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
-        """How many documents bring the lower bound above ``threshold`` in four of five samples.
+        """Return the number of documents that bring the lower bound above ``threshold`` in four of five samples.
 
-        ``expected`` > ``threshold`` is taken for the true mean, and the observed spread for the true one.
+        Takes ``expected`` > ``threshold`` for the true mean, and the observed spread for the true one.
         """
 
 
@@ -66,9 +67,9 @@ class PairedAnswers:
     """Answers that are right or wrong, from two systems."""
 
     wins: int
-    """Documents that only the new system answers right."""
+    """Documents answered right by the new system alone."""
     losses: int
-    """Documents that only the old one does."""
+    """Documents answered right by the old system alone."""
     n: int
 
     method = "Tango's score interval"
@@ -80,21 +81,21 @@ class PairedAnswers:
 
     @property
     def standard_error(self) -> float:
-        """From the discordant pairs."""
+        """Standard error of the difference, from the discordant pairs."""
         return math.sqrt(((self.wins + self.losses) / self.n - self.mean**2) / self.n)
 
     def bounds(self, confidence: float) -> Bounds:
-        """Tango's."""
+        """Return Tango's bounds of the difference."""
         return tango_bounds(self.wins, self.losses, self.n, confidence)
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
-        """From the observed discordance."""
+        """Return the number of documents, from the observed discordance."""
         return paired_documents((self.wins + self.losses) / self.n, expected, threshold, confidence)
 
 
 @dataclass(frozen=True)
 class RightAnswers:
-    """Answers of one system that are right or wrong, beside a threshold; ``right`` counts what is wanted."""
+    """Right and wrong answers of one system, set against a threshold; ``right`` counts the wanted ones."""
 
     right: int
     n: int
@@ -109,20 +110,21 @@ class RightAnswers:
 
     @property
     def standard_error(self) -> float:
-        """Binomial."""
+        """Standard error of the share: binomial."""
         share = self.right / self.n
         return math.sqrt(share * (1 - share) / self.n)
 
     def bounds(self, confidence: float) -> Bounds:
-        """Exact."""
+        """Return exact bounds of the distance."""
         bounds = exact_share_bounds(self.right, self.n, confidence)
         return Bounds(bounds.low - self.threshold, bounds.high - self.threshold)
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
-        """Without a wrong answer the exact bound is the n-th root of the error."""
+        """Return the number of documents, from the observed spread if there is any."""
         gap = expected - threshold
         if needed := _documents(self, gap, confidence):
             return needed
+        # Without a wrong answer the exact bound is the n-th root of the error.
         return math.ceil(math.log(1 - confidence) / math.log(1 - gap)) + 1 if gap < 1 else 1
 
 
@@ -132,48 +134,50 @@ class Mean:
 
     values: Sequence[float]
     scale: float
-    """The largest size that a score has."""
+    """Largest absolute score: the unit of the bounds of values that are all equal."""
     clusters: Sequence[Hashable] | None = None
     """The source of each document, where documents share sources."""
 
     @property
     def n(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.values)
 
     @cached_property
     def mean(self) -> float:
-        """The values' mean."""
+        """Mean of the values."""
         return fmean(self.values)
 
     @cached_property
     def error(self) -> MeanError:
-        """Of the mean, over clusters if there are any."""
+        """Error of the mean, over clusters if there are any."""
         return mean_error(self.values, self.clusters)
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, over clusters if there are any."""
+        """Standard error of the mean, over clusters if there are any."""
         return self.error.standard
 
     @property
     def method(self) -> str:
-        """Over how many clusters, if there are any."""
+        """Name of the interval, with the number of clusters if there are any."""
         clusters = "" if self.clusters is None else f" over {self.error.groups:,} clusters"
         return f"Student's t{clusters}, corrected for skewness"
 
     def bounds(self, confidence: float) -> Bounds:
-        """Student's t, corrected for skewness; a single cluster tells as little about others as a single document."""
+        """Return bounds by Student's t, corrected for skewness; a single cluster counts like a single document."""
         return mean_bounds(self.mean, self.error, self.scale, confidence)
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
-        """As many for each source as there are now."""
+        """Return the number of documents, with as many for each source as now."""
         gap, per_group = expected - threshold, self.n / self.error.groups
         needed = _documents(self, gap, confidence)
         return needed or math.ceil(per_group * equal_documents(gap, self.scale, confidence))
 
     def bootstrap(self, confidence: float, seed: int) -> Bounds | None:
-        """Bias-corrected and accelerated bootstrap bounds, drawing clusters; None when no value differs.
+        """Return bias-corrected and accelerated bootstrap bounds, drawing clusters; None when no value differs.
+
+        They do not decide: in small samples they err more often than the bounds that do (docs/gates.md).
 
         Source: B. Efron, Better bootstrap confidence intervals, JASA 82 (1987) 171-185.
         """
@@ -204,7 +208,7 @@ class Pool:
 
     @property
     def n(self) -> int:
-        """Documents of all tasks."""
+        """Number of documents of all tasks."""
         return sum(part.n for part in self.parts)
 
     @property
@@ -214,20 +218,20 @@ class Pool:
 
     @property
     def standard_error(self) -> float:
-        """Of independent tasks."""
+        """Standard error of the mean of independent tasks."""
         return math.hypot(*(part.standard_error for part in self.parts)) / len(self.parts)
 
     @property
     def method(self) -> str:
-        """How the tasks' bounds are combined."""
+        """Name of the interval, with the number of tasks."""
         count = len(self.parts)
         return f"{count} task{'s' if count > 1 else ''} with equal weight, their bounds combined"
 
     def bounds(self, confidence: float) -> Bounds:
-        """The distances from means to bounds, added as independent errors are: the square root of their squares' sum.
+        """Return bounds from the tasks' own: distances from means to bounds add like independent errors, in squares.
 
-        Keeps what each task's own interval does about few discordant documents. Source: G. Y. Zou, J. Huang, X. Zhang,
-        A note on confidence interval estimation for a linear function of binomial proportions, Computational
+        So the care of Tango's interval for few discordant documents reaches the pool. Source: G. Y. Zou, J. Huang, X.
+        Zhang, A note on confidence interval estimation for a linear function of binomial proportions, Computational
         Statistics & Data Analysis 53 (2009) 1080-1085.
         """
         found = [(part.mean, part.bounds(confidence)) for part in self.parts]
@@ -236,15 +240,15 @@ class Pool:
         return Bounds(self.mean - below, self.mean + above)
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
-        """Of all tasks, in the proportions that they have now."""
+        """Return the number of documents of all tasks, in today's proportions."""
         needed = _documents(self, expected - threshold, confidence)
         return needed or sum(part.documents(expected, threshold, confidence) for part in self.parts)
 
 
 def pair_scores(new: Sequence[float], old: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Evidence:
-    """The evidence in two systems' scores of the same documents; a cluster for each document makes it robust to them.
+    """Pair two systems' scores of the same documents; ``clusters`` name the source of each.
 
-    Raises ValueError when there is not one score of either for every document.
+    Raises ValueError when the numbers of scores differ.
     """
     pairs = list(zip(new, old, strict=True))
     clusters = _shared(clusters)
@@ -258,7 +262,7 @@ def pair_scores(new: Sequence[float], old: Sequence[float], clusters: Sequence[H
 def measure_distance(
     scores: Sequence[float], threshold: float, *, higher_is_better: bool, clusters: Sequence[Hashable] | None = None
 ) -> Evidence:
-    """The evidence in one system's scores about their distance on the good side of ``threshold``."""
+    """Measure how far one system's scores lie on the good side of ``threshold``."""
     clusters = _shared(clusters)
     if clusters is None and is_binary(scores):
         right = sum(score == float(higher_is_better) for score in scores)
@@ -268,16 +272,16 @@ def measure_distance(
 
 
 def is_binary(scores: Sequence[float]) -> bool:
-    """Whether every score is 0 or 1."""
+    """Return whether every score is 0 or 1."""
     return set(scores) <= {0.0, 1.0}
 
 
 def _shared(clusters: Sequence[Hashable] | None) -> Sequence[Hashable] | None:
-    """The clusters, unless every document has its own."""
+    """Return the clusters; None when every document has its own, and so is independent."""
     return clusters if clusters is not None and len(set(clusters)) < len(clusters) else None
 
 
 def _documents(evidence: Evidence, gap: float, confidence: float) -> int:
-    """From n ((z_confidence + z_power) standard error / gap)^2; 0 when the evidence holds no variance."""
+    """Return n ((z_confidence + z_power) standard error / gap)^2; 0 when the evidence holds no variance."""
     z = normal_quantile(confidence) + normal_quantile(POWER)
     return math.ceil(evidence.n * (z * evidence.standard_error / gap) ** 2)

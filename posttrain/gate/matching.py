@@ -1,4 +1,4 @@
-"""The scores of every task as all systems gave them to the same documents, or what is wrong with them."""
+"""Scores of all systems matched by document; a scorecard that could mislead is rejected here, before any statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Table = Mapping[tuple[str, str], Mapping[str, Rows]]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """One task as every system was asked it, and how it answered."""
+    """The scores of one task, by system."""
 
     name: str
     task: GateTask
@@ -33,21 +33,21 @@ class TaskScores:
     questions: str
     """SHA-256 over metric, filter and documents."""
     scores: Mapping[str, Sequence[float]]
-    """By system; the documents are the same, in the same order."""
+    """By system, over the same documents in the same order."""
     clusters: Sequence[str] | None
     """The source of each document, where the gate asks for it."""
 
     @property
     def fractions(self) -> bool:
-        """Whether the scores lie between 0 and 1, as shares of right answers do."""
+        """Whether all scores lie between 0 and 1, as shares of right answers do."""
         return all(0 <= score <= 1 for scores in self.scores.values() for score in scores)
 
 
 def match_scores(request: GateRequest, scorecard: Scorecard) -> list[TaskScores]:
-    """Every task of the gate.
+    """Match the scores of every task of the gate.
 
-    Raises ArtifactDamaged when a score is missing, doubled, not finite, or of another system than the one that is to be
-    judged, or when two systems were not asked the same.
+    Raises ArtifactDamaged when a score is missing, doubled, not finite or of other weights, or when two systems were
+    not asked the same.
     """
     table = _by_task(scorecard.rows)
     return [_match_task(request, scorecard, name, task, table) for name, task in request.tasks.items()]
@@ -90,6 +90,7 @@ def _rows(name: str, task: GateTask, system: str, by_filter: Mapping[str, Rows])
 
 
 def _require_fresh(name: str, system: str, rows: Rows, digest: str) -> None:
+    # A cached scorecard may outlive the weights that it was made from.
     stale = next((row for row in rows.values() if row.digest != digest), None)
     if stale is not None:
         raise ArtifactDamaged(
@@ -98,6 +99,7 @@ def _require_fresh(name: str, system: str, rows: Rows, digest: str) -> None:
 
 
 def _require_same_questions(name: str, system: str, rows: Rows, candidate: Rows) -> None:
+    # The tests are paired: one other prompt or few-shot example would be taken for a change of the model.
     missing = sorted(set(rows) ^ set(candidate))
     if missing:
         lacking = system if missing[0] in candidate else "candidate"
@@ -110,7 +112,7 @@ def _require_same_questions(name: str, system: str, rows: Rows, candidate: Rows)
 
 
 def _require_all(name: str, found: int, scorecard: Scorecard) -> None:
-    """As many documents as the task has; a sequential gate has seen the share that belongs to its look."""
+    """Require all documents of the task or, in a sequential gate, the part that belongs to its look."""
     total = scorecard.documents.get(name)
     if total is None and not scorecard.look.last:
         raise ArtifactDamaged(f"{name}: the scorecard of an early look does not say how many documents there are")

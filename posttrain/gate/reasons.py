@@ -1,4 +1,4 @@
-"""Why a comparison passed, failed or stayed undecided, in words a person understands."""
+"""The reason of a comparison's state, in plain words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def reason(comparison: Comparison, decision: Decision, confidence: float) -> str:
-    """What decided, or what would; ``confidence`` is the gate's."""
+    """Return the figures that decided, or the documents that would; ``confidence`` is the gate's."""
     if comparison.evidence is None:
         return "there are no documents"
     words = _Words(comparison, decision, comparison.evidence, confidence)
@@ -23,7 +23,7 @@ def reason(comparison: Comparison, decision: Decision, confidence: float) -> str
 
 
 class _Words:
-    """The figures of one comparison, ready to be said."""
+    """The figures of one comparison, as text."""
 
     def __init__(self, comparison: Comparison, decision: Decision, evidence: Evidence, confidence: float) -> None:
         self._comparison, self._decision, self._evidence = comparison, decision, evidence
@@ -31,22 +31,22 @@ class _Words:
         self.rule = RULES[comparison.role]
 
     def of_difference(self) -> str:
-        """A lift or a guard."""
+        """Return the reason of a paired comparison."""
         show, decision, evidence = self._change, self._decision, self._evidence
         change = f"{self.rule.change} {show(evidence.mean)}{self._unit}"
         low, high, threshold = show(decision.bounds.low), show(decision.bounds.high), show(self._comparison.threshold)
         if decision.state == "pass":
-            return f"{change}, and its lower bound {low} exceeds {threshold}{self._beside_others} ({self._size})"
+            return f"{change}, and its lower bound {low} exceeds {threshold}{self._correction} ({self._size})"
         if decision.state == "fail":
             return f"{change}, and even its upper bound {high} {self.rule.failing} {threshold} ({self._size})"
         if decision.bounds.low > self._comparison.threshold:
             alone = f"{change}, and its lower bound {low} exceeds {threshold} by itself"
-            return f"{alone}, but not{self._beside_others} ({self._size}); {self._advice}"
-        told = f"{change}, but its lower bound {low} does not exceed {threshold}"
-        return f"{told}: at {self._size} {self._untold}; {self._advice}"
+            return f"{alone}, but not{self._correction} ({self._size}); {self._advice}"
+        open_reason = f"{change}, but its lower bound {low} does not exceed {threshold}"
+        return f"{open_reason}: at {self._size} {self._indistinct}; {self._advice}"
 
     def of_limit(self) -> str:
-        """A limit: the score itself and the bound on the side of its threshold."""
+        """Return the reason of a limit: the score itself, and the bound on the side of its threshold."""
         comparison, bounds = self._comparison, self._decision.bounds
         more, limit = comparison.higher_is_better, self._score(comparison.limit or 0.0)
         score, low = self._score(comparison.means["candidate"]), self._bound(bounds.low)
@@ -57,8 +57,8 @@ class _Words:
         if self._decision.state == "fail":
             high = self._bound(bounds.high)
             return f"score {score}, and even its {other} bound {high} lies {wrong_side} {limit} ({self._size})"
-        told = f"score {score}, but its {bound} bound {low} does not lie {side} {limit}"
-        return f"{told}: at {self._size} that cannot be told from {limit}; {self._advice}"
+        open_reason = f"score {score}, but its {bound} bound {low} does not lie {side} {limit}"
+        return f"{open_reason}: at {self._size} that cannot be told from {limit}; {self._advice}"
 
     @property
     def _unit(self) -> str:
@@ -72,14 +72,14 @@ class _Words:
         return f"n = {evidence.n:,}"
 
     @property
-    def _beside_others(self) -> str:
+    def _correction(self) -> str:
         family, adjusted = self._decision.family, self._decision.adjusted_low
         if adjusted is None:
             return ""
         return f" with Holm's correction for {family} lifts (bound {self._change(adjusted)})"
 
     @property
-    def _untold(self) -> str:
+    def _indistinct(self) -> str:
         threshold = self._comparison.threshold
         if threshold >= 0:
             least = "no change" if threshold == 0 else f"a change of {self._change(threshold)}{self._unit}"
@@ -88,14 +88,14 @@ class _Words:
 
     @property
     def _advice(self) -> str:
-        """How many documents could decide, or that more would not help."""
+        """Return the number of documents that could decide, or say that more would not help."""
         evidence, threshold = self._evidence, self._comparison.threshold
-        # A guard plans for a candidate that changes nothing: that it looks better so far is luck as likely as not.
+        # A guard plans for a candidate that changes nothing: a gain so far is luck as likely as not.
         expected = evidence.mean if self.rule.hoped else min(evidence.mean, 0.0)
         if expected == threshold:
             return "if the change is what it seems, no number of documents would decide"
         if expected < threshold:
-            return "if the change is what it seems, more documents would refuse it"
+            return "if the change is what it seems, more documents would fail it"
         error = (1 - self._confidence) / self._decision.family
         needed = max(evidence.documents(expected, threshold, 1 - error), evidence.n + 1)
         # Three digits: the number rests on the observed change, which is itself uncertain.
@@ -103,12 +103,12 @@ class _Words:
         return f"about {math.ceil(needed / step) * step:,} documents would do"
 
     def _change(self, value: float) -> str:
-        """A change with its sign, in percentage points where scores are fractions."""
+        """Return a change with its sign, in percentage points where scores are fractions."""
         text = f"{100 * value:+.2f}" if self._comparison.fractions else f"{value:+.4g}"
         return "0" if float(text) == 0 else text.replace("-", "−")
 
     def _bound(self, distance: float) -> str:
-        """The score that lies at a distance from the threshold, on its good side."""
+        """Return the score at a distance from the threshold, on its good side."""
         sign = 1 if self._comparison.higher_is_better else -1
         return self._score((self._comparison.limit or 0.0) + sign * distance)
 

@@ -1,4 +1,4 @@
-"""What a gate is asked and what it answers. Nothing here imports torch or lm_eval."""
+"""The contract of a gate: request and scorecard in, verdict out. Imports neither torch nor lm_eval."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 VerdictState = Literal["pass", "fail", "undecided"]
 Comparator = Literal["base", "parent", "threshold"]
-"""What the candidate is compared with; a limit compares it with a threshold."""
+"""The other side of a comparison: a system, or the threshold of a limit."""
 
 
 def worst(states: Iterable[VerdictState]) -> VerdictState:
-    """What several answers come to: all have to pass, and none at all is no pass."""
+    """Return the worst of several answers: all have to pass, and none at all is no pass."""
     found = set(states)
     return "fail" if "fail" in found else "undecided" if "undecided" in found or not found else "pass"
 
 
 class GateProgress(Protocol):
-    """Where a gate reports while it scores."""
+    """Receiver of a gate's progress."""
 
     def note(self, text: str) -> None:
         """Show one line to the user."""
@@ -42,7 +42,7 @@ class GateRequest:
     """Name of the stage whose artifact is judged."""
     gate: GateConfig
     tasks: Mapping[str, GateTask]
-    """The gate's tasks, typed and checked, by the name they have in the gate."""
+    """The gate's tasks, typed and checked, by their name in the gate."""
     systems: Mapping[str, ModelSource]
     """``base``, ``candidate``, and ``parent`` when the parent is not the base."""
     dtype: str
@@ -55,7 +55,7 @@ class GateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentScore:
-    """One document as one system answered it, under one filter of one task."""
+    """One answer of one system, under one filter of one task."""
 
     system: str
     """``base``, ``parent`` or ``candidate``."""
@@ -73,7 +73,7 @@ class DocumentScore:
     metrics: Mapping[str, float]
     """Score per metric of the task, for the metrics that are means over documents."""
     response: str
-    """What the model answered, or the choice it preferred."""
+    """The model's answer, or the choice that it preferred."""
     target: str
 
 
@@ -87,11 +87,11 @@ class Scorecard:
     settings: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 over how each task asks and scores, by the task's name in the gate."""
     documents: Mapping[str, int] = field(default_factory=dict)
-    """How many documents each task has, scored or not yet; a scorecard that holds fewer is refused."""
+    """Number of documents of each task, scored or not yet; a scorecard with fewer is rejected."""
     clusters: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """The source of every document, for the tasks whose documents share sources."""
     look: Look = Look()
-    """Which look of a sequential gate the scores are for."""
+    """The look of a sequential gate at these scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class TaskVerdict:
     metric: str
     filter: str
     higher_is_better: bool
-    """Whether more is better in the scores; the lift and its bounds are turned around where it is not."""
+    """Direction of the scores; where it is False, the lift and its bounds are turned around."""
     questions: str
     """SHA-256 over metric, filter and documents: scores with equal ones are comparable."""
     role: str
@@ -120,22 +120,22 @@ class TaskVerdict:
     confidence: float
     """One-sided confidence of either bound."""
     threshold: float
-    """What the lower bound has to exceed."""
+    """Value for the lower bound to exceed."""
     state: VerdictState
     reason: str
-    """What decided, in words a person understands."""
+    """The deciding figures in plain words."""
     method: str = ""
-    """How the bounds are found."""
+    """Name of the interval behind the bounds."""
     adjusted_low: float | None = None
-    """The lower bound with Holm's correction, which decides among several lifts; None for one alone."""
+    """Lower bound with Holm's correction: it decides among several lifts. None for one alone."""
     bootstrap_low: float | None = None
-    """The lower bound by the bootstrap, beside that of scores that are not only right or wrong; it does not decide."""
+    """Bootstrap lower bound, for scores that are not 0 or 1. Reported only."""
     bootstrap_high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a gate says about an artifact."""
+    """The decision of a gate about an artifact."""
 
     state: VerdictState
     gated: bool

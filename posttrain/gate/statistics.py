@@ -1,4 +1,4 @@
-"""Confidence bounds of means, shares and paired differences. Imports no torch.
+"""Confidence bounds of means, shares and paired differences; several claims at once; power. Imports no torch.
 
 Every bound is one-sided: with ``confidence`` 0.95 the true value lies above ``low`` in 95 % of samples, and below
 ``high`` in 95 % of samples.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 POWER = 0.8
-"""Chance of deciding that numbers of documents plan for."""
+"""Chance of deciding, in every number of documents that is planned for."""
 LowAt = Callable[[float], float]
-"""The lower bound at a one-sided confidence; it falls as the confidence grows."""
+"""Lower bound as a function of the one-sided confidence; it falls as the confidence grows."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Bounds:
 
 
 def tango_bounds(wins: int, losses: int, n: int, confidence: float) -> Bounds:
-    """Bounds for the difference of two paired proportions, by inverting Tango's score test.
+    """Return bounds for the difference of two paired proportions, by inverting Tango's score test.
 
     ``wins`` of the ``n`` pairs are right only under the new condition, ``losses`` only under the old one. The variance
     is estimated under the hypothesised difference, so that the interval keeps its level when few pairs differ; without
@@ -42,7 +42,7 @@ def tango_bounds(wins: int, losses: int, n: int, confidence: float) -> Bounds:
 
 
 def exact_share_bounds(right: int, n: int, confidence: float) -> Bounds:
-    """Bounds for a share of which ``right`` of ``n`` documents were seen; their error never exceeds the promised one.
+    """Return exact bounds for a share, from ``right`` of ``n`` documents; they never err more often than promised.
 
     Source: C. J. Clopper, E. S. Pearson, Biometrika 26 (1934) 404-413. Raises ValueError when the counts are
     impossible.
@@ -59,18 +59,18 @@ def exact_share_bounds(right: int, n: int, confidence: float) -> Bounds:
 
 @dataclass(frozen=True)
 class MeanError:
-    """How far a mean may lie from the true one."""
+    """The uncertainty of a mean."""
 
     standard: float
     """Standard error; 0 when the values hold no variance."""
     skewness: float
-    """Of the independent groups' contributions."""
+    """Skewness of the independent groups' contributions."""
     groups: int
-    """Independent groups of values."""
+    """Number of independent groups of values."""
 
 
 def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> MeanError:
-    """The error of the mean of ``values``; values of one cluster may depend on each other.
+    """Return the error of the mean of ``values``; values of one cluster may depend on each other.
 
     With residual sums u_g over the values of cluster g, the variance is G / (G - 1) sum u_g^2 / n^2. Without clusters
     every value is its own, and this is the usual s^2 / n. Sources: E. Miller, Adding error bars to evals,
@@ -90,7 +90,7 @@ def mean_error(values: Sequence[float], clusters: Sequence[Hashable] | None = No
 
 
 def mean_bounds(mean: float, error: MeanError, scale: float, confidence: float) -> Bounds:
-    """Bounds for a mean by Student's t on G - 1 degrees of freedom, wider where the values are skewed.
+    """Return bounds for a mean by Student's t on G - 1 degrees of freedom, wider where the values are skewed.
 
     The t interval errs when values are skewed: with rare large losses its lower bound lies too high. Hall's
     transformation takes the skewness out; either bound is the wider one of both, because the transformation alone errs
@@ -111,26 +111,27 @@ def mean_bounds(mean: float, error: MeanError, scale: float, confidence: float) 
 
 
 def _unskewed(quantile: float, skewness: float, groups: int) -> float:
-    """The value that Hall's transformation w + s w^2 / 3 + s^2 w^3 / 27 + s / (6 G) takes to ``quantile``."""
+    """Invert Hall's transformation w + s w^2 / 3 + s^2 w^3 / 27 + s / (6 G) at ``quantile``."""
+    # the closed form divides by the skewness
     if abs(skewness) < 1e-6:
         return quantile
     return 3 / skewness * (math.cbrt(1 + skewness * (quantile - skewness / (6 * groups))) - 1)
 
 
 def equal_half_width(n: int, confidence: float) -> float:
-    """How far the bound of a paired difference lies from it when all of the ``n`` pairs are equal."""
+    """Return the distance from a paired difference to its bound when all of the ``n`` pairs are equal."""
     z = normal_quantile(confidence)
     return z * z / (n + z * z)
 
 
 def equal_documents(gap: float, scale: float, confidence: float) -> int:
-    """How many equal pairs bring that distance below ``gap``."""
+    """Return the number of equal pairs that bring that distance below ``gap``."""
     z = normal_quantile(confidence)
     return math.ceil(z * z * (scale - gap) / gap) + 1 if gap < scale else 1
 
 
 def restricted_spread(win: float, loss: float, difference: float) -> float:
-    """Standard deviation of a pair, were the difference ``difference``, where wins and losses have these shares.
+    """Return a pair's standard deviation under a hypothesised difference, given the observed shares.
 
     The most likely share of losses, given the difference, is the larger root of 2 q^2 + b q + c = 0.
     """
@@ -142,20 +143,21 @@ def restricted_spread(win: float, loss: float, difference: float) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether a lift may be claimed beside the others."""
+    """The answer about one of several lifts."""
 
     passed: bool
     low: float
-    """The adjusted lower bound: above the threshold where the lift is claimed, or at it while another one is not."""
+    """Adjusted lower bound of a claimed lift: above its threshold, or at it while another lift is open."""
 
 
 def holm(lows: Sequence[LowAt], thresholds: Sequence[float], confidence: float) -> list[Claim]:
-    """Which of several lower bounds exceed their thresholds, with bounds that agree with it.
+    """Decide about several lifts at once: the chance of any false claim stays below the error of a single one.
 
-    As long as some lift exceeds its threshold at the error divided by the number of open ones, it is claimed and no
-    longer open. All true lifts lie above the adjusted bounds at once with ``confidence``: those of open lifts are taken
-    at the error divided by their number; of claimed ones nothing but the claim is said until all are claimed. Source:
-    K. Strassburger, F. Bretz, Compatible simultaneous lower confidence bounds for the Holm procedure and other
+    A lift is claimed, and open no longer, when it exceeds its threshold at the error divided by the number of open
+    lifts. All true lifts lie above the adjusted bounds at once with ``confidence``. An open lift has its bound at the
+    error divided by the number of open ones; a claimed one has its threshold until all are claimed. Sources: S. Holm, A
+    simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979) 65-70; K.
+    Strassburger, F. Bretz, Compatible simultaneous lower confidence bounds for the Holm procedure and other
     Bonferroni-based closed tests, Statistics in Medicine 27 (2008) 4914-4927.
     """
     error = 1 - confidence
@@ -172,10 +174,11 @@ def holm(lows: Sequence[LowAt], thresholds: Sequence[float], confidence: float) 
 
 
 def paired_documents(discordance: float, effect: float, threshold: float, confidence: float) -> int:
-    """How many pairs bring Tango's lower bound above ``threshold`` in four of five samples, if ``effect`` is the truth.
+    """Return the number of pairs that bring Tango's lower bound above ``threshold`` in four of five samples.
 
     n = ((z_confidence s_0 + z_power s_1) / (effect - threshold))^2, with the spread s_0 of pairs at the threshold, as
-    the score test takes it, and s_1 at the truth. Raises ValueError when the effect does not exceed the threshold.
+    the score test takes it, and s_1 at the truth, ``effect``. Raises ValueError when the effect does not exceed the
+    threshold.
     """
     gap, (win, loss) = effect - threshold, _cells(discordance, effect)
     if gap <= 0:
@@ -189,7 +192,7 @@ def paired_documents(discordance: float, effect: float, threshold: float, confid
 
 
 def paired_power(n: int, discordance: float, effect: float, threshold: float, confidence: float) -> float:
-    """Chance that Tango's lower bound over ``n`` pairs exceeds ``threshold``; see paired_documents."""
+    """Return the chance that Tango's lower bound over ``n`` pairs exceeds ``threshold``; see paired_documents."""
     win, loss = _cells(discordance, effect)
     at_threshold, at_truth = restricted_spread(win, loss, threshold), math.sqrt(max(win + loss - effect**2, 0.0))
     distance = (effect - threshold) * math.sqrt(n) - normal_quantile(confidence) * at_threshold
@@ -197,13 +200,13 @@ def paired_power(n: int, discordance: float, effect: float, threshold: float, co
 
 
 def _cells(discordance: float, effect: float) -> tuple[float, float]:
-    """Shares of wins and losses; at least the size of the effect is discordant."""
+    """Return the shares of wins and losses; at least the size of the effect is discordant."""
     discordance = max(discordance, abs(effect))
     return (discordance + effect) / 2, (discordance - effect) / 2
 
 
 def normal_quantile(confidence: float) -> float:
-    """The standard normal quantile of a one-sided confidence. Raises ValueError outside [0.5, 1)."""
+    """Return the standard normal quantile of a one-sided confidence. Raises ValueError outside [0.5, 1)."""
     return NormalDist().inv_cdf(_checked(confidence))
 
 
@@ -220,7 +223,8 @@ def _student_quantile(confidence: float, degrees: int) -> float:
 
 
 def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
-    """The difference at which the score statistic equals ``z``: the statistic falls as the difference grows."""
+    """Return the difference at which the score statistic, which falls as the difference grows, equals ``z``."""
+    # bisect until no float lies between: the bound is exact, and its rounding is on the safe side
     if wins == losses == 0:
         return -z * z / (n + z * z)
     low, high = -1.0, (wins - losses) / n
@@ -235,7 +239,7 @@ def _tango_low(wins: int, losses: int, n: int, z: float) -> float:
 
 
 def _tango_statistic(wins: int, losses: int, n: int, difference: float) -> float:
-    """Score statistic of a hypothesised difference in the open interval (-1, 1)."""
+    """Return the score statistic of a hypothesised difference in the open interval (-1, 1)."""
     spread = restricted_spread(wins / n, losses / n, difference)
     distance = wins - losses - n * difference
     return distance / math.sqrt(n) / spread if spread > 0 else math.copysign(math.inf, distance)

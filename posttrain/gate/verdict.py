@@ -1,8 +1,8 @@
-"""From scores to a verdict: pure, without torch, without files.
+"""From scores to a verdict.
 
 A lift passes when the lower bound of the paired difference exceeds ``min_lift``; a guard passes when that bound
 exceeds ``-max_drop``; a limit passes when the bound of the candidate's own score lies on the good side of
-``threshold``. What the sample cannot tell is undecided, and so is a gate that asks nothing.
+``threshold``. Anything in between is undecided, and so is a gate that asks nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
-    """What the gate says about the candidate.
+    """Judge the candidate.
 
     Raises ArtifactDamaged when a score is missing, doubled, not finite or stale, or when two systems were not asked the
     same.
@@ -49,7 +49,7 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
 
 
 def plan_looks(request: GateRequest) -> list[Look]:
-    """When the gate looks at its scores: once, unless it is sequential and all that decides is scored here."""
+    """Return the looks of a gate: a single one, unless it is sequential and every compared system is scored here."""
     sequential = request.gate.sequential is Sequential.obrien_fleming and set(_comparators(request)) <= set(
         request.systems
     )
@@ -57,7 +57,7 @@ def plan_looks(request: GateRequest) -> list[Look]:
 
 
 def is_settled(request: GateRequest, scorecard: Scorecard) -> bool:
-    """Whether a sequential gate may stop at the look that the scorecard is for: it decides, or can hardly pass."""
+    """Return whether a gate may stop at the scorecard's look: it is decided, or can hardly pass any more."""
     _, decisions = _decide_all(request, scorecard)
     if scorecard.look.last or worst(decision.state for decision in decisions) != "undecided":
         return True
@@ -80,7 +80,7 @@ def write_verdict(path: Path, verdict: Verdict, **more: str) -> None:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """The verdict in a verdict.json; raises ArtifactDamaged when the file does not hold one."""
+    """Read a verdict.json. Raises ArtifactDamaged when the file does not hold a verdict."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         tasks = tuple(TaskVerdict(**task) for task in record["tasks"])
@@ -101,7 +101,7 @@ def _decide_all(request: GateRequest, scorecard: Scorecard) -> tuple[list[Compar
 
 
 def _comparators(request: GateRequest) -> list[Comparator]:
-    """What the candidate is compared with: a parent that is the base is compared with once, as the base."""
+    """Return the systems to compare with; a parent that is the base counts once, as the base."""
     wanted: list[Comparator] = []
     for name in request.gate.against:
         comparator: Comparator = "parent" if name == "parent" and "parent" in request.systems else "base"

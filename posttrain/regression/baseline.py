@@ -1,6 +1,6 @@
-"""Scores that are committed beside the code: what an adapter has to keep, without the adapter.
+"""The baseline file: scores of an adapter, committed with the code, for the next adapter to keep up with.
 
-A baseline is a small JSON file, one line per document, so that a change of it can be reviewed::
+It is small JSON with one line per document, so that its changes can be reviewed::
 
     {"format": 1, "gate": "quickstart", "sha256": "...", "adapter": "adapters/v1", "digest": "...",
      "asked": {"base": "...", "chat_template": "...", "tokenizer": "...", "dtype": "float32", "versions": ...},
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
 
 FORMAT = 1
-UPDATE = "--update-baseline makes it again from the adapter that you give"
+UPDATE = "--update-baseline makes it anew from the given adapter"
 HASH = 16
 """Hexadecimal digits of a document's hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What is said about the scores of a baseline."""
+    """Content of a baseline file."""
 
     gate: str
     adapter: str
@@ -45,14 +45,14 @@ class Baseline:
     digest: str
     """Content digest of the adapter."""
     asked: Mapping[str, Any]
-    """Everything that is the same for all of its tasks and that scores depend on."""
+    """Conditions of all scores: base, template, tokenizer, number format, device, versions."""
     tasks: Mapping[str, Mapping[str, Any]]
 
 
 def make_baseline(
     gate: str, adapter: str, asked: Mapping[str, Any], tasks: Mapping[str, GateTask], scorecard: Scorecard
 ) -> Baseline:
-    """The baseline in the scores of the systems ``base`` and ``candidate``."""
+    """Make a baseline from the scores of the systems ``base`` and ``candidate``."""
     chosen = {name: _by_document(name, task, scorecard) for name, task in tasks.items()}
     digest = next(row.digest for row in scorecard.rows if row.system == "candidate")
     entries = {name: _entry(name, tasks[name], rows, scorecard) for name, rows in chosen.items()}
@@ -68,7 +68,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """The baseline in a file; raises BadInput when it is not there, or is not as it was written."""
+    """Read a baseline file. Raises BadInput when it is missing, or was changed after it was written."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         claimed = record.pop("sha256")
@@ -80,13 +80,13 @@ def read_baseline(path: Path) -> Baseline:
         return Baseline(**record)
     except FileNotFoundError:
         fix = "--update-baseline writes it from an adapter that passes against its base"
-        raise BadInput(Problem(where=str(path), what="there is no such baseline", fix=fix)) from None
+        raise BadInput(Problem(where=str(path), what="no such baseline", fix=fix)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(Problem(where=str(path), what=f"is no baseline: {error}", fix=UPDATE)) from None
 
 
 def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any]) -> None:
-    """Raise BadInput with everything that would be asked otherwise than it was for the baseline."""
+    """Raise BadInput with every condition that differs from the baseline's."""
     problems = []
     for key in sorted(baseline.asked.keys() | asked.keys()):
         then, now = baseline.asked.get(key), asked.get(key)
@@ -100,10 +100,9 @@ def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any])
 def add_baseline(
     path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard, base: str
 ) -> Scorecard:
-    """The candidate's scores, with those of ``base`` and of the baseline, as ``parent``, from the file.
+    """Add the file's scores to the candidate's: those of the base, and the baseline's own as ``parent``.
 
-    ``base`` is the digest of the base, which the file was made with. Raises BadInput where the baseline did not answer
-    what the candidate answered.
+    ``base`` is the digest of the base. Raises BadInput when the baseline answered other documents or other prompts.
     """
     rows = list(scorecard.rows)
     problems = []
@@ -128,7 +127,7 @@ def _difference(
     candidate: Mapping[int, DocumentScore],
     scorecard: Scorecard,
 ) -> str | None:
-    """What a baseline holds that is not what the candidate was asked."""
+    """Return the first difference between a task of the baseline and the candidate's; None without one."""
     if entry is None:
         return "the baseline has no scores of this task"
     now = _entry_head(name, task, candidate, scorecard)
@@ -139,7 +138,7 @@ def _difference(
     asked = {doc_id: _hash(row) for doc_id, row in candidate.items()}
     differing = [doc_id for doc_id in sorted(hashes.keys() | asked.keys()) if hashes.get(doc_id) != asked.get(doc_id)]
     if differing:
-        return f"{len(differing)} of its documents are other ones, or are asked otherwise, such as {differing[0]}"
+        return f"{len(differing)} of its documents are other ones or are asked in other words, such as {differing[0]}"
     scores = [score for document in entry["documents"] for score in document[2:]]
     if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
         return "a score is not a finite number"
@@ -197,7 +196,7 @@ def _shown(value: Any) -> str:
 
 
 def _lines(record: Mapping[str, Any]) -> str:
-    """JSON with a line per document and an indented line per other value."""
+    """Return JSON with a line per document and an indented line per other value."""
     documents: dict[str, Sequence[Any]] = {}
     outline = json.loads(canonical(record))
     for name, entry in outline["tasks"].items():

@@ -1,7 +1,7 @@
-"""What ``posttrain gate`` is pointed at: an artifact, any peft adapter, or full weights; and the base under it.
+"""The candidate of ``posttrain gate``: an artifact, any peft adapter or full weights, and the base under it.
 
 Nothing here loads a model. An artifact is verified against its manifest, and its base against what it was trained on;
-for anything else the base is what adapter_config.json names, or what the user says.
+for anything else the base comes from adapter_config.json, or from the user.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from posttrain.model.base import PICKLED, TOKENIZER_FILES, read_json, resolve_ba
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-"""A folder with one of these brings a tokenizer of its own."""
+"""Files of a tokenizer; a folder with one of them has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An adapter or a model with the base that it is compared with."""
+    """An adapter or a model, and its base."""
 
     path: Path
     source: ModelSource
     base: ModelSource
     dtype: str
     verified: bool
-    """Whether it is an artifact, which was published only because it computes something else than its parent."""
+    """Whether it is an artifact: publishing proved that it computes something else than its parent."""
 
 
 def read_candidate(path: Path, model: BaseSettings) -> Candidate:
-    """What ``path`` holds, and its base, which ``model`` may say more about.
+    """Read the adapter or model in ``path`` and find its base; ``model`` overrides the base's settings.
 
-    Raises ArtifactDamaged when an artifact or its base is not what the manifest says, BadInput for anything else.
+    Raises ArtifactDamaged when an artifact or its base does not match the manifest, BadInput for anything else.
     """
     path = path.expanduser().resolve()
     if not path.is_dir():
@@ -54,10 +54,10 @@ def read_candidate(path: Path, model: BaseSettings) -> Candidate:
 
 
 def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
-    """Raise BadInput when two candidates do not stand on one base with one chat template."""
+    """Raise BadInput unless the candidate and the baseline share one base and one chat template."""
     problems = []
     if candidate.base.model_digest != baseline.base.model_digest:
-        what = f"stands on {baseline.base.base}, and {candidate.path} on {candidate.base.base}: other weights"
+        what = f"is based on {baseline.base.base}, but {candidate.path} on {candidate.base.base}: other weights"
         problems.append(Problem(where=str(baseline.path), what=what, fix="Compare adapters of one base"))
     if candidate.source.chat_template != baseline.source.chat_template:
         difference = template_diff(baseline.source.chat_template, candidate.source.chat_template)
@@ -107,9 +107,9 @@ def _weights(path: Path, model: BaseSettings) -> Candidate:
         what = "holds no artifact, no adapter and no full weights"
         raise BadInput(Problem(where=str(path), what=what, fix="Give the directory of an adapter or a model"))
     if model.path is None:
-        what = "holds full weights, which do not say what they were made from"
+        what = "holds full weights, and those do not name their base"
         raise BadInput(
-            Problem(where=str(path), what=what, fix="Give the base that they are compared with: model.path=")
+            Problem(where=str(path), what=what, fix="Give the base to compare with: model.path=DIR or a hub name")
         )
     own = _own_template(path)
     base = _base(path, model, None, own)
@@ -122,10 +122,10 @@ def _weights(path: Path, model: BaseSettings) -> Candidate:
 
 
 def _base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -> ModelSource:
-    """The base that the user says or the adapter names; with the chat template and tokens of the adapter, if any."""
+    """Find the base given by the user or named by the adapter, with the adapter's chat template and tokens if any."""
     chosen = model.path if model.path is not None else named
     if not isinstance(chosen, str) or not chosen:
-        what = "does not say which base it was trained on"
+        what = "does not name its base"
         raise BadInput(Problem(where=str(path), what=what, fix="Give the base: model.path=DIR or a hub name"))
     config = ModelConfig(path=chosen, revision=model.revision, chat_template=model.chat_template)
     try:
@@ -133,12 +133,12 @@ def _base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -
     except BadInput as error:
         if model.path is not None:
             raise
-        fix = "Say where the base is now: model.path=DIR or a hub name"
+        fix = "Give the base's present place: model.path=DIR or a hub name"
         raise BadInput([*error.problems, Problem(where=str(path), what=f"was trained on {chosen}", fix=fix)]) from None
 
 
 def _own_template(path: Path) -> Pins | None:
-    """A folder with a chat template of its own is to the base what an artifact is: the base is asked with it, too."""
+    """Return the folder's own chat template, for the base to be asked with as well; None when it has none."""
     file = path / TEMPLATE
     template = file.read_bytes().decode("utf-8") if file.is_file() else template_in_config(path / TOKENIZER_CONFIG)
     return Pins(path=path, chat_template=template) if template else None
@@ -153,7 +153,7 @@ def _present(folder: Path) -> dict[str, Path]:
 
 
 def _dtype(model: BaseSettings, source: ModelSource) -> str:
-    """The number format that the user says; float32 for weights that are stored so, else bfloat16."""
+    """Return the user's number format, or float32 for weights stored so, else bfloat16."""
     if model.dtype is not None:
         return model.dtype.value
     config = read_json(source.model / "config.json")

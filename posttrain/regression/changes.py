@@ -1,4 +1,4 @@
-"""Whether an adapter or a model computes anything else than its base, and whether the two can be compared at all."""
+"""Checks before a candidate is scored: it fits its base, shares the baseline's tokenizer, and changes something."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from posttrain.scoring.fingerprint import tokenizer_digest
 
 
 def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
-    """The tokenizer that every system is asked with: the candidate's.
+    """Return the candidate's tokenizer, with which every system is asked.
 
     Raises BadInput when it gives the base's tokens other ids, or has ids that the base has no embeddings for.
     """
@@ -39,14 +39,14 @@ def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
 
 
 def require_same_tokenizer(own: PreTrainedTokenizerBase, baseline: Candidate) -> None:
-    """Raise BadInput when a baseline's tokenizer does something else than the candidate's."""
+    """Raise BadInput when a baseline's tokenizer is not equal to the candidate's."""
     if tokenizer_digest(own) != tokenizer_digest(load_tokenizer(baseline.source)):
-        what = "its tokenizer is not the candidate's, so that the two would be asked other tokens"
+        what = "its tokenizer is not the candidate's: the two would be asked other tokens"
         raise BadInput(Problem(where=str(baseline.path), what=what, fix="Compare adapters with one tokenizer"))
 
 
 def require_change(candidate: Candidate) -> None:
-    """Raise GateRefused when the candidate computes what its base computes, ArtifactDamaged when it does not fit it."""
+    """Raise GateRefused when the candidate computes the same as its base, ArtifactDamaged when it does not fit it."""
     source, base = candidate.source, candidate.base
     if source.adapter is not None:
         if cause := _zeros(source.adapter):
@@ -61,7 +61,7 @@ def require_change(candidate: Candidate) -> None:
 
 
 def _zeros(adapter: Path) -> str | None:
-    """Which half of a low-rank adapter is zero everywhere, so that its product is."""
+    """Name the half of a low-rank adapter that is zero everywhere, and with it the product; None without one."""
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         names = list(file.keys())
         low_rank = [name for name in names if ".lora_" in name]

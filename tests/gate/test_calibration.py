@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gate_errors import SHIPPED, Task, promoted, share, shipped_guards, simulated
+from gate_errors import SHIPPED, Task, share, share_promoted, shipped_guards, simulate
 from scipy import stats
 
 from posttrain.config.schema import MAX_DROP, Role
@@ -21,7 +21,7 @@ ALLOWED = 0.06
 @pytest.mark.parametrize("discordance", [0.0, 0.005, 0.02, 0.1, 0.2])
 def test_a_base_against_itself_is_hardly_ever_promoted(n: int, discordance: float) -> None:
     """No answer differs; batches make a few differ; or a random adapter makes many."""
-    found = promoted(simulated([Task(n=n, discordance=discordance)], GATES, seed=n))
+    found = share_promoted(simulate([Task(n=n, discordance=discordance)], GATES, seed=n))
     assert found <= ALLOWED
     assert (found == 0) if discordance == 0 else (found > 0 or n * discordance < 5)
 
@@ -49,29 +49,29 @@ def _chance_to_pass(discordant: int) -> float:
 @pytest.mark.parametrize("n", [200, 1319])
 def test_several_lifts_claim_no_more_than_one(n: int) -> None:
     tasks = [Task(n=n, discordance=0.1) for _ in range(5)]
-    found = simulated(tasks, GATES // 2)
+    found = simulate(tasks, GATES // 2)
     assert share(found, lambda outcome: outcome.claimed > 0) <= ALLOWED
-    assert promoted(found) <= 0.001  # all of them have to pass
+    assert share_promoted(found) <= 0.001  # all of them have to pass
 
 
 def test_a_true_lift_makes_no_false_ones() -> None:
     tasks = [*(Task(n=500, discordance=0.1) for _ in range(3)), Task(n=500, discordance=0.2, lift=0.15)]
-    found = simulated(tasks, GATES // 2)
+    found = simulate(tasks, GATES // 2)
     assert share(found, lambda outcome: outcome.claimed > 0) > 0.99
     assert share(found, lambda outcome: outcome.claimed > 1) <= ALLOWED
 
 
 def test_guards_do_not_help_a_base_against_itself() -> None:
     guards = [Task(n=1319, discordance=0.02, role=Role.guard, threshold=-0.1) for _ in range(3)]
-    assert promoted(simulated([Task(n=1319, discordance=0.1), *guards], GATES, pool=0.02)) <= ALLOWED
+    assert share_promoted(simulate([Task(n=1319, discordance=0.1), *guards], GATES, pool=0.02)) <= ALLOWED
 
 
 @pytest.mark.parametrize("allowed", [0.0, 0.01, MAX_DROP])
 def test_a_planted_loss_of_three_points_is_refused(allowed: float) -> None:
     """1,319 documents of which 10 % are discordant; refused is what does not promote, as failed or as undecided."""
     loss = Task(n=1319, discordance=0.1, lift=-0.03, role=Role.guard, threshold=-allowed)
-    found = simulated([loss], GATES)
-    assert 1 - promoted(found) >= 0.99
+    found = simulate([loss], GATES)
+    assert 1 - share_promoted(found) >= 0.99
     failed = share(found, lambda outcome: outcome.state == "fail")
     assert failed >= {0.0: 0.95, 0.01: 0.7, MAX_DROP: 0.25}[allowed]
 
@@ -82,15 +82,15 @@ def test_guards_that_ship_refuse_a_loss_of_three_points_and_pass_an_unchanged_mo
     lost = [replace(guard, lift=-0.03 if guard.n == 1319 else 0.0) for guard in guards]
     assert [guard.lift for guard in lost].count(-0.03) == 1  # of gsm8k
     assert len(guards) == {"sft_default": 2, "dpo_default": 4}[name]
-    assert 1 - promoted(simulated(lost, GATES, pool=pool)) >= 0.9
-    assert promoted(simulated(guards, GATES, pool=pool)) >= 0.9
+    assert 1 - share_promoted(simulate(lost, GATES, pool=pool)) >= 0.9
+    assert share_promoted(simulate(guards, GATES, pool=pool)) >= 0.9
 
 
 @pytest.mark.parametrize("sizes", [(500, 1319, 2000), (100, 100, 4000)])
 def test_a_pool_that_lost_its_margin_hardly_ever_passes_and_an_unchanged_one_mostly(sizes: tuple[int, ...]) -> None:
     def pooled(lift: float) -> float:
         guards = [Task(n=n, discordance=0.1, lift=lift, role=Role.guard, threshold=-0.2) for n in sizes]
-        return promoted(simulated(guards, GATES // 4, pool=0.02))
+        return share_promoted(simulate(guards, GATES // 4, pool=0.02))
 
     assert pooled(-0.02) <= ALLOWED
     assert pooled(0.0) > (0.9 if min(sizes) > 400 else 0.3)
@@ -98,6 +98,6 @@ def test_a_pool_that_lost_its_margin_hardly_ever_passes_and_an_unchanged_one_mos
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_sequential_gates_err_no_more_often(tasks: int) -> None:
-    found = simulated([Task(n=541, discordance=0.1) for _ in range(tasks)], GATES // 2, count=5)
-    assert promoted(found) <= ALLOWED
+    found = simulate([Task(n=541, discordance=0.1) for _ in range(tasks)], GATES // 2, count=5)
+    assert share_promoted(found) <= ALLOWED
     assert share(found, lambda outcome: outcome.claimed > 0) <= ALLOWED

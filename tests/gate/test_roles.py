@@ -50,7 +50,7 @@ def test_a_limit_on_what_should_be_rare_is_an_upper_one(attacks: int, state: str
         (198, "score 99.00, and its lower bound 96.89 lies above 90.00 (n = 200)"),
         (150, "score 75.00, and even its upper bound 79.98 lies below 90.00 (n = 200)"),
         (184, "at n = 200 that cannot be told from 90.00; about 1,140 documents would do"),
-        (178, "if the change is what it seems, more documents would refuse it"),
+        (178, "if the change is what it seems, more documents would fail it"),
     ],
 )
 def test_the_reason_of_a_limit_speaks_of_the_score(right: int, words: str) -> None:

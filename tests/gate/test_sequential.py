@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gate_errors import Task, promoted, simulated
+from gate_errors import Task, share_promoted, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -149,24 +149,24 @@ def test_a_candidate_that_passes_is_never_hopeless() -> None:
 @functools.cache
 def early(lift: float, role: Role = Role.lift, threshold: float = 0.0) -> Any:
     task = Task(n=1319, discordance=0.24, lift=lift, role=role, threshold=threshold)
-    return simulated([task], 3000, count=5)
+    return simulate([task], 3000, count=5)
 
 
 NOISE = 3 * (0.05 * 0.95 / 3000) ** 0.5
 
 
 def test_all_looks_together_err_no_more_often_than_one() -> None:
-    assert promoted(early(0.0)) <= 0.05 + NOISE
-    assert promoted(early(-0.02, Role.guard, -0.02)) <= 0.05 + NOISE
+    assert share_promoted(early(0.0)) <= 0.05 + NOISE
+    assert share_promoted(early(-0.02, Role.guard, -0.02)) <= 0.05 + NOISE
 
 
 def test_large_effects_are_decided_early_and_small_ones_are_not_missed() -> None:
     used = {lift: np.mean([outcome.used for outcome in early(lift)]) for lift in (-0.1, 0.05, 0.1)}
     assert used[-0.1] < 0.3
     assert used[0.1] < 0.45
-    assert promoted(early(0.1)) > 0.999
-    fixed = promoted(simulated([Task(n=1319, discordance=0.24, lift=0.05)], 3000))
-    assert promoted(early(0.05)) > fixed - 0.02
+    assert share_promoted(early(0.1)) > 0.999
+    fixed = share_promoted(simulate([Task(n=1319, discordance=0.24, lift=0.05)], 3000))
+    assert share_promoted(early(0.05)) > fixed - 0.02
 
 
 def test_looking_often_without_correction_would_err_more_often() -> None:

@@ -177,7 +177,7 @@ def test_an_undecided_lift_says_what_would_decide_it() -> None:
         (20, LIFT, "lift −30.00 points, and even its upper bound"),
         (20, GUARD, "lies below −2.00"),
         (50, GUARD, "at n = 100 a drop of 2.00 points cannot be told from 0; about 134 documents would do"),
-        (49, LIFT, "if the change is what it seems, more documents would refuse it"),
+        (49, LIFT, "if the change is what it seems, more documents would fail it"),
         (50, LIFT, "if the change is what it seems, no number of documents would decide"),
     ],
 )

@@ -175,9 +175,9 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(
     [
         ("missing", [], "there is no such directory"),
         ("conf", [], "holds no artifact, no adapter and no full weights"),
-        ("nameless", [], "does not say which base"),
+        ("nameless", [], "does not name its base"),
         ("pickled", [], "pickled weights are not read"),
-        ("lost", [], "Say where the base is now"),
+        ("lost", [], "Give the base's present place"),
         ("good", ["--update-baseline"], "there is no file to write the scores to"),
         ("good", ["baseline=none.json"], "--update-baseline writes it"),
         ("good", ["gate=quizz"], "Did you mean quiz?"),
