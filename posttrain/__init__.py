@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from posttrain.version import __version__
 
 if TYPE_CHECKING:
-    from posttrain.artifact import Artifact, ModelSource
+    from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
     from posttrain.config.schema import (
         Backend,
         Dtype,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         ArtifactDamaged,
         BadInput,
         Diverged,
-        GateRefused,
+        GateFailed,
         GateUndecided,
         Interrupted,
         PluginFailed,
@@ -66,6 +66,7 @@ __all__ = [
     "ArtifactDamaged",
     "Backend",
     "BadInput",
+    "BaseWeights",
     "ChatRenderer",
     "Comparator",
     "Conversation",
@@ -77,18 +78,20 @@ __all__ = [
     "FineTuneConfig",
     "Format",
     "GateConfig",
+    "GateFailed",
     "GateProgress",
-    "GateRefused",
     "GateRequest",
     "GateTask",
     "GateUndecided",
     "Interrupted",
     "Look",
+    "Manifest",
     "Message",
     "ModelConfig",
     "ModelSource",
     "OnFail",
     "Origin",
+    "Pins",
     "Plan",
     "PluginFailed",
     "Position",
@@ -166,7 +169,7 @@ HOMES = {
         "ArtifactDamaged",
         "BadInput",
         "Diverged",
-        "GateRefused",
+        "GateFailed",
         "GateUndecided",
         "Interrupted",
         "PluginFailed",

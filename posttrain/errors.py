@@ -3,7 +3,7 @@
 PosttrainError          1  a bug, or anything without a better class
 ├── BadInput            2  recipe, data, model or command line; carries every problem found
 │   └── RunLocked       2  another process writes this run directory
-├── GateRefused         3  a gate refused an artifact
+├── GateFailed         3  a gate failed an artifact
 ├── GateUndecided       4  a gate could not decide
 ├── ArtifactDamaged     5  what is on disk, or about to be published, is not a sound artifact
 │   ├── Diverged        5  a loss or gradient is NaN or infinite
@@ -56,7 +56,7 @@ class RunLocked(BadInput):
     """Another process writes the same run directory."""
 
 
-class GateRefused(PosttrainError):
+class GateFailed(PosttrainError):
     """A gate judged an artifact worse than its rules allow."""
 
     exit_code = 3

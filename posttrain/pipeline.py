@@ -33,7 +33,7 @@ ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupt
 
 
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
-    """Run or continue a plan. Raises GateRefused or GateUndecided when a gate stops it; everything published stays."""
+    """Run or continue a plan. Raises GateFailed or GateUndecided when a gate stops it; everything published stays."""
     ledger.check(plan.output_root)
     interrupts = Interrupts()
     with interrupts.installed():

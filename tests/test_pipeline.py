@@ -17,7 +17,7 @@ from posttrain.context import StageContext
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
-    GateRefused,
+    GateFailed,
     GateUndecided,
     Interrupted,
     PluginFailed,
@@ -72,7 +72,7 @@ def test_the_same_command_trains_and_judges_nothing_the_second_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "error", "state"), [("fail", GateRefused, "refused"), ("undecided", GateUndecided, "undecided")]
+    ("verdict", "error", "state"), [("fail", GateFailed, "gate_failed"), ("undecided", GateUndecided, "undecided")]
 )
 def test_a_verdict_that_is_not_a_pass_stops_the_run(verdict: str, error: type[PosttrainError], state: str) -> None:
     script = Script()
@@ -93,7 +93,7 @@ def test_rollback_goes_on_from_the_parent() -> None:
         script, "dpo.gate.on_fail=rollback", "+stage@dpo2=dpo", "dpo2.data=pairs.jsonl", "dpo2.gate.enabled=false"
     )
     sft, dpo, dpo2 = run_json()["stages"]
-    assert (dpo["state"], dpo2["state"]) == ("refused", "promoted")
+    assert (dpo["state"], dpo2["state"]) == ("gate_failed", "promoted")
     assert dpo["parent_digest"] == dpo2["parent_digest"] == sft["digest"]
 
 
@@ -111,7 +111,7 @@ def test_warn_goes_on_from_the_candidate() -> None:
 def test_nothing_is_stacked_on_a_refused_sft() -> None:
     script = Script()
     script.verdicts["sft"] = "fail"
-    with pytest.raises(GateRefused):
+    with pytest.raises(GateFailed):
         run_recipe(script, "sft.gate.on_fail=rollback")
     assert script.trained == ["sft"]
 

@@ -33,7 +33,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 
 
 def main(words: list[str]) -> int:
-    """Judge, print the table and write the files that were asked for; only then raise GateRefused or GateUndecided."""
+    """Judge, print the table and write the files that were asked for; only then raise GateFailed or GateUndecided."""
     host = plugins.load()
     name, settings, tasks, problems = read_settings(host, words)
     with _naming_files(settings):

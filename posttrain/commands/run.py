@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from posttrain import environment
-from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecided, explain
+from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
@@ -87,7 +87,7 @@ def run_hydra(words: list[str], primary: str = "config") -> int:
         )
         try:
             _run_plan(make_plan(found, host), host)
-        except (BadInput, GateRefused, GateUndecided, ArtifactDamaged) as error:
+        except (BadInput, GateFailed, GateUndecided, ArtifactDamaged) as error:
             codes.append(explain(error))
 
     sources.register(host)

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import OnFail
-from posttrain.errors import GateRefused, GateUndecided, PluginFailed, PosttrainError
+from posttrain.errors import GateFailed, GateUndecided, PluginFailed, PosttrainError
 from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict, VerdictState
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig
     from posttrain.host.plugins import Host
 
-STATES: Mapping[VerdictState, str] = {"pass": "promoted", "fail": "refused", "undecided": "undecided"}
+STATES: Mapping[VerdictState, str] = {"pass": "promoted", "fail": "gate_failed", "undecided": "undecided"}
 """State of a stage by the verdict about it."""
-ERRORS: Mapping[VerdictState, type[PosttrainError]] = {"fail": GateRefused, "undecided": GateUndecided}
+ERRORS: Mapping[VerdictState, type[PosttrainError]] = {"fail": GateFailed, "undecided": GateUndecided}
 """Errors of the verdicts that stop a command."""
 
 
@@ -50,5 +50,5 @@ def policy_for(gate: GateConfig, state: VerdictState) -> OnFail | None:
 
 
 def verdict_error(where: str, verdict: Verdict) -> PosttrainError:
-    """Return the error of a verdict that stops the command: GateRefused for a fail, GateUndecided for undecided."""
+    """Return the error of a verdict that stops the command: GateFailed for a fail, GateUndecided for undecided."""
     return ERRORS[verdict.state](f"{where}: {verdict.reason}")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from posttrain.artifact import ModelSource
-from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, Problem
 from posttrain.model.loading import load_tokenizer
 from posttrain.model.probe import random_ids
 from posttrain.model.reloading import check_names, probe_both
@@ -46,18 +46,18 @@ def require_same_tokenizer(own: PreTrainedTokenizerBase, baseline: Candidate) ->
 
 
 def require_change(candidate: Candidate) -> None:
-    """Raise GateRefused when the candidate computes the same as its base, ArtifactDamaged when it does not fit it."""
+    """Raise GateFailed when the candidate computes the same as its base, ArtifactDamaged when it does not fit it."""
     source, base = candidate.source, candidate.base
     if source.adapter is not None:
         if cause := _zeros(source.adapter):
-            raise GateRefused(f"{candidate.path} changes nothing: {cause}")
+            raise GateFailed(f"{candidate.path} changes nothing: {cause}")
         if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
             check_names(source.adapter, base, embeddings=True)
     found_TV, expected_TV = probe_both(source, base, candidate.dtype, random_ids(_vocabulary(base)))
     if not torch.isfinite(found_TV).all():
         raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
     if torch.equal(found_TV, expected_TV):
-        raise GateRefused(f"{candidate.path} changes nothing: its logits are those of {base.base} to the last bit")
+        raise GateFailed(f"{candidate.path} changes nothing: its logits are those of {base.base} to the last bit")
 
 
 def _zeros(adapter: Path) -> str | None:

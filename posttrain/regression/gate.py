@@ -53,7 +53,7 @@ def judge_adapter(
 ) -> Outcome:
     """Judge an adapter or model against its base and, where one is given, against a baseline.
 
-    Raises GateRefused when it computes the same as its base, BadInput when it and the baseline cannot be compared,
+    Raises GateFailed when it computes the same as its base, BadInput when it and the baseline cannot be compared,
     ArtifactDamaged when it is an artifact that its manifest does not match.
     """
     ledger.check(Path(settings.output_root))

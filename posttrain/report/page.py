@@ -23,14 +23,14 @@ from posttrain.report.table import remarks
 
 TONES = {
     "pass": "good", "promoted": "good", "done": "good",
-    "fail": "bad", "refused": "bad", "failed": "bad",
+    "fail": "bad", "gate_failed": "bad", "failed": "bad",
     "undecided": "warn", "interrupted": "warn",
 }  # fmt: skip
 """Colour of a state; others have none."""
 ENDINGS = {
     "done": "The run is complete.",
     "running": "The run is not finished; this is its state so far.",
-    "refused": "A gate failed an artifact, and the run stopped there.",
+    "gate_failed": "A gate failed an artifact, and the run stopped there.",
     "undecided": "A gate could not decide, and the run stopped there.",
     "interrupted": "The run was interrupted; the command below resumes it.",
     "failed": "The run failed; artifacts published before are kept.",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = ("stage", "task", "base", "parent", "candidate", "lift", "verdict", "tokens", "time")
 RIGHT = ("base", "parent", "candidate", "tokens", "time")
 """Columns aligned to the right."""
-COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "refused": "red", "undecided": "yellow"}
+COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "gate_failed": "red", "undecided": "yellow"}
 """Colour of a state; others have none."""
 PLAIN_WIDTH = 140
 """Columns of a table written to a file or a pipe."""

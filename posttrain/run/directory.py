@@ -28,7 +28,7 @@ class StageState:
     name: str
     kind: str
     state: str = "pending"
-    """pending, running, trained, promoted, refused, undecided; interrupted or failed in training."""
+    """pending, running, trained, promoted, gate_failed, undecided; interrupted or failed in training."""
     artifact: str | None = None
     """Directory of the artifact, relative to the run's."""
     digest: str | None = None
@@ -55,7 +55,7 @@ class RunState:
     started: str | None = None
     """When it was first started, in UTC."""
     state: str = "running"
-    """running, done, refused, undecided, interrupted or failed."""
+    """running, done, gate_failed, undecided, interrupted or failed."""
     stages: list[StageState] = field(default_factory=list)
 
     def end(self, state: str) -> None:

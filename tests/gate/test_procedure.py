@@ -9,7 +9,7 @@ import pytest
 
 from posttrain import hookspecs
 from posttrain.config.schema import GateConfig, OnFail
-from posttrain.errors import GateRefused, GateUndecided, PluginFailed
+from posttrain.errors import GateFailed, GateUndecided, PluginFailed
 from posttrain.gate.procedure import ask_gate, policy_for, verdict_error
 from posttrain.gate.spec import Scorecard, Verdict
 from posttrain.hookspecs import hookimpl
@@ -63,6 +63,6 @@ def test_each_verdict_has_its_policy_and_its_error() -> None:
     assert policy_for(gate, "fail") is OnFail.rollback
     assert policy_for(gate, "undecided") is OnFail.warn
     fail, undecided = (Verdict(state=state, gated=True, tasks=(), reason="why") for state in ("fail", "undecided"))
-    assert isinstance(verdict_error("here", fail), GateRefused)
+    assert isinstance(verdict_error("here", fail), GateFailed)
     assert isinstance(verdict_error("here", undecided), GateUndecided)
     assert str(verdict_error("here", fail)) == "here: why"

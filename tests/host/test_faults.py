@@ -242,7 +242,7 @@ def test_the_others_hear_of_the_end_of_a_run_and_its_own_error_is_kept(
     script.verdicts["dpo"] = "fail"
     with pytest.raises(PosttrainError, match="dpo is a fail"):
         run_recipe(script, others=[others])
-    assert others.states == ["refused"]
+    assert others.states == ["gate_failed"]
 
 
 def test_a_wrapper_is_guarded_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

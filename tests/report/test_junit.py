@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.errors import ArtifactDamaged, BadInput, GateRefused, GateUndecided, PosttrainError, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, PosttrainError, Problem
 from posttrain.gate.spec import DocumentScore, Verdict, VerdictState
 from posttrain.report.junit import junit, junit_error
 from posttrain.report.run import RunReport, StageReport
@@ -52,7 +52,7 @@ def test_every_comparison_is_a_case_and_failure_is_not_error() -> None:
     run = report(
         "failed",
         stage("sft", "promoted", verdict("pass", "pass")),
-        stage("dpo", "refused", verdict("fail", "undecided", "pass")),
+        stage("dpo", "gate_failed", verdict("fail", "undecided", "pass")),
         stage("kto", "running", error="RuntimeError: no memory"),
         stage("orpo", "pending"),
     )
@@ -89,7 +89,7 @@ def test_a_gate_that_did_not_ask_is_not_a_pass() -> None:
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (GateRefused("worse"), "failure"),
+        (GateFailed("worse"), "failure"),
         (GateUndecided("few"), "failure"),
         (ArtifactDamaged("torn"), "error"),
         (BadInput(Problem(where="a", what="b")), "error"),
@@ -104,7 +104,7 @@ def test_the_answer_of_a_gate_is_a_failure_and_all_else_an_error(error: Posttrai
 @given(st.text())
 def test_whatever_a_reason_holds_the_document_is_sound(text: str) -> None:
     failing = Verdict(state="fail", gated=True, tasks=(replace(task_verdict("fail"), reason=text),), reason=text)
-    run = report("refused", stage("sft", "refused", failing))
+    run = report("gate_failed", stage("sft", "gate_failed", failing))
     data = junit(run).encode("utf-8")
     (case,) = outcomes(data.decode()).values()
     assert case[0] == "failure"
@@ -120,7 +120,9 @@ def row(system: str, doc_id: int, score: float, response: str = "answer") -> Doc
 
 def test_a_summary_says_the_verdict_first_and_shows_what_got_worse() -> None:
     rows = [row("base", 0, 1.0, "right"), row("candidate", 0, 0.0, "<b>| @all\n`x`"), row("base", 1, 0.0)]
-    text = summary(report("refused", stage("sft", "refused", verdict("fail"))), [*rows, row("candidate", 1, 1.0)])
+    text = summary(
+        report("gate_failed", stage("sft", "gate_failed", verdict("fail"))), [*rows, row("candidate", 1, 1.0)]
+    )
     assert text.splitlines()[0] == "### ❌ failed: sft, gate mine"
     assert "| task0 (lift, n 100) | 10.0 | 10.0 | 60.0 | +50.0 \\[+40.0, +60.0\\] vs base | fail |" in text
     assert "- because" in text

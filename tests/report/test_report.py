@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from posttrain import report
 from posttrain.context import StageContext
-from posttrain.errors import BadInput, GateRefused, Interrupted, PluginFailed
+from posttrain.errors import BadInput, GateFailed, Interrupted, PluginFailed
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.report.curves import marks, thin
 from posttrain.report.page import page
@@ -371,7 +371,7 @@ def test_a_failed_gate_has_its_reason_at_the_top(working_folder: Path) -> None:
     write_project(working_folder)
     script = Script()
     script.verdicts["sft"] = "fail"
-    with pytest.raises(GateRefused):
+    with pytest.raises(GateFailed):
         run_recipe(script)
     words = read_page((only_run() / "report.html").read_text()).words
     assert "mine refused 0 of 2 stages promoted. A gate failed an artifact" in words
