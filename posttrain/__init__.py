@@ -129,10 +129,7 @@ __all__ = [
 ]
 
 HOMES = {
-    "posttrain.artifact": (
-        "Artifact",
-        "ModelSource",
-    ),
+    "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
     "posttrain.config.schema": (
         "Backend",
         "Dtype",
