@@ -1,4 +1,4 @@
-"""Special tokens that the base lacks: added, trained by the method that is right, saved, reloaded, trained on."""
+"""Special tokens missing from the base: added, trained by the right method, saved, reloaded, trained again."""
 
 from __future__ import annotations
 

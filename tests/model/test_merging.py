@@ -1,4 +1,4 @@
-"""``posttrain merge``: standalone weights that compute what the adapter does, or nothing at all."""
+"""``posttrain merge``: standalone weights with the adapter's logits, or none at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA: an adapter on weights of 4 bits, trained, saved, reloaded and scored on the same weights."""
+"""QLoRA: an adapter on 4-bit weights, trained, saved, reloaded and scored on the same weights."""
 
 from __future__ import annotations
 

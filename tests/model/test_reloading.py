@@ -1,4 +1,4 @@
-"""What a stage saved is the model that was trained: every way of saving another one is caught and named."""
+"""A stage's output is the trained model: every way of saving another one is caught and named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def outputs(base: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """What the stage leaves, by variant, and of a second seed."""
+    """Outputs of the stage, by variant, and of a second seed."""
     kinds = {**VARIANTS, "other": {"lora": LORA, "lr": 3e-3}}
     folder = tmp_path_factory.mktemp("stages")
     for name, settings in kinds.items():

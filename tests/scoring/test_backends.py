@@ -1,4 +1,4 @@
-"""vLLM as what runs the models: one engine for systems that share weights, and no comparison across backends.
+"""vLLM as the backend: one engine for systems on shared weights, and no comparison across backends.
 
 There is no vLLM here: an engine of transformers takes its place, and applies the adapter that it is asked for.
 """
@@ -45,7 +45,7 @@ class Request:
 
 
 class Engine(HFLM):
-    """lm_eval's VLLM, with the settings that gates give it."""
+    """lm_eval's VLLM, with the settings of gates."""
 
     started: ClassVar[list[dict[str, Any]]] = []
 
@@ -188,7 +188,7 @@ def test_scores_of_another_backend_are_no_baseline(material: Path, capsys: pytes
         ({}, {"modules_to_save": ["lm_head"]}, "whole copies of layers"),
     ],
 )
-def test_what_vllm_would_leave_out_is_rejected(
+def test_parts_of_an_adapter_unknown_to_vllm_are_rejected(
     material: Path, tmp_path: Path, settings: dict[str, Any], config: dict[str, Any], what: str
 ) -> None:
     from posttrain.scoring.harness.vllm import Vllm

@@ -1,4 +1,4 @@
-"""Scores on disk: the scorecard, and the cache that is keyed by content."""
+"""Scores on disk: the scorecard, and the cache keyed by content."""
 
 from __future__ import annotations
 

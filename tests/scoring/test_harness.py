@@ -20,19 +20,18 @@ from peft import PeftModel
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, GateTask, Role
-from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.gate import plugin as gate_plugin
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 from posttrain.gate.verdict import judge
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring import plugin
-from posttrain.scoring.checks import check_tasks
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness.tasks import _is_complete, load_leaves, preflight
 from posttrain.scoring.scorecard import read_questions, read_scorecard
 from posttrain.scoring.systems import Loading, SharedWeights
 from tests.support.adapters import Log
-from tests.support.quizzes import LIKELIHOOD, SCORING, quiz_row, save_adapter, write_quizzes
+from tests.support.quizzes import LIKELIHOOD, METRICS, SCORING, gate_task, quiz_row, save_adapter, write_quizzes
 from tests.support.tiny import base_source, write_base
 
 SEED = 7
@@ -72,15 +71,6 @@ def never_load(source: ModelSource, dtype: str) -> Any:
     raise AssertionError(f"{source.name} was loaded")
 
 
-METRICS = {"generate": "exact_match", "choose": "acc", "likelihood": "surprise"}
-
-
-def gate_task(folder: Path, name: str, **settings: Any) -> GateTask:
-    kind = name.rstrip("02")
-    chosen = {"filter": "first" if kind == "generate" else None, "role": Role.lift, "metric": METRICS[kind], **settings}
-    return GateTask(task=str(folder / f"{name}.yaml"), **chosen)
-
-
 def make_request(
     folder: Path, tmp_path: Path, systems: Mapping[str, ModelSource], tasks: Mapping[str, GateTask], **gate: Any
 ) -> GateRequest:
@@ -109,7 +99,7 @@ def rows_of(card: Scorecard, system: str, filter_name: str | None = None) -> lis
 
 
 def reference_samples(task_file: Path, name: str, model: Any, tokenizer: Any, chat: bool) -> list[dict[str, Any]]:
-    """What lm_eval's own evaluate says, document by document."""
+    """Return the samples of lm_eval's own evaluate, document by document."""
     tasks = TaskManager(include_defaults=False).load(str(task_file))
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(SEED)
@@ -241,7 +231,7 @@ def test_whatever_answers_depend_on_asks_anew(folder: Path, base: ModelSource, t
 
 
 def copied_task(folder: Path, tmp_path: Path, name: str) -> Path:
-    """A folder of its own for a task and what it reads."""
+    """Copy a task and its data to a folder of its own."""
     work = tmp_path / "tasks"
     (work / "data").mkdir(parents=True)
     for file in (f"{name}.yaml", "scoring.py", "data/quiz.jsonl", "data/train.jsonl"):
@@ -297,12 +287,12 @@ def test_a_damaged_entry_is_scored_again_and_said_so(folder: Path, base: ModelSo
 
 
 class Killed(Exception):
-    """The process died here."""
+    """Stands in for the death of the process."""
 
 
 @dataclass
 class Fatal(Log):
-    """Dies when so many blocks more have been asked of a model."""
+    """Dies after so many more blocks."""
 
     asked: list[int] = field(default_factory=list)
     more: int = 1
@@ -317,7 +307,7 @@ class Fatal(Log):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many requests each call to the model held."""
+    """Record the number of requests in each call to the model."""
     calls: list[int] = []
 
     def counting(kind: str) -> None:
@@ -611,93 +601,6 @@ def test_a_target_that_lm_eval_takes_for_a_list_is_rejected(folder: Path, base: 
     task = GateTask(task=str(task_file), role=Role.lift, metric=METRICS["likelihood"])
     with pytest.raises(BadInput, match=r"lists: the target of document 0 is not text: \[1, 2\]"):
         run(make_request(folder, tmp_path, {"base": base, "candidate": base}, {"lists": task}))
-
-
-def problems_of(task: GateTask, name: str = "quiz") -> list[Problem]:
-    return check_tasks({name: task})
-
-
-def test_sound_tasks_have_no_problems(folder: Path) -> None:
-    names = [f"{kind}{shots}" for kind in METRICS for shots in (0, 2)]
-    tasks = {name: gate_task(folder, name) for name in names}
-    assert check_tasks(tasks) == []
-    preflight(tasks)
-
-
-def test_registered_tasks_are_known() -> None:
-    guard = Role.guard
-    assert check_tasks({"ifeval": GateTask(role=guard, metric="prompt_level_strict_acc")}) == []
-    assert check_tasks({"math": GateTask(role=guard, task="gsm8k", metric="exact_match", filter="strict-match")}) == []
-    assert check_tasks({"mmlu": GateTask(role=guard, metric="acc")}) == []
-    assert check_tasks({"mmlu_anatomy": GateTask(role=guard, metric="acc")}) == []
-
-
-@pytest.mark.parametrize(
-    ("settings", "where", "what", "fix"),
-    [
-        ({"metric": "exact_mach"}, "metric", "no metric exact_mach", "Did you mean exact_match?"),
-        ({"filter": None}, "filter", "several filters", "first, whole"),
-        ({"filter": "firts"}, "filter", "no filter firts", "Did you mean first?"),
-        ({"limit": 0}, "limit", "limit is 0", "at least 1"),
-        ({"num_fewshot": -1}, "num_fewshot", "num_fewshot is -1", "at least 0"),
-    ],
-)
-def test_a_wrong_setting_names_the_options(
-    folder: Path, settings: dict[str, Any], where: str, what: str, fix: str
-) -> None:
-    (problem,) = problems_of(gate_task(folder, "generate0", **settings))
-    assert problem.where == f"tasks.quiz.{where}"
-    assert what in problem.what
-    assert fix in problem.fix
-
-
-def test_a_missing_file_names_its_nearest_sibling(folder: Path) -> None:
-    (problem,) = problems_of(GateTask(role=Role.lift, metric="acc", task=str(folder / "chose0.yaml")))
-    assert "there is no file" in problem.what
-    assert "choose0.yaml" in problem.fix
-
-
-@pytest.mark.parametrize("name", ["documents.csv", "documents.txt"])
-def test_documents_in_another_kind_of_file_are_rejected(folder: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("question,answer")
-    (problem,) = problems_of(gate_task(folder, "generate0", data=str(tmp_path / name)))
-    assert problem.where == "tasks.quiz.data"
-    assert name in problem.what
-    assert problem.fix == "Known: .json, .jsonl, .parquet"
-
-
-def test_an_unknown_name_names_the_nearest() -> None:
-    (problem,) = problems_of(GateTask(role=Role.lift, metric="exact_match"), name="gsm8kk")
-    assert "Did you mean gsm8k?" in problem.fix
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("task: [", "cannot be read"),
-        ("- 1", "cannot be read"),
-        ("include: nowhere.yaml", "cannot be read"),
-        ("include: broken.yaml", "cannot be read"),
-        ("dataset_path: json", "names no task"),
-        ("task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}", "does not exist"),
-        ("task: quiz\nmetric_list: [{metric: acc, aggregation: median}]", "not a mean over documents"),
-        ("task: quiz\nmetric_list: [{metric: acc, aggregation: !function scoring.pool}]", "not a mean over documents"),
-    ],
-)
-def test_a_broken_file_is_a_problem(tmp_path: Path, text: str, complaint: str) -> None:
-    path = tmp_path / "broken.yaml"
-    path.write_text(text)
-    (problem,) = problems_of(GateTask(role=Role.lift, metric="acc", task=str(path)))
-    assert complaint in problem.what
-
-
-def test_includes_and_functions_are_followed(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "derived.yaml"
-    path.write_text(f"include: {folder / 'likelihood0.yaml'}\ntask: derived\n")
-    task = GateTask(role=Role.guard, metric="surprise", task=str(path))
-    assert problems_of(task) == []
-    preflight({"quiz": task})
-    assert len(problems_of(replace(task, metric="acc2"))) == 1
 
 
 def test_preflight_gathers_what_only_loading_shows(folder: Path, tmp_path: Path) -> None:

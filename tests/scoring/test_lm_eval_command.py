@@ -41,7 +41,7 @@ for name in ("plain", "chat"):
     sys.argv[sys.argv.index("--output_path") + 1] = name
     cli_evaluate()
 """
-"""The command with the words that are given, without and with the chat template, in one process."""
+"""The command with the given words, without and with the chat template, in one process."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]]:
-    """What the command logged: by chat or not and task, then by filter and document."""
+    """Return the log of the command: by chat or not and task, then by filter and document."""
     words = ["--model", "hf", "--model_args", "pretrained=base,peft=candidate,dtype=float32", "--device", "cpu"]
     words += ["--tasks", *(f"{name}.yaml" for name in METRICS), "--batch_size", str(BATCH), "--seed", str(SEED)]
     words += ["--log_samples", "--output_path", "plain"]
@@ -75,7 +75,7 @@ def samples(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[st
 
 
 def scores(folder: Path, tmp_path: Path, name: str, chat: bool) -> dict[tuple[str, int], DocumentScore]:
-    """What the gate says."""
+    """Return the scores of the gate."""
     base = base_source(folder / "base")
     request = GateRequest(
         stage="sft",

@@ -1,4 +1,4 @@
-"""What a gate scores: as much as its looks need, with the sources and directions that its tasks declare."""
+"""Scoring at looks: no more documents than needed, with the sources and directions of the tasks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_more_looks_than_documents_are_no_harm(root: Path, tmp_path: Path) -> No
 
 
 def with_pages(root: Path, folder: Path, **fields: Any) -> GateTask:
-    """The questions of the quiz, four to a page, in a file of their own."""
+    """Write the questions of the quiz, four to a page, in a file of their own."""
     rows = [json.loads(line) for line in (root / "quiz.jsonl").read_text().splitlines()]
     pages = [{**row, "page": f"page {index // 4}", **fields} for index, row in enumerate(rows)]
     (folder / "pages.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pages))
@@ -150,7 +150,7 @@ def test_documents_without_a_source_are_rejected_before_training(
 
 
 def written(folder: Path, root: Path, direction: str) -> GateTask:
-    """The quiz with a metric of its own, and the direction that its file gives to it."""
+    """Write the quiz with a metric of its own, and a direction in its file."""
     (folder / "scoring.py").write_text("def score(doc, results):\n    return {'points': 1.0}\n")
     text = TASK.replace("quiz.jsonl", str(root / "quiz.jsonl")).replace(
         "  - {metric: acc, aggregation: mean, higher_is_better: true}",

@@ -1,4 +1,4 @@
-"""What the plan says about a gate's chances before anything is loaded."""
+"""A gate's chances in the plan, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks on files of one's own: questions with what is right, held-out responses and preferences."""
+"""Tasks on your own files: questions with right answers, held-out responses and preferences."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def task(name: str, data: str | None, **settings: Any) -> GateTask:
 
 
 def asked(name: str, data: str, chat: bool = True) -> list[tuple[list[str], str]]:
-    """The prompt of every request, and the target, of every document."""
+    """Return the prompt of every request, and the target, of every document."""
     prepared = prepare_task("mine", task(name, data, chat=chat), tiny_tokenizer(), 0)
     return [([request.args[0] for request in one.requests], one.target) for one in prepared.questions]
 
@@ -127,12 +127,12 @@ def test_no_text_breaks_a_match(text: str, match: str) -> None:
         ({"answer": "b"}, "needs either question or messages"),
         ({"question": "a", "messages": CHAT, "answer": "b"}, "needs either question or messages"),
         ({"question": "a", "answer": "b", "match": "exakt"}, "Did you mean exact?"),
-        ({"question": "a", "answer": "", "match": "contains"}, "'' is no answer"),
-        ({"question": "a", "answer": "(", "match": "regex"}, r"'\(' is no answer"),
-        ({"question": "a", "answer": "many", "match": "numeric"}, "'many' is no answer"),
-        ({"question": "a", "answer": True, "match": "numeric"}, "True is no answer"),
-        ({"question": "a", "answer": "inf", "match": "numeric"}, "'inf' is no answer"),
-        ({"question": "a", "answer": False}, "False is no answer"),
+        ({"question": "a", "answer": "", "match": "contains"}, "cannot look for the answer ''"),
+        ({"question": "a", "answer": "(", "match": "regex"}, r"cannot look for the answer '\('"),
+        ({"question": "a", "answer": "many", "match": "numeric"}, "cannot look for the answer 'many'"),
+        ({"question": "a", "answer": True, "match": "numeric"}, "cannot look for the answer True"),
+        ({"question": "a", "answer": "inf", "match": "numeric"}, "cannot look for the answer 'inf'"),
+        ({"question": "a", "answer": False}, "cannot look for the answer False"),
         ({"question": "a", "answer": 3}, "match: exact cannot look for the answer 3"),
         ({"question": "a", "answer": []}, "has no answer"),
         ({"messages": CHAT[:3], "answer": "b"}, "does not end with a question"),

@@ -30,14 +30,14 @@ GIVEN: dict[str, list[str]] = {
     "local": ["tasks.mine.data=rows.jsonl"],
     "perplexity": ["tasks.responses.data=rows.jsonl"],
 }
-"""What a gate leaves to its user."""
+"""Settings that a gate leaves to its user."""
 EVALUATED = {
     "gsm8k_form": ["gate_data=rows.jsonl"],
     "preferences": ["+gate_data.preferences=rows.jsonl"],
     "responses": ["+gate_data.responses=rows.jsonl", "+gate_data.preferences=rows.jsonl"],
     "texts": ["+gate_data.texts=rows.jsonl", "+gate_data.responses=rows.jsonl"],
 }
-"""What a gate takes from the recipe."""
+"""Settings that a gate takes from the recipe."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_what_a_gate_leaves_to_its_user_is_asked_for(host: Host, name: str) -> N
 
 
 def problems(host: Host, name: str) -> list[Problem]:
-    """What is wrong with a gate as it stands."""
+    """Return the problems of a gate as it ships."""
     try:
         return read_settings(host, ["adapter=x", f"gate={name}"])[-1]
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models have, and small tokenizers for them."""
+"""Chat templates of every kind among models, and small tokenizers for them."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ SPECIAL = [
 
 @lru_cache
 def backend() -> Tokenizer:
-    """A byte-level BPE with merges across spaces and line ends, as Llama 3 has them."""
+    """Return a byte-level BPE with merges across spaces and line ends, as Llama 3 has them."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -307,7 +307,7 @@ def make_tokenizer(template: str | None) -> Any:
 
 @lru_cache
 def sentencepiece(scheme: str) -> Any:
-    """As Llama 2 and Mistral tokenize: spaces are letters, and one is put before the text."""
+    """Return a tokenizer like those of Llama 2 and Mistral: spaces are letters, and one precedes the text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Sequence(

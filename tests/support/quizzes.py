@@ -1,4 +1,4 @@
-"""Small tasks of every kind for lm_eval, with their data, and adapters of a tiny base that answer them differently."""
+"""Small lm_eval tasks of every kind, their data, and adapters of a tiny base with different answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from posttrain.config.schema import GateTask, Role
 from tests.support.tiny import tiny_llama, write_base
 
 GENERATE = """
@@ -78,8 +79,12 @@ def likelihood(doc, results):
 """
 
 
+METRICS = {"generate": "exact_match", "choose": "acc", "likelihood": "surprise"}
+"""Metric of each kind of task."""
+
+
 def write_quizzes(root: Path, **settings: Any) -> Path:
-    """A base model with these settings, two adapters with random weights, and task files with their data."""
+    """Write a base model with these settings, two adapters with random weights, and task files with their data."""
     write_base(root / "base", **settings)
     for seed, name in enumerate(("candidate", "parent"), start=1):
         save_adapter(root / name, seed, **settings)
@@ -97,13 +102,20 @@ def write_quizzes(root: Path, **settings: Any) -> Path:
     return root
 
 
+def gate_task(folder: Path, name: str, **settings: Any) -> GateTask:
+    """Return a gate's task for one of the quizzes: a lift, unless the settings say otherwise."""
+    kind = name.rstrip("02")
+    chosen = {"filter": "first" if kind == "generate" else None, "role": Role.lift, "metric": METRICS[kind], **settings}
+    return GateTask(task=str(folder / f"{name}.yaml"), **chosen)
+
+
 def quiz_row(generator: random.Random, index: int) -> dict[str, Any]:
     words = ["".join(generator.choices("abcdefgh", k=generator.randint(1, 6))) for _ in range(5)]
     return {"question": f"{index} {words[0]}", "answer": words[1][0], "choices": words[1:], "label": index % 4}
 
 
 def save_adapter(path: Path, seed: int, fill: float | None = None, **settings: Any) -> None:
-    """A LoRA adapter that changes every layer; with ``fill``, all of B has that value."""
+    """Save a LoRA adapter on every layer; with ``fill``, all of B has that value."""
     model = get_peft_model(
         tiny_llama(**settings), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5)
     )

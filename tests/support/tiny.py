@@ -1,4 +1,4 @@
-"""A tiny random model, its tokenizer and rows for it; everything is seeded."""
+"""A tiny random model, its tokenizer and its rows; everything is seeded."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ __all__ = ["TEMPLATE", "tiny_llama", "tiny_tokenizer", "write_base"]
 
 
 def base_source(folder: Path, **settings: Any) -> ModelSource:
-    """The base model in ``folder``, as a recipe would resolve it."""
+    """Return the base model in ``folder``, as a recipe would resolve it."""
     return resolve_base(ModelConfig(path=str(folder), dtype=Dtype.float32, **settings))
 
 
 def published(output: Path, base: ModelSource, destination: Path, dtype: str = "float32") -> Artifact:
-    """What a stage left in ``output``, as the pipeline would publish it."""
+    """Publish a stage's ``output`` as the pipeline would."""
     Probe.take(output)
     return publish(output, tiny_manifest(base, output, dtype=dtype), destination)
 
 
 def packed_rows(documents_per_row: Sequence[int], seed: int = 0, longest: int = 24) -> list[PackedRow]:
-    """Rows of random documents; in each, a random run of tokens after the first is trained."""
+    """Return rows of random documents; in each, a random run of tokens after the first is trained."""
     generator = np.random.default_rng(seed)
     return [packed_row([_document(generator, longest) for _ in range(count)]) for count in documents_per_row]
 
 
 def packed_row(documents: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> PackedRow:
-    """One row of (ids, mask) documents."""
+    """Return one row of (ids, mask) documents."""
     return PackedRow(
         np.concatenate([ids for ids, _ in documents]),
         np.concatenate([mask for _, mask in documents]),
@@ -49,7 +49,7 @@ def packed_row(documents: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 
 def documents_of(row: PackedRow) -> list[PackedRow]:
-    """Each document of a row, alone in a row of its own."""
+    """Return each document of a row, alone in a row of its own."""
     ends = np.cumsum(row.lengths)
     return [
         PackedRow(row.input_ids[end - length : end], row.mask[end - length : end], (length,))
@@ -58,7 +58,7 @@ def documents_of(row: PackedRow) -> list[PackedRow]:
 
 
 def sft_config(**settings: Any) -> SFTConfig:
-    """Settings for a run of a few steps on the CPU."""
+    """Return settings for a run of a few steps on the CPU."""
     quick: Mapping[str, Any] = {
         "kind": "sft",
         "data": "train.jsonl",
@@ -74,7 +74,7 @@ def sft_config(**settings: Any) -> SFTConfig:
 
 
 class Recorder(PlainRecorder):
-    """A Progress that keeps what it is told, and can fail at a step."""
+    """A Progress that records every call, and can fail at a step."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Recorder(PlainRecorder):
 
 
 class Killed(Exception):
-    """The process died here."""
+    """Stands in for the death of the process."""
 
 
 def _document(generator: np.random.Generator, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
