@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 TENSORS = "training.safetensors"
 STATE = "trainer_state.json"
@@ -40,7 +42,7 @@ def find_newest(folder: Path, note: Callable[[str], None]) -> Path | None:
     return None
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: Any, scheduler: Any, state: Any) -> None:
+def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer, scheduler: LRScheduler, state: Any) -> None:
     """Write the checkpoint of step ``state.global_step``, whole or not at all, then remove older ones."""
     draft = folder / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -70,7 +72,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
             parameter.copy_(weights[name])
 
 
-def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
+def load_optimizer(checkpoint: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
     """Restore the optimizer's moments and the position in the learning rate's schedule."""
     tensors, settings = _read(checkpoint, "optimizer/")
     moments: dict[int, dict[str, torch.Tensor]] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from posttrain import ArtifactDamaged, StageContext
 from posttrain_preference.losses import LogProbs, Start
 from posttrain_preference.rows import TokenRow
+
+if TYPE_CHECKING:
+    from posttrain_preference.config import PreferenceSettings
+    from posttrain_preference.trainer import StageTrainer
 
 LOSS_TOLERANCE = 1e-4
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -58,7 +62,7 @@ def row_log_probs(model: Any, rows: Sequence[TokenRow], autocast: bool) -> list[
 
 
 def prove_start(
-    trainer: Any, rows: Sequence[TokenRow], expected: LogProbs, context: StageContext, start: Start
+    trainer: StageTrainer, rows: Sequence[TokenRow], expected: LogProbs, context: StageContext, start: Start
 ) -> None:
     """Check both claims on ``rows``, one batch; ``expected`` are the SFT model's log-probabilities of their answers.
 
@@ -91,7 +95,9 @@ def _check_reference(row: TokenRow, expected: Sequence[float], found: Sequence[f
             )
 
 
-def _spread(settings: Any, rows: Sequence[TokenRow], expected: LogProbs, start: Start, tolerance: float) -> float:
+def _spread(
+    settings: PreferenceSettings, rows: Sequence[TokenRow], expected: LogProbs, start: Start, tolerance: float
+) -> float:
     """Return the change of the loss under the allowed difference of the log-probabilities."""
     moved = []
     for first, second in ((1, 1), (1, 0), (0, 1)):  # downwards: a probability stays one

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from posttrain import declines
+from posttrain import Message, declines
 
-Declines = Callable[[Mapping[str, Any]], bool]
+Declines = Callable[[Message], bool]
 
 
 def _refused(doc: Mapping[str, Any], results: Sequence[str], declines: Declines) -> dict[str, float]:
