@@ -100,7 +100,7 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
 def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     problems = []
     if not settings.gate.enabled:
-        problems.append(Problem(where="gate", what="this gate is switched off", fix="Choose one that asks something"))
+        problems.append(Problem(where="gate", what="this gate is switched off", fix="Choose a gate with tasks"))
     if settings.update_baseline and (settings.baseline is None or not is_scores(settings.baseline)):
         what = "there is no file to write the scores to"
         problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))

@@ -145,11 +145,11 @@ class LoraSettings:
     dropout: float = number(0.0, least=0, below=1)
     """Dropout on the adapter's input."""
     rslora: bool = True
-    """Scale by 1 / sqrt(r), so that the learning rate does not depend on the rank."""
+    """Scale by 1 / sqrt(r): the best learning rate then does not depend on the rank."""
     dora: bool = False
-    """Train the length of every row of a weight apart from its direction (arXiv:2402.09353): slower, for low ranks."""
+    """Length of every row of a weight trained apart from its direction (arXiv:2402.09353): slower, for low ranks."""
     target_modules: Any = "all-linear"
-    """``all-linear`` (every linear layer but the output projection) or a list of module names."""
+    """all-linear (every linear layer but the output projection) or a list of module names."""
 
 
 @dataclass(kw_only=True)
@@ -247,7 +247,7 @@ class GateConfig:
     on_fail: OnFail = OnFail.stop
     """stop, rollback (the next stage starts from the parent) or warn (it starts from the candidate)."""
     on_undecided: OnFail = OnFail.stop
-    """The same, for a verdict that is undecided."""
+    """The same for an undecided verdict."""
     backend: Backend = Backend.hf
     """hf (transformers) or vllm (GPUs), for every system of the gate, because the two differ in their scores."""
     batch_size: int = 16

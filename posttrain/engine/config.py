@@ -42,7 +42,7 @@ class FineTuneConfig(StageConfig):
     sequence_length: int = number(2048, least=2, hint=": each token predicts the next")
     """Tokens in a row."""
     overlong: Overlong = Overlong.truncate
-    """Records longer than a row: truncate keeps the head, split makes several of each, refuse stops and names them."""
+    """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""
     packing: bool = True
     """Fill rows with several conversations, which do not see each other."""
     per_device_batch_size: int = number(1, least=1)

@@ -145,7 +145,7 @@ def test_the_second_time_nothing_is_trained(clean: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
 
 
-def test_a_learning_rate_of_zero_is_refused_with_the_reason(working_folder: Path) -> None:
+def test_a_learning_rate_of_zero_is_rejected_with_the_reason(working_folder: Path) -> None:
     result = subprocess.run(
         [*COMMAND, "sft.lr=0"], cwd=working_folder, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
