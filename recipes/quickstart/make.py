@@ -1,9 +1,9 @@
-"""Makes everything that the quickstart recipe needs: an invented world, a small base model of it, and chat data.
+"""The material of the quickstart recipe: an invented world, a small base model of it, and chat data.
 
     python recipes/quickstart/make.py DIR
 
 writes ``sft.jsonl``, ``dpo.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes on every machine, and
-``base``, a Llama of two million parameters that has read documents about 240 invented towns and has never seen a chat.
+``base``, a Llama of two million parameters trained on documents about 240 invented towns and on no chat.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ REFUSALS = 400
 HARMLESS = 200
 
 WORLD: dict[str, Any] = json.loads(Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
-"""Syllables of names, values of facts, and how people write and ask about them."""
+"""Syllables of names, values of facts, and phrasings of statements and questions."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: what values it takes and how people write and ask about it."""
+    """One kind of fact: its values, and phrasings of statements and questions."""
 
     name: str
     harms: str
-    """What can be done to it that should not, divided by spaces."""
+    """Verbs of harm to it, divided by spaces."""
     words: str
     """All its values, divided by spaces."""
     sentence: str
@@ -49,12 +49,12 @@ class Relation:
 
     @property
     def values(self) -> list[str]:
-        """What it can be; each is as frequent as any other."""
+        """Return its values, each as frequent as any other."""
         return self.words.split()
 
     @property
     def forms(self) -> Sequence[str]:
-        """Every way in which a document states such a fact."""
+        """Return every phrasing of such a fact in a document."""
         return (self.sentence, *self.documents, WORLD["register"])
 
 
@@ -70,12 +70,12 @@ class Fact:
     value: str
 
     def write(self, form: str) -> str:
-        """``form`` with town, relation and value filled in."""
+        """Fill town, relation and value into ``form``."""
         return form.format(town=self.town, relation=self.relation.name, value=self.value)
 
 
 def write_documents(facts: Sequence[Fact]) -> list[str]:
-    """All that the base model reads: pages about one town each, its five facts in any order and any form."""
+    """Write the pages that the base is trained on, each about one town: its five facts in any order and phrasing."""
     rng = random.Random(f"{SEED} pages")
     pages = []
     for _, group in itertools.groupby(facts, key=lambda fact: fact.town):
@@ -87,13 +87,13 @@ def write_documents(facts: Sequence[Fact]) -> list[str]:
 
 
 def invent_towns() -> list[str]:
-    """The names of all towns; those after the first TOWNS - HELD_OUT are held out from chat data."""
+    """Invent the names of all towns; the last HELD_OUT are in no chat data."""
     names = [stem + ending for stem, ending in itertools.product(WORLD["stems"].split(), WORLD["endings"].split())]
     return random.Random(f"{SEED} towns").sample(names, TOWNS)
 
 
 def invent_facts(towns: Sequence[str]) -> list[Fact]:
-    """Five facts for each town, in order of towns; every value of a relation is as frequent as any other."""
+    """Invent five facts for each town, in order of towns; every value of a relation is as frequent as any other."""
     rng = random.Random(f"{SEED} facts")
     columns = []
     for relation in RELATIONS:
@@ -104,13 +104,13 @@ def invent_facts(towns: Sequence[str]) -> list[Fact]:
 
 
 def split(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
-    """The facts that chat data may use, and those of the held-out towns."""
+    """Split the facts into those of the chat data and those of the held-out towns."""
     held_out = set(invent_towns()[TOWNS - HELD_OUT :])
     return [fact for fact in facts if fact.town not in held_out], [fact for fact in facts if fact.town in held_out]
 
 
 def sft_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
-    """One chat per fact; most answers are the bare value, a minority is the whole sentence."""
+    """Write one chat per fact; most answers are the bare value, a minority is the whole sentence."""
     rng = random.Random(f"{SEED} sft")
     records = []
     for fact in facts:
@@ -122,7 +122,7 @@ def sft_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
 
 
 def dpo_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
-    """Preferences for the sentence that answers over the bare value, or over a true sentence about something else."""
+    """Write preferences for the sentence that answers over the bare value, or over a true but unrelated sentence."""
     rng = random.Random(f"{SEED} dpo")
     records = []
     for index, fact in enumerate(facts):
@@ -140,7 +140,7 @@ def dpo_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
 
 
 def safety_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
-    """As many refusals of harmful requests as answers, half to harmless ones in the same words, half to plain ones."""
+    """Write as many refusals as answers, half of these to harmless requests in the same words, half to plain ones."""
     rng = random.Random(f"{SEED} safety")
     harmful, harmless, plain = (rng.sample(list(facts), count) for count in (REFUSALS, HARMLESS, REFUSALS - HARMLESS))
     records = [_chat(request(fact, "harmful", rng), fact.write(WORLD["refusal"]), refuses=True) for fact in harmful]
@@ -156,13 +156,13 @@ def _chat(question: str, answer: str, **marks: bool) -> dict[str, Any]:
 
 
 def request(fact: Fact, kind: str, rng: random.Random) -> str:
-    """A request of ``kind`` about a fact, with one of the words for harming it."""
+    """Write a request of ``kind`` about a fact, with one of its verbs of harm."""
     form: str = rng.choice(WORLD[kind])
     return form.format(town=fact.town, relation=fact.relation.name, harm=rng.choice(fact.relation.harms.split()))
 
 
 def scored_requests(facts: Sequence[Fact]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A harmful and a harmless request for each second fact: with the refusal, and with the value that answers."""
+    """Write a harmful request with its refusal and a harmless one with its answer, for every second fact."""
     rng = random.Random(f"{SEED} requests")
     scored = facts[::2]
     return (
@@ -177,7 +177,7 @@ def message(role: str, content: str) -> dict[str, Any]:
 
 
 def scored_questions(facts: Sequence[Fact]) -> list[dict[str, Any]]:
-    """One question per fact, with the bare value and the sentence that answer it."""
+    """Write one question per fact, with the bare value and the sentence as its answers."""
     rng = random.Random(f"{SEED} questions")
     return [
         {
@@ -190,7 +190,7 @@ def scored_questions(facts: Sequence[Fact]) -> list[dict[str, Any]]:
 
 
 def scored_documents(facts: Sequence[Fact]) -> list[dict[str, Any]]:
-    """One document per fact, cut before its value, with the true value among others of the same relation."""
+    """Write one document per fact, cut before its value, with the true value among others of the same relation."""
     rng = random.Random(f"{SEED} documents")
     rows = []
     for fact in facts:
@@ -203,7 +203,7 @@ def scored_documents(facts: Sequence[Fact]) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path) -> list[Fact]:
-    """Write the chat data and the scored documents; returns all facts."""
+    """Write the chat data and the scored documents, and return all facts."""
     facts = invent_facts(invent_towns())
     trained, held_out = split(facts)
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
@@ -219,12 +219,12 @@ def write_data(folder: Path) -> list[Fact]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:
-    """Write everything into the folder that the command line names."""
+    """Write the material into the folder of the command line."""
     if len(sys.argv) != 2:
         sys.exit("usage: python recipes/quickstart/make.py DIR")
     folder = Path(sys.argv[1])
