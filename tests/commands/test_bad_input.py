@@ -1,4 +1,4 @@
-"""What a user may get wrong: one clear message, the documented exit code, no traceback, and nothing is lost."""
+"""Mistakes of a user: one clear message, the documented exit code, no traceback, and nothing is lost."""
 
 from __future__ import annotations
 

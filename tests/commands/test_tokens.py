@@ -1,4 +1,4 @@
-"""What ``posttrain tokens`` shows: what is trained, where documents meet, and how much each source brings."""
+"""The output of ``posttrain tokens``: trained tokens, borders of documents, and the share of each source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the quickstart recipe ships: made by its script, unharmed, and honest about what training may see."""
+"""The material of the quickstart recipe: made by its script, undamaged, and with no scored town in the training data."""
 
 from __future__ import annotations
 
