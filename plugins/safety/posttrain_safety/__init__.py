@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from posttrain import Conversation, Record, Stage, Step, hookimpl
+from posttrain import Stage, hookimpl
 from posttrain_safety.config import SafetySettings
+
+if TYPE_CHECKING:
+    from posttrain import Conversation, Record, Step
 
 POSTTRAIN_API = 1
 
