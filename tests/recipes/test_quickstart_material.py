@@ -1,4 +1,4 @@
-"""The material of the quickstart recipe: made by its script, undamaged, and with no scored town in the training data."""
+"""The material of the quickstart recipe: made by its script, undamaged, with no scored town in the training data."""
 
 from __future__ import annotations
 
