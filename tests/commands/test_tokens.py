@@ -78,9 +78,7 @@ def test_long_documents_of_a_row_are_shown_by_their_ends(project: Path, capsys: 
     assert f"<|user|>q<|end|><|assistant|>⟦{'x' * 26}⟧ … 48 tokens … ⟦{'x' * 26}end<|end|>⟧" in row
 
 
-def test_too_long_records_are_rejected_on_request(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_long_records_are_rejected_on_request(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["tokens", "recipe=mine", "sft.sequence_length=16", "sft.overlong=reject"])
     assert caught.value.code == 2
