@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain_trackers.weights_and_biases import WandbTracker
+
 from posttrain import hookspecs
 from posttrain.host import plugins
-from posttrain.run import tracking
 
 PAGE = Path(__file__).with_suffix(".md")
 SHIPPED = "posttrain"
@@ -62,7 +63,7 @@ def shipped_users() -> dict[str, list[str]]:
     """Names of the shipped plugins that implement each hook."""
     host = plugins.load()
     manager = host.manager
-    manager.register(tracking.WandbTracker.__new__(tracking.WandbTracker), "tracker=wandb")
+    manager.register(WandbTracker.__new__(WandbTracker), "tracker=wandb")
     found: dict[str, list[str]] = {}
     for name, plugin in manager.list_name_plugin():
         info = host.plugins.get(name)

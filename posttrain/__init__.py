@@ -23,8 +23,6 @@ if TYPE_CHECKING:
         Role,
         Sequential,
         Source,
-        Tracker,
-        TrackerConfig,
     )
     from posttrain.context import StageContext
     from posttrain.data.records import Conversation, Document, Feedback, Message, Origin, Preference, Record, Text, Tool
@@ -57,7 +55,7 @@ if TYPE_CHECKING:
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
     from posttrain.sft.refusals import declines
-    from posttrain.stage import MISSING, Progress, Stage, StageConfig, from_recipe, from_variant, number
+    from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
 
 __all__ = [
@@ -105,6 +103,7 @@ __all__ = [
     "Role",
     "Scorecard",
     "Sequential",
+    "Settings",
     "Source",
     "Stage",
     "StageConfig",
@@ -113,8 +112,6 @@ __all__ = [
     "TaskVerdict",
     "Text",
     "Tool",
-    "Tracker",
-    "TrackerConfig",
     "TrainOn",
     "Verdict",
     "VerdictState",
@@ -141,8 +138,6 @@ HOMES = {
         "Role",
         "Sequential",
         "Source",
-        "Tracker",
-        "TrackerConfig",
     ),
     "posttrain.gate.sequential": ("Look",),
     "posttrain.context": ("StageContext",),
@@ -194,6 +189,7 @@ HOMES = {
     "posttrain.stage": (
         "MISSING",
         "Progress",
+        "Settings",
         "Stage",
         "StageConfig",
         "from_recipe",

@@ -26,6 +26,8 @@ QUANTIZATION = "quantization_config.json"
 """Beside an adapter: how the weights under it are quantised, in the form that transformers takes."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Names of files that would have to be unpickled."""
+OPTIONAL = ("merge", "plugin_settings")
+"""Fields that only some manifests have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,13 @@ class Manifest:
     """Figures of training: steps, tokens, losses, warnings."""
     merge: Mapping[str, Any] | None = None
     """Adapter, quantisation and measured differences of weights merged from an adapter."""
+    plugin_settings: Mapping[str, Any] | None = None
+    """Settings of plugins that shape data, by their names; None when there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values, without the hashes of files."""
         values = asdict(self) | {"template_sha256": template_digest(self.chat_template)}
-        if self.merge is None:
-            del values["merge"]
-        return values
+        return {name: value for name, value in values.items() if value is not None or name not in OPTIONAL}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], path: Path) -> Manifest:
@@ -138,11 +140,11 @@ class Manifest:
         Raises ArtifactDamaged when a field is missing or its value has another type.
         """
         try:
-            given = {field.name: values[field.name] for field in fields(cls) if field.name != "merge"}
+            given = {field.name: values[field.name] for field in fields(cls) if field.name not in OPTIONAL}
             given["base"] = BaseWeights(name=str(values["base"]["name"]), digest=str(values["base"]["digest"]))
             for name in ("plugins", "lineage", "added_tokens"):
                 given[name] = tuple(map(str, values[name]))
-            return cls(**given, merge=values.get("merge"))
+            return cls(**given, merge=values.get("merge"), plugin_settings=values.get("plugin_settings"))
         except (KeyError, TypeError) as error:
             raise ArtifactDamaged(f"{path} is damaged: it lacks or misstates {error}") from None
 

@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None and _help(words) is None:
-        from posttrain.host.supervisor import supervised
+        from posttrain.host.supervisor import supervise
 
-        sys.exit(supervised(lambda: answer(words)))
+        sys.exit(supervise(lambda: answer(words)))
     sys.exit(answer(words))
 
 

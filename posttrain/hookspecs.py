@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
     from posttrain.plan import Plan, Step
-    from posttrain.stage import Stage
+    from posttrain.stage import Settings, Stage
 
 API_VERSION = 1
 """A plugin may set ``POSTTRAIN_API = 1`` in its module; one that names another version is not loaded."""
@@ -46,6 +46,14 @@ def register_stages() -> Sequence[Stage]:  # type: ignore[empty-body]
     """The kinds of stage that this plugin brings.
 
     A name that another plugin has registered leaves the whole plugin out.
+    """
+
+
+@hookspec
+def register_settings() -> Sequence[Settings]:  # type: ignore[empty-body]
+    """Settings of this plugin that belong to no stage; ``plan.settings[NAME]`` holds them as an object of their type.
+
+    A name that is taken leaves the whole plugin out.
     """
 
 
@@ -72,6 +80,17 @@ def check_plan(plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
     """What is wrong with the plan; any problem refuses it with exit code 2.
 
     All plugins are asked, and all problems are reported at once.
+    """
+
+
+# --- Run --------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def run_started(plan: Plan, directory: Path) -> object | None:
+    """Return an object whose hooks are called for this run alone, such as a tracker; None for no such object.
+
+    After ``run_finished`` it is unregistered, however the run ends.
     """
 
 

@@ -25,7 +25,6 @@ from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
-from posttrain.run.tracking import WandbTracker
 from posttrain.run.train import read_records, trained
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
@@ -42,9 +41,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         parent = base if start is None else start.source(base)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
-        with open_run(path, plan) as directory, _closing(directory, host, display):
-            if (tracker := WandbTracker.of(plan, path, display.console.print)) is not None:
-                host.manager.register(tracker)
+        with open_run(path, plan) as directory, host.restored(), _closing(directory, host, display):
+            host.start_run(plan, path)
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
             jobs = [
                 Job(
@@ -152,5 +150,5 @@ def _leave(directory: RunDirectory, display: Display) -> None:
         directory.save()
         report.write(directory.path)
     except OSError as error:
-        display.console.print(f"the end of the run could not be written down: {error}")
+        display.console.print(f"the end of the run could not be recorded: {error}")
     report.show(directory.path)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
-from posttrain.config.explain import ROOT
-from posttrain.config.schema import GateConfig, GateTask, ModelConfig, Source, StageConfig, Tracker, TrackerConfig
+from posttrain.config.ranges import out_of_range
+from posttrain.config.schema import ROOT, GateConfig, GateTask, ModelConfig, Source, StageConfig
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.host.plugins import Host
@@ -23,6 +22,7 @@ from posttrain.stage import Stage
 
 CORE = "sft"
 ONCE = "SFT is first and only once"
+NO_TRACKER = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,12 @@ class Plan:
     """The command line."""
     model: ModelConfig
     steps: tuple[Step, ...]
-    tracker: TrackerConfig
+    settings: Mapping[str, Any]
+    """Typed settings of plugins that belong to no stage, by name; those of a tracker only when it is chosen."""
+    shaping: tuple[str, ...]
+    """Names of the settings among them on which artifacts depend."""
+    tracker: str
+    """Name of the chosen tracker, or ``none``."""
     seed: int
     plugin_timeout: float | None
     """Seconds that a plugin may go without reporting a step or answering; None: for ever."""
@@ -73,7 +78,8 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
-    used = ["seed", "output_root", "stages", "start_from", "plugin_timeout", "model", "tracker", *names]
+    used = ["seed", "output_root", "stages", "start_from", "plugin_timeout", "model", "tracker", *host.own_nodes()]
+    used += names
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
     broken = [problem for key in used for problem in check_resolved(config, key)]
@@ -81,13 +87,16 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         raise BadInput(problems + broken)
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
-    problems += [*_number_problems(config), *_timeout_problems(config), *_tracker_problems(config)]
+    problems += [*_number_problems(config), *_timeout_problems(config)]
+    settings = _plugin_settings(composition, host, problems)
     plan = Plan(
         recipe=composition.recipe,
         words=composition.words,
         model=model,
         steps=tuple(steps),
-        tracker=_typed(config.tracker),
+        settings=settings,
+        shaping=tuple(name for name in settings if host.settings[name].shapes_data),
+        tracker=next((name for name in settings if host.settings[name].group == "tracker"), NO_TRACKER),
         seed=config.seed,
         plugin_timeout=config.plugin_timeout,
         output_root=Path(str(config.output_root)),
@@ -108,12 +117,13 @@ def _stage_nodes(config: DictConfig) -> list[str]:
 
 
 def _unknown_nodes(composition: Composition, host: Host) -> list[Problem]:
-    known = {*ROOT, *_stage_nodes(composition.config), *composition.removed}
+    keys = [*ROOT, *host.own_nodes()]
+    known = {*keys, *_stage_nodes(composition.config), *composition.removed}
     return [
         Problem(
             where=f"recipe: {key}",
             what=f"{key!r} is neither a setting nor a stage of this recipe",
-            fix=f"For a stage, add - /stage@{key}: KIND to the defaults. {suggest(key, [*ROOT, *host.stages])}",
+            fix=f"For a stage, add - /stage@{key}: KIND to the defaults. {suggest(key, [*keys, *host.stages])}",
         )
         for key in map(str, composition.config)
         if key not in known
@@ -193,6 +203,24 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     )  # fmt: skip
 
 
+def _plugin_settings(composition: Composition, host: Host, problems: list[Problem]) -> dict[str, Any]:
+    """Return the typed settings that belong to no stage; add what is wrong with them to ``problems``."""
+    config, found = composition.config, {}
+    for name, declared in host.settings.items():
+        node = declared.group or name
+        if OmegaConf.get_type(config, node) is not declared.config:  # an option of the group that is not chosen
+            continue
+        found[name] = settings = _typed(config[node])
+        with host.calling(name, "problems"):
+            given = [*out_of_range(settings), *(settings.problems() if hasattr(settings, "problems") else ())]
+            problems += [Problem(where=f"{node}.{key}", what=what) for key, what in given]
+    chosen = composition.tracker
+    if chosen != NO_TRACKER and not any(host.settings[name].group == "tracker" for name in found):
+        fix = "Put /settings@_here_: NAME, of a tracker that is installed, into the defaults of its file"
+        problems.append(Problem(where="tracker", what=f"the option {chosen!r} has no tracker's settings", fix=fix))
+    return found
+
+
 def _number_problems(config: DictConfig) -> Sequence[Problem]:
     if isinstance(config.seed, int) and 0 <= config.seed < 2**32:
         return ()
@@ -204,9 +232,3 @@ def _timeout_problems(config: DictConfig) -> Sequence[Problem]:
     if seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0):
         return ()
     return (Problem(where="plugin_timeout", what=f"{seconds!r} is not a number of seconds", fix="null: wait for ever"),)
-
-
-def _tracker_problems(config: DictConfig) -> Sequence[Problem]:
-    if config.tracker.kind is Tracker.wandb and find_spec("wandb") is None:
-        return (Problem(where="tracker", what="wandb is not installed", fix="pip install 'posttrain[wandb]'"),)
-    return ()

@@ -12,7 +12,17 @@ from typing import Protocol
 from posttrain.config.ranges import number
 from posttrain.config.schema import MISSING, StageConfig, from_recipe, from_variant
 
-__all__ = ["MISSING", "RECORD_SHAPES", "Progress", "Stage", "StageConfig", "from_recipe", "from_variant", "number"]
+__all__ = [
+    "MISSING",
+    "RECORD_SHAPES",
+    "Progress",
+    "Settings",
+    "Stage",
+    "StageConfig",
+    "from_recipe",
+    "from_variant",
+    "number",
+]
 
 RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback")
 """The shapes of prepared records that a stage can ask for; documents are conversations and raw texts, mixed."""
@@ -34,6 +44,22 @@ class Stage:
     """What the stage is stacked on: ``base`` or ``sft``."""
     records: str
     """One of RECORD_SHAPES."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings that belong to no stage, as a plugin registers them."""
+
+    name: str
+    """Key at the top level of every recipe; with ``group``, the option that has these settings."""
+    summary: str
+    """One line for ``posttrain list``."""
+    config: type
+    """Dataclass that is schema, default and help; it may have ranges, and ``problems`` like that of StageConfig."""
+    shapes_data: bool = False
+    """True when artifacts depend on them: they are then part of every stage's fingerprint and manifest."""
+    group: str | None = None
+    """``tracker`` for a tracker: ``tracker=NAME`` chooses it, and its settings stand under the key ``tracker``."""
 
 
 class Progress(Protocol):

@@ -13,7 +13,7 @@ from posttrain.host.plugins import Host
 
 GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker"}
 """Names of lists, and their folders below conf/."""
-SECTIONS = ("recipes", "stages", *GROUPS, "plugins")
+SECTIONS = ("recipes", "stages", *GROUPS, "settings", "plugins")
 
 
 def main(words: list[str]) -> int:
@@ -21,12 +21,13 @@ def main(words: list[str]) -> int:
     as_json = "--json" in words
     names = [word for word in words if word != "--json"]
     host = plugins.load()
-    if len(names) == 1 and names[0] in host.stages and names[0] not in SECTIONS:
+    declared = {**host.stages, **host.settings}
+    if len(names) == 1 and names[0] in declared and names[0] not in SECTIONS:
         _print_settings(host, names[0], as_json)
         return 0
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
-        fix = suggest(unknown[0], [*SECTIONS, *host.stages])
+        fix = suggest(unknown[0], [*SECTIONS, *declared])
         reject(f"list {unknown[0]}", "is neither a list nor a stage", fix)
     content = {section: _rows(section, host) for section in names or SECTIONS}
     print(json.dumps(content, indent=2) if as_json else _text(content))
@@ -57,6 +58,11 @@ def _rows(section: str, host: Host) -> list[dict[str, Any]]:
                 "plugin": host.origin(s.name),
             }
             for s in host.stages.values()
+        ]
+    if section == "settings":
+        return [
+            {"name": s.name, "summary": s.summary, "key": s.group or s.name, "plugin": host.origin(s.name)}
+            for s in host.settings.values()
         ]
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
     if section == "recipes":
@@ -94,11 +100,15 @@ def _line(row: dict[str, Any]) -> str:
 def _print_settings(host: Host, name: str, as_json: bool) -> None:
     from posttrain.config.help import settings
 
-    rows = settings(host.stages[name].config)
+    stage = host.stages.get(name)
+    declared = host.settings[name] if stage is None else stage
+    key = name if stage is not None else host.settings[name].group or name
+    rows = settings(declared.config)
     if as_json:
-        print(json.dumps({"stage": name, "settings": [vars(row) for row in rows]}, indent=2))
+        what = "plugin" if stage is None else "stage"
+        print(json.dumps({what: name, "settings": [vars(row) for row in rows]}, indent=2))
         return
-    print(f"{name}: {host.stages[name].summary}\n")
+    print(f"{name}: {declared.summary}\n")
     for row in rows:
-        print(f"  {name}.{row.name}: {row.type} = {row.default}")
+        print(f"  {key}.{row.name}: {row.type} = {row.default}")
         print(f"      {row.help}")

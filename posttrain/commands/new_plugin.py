@@ -11,6 +11,7 @@ from pathlib import Path
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.hookspecs import API_VERSION
 from posttrain.host import plugins
+from posttrain.host.registration import is_stage_name
 from posttrain.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates" / "plugin"
@@ -61,13 +62,13 @@ def _bad_name(name: str) -> Problem | None:
 
 
 def _can_be_a_name(name: str) -> bool:
-    return len(name) <= LONGEST and plugins.is_stage_name(name) and not keyword.iskeyword(name)
+    return len(name) <= LONGEST and is_stage_name(name) and not keyword.iskeyword(name)
 
 
 def _taken(name: str) -> Problem | None:
     """Name the stage, plugin, recipe, gate, list, key of recipes or package that has the name."""
     from posttrain.commands.list import SECTIONS
-    from posttrain.config.explain import ROOT
+    from posttrain.config.schema import ROOT
 
     host = plugins.load()
     taken = None

@@ -38,7 +38,6 @@ def _run_plan(plan: Plan, host: Host) -> None:
     from posttrain.pipeline import run
     from posttrain.run.display import Display
 
-    host.patience.seconds = plan.plugin_timeout
     run(plan, host, Display())
 
 
@@ -84,6 +83,7 @@ def run_hydra(words: list[str], primary: str = "config") -> int:
             config=config,
             words=(*(word for folder in folders for word in ("--config-dir", folder)), *overrides),
             removed=removed_stages(overrides),
+            tracker=own.runtime.choices["tracker"],
         )
         try:
             _run_plan(make_plan(found, host), host)

@@ -36,6 +36,8 @@ class Composition:
     """The command line."""
     removed: frozenset[str]
     """Stage nodes taken out with ``~stage@name``."""
+    tracker: str = "none"
+    """Chosen option of the group ``tracker``."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -60,11 +62,12 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
                     problems.append(fault.problem)
                 if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
                     raise BadInput(problems) from None
-    recipe = str(config.hydra.runtime.choices.get(choice))
+    choices = config.hydra.runtime.choices
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return Composition(
-        recipe=recipe, config=plain, words=tuple(overrides), removed=removed_stages(remaining), problems=problems
-    )
+        recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
+        tracker=str(choices.get("tracker", "none")), problems=problems,
+    )  # fmt: skip
 
 
 def _searching(words: Sequence[str]) -> list[str]:

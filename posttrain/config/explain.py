@@ -14,14 +14,10 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from posttrain.config.schema import GateTask, ModelConfig, Source, TrackerConfig
+from posttrain.config.schema import ROOT, GateTask, ModelConfig, Source
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
-ROOT = (
-    "seed", "output_root", "stages", "start_from", "model", "data", "gate_data", "tracker", "variant", "plugin_timeout",
-)  # fmt: skip
-"""Top-level keys of every recipe; its stages are the others."""
 FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline")
 """Flags of the commands that compose."""
 TYPE_ERRORS = {
@@ -32,7 +28,7 @@ TYPE_ERRORS = {
     r"Invalid value (.+), expected one of \[(.+)\]": r"\1 is not one of \2",
 }
 """Messages of OmegaConf by pattern, in plain English."""
-NODES = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
+NODES = {"model": ModelConfig, "data": Source}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +163,9 @@ def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, hos
         key = str(cause.full_key)  # the keys below it are not known
     parent, _, leaf = key.rpartition(".")
     known = settings_of(parent, host, cause)
+    if parent == "tracker" and not known:
+        options = [option for option in _options("tracker") if option != "none"]
+        return Problem(where=where, what="no tracker is chosen", fix=f"Add tracker=NAME. {suggest('', options)}")
     if leaf in known and cause is not None and not isinstance(cause, ConfigKeyError):
         return Problem(where=where, what=readable(str(cause.msg)), fix=_expected(key, host))
     close = nearest(leaf, known)
@@ -191,13 +190,15 @@ def settings_of(path: str, host: Host, cause: OmegaConfBaseException | None = No
         keys = [str(key) for key in node]
         return [key for key in keys if key != "hydra"]
     if not path:
-        return [*ROOT, *host.stages]
-    kind: Any = NODES.get(path.split(".")[0]) or (host.stages[path].config if path in host.stages else None)
+        return [*ROOT, *host.stages, *host.own_nodes()]
+    declared: dict[str, Any] = {**host.stages, **host.settings}
+    kind: Any = NODES.get(path.split(".")[0]) or (declared[path].config if path in declared else None)
     return [field.name for field in fields(kind)] if is_dataclass(kind) else []
 
 
 def _expected(key: str, host: Host) -> str:
-    return f"posttrain list {key.split('.')[0]} shows its settings" if key.split(".")[0] in host.stages else ""
+    root = key.split(".")[0]
+    return f"posttrain list {root} shows its settings" if root in (*host.stages, *host.own_nodes()) else ""
 
 
 def _culprit(text: str, overrides: Iterable[str]) -> str | None:

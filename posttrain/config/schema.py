@@ -15,6 +15,10 @@ from typing import Any
 
 from posttrain.config.ranges import number, out_of_range
 
+ROOT = (
+    "seed", "output_root", "stages", "start_from", "model", "data", "gate_data", "tracker", "variant", "plugin_timeout",
+)  # fmt: skip
+"""Keys at the top level of every recipe, other than its stages and the settings of plugins."""
 MISSING: Any = "???"
 """Default of a setting that the recipe must give."""
 MAX_DROP = 0.02
@@ -79,13 +83,6 @@ class Overlong(Enum):
     truncate = "truncate"
     split = "split"
     reject = "reject"
-
-
-class Tracker(Enum):
-    """A tracking service."""
-
-    none = "none"
-    wandb = "wandb"
 
 
 class Role(Enum):
@@ -299,15 +296,3 @@ class StageConfig:
     def advice(self, examples: int | None) -> Sequence[str]:
         """Return unusual settings for so many examples (None: unknown), each with the usual value and its reason."""
         return ()
-
-
-@dataclass(kw_only=True)
-class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
-
-    kind: Tracker = Tracker.none
-    """none or wandb (pip install posttrain[wandb])."""
-    project: str = "posttrain"
-    """Project at the tracking service."""
-    entity: str | None = None
-    """Team or user at the tracking service."""

@@ -30,7 +30,6 @@ from posttrain.config.schema import (
     ModelConfig,
     Source,
     StageConfig,
-    TrackerConfig,
     from_recipe,
     variant_rates,
 )
@@ -39,34 +38,28 @@ from posttrain.host.guard import SETTINGS
 from posttrain.host.plugins import Host
 from posttrain.stage import Stage
 
-SCHEMA = {"model": ModelConfig, "data": Source, "tracker": TrackerConfig}
-"""Typed nodes of every recipe besides its stages."""
+SCHEMA = {"model": ModelConfig, "data": Source}
+"""Typed nodes of every recipe, other than its stages and the settings of plugins."""
 ALLOWED_RESOLVERS = ("shipped",)
 GROUP = "recipe/"
 
 
 def register(host: Host) -> None:
-    """Make every stage, recipe and group of the host known to Hydra.
+    """Register every stage, recipe, group and schema of the host with Hydra.
 
-    A plugin with settings that it cannot hold is left out.
+    A plugin with settings that Hydra cannot represent is left out.
     """
     store = ConfigStore.instance()
     store.store(name="regression_schema", node=RegressionConfig)
     variant: dict[str, dict[str, str]] = {}
-    for kind, stage in list(host.stages.items()):
-        if kind not in host.stages:  # its plugin has been left out for another of its stages
-            continue
-        try:
-            with host.calling(kind, SETTINGS):
-                store.store(group="settings", name=kind, node=_settings(stage, variant))
-        except PluginFailed as failure:
-            host.leave_out(kind, failure)
+    _store_settings(store, host, variant)
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
     conf = conf_folders(plugin_folders)
     for kind, stage in host.stages.items():
         if not any((folder / "stage" / f"{kind}.yaml").exists() for folder in conf):  # it starts from settings
-            store.store(group="stage", name=kind, node=_settings(stage, variant))
-    typed = {key: OmegaConf.structured(kind) for key, kind in SCHEMA.items()}
+            store.store(group="stage", name=kind, node=_stage_settings(stage, variant))
+    own = {name: host.settings[name].config for name in host.own_nodes()}
+    typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
     store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant}))
     OmegaConf.register_new_resolver(FROM_VARIANT, _from_variant, replace=True)
     OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
@@ -77,7 +70,7 @@ def register(host: Host) -> None:
         plugins.register(plugin)
 
 
-def _settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageConfig:
+def _stage_settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageConfig:
     """Return the settings of ``stage``; defaults that follow the variant become keys of ``variant`` and point there."""
     defaults = {field.name: field.default for field in fields(stage.config) if variant_rates(field.default)}
     if not defaults or stage.name == "method":  # variant.method is taken: the setting keeps its own default
@@ -88,6 +81,20 @@ def _settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageConfig:
 
 def _from_variant(method: str, adapter: float, full: float) -> float:
     return full if method == Method.full.value else adapter
+
+
+def _store_settings(store: ConfigStore, host: Host, variant: dict[str, dict[str, str]]) -> None:
+    """Store the settings of every stage, and those that belong to none, as options of the group ``settings``."""
+    for name in (*host.stages, *host.settings):
+        if name not in host.stages and name not in host.settings:  # its plugin has just been left out
+            continue
+        try:
+            with host.calling(name, SETTINGS):
+                stage = host.stages.get(name)
+                node = host.settings[name].config() if stage is None else _stage_settings(stage, variant)
+                store.store(group="settings", name=name, node=node)
+        except PluginFailed as failure:
+            host.leave_out(name, failure)
 
 
 class RecipeSearchPath(SearchPathPlugin):

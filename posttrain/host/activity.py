@@ -1,6 +1,6 @@
-"""Which plugin and run this process is busy with, in memory that the process which watches over it can read.
+"""The plugin and the run that this process is busy with, in memory shared with the process that supervises it.
 
-Written by whoever calls into a plugin; read by ``supervisor``. In a process that is not supervised nothing is written.
+Every call into a plugin writes here, and ``supervisor`` reads. A process without a supervisor writes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 SIZE = 1 << 15
 """Bytes of the shared record: a path may have 4,096 bytes, each of them six characters in JSON."""
+SILENCE_LIMIT = 3600.0
+"""Seconds that a plugin may go without a sign of life, unless a run sets another limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +28,30 @@ class Activity:
     origin: str
     """Distribution and version."""
     call: str
-    """What was called: a hook, its import, or a stage."""
-    seconds: float | None
-    """How long it may go without a sign of life; None: for ever."""
+    """The hook or stage that was called, or ``import``."""
+    silence_limit: float | None
+    """Seconds it may go without a sign of life; None: for ever."""
     starting: bool = False
-    """Whether the command could do without this plugin, since it is only being loaded."""
+    """True while the plugin is loaded: the command can go on without it."""
 
     def __str__(self) -> str:
         return f"plugin {self.plugin} ({self.origin}) in {self.call}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a process said about itself last."""
+class Report:
+    """The last state that a process wrote."""
 
     code: int | None = None
-    """The exit code that it ends with."""
+    """Exit code with which the process ends."""
     activity: Activity | None = None
-    """The plugin that it is busy with."""
+    """Innermost call into a plugin."""
     run: Path | None = None
-    """The directory of the run that it writes."""
+    """Directory of the run that the process writes."""
 
 
 class Record:
-    """What a process tells about itself, in memory shared with its parent."""
+    """State of a process, in memory shared with its parent."""
 
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         self._memory = memory
@@ -58,30 +60,31 @@ class Record:
         self._signs = 0
         self._code: int | None = None
         self._run: Path | None = None
+        self.silence_limit: float | None = SILENCE_LIMIT
 
     def push(self, activity: Activity) -> None:
-        """A call into a plugin begins."""
+        """Begin a call into a plugin."""
         self._calls.append(activity)
         self.write()
 
     def pop(self) -> None:
-        """The innermost call is over."""
+        """End the innermost call."""
         self._calls.pop()
         self.write()
 
     def write_run(self, directory: Path | None) -> None:
-        """This is the run that is written from here on, or none."""
+        """Name the run that this process writes, or none."""
         self._run = directory
         self.write()
 
     def finish(self, code: int) -> None:
-        """The command is done: its exit code counts, whatever happens to the process from here on."""
+        """End the command: its exit code counts, even if the process crashes afterwards."""
         self._code = code
         self.write()
 
     def write(self) -> None:
-        """Make the state known; every write is a sign of life."""
-        if self._memory is None or os.getpid() != self._owner:  # a fork of this process has nothing to tell
+        """Write the state; every write is a sign of life."""
+        if self._memory is None or os.getpid() != self._owner:  # a fork must not write over its parent's state
             return
         self._signs += 1
         current = asdict(self._calls[-1]) if self._calls else None
@@ -93,11 +96,11 @@ class Record:
 _record = Record()
 
 lost: dict[str, str] = {}
-"""Plugins that ended an earlier attempt at the same command while they were loaded, and how."""
+"""Plugins that ended the process while they were loaded, in earlier attempts at the same command, and how."""
 
 
 def attach(memory: mmap.mmap, earlier: Mapping[str, str]) -> None:
-    """Tell everything to ``memory`` from here on; ``earlier`` are plugins that are not to be loaded again."""
+    """Write to ``memory`` from now on; plugins in ``earlier`` are not loaded again."""
     global _record
     _record = Record(memory)
     lost.update(earlier)
@@ -105,7 +108,7 @@ def attach(memory: mmap.mmap, earlier: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def calling(activity: Activity) -> Iterator[None]:
-    """A call into a plugin, for as long as the context lasts."""
+    """Record a call into a plugin while the context lasts."""
     _record.push(activity)
     try:
         yield
@@ -114,32 +117,39 @@ def calling(activity: Activity) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(directory: Path) -> Iterator[None]:
-    """This process is the writer of the run in ``directory``, for as long as the context lasts."""
+def running(directory: Path, silence_limit: float | None = SILENCE_LIMIT) -> Iterator[None]:
+    """Record the run in ``directory``, and its limit for the silence of plugins, while the context lasts."""
+    _record.silence_limit = silence_limit
     _record.write_run(directory.absolute())
     try:
         yield
     finally:
+        _record.silence_limit = SILENCE_LIMIT
         _record.write_run(None)
 
 
+def silence_limit() -> float | None:
+    """Return the seconds that a plugin may go without a sign of life in the current run; None: for ever."""
+    return _record.silence_limit
+
+
 def sign_of_life() -> None:
-    """Something was reported: whatever runs is not hanging."""
+    """Report progress, so that the current call does not count as hanging."""
     _record.write()
 
 
 def finish(code: int) -> None:
-    """The command has ended with ``code``."""
+    """Record the exit code of the command."""
     _record.finish(code)
 
 
-def read(content: bytes) -> Told:
-    """What a record's bytes say; nothing when they were torn by the end of the process."""
+def read(content: bytes) -> Report:
+    """Parse a record's bytes; return an empty report when the end of the process tore them."""
     try:
         state = json.loads(content.rstrip(b"\0"))
     except ValueError:
-        return Told()
-    return Told(
+        return Report()
+    return Report(
         code=state["code"],
         activity=Activity(**state["current"]) if state["current"] else None,
         run=Path(state["run"]) if state["run"] else None,

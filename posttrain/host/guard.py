@@ -1,7 +1,7 @@
-"""Stands between the pipeline and a plugin's hooks: whatever a hook does wrong is said with the plugin's name.
+"""A guard around every hook of a plugin, so that each of its faults is reported under its name.
 
-Around every call: exceptions, answers of the wrong type, a changed working directory, changed random numbers and modes
-of torch become PluginFailed; the call is made known to the process that watches for hangs and crashes.
+Exceptions, answers of the wrong type, a changed working directory, changed random numbers and modes of torch become
+PluginFailed. Each call is recorded for the process that detects hangs and crashes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from posttrain.host.activity import Activity
 from posttrain.host.process_state import ProcessState
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What the disk refuses is nobody's fault."""
+"""Errors of the disk: no plugin's fault."""
 MARK = "posttrain_impl"
-"""Attribute by which pluggy knows a hook's implementation."""
-STARTING = ("register_stages", "register_config", "register_eval_tasks")
+"""Attribute with which pluggy marks the implementation of a hook."""
+STARTING = ("register_stages", "register_settings", "register_config", "register_eval_tasks")
 """Hooks that every command waits for."""
 SETTINGS = "settings"
-"""What is called when the settings of a plugin's stage are made, for every recipe."""
+"""Name of the call in which the settings of a plugin are created, for every recipe."""
 COLLECTING = (*STARTING, "check_plan", "check_gate")
 """Hooks whose answers are lists."""
 TRAINING = "run_stage"
-"""The hook that may seed and set torch as it likes: the pipeline puts everything back."""
+"""The hook that may seed and set torch: the pipeline restores everything."""
 
 
 def _start_seconds() -> float:
@@ -42,34 +42,24 @@ def _start_seconds() -> float:
 
 
 START_SECONDS = _start_seconds()
-"""How long a plugin may take to be imported, and to answer each hook of STARTING."""
-
-
-@dataclass
-class Patience:
-    """How long a plugin may go without a sign of life."""
-
-    seconds: float | None = 3600.0
+"""Seconds that a plugin may take to be imported, and to answer each hook of STARTING."""
 
 
 class Hooks:
-    """A plugin as pluggy sees it: an attribute for each of its hooks."""
+    """The guarded hooks of a plugin as attributes, in the form that pluggy registers."""
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         vars(self).update(functions)
 
 
-def guarded(plugin: object, name: str, origin: str, patience: Patience) -> Hooks:
-    """The hooks of ``plugin``, each behind a guard, as pluggy registers them.
+def guarded(plugin: object, name: str, origin: str) -> Hooks:
+    """Return the hooks of ``plugin``, each behind a guard.
 
     Raises PluginFailed for a wrapper in pluggy's old style, which cannot be guarded.
     """
-    guard = Guard(name, origin, patience)
+    guard = Guard(name, origin)
     found = {}
-    for attribute in dir(plugin):
-        options = getattr(getattr(plugin, attribute), MARK, None)
-        if not isinstance(options, dict):
-            continue
+    for attribute, options in implementations(plugin):
         if options["hookwrapper"]:
             raise PluginFailed(f"{attribute} is a hookwrapper; write @hookimpl(wrapper=True)")
         hook = options["specname"] or attribute
@@ -78,16 +68,24 @@ def guarded(plugin: object, name: str, origin: str, patience: Patience) -> Hooks
     return Hooks(found)
 
 
+def implementations(plugin: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the names of the attributes that implement hooks, with pluggy's options."""
+    for attribute in dir(plugin):
+        options = getattr(getattr(plugin, attribute), MARK, None)
+        if isinstance(options, dict):
+            yield attribute, options
+
+
 @dataclass(frozen=True)
 class Guard:
-    """Guards the hooks of one plugin."""
+    """The guard of one plugin's hooks."""
 
     plugin: str
     origin: str
-    patience: Patience
+    """Distribution and version."""
 
     def plain(self, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, guarded."""
+        """Return ``function``, guarded."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +100,7 @@ class Guard:
         return call
 
     def wrapper(self, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, a generator that wraps the other implementations of a hook, guarded before and after them."""
+        """Return ``function``, a wrapper of the hook's other implementations, guarded before and after them."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Generator[None, Any, Any]:
@@ -129,7 +127,7 @@ class Guard:
 
     @contextlib.contextmanager
     def calling(self, hook: str, passing: BaseException | None = None) -> Iterator[None]:
-        """A call into the plugin; ``passing`` is an error that it is shown and may raise again."""
+        """Guard a call into the plugin; ``passing`` is an error from inside, which a wrapper may raise again."""
         before, ended = ProcessState.now(), None
         try:
             with activity.calling(self._activity(hook)):
@@ -152,15 +150,15 @@ class Guard:
 
     def _activity(self, call: str) -> Activity:
         starting = call in (*STARTING, SETTINGS)
-        seconds = START_SECONDS if starting else self.patience.seconds
-        return Activity(plugin=self.plugin, origin=self.origin, call=call, seconds=seconds, starting=starting)
+        limit = START_SECONDS if starting else activity.silence_limit()
+        return Activity(plugin=self.plugin, origin=self.origin, call=call, silence_limit=limit, starting=starting)
 
     def _failed(self, hook: str, what: str) -> PluginFailed:
         return PluginFailed(f"plugin {self.plugin} ({self.origin}) in {hook}: {what}")
 
 
 class _Ended(Exception):
-    """A wrapper is at its end; a StopIteration could not pass through the context that guards it."""
+    """The end of a wrapper, in place of StopIteration, which cannot leave the generator of a context manager."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -168,7 +166,7 @@ class _Ended(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """An error and the line that raised it."""
+    """Return an error's type and text, and the line that raised it."""
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -187,8 +185,8 @@ def _is_of_the_disk(error: BaseException) -> bool:
 
 
 def _fault(hook: str, answer: Any) -> str | None:
-    """What an answer is, when it is not what the hook's specification says."""
-    if answer is None:  # nothing to say
+    """Describe an answer that its hook does not allow; None for one that it does."""
+    if answer is None:
         return None
     if hook in ("check_plan", "check_gate"):
         return _unless_all(answer, (Problem,), "a list of Problem")
@@ -201,6 +199,8 @@ def _fault(hook: str, answer: Any) -> str | None:
 
         wanted = Scorecard if hook == "evaluate_artifact" else Verdict
         return None if isinstance(answer, wanted) else f"{answer!r:.80}, not a {wanted.__name__}"
+    if hook == "run_started":
+        return None if any(implementations(answer)) else f"{answer!r:.80}, which has no hooks"
     if hook == TRAINING:
         return None if answer is True else f"{answer!r:.80}, not True"
     if hook in COLLECTING:

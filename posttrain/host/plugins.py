@@ -1,9 +1,9 @@
-"""Builds the plugin manager: the essentials, then every entry point, each loaded in isolation.
+"""The plugin manager: the essentials and every entry point, each loaded in isolation.
 
-A plugin that cannot be loaded is reported and left out; a recipe that needs one of its stages is refused with that
-reason. Two environment variables decide which plugins are loaded, by the names of their entry points:
+A plugin that fails to load is reported and left out, and a recipe that needs it is rejected with the reason. Two
+environment variables choose plugins by the names of their entry points:
 
-    POSTTRAIN_PLUGINS=preference,mine==1.2    these and no others; with ==, in this version of their distribution alone
+    POSTTRAIN_PLUGINS=preference,mine==1.2    only these; with ==, only in this version of the distribution
     POSTTRAIN_BLOCK_PLUGINS=mine,theirs       all but these
 """
 
@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -27,29 +26,38 @@ from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
 from posttrain.host import activity
 from posttrain.host.activity import Activity
-from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, Patience, guarded
+from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, guarded
 from posttrain.host.process_state import ProcessState
-from posttrain.stage import RECORD_SHAPES, Stage, StageConfig
+from posttrain.host.registration import (
+    RECIPES,
+    ask,
+    ask_folders,
+    check_api,
+    check_hook_names,
+    check_option,
+    check_settings,
+    check_stage,
+    find_options,
+    find_tasks,
+)
+from posttrain.stage import Settings, Stage
 from posttrain.version import __version__
+
+if TYPE_CHECKING:
+    from posttrain.plan import Plan
 
 GROUP = "posttrain"
 ESSENTIAL = tuple(f"posttrain.{room}.plugin" for room in ("sft", "data", "model", "scoring", "gate", "run"))
-"""The product's own hook implementations; they cannot be blocked."""
+"""Hook implementations of posttrain itself; they cannot be blocked."""
 SHAPING = ("load_records", "run_stage")
 """Hooks whose implementations decide what is trained."""
 BUILT_IN = "built in"
-RECIPES = "recipes"
-STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
-CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
-"""Words that YAML or the command line reads as a value, so that no stage can be called so."""
-TASK_NAME = re.compile(r"""^task:[ ]*["']?([\w.:-]+)["']?[ ]*(?:#.*)?$""", re.MULTILINE)
-"""The line of a task file that names the task; read without a YAML parser, which would slow down every command."""
 CORE_ORIGIN = f"posttrain {__version__}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginInfo:
-    """What ``posttrain list plugins`` shows of one plugin."""
+    """One plugin in ``posttrain list plugins``."""
 
     name: str
     origin: str
@@ -58,6 +66,8 @@ class PluginInfo:
     """``loaded``, ``blocked`` or ``failed``."""
     reason: str = ""
     stages: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    """Names of the settings that belong to no stage."""
 
     @property
     def is_ours(self) -> bool:
@@ -66,7 +76,7 @@ class PluginInfo:
 
     @property
     def version(self) -> str:
-        """Version of the distribution; posttrain's own for what is built in, empty when there is no distribution."""
+        """Version of the distribution: posttrain's for a built-in plugin, empty without a distribution."""
         if self.origin == BUILT_IN:
             return __version__
         return self.origin.rpartition(" ")[2] if " " in self.origin else ""
@@ -78,73 +88,112 @@ class PluginInfo:
 
 @dataclass
 class Host:
-    """The plugin manager with what the plugins registered."""
+    """The plugin manager with everything that plugins registered."""
 
     manager: pluggy.PluginManager
     stages: dict[str, Stage] = field(default_factory=dict)
+    settings: dict[str, Settings] = field(default_factory=dict)
+    """Settings that belong to no stage."""
     folders: dict[str, list[Path]] = field(default_factory=dict)
     tasks: dict[str, Path] = field(default_factory=dict)
-    """The files of the plugins' own lm-eval tasks, by the task's name."""
+    """Files of the plugins' lm-eval tasks, by the task's name."""
     options: dict[str, Path] = field(default_factory=dict)
-    """The files of recipes and of options of conf's groups, such as ``recipes/mine`` and ``gate/mine``."""
+    """Files of recipes and of the options of groups, by names such as ``recipes/mine`` and ``gate/mine``."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
-    patience: Patience = field(default_factory=Patience)
-    """How long plugins may go without a sign of life."""
+    listeners: dict[str, str] = field(default_factory=dict)
+    """The plugin of each object that is registered for the current run alone, by the names of both."""
 
     @property
     def hook(self) -> Any:
-        """Calls hooks of every loaded plugin."""
+        """The hooks of every loaded plugin, to be called."""
         return self.manager.hook
 
     def failures(self) -> list[PluginInfo]:
-        """The plugins that could not be loaded."""
+        """Return the plugins that failed to load."""
         return [info for info in self.plugins.values() if info.state == "failed"]
 
     def blocked(self) -> list[PluginInfo]:
-        """The plugins that the user does not want."""
+        """Return the plugins that the user does not want."""
         return [info for info in self.plugins.values() if info.state == "blocked"]
 
-    def calling(self, kind: str, call: str) -> contextlib.AbstractContextManager[None]:
-        """Names the plugin that brings a kind of stage in whatever goes wrong inside, as a PluginFailed."""
-        info = self._bringing(kind)
+    def calling(self, name: str, call: str) -> contextlib.AbstractContextManager[None]:
+        """Guard a call into the plugin of a stage or of settings: its faults are PluginFailed with its name."""
+        info = self._owner(name)
         if info.origin == BUILT_IN:
             return contextlib.nullcontext()
-        return Guard(info.name, info.origin, self.patience).calling(call)
+        return Guard(info.name, info.origin).calling(call)
 
-    def leave_out(self, kind: str, failure: PluginFailed) -> None:
-        """Take back the plugin that brings a kind of stage: it has failed after all."""
-        info = self._bringing(kind)
+    def leave_out(self, name: str, failure: PluginFailed) -> None:
+        """Unregister the plugin of a stage or of settings, because it has failed after all."""
+        info = self._owner(name)
         self.manager.unregister(name=info.name)
-        for name in info.stages:
-            del self.stages[name]
+        for stage in info.stages:
+            del self.stages[stage]
+        for settings in info.settings:
+            del self.settings[settings]
         del self.folders[info.name]
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
-    def _bringing(self, kind: str) -> PluginInfo:
-        return next(info for info in self.plugins.values() if kind in info.stages)
+    def _owner(self, name: str) -> PluginInfo:
+        return next(info for info in self.plugins.values() if name in (*info.stages, *info.settings))
 
-    def origin(self, kind: str) -> str:
-        """What brings a kind of stage, with its version: posttrain itself, or a plugin and its distribution."""
-        info = self._bringing(kind)
+    def origin(self, name: str) -> str:
+        """Return the plugin of a stage or of settings with its version, or posttrain itself."""
+        info = self._owner(name)
         return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
+    def own_nodes(self) -> list[str]:
+        """Return the names of the settings that have a key of their own at the top level of a recipe."""
+        return [settings.name for settings in self.settings.values() if settings.group is None]
+
     def shapers(self) -> list[str]:
-        """Third parties' plugins that read records or run stages: what they do may show in every artifact."""
-        found = [
-            self.plugins[name]
+        """Return the third parties' plugins that may change artifacts: by records, by stages, by their settings."""
+        names = {
+            self.listeners.get(name, name)
             for name, plugin in self.manager.list_name_plugin()
-            if name in self.plugins and not self.plugins[name].is_ours
             for caller in self.manager.get_hookcallers(plugin) or []
             if caller.name in SHAPING
-        ]
-        return sorted({f"{info.name} ({info.origin})" for info in found})
+        }
+        names |= {self._owner(name).name for name, settings in self.settings.items() if settings.shapes_data}
+        found = [self.plugins[name] for name in names if name in self.plugins]
+        return sorted(f"{info.name} ({info.origin})" for info in found if not info.is_ours)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Unregister at the end of the context everything that is registered inside it."""
+        before = self.manager.get_plugins()
+        try:
+            yield
+        finally:
+            for plugin in self.manager.get_plugins() - before:
+                self.manager.unregister(plugin)
+            self.listeners.clear()
+
+    def start_run(self, plan: Plan, directory: Path) -> None:
+        """Call ``run_started`` and register every answer. Raises PluginFailed naming the plugin."""
+        for name, plugin in reversed(self.manager.list_name_plugin()):
+            others = self.manager.get_plugins() - {plugin}
+            for answer in self.manager.subset_hook_caller("run_started", others)(plan=plan, directory=directory):
+                self._listen(name, answer)
+
+    def _listen(self, name: str, listener: object) -> None:
+        info = self.plugins.get(name)
+        try:
+            if info is not None and info.origin != BUILT_IN:
+                listener = guarded(listener, name, info.origin)
+            registered = self.manager.register(listener, f"{name} in this run")
+            check_hook_names(self.manager, listener)
+        except (PluginFailed, pluggy.PluginValidationError) as error:
+            origin = "" if info is None else f" ({info.origin})"
+            raise PluginFailed(f"plugin {name}{origin} in run_started: {error}") from error
+        self.listeners[str(registered)] = name
 
 
 def load(entries: Iterable[EntryPoint] | None = None) -> Host:
-    """A fresh host with the essentials and every wanted plugin found among the installed distributions."""
+    """Return a new host with the essentials and every wanted plugin among the installed distributions."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    host = Host(manager, options=_options(shipped(RECIPES), shipped("conf")))
+    host = Host(manager, options=find_options(shipped(RECIPES), shipped("conf")))
     for module in ESSENTIAL:
         _register(host, module.removeprefix("posttrain."), BUILT_IN, importlib.import_module(module))
     found = list(entry_points(group=GROUP) if entries is None else entries)
@@ -152,27 +201,27 @@ def load(entries: Iterable[EntryPoint] | None = None) -> Host:
     for entry in sorted(found, key=lambda e: e.name):
         _load_entry(host, entry, choice)
     for name in sorted(choice.wanted.keys() - {entry.name for entry in found}):
-        _fail(host, name, "not installed", "POSTTRAIN_PLUGINS names it, but no distribution brings it")
+        _fail(host, name, "not installed", "POSTTRAIN_PLUGINS names it, but no installed distribution has it")
     return host
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which plugins the user wants."""
+    """The plugins that the user wants."""
 
     wanted: dict[str, str | None]
-    """Names with the version that they are pinned to; all plugins when there is none."""
+    """Names with the versions they are pinned to; empty for all plugins."""
     blocked: frozenset[str]
 
     @classmethod
     def from_environment(cls) -> Choice:
-        """What the two environment variables say."""
+        """Read the two environment variables."""
         words = _words("POSTTRAIN_PLUGINS")
         pins = {name.strip(): version.strip() or None for name, _, version in (word.partition("==") for word in words)}
         return cls(pins, frozenset(_words("POSTTRAIN_BLOCK_PLUGINS")))
 
     def leaves_out(self, name: str) -> str | None:
-        """Why a plugin is not loaded although it could be, or None."""
+        """Return the reason for which the user keeps a plugin from loading, or None."""
         if name in self.blocked:
             return "POSTTRAIN_BLOCK_PLUGINS names it"
         return "POSTTRAIN_PLUGINS does not name it" if self.wanted and name not in self.wanted else None
@@ -183,7 +232,7 @@ def _words(variable: str) -> list[str]:
 
 
 def _load_entry(host: Host, entry: EntryPoint, choice: Choice) -> None:
-    origin, version = _brought_by(entry)
+    origin, version = _distribution(entry)
     if (reason := choice.leaves_out(entry.name)) is not None:
         host.plugins[entry.name] = PluginInfo(name=entry.name, origin=origin, state="blocked", reason=reason)
         return
@@ -199,153 +248,96 @@ def _load_entry(host: Host, entry: EntryPoint, choice: Choice) -> None:
         _import(host, entry, origin)
 
 
-def _brought_by(entry: EntryPoint) -> tuple[str, str | None]:
-    """The distribution with its version, and the version alone; what the entry names when it belongs to none."""
+def _distribution(entry: EntryPoint) -> tuple[str, str | None]:
+    """Return the entry's distribution with its version, and the version alone; its module when it has none."""
     if entry.dist is None:
         return entry.value, None
-    described = entry.dist.metadata  # parsed whole whenever it is asked for
+    described = entry.dist.metadata  # every access parses it again
     return f"{described['Name']} {described['Version']}", described["Version"]
 
 
 def _import(host: Host, entry: EntryPoint, origin: str) -> None:
     before = ProcessState.now()
-    importing = Activity(plugin=entry.name, origin=origin, call="import", seconds=START_SECONDS, starting=True)
+    importing = Activity(plugin=entry.name, origin=origin, call="import", silence_limit=START_SECONDS, starting=True)
     try:
         with activity.calling(importing):
             plugin = entry.load()
-    except BaseException as error:  # whatever a foreign module does while it is imported
+    except BaseException as error:  # a foreign module may raise anything
         if isinstance(error, KeyboardInterrupt):
             raise
         _fail(host, entry.name, origin, f"{type(error).__name__}: {error}")
         return
     finally:
         moved = [change for change in before.changes() if "directory" in change]
-        before.restore()  # what it drew from generators of random numbers as well
+        before.restore()  # random numbers that it drew, too
     if moved:
         _fail(host, entry.name, origin, f"importing it changed {moved[0]}")
         return
     _register(host, entry.name, origin, plugin)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """Everything that one plugin registers."""
+
+    stages: list[Stage]
+    settings: list[Settings]
+    folders: list[Path]
+    tasks: dict[str, Path]
+    options: dict[str, Path]
+
+
 def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -> None:
     """Register one plugin whole or not at all."""
     try:
-        _check_api(plugin)
+        check_api(plugin)
         if origin != BUILT_IN:
-            plugin = guarded(plugin, name, origin, host.patience)
+            plugin = guarded(plugin, name, origin)
         host.manager.register(plugin, name)
-        _check_hook_names(host.manager, plugin)
-        stages = _ask(host.manager, plugin, "register_stages")
-        folders = _folders(host.manager, plugin, "register_config")
-        tasks = _task_files(_folders(host.manager, plugin, "register_eval_tasks"))
-        for stage in stages:
-            _check_stage(host, stage)
-            with Guard(name, origin, host.patience).calling(SETTINGS):
-                stage.config(kind=stage.name)
-        if taken := sorted(tasks.keys() & host.tasks.keys()):
-            raise PluginFailed(f"the task {taken[0]!r} is already registered: {host.tasks[taken[0]]}")
-        options = {name: path for f in folders for name, path in _options(f / RECIPES, f / "conf").items()}
-        for option, path in options.items():
-            _check_option(host, option, path)
+        check_hook_names(host.manager, plugin)
+        found = _ask_all(host, Guard(name, origin), plugin)
     except Exception as error:
         if host.manager.has_plugin(name):
             host.manager.unregister(name=name)
         _fail(host, name, origin, _reason(name, origin, error))
         return
-    host.stages |= {stage.name: stage for stage in stages}
-    host.folders[name] = folders
-    host.tasks |= tasks
-    host.options |= options
-    host.plugins[name] = PluginInfo(
-        name=name, origin=origin, state="loaded", stages=tuple(stage.name for stage in stages)
-    )
+    host.stages |= {stage.name: stage for stage in found.stages}
+    host.settings |= {settings.name: settings for settings in found.settings}
+    host.folders[name] = found.folders
+    host.tasks |= found.tasks
+    host.options |= found.options
+    stages, settings = (tuple(item.name for item in items) for items in (found.stages, found.settings))
+    host.plugins[name] = PluginInfo(name=name, origin=origin, state="loaded", stages=stages, settings=settings)
+
+
+def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registered:
+    """Ask a plugin everything it registers. Raises PluginFailed when one part of it cannot be used."""
+    stages, settings = (ask(host.manager, plugin, hook) for hook in ("register_stages", "register_settings"))
+    folders = ask_folders(host.manager, plugin, "register_config")
+    tasks = find_tasks(ask_folders(host.manager, plugin, "register_eval_tasks"))
+    for stage in stages:
+        check_stage(host, stage)
+        with guard.calling(SETTINGS):
+            stage.config(kind=stage.name)
+    for each in settings:
+        check_settings(host, each)
+        with guard.calling(SETTINGS):
+            each.config()
+    names = [item.name for item in (*stages, *settings)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PluginFailed(f"it registers {twice[0]!r} twice")
+    if taken := sorted(tasks.keys() & host.tasks.keys()):
+        raise PluginFailed(f"the task {taken[0]!r} is already registered: {host.tasks[taken[0]]}")
+    options = {name: path for f in folders for name, path in find_options(f / RECIPES, f / "conf").items()}
+    for option, path in options.items():
+        check_option(host, option, path)
+    return Registered(stages=stages, settings=settings, folders=folders, tasks=tasks, options=options)
 
 
 def _reason(name: str, origin: str, error: Exception) -> str:
-    """What went wrong, without the plugin's name, which stands beside it."""
+    """Return an error's text without the plugin's name: the name is printed next to it."""
     return str(error).removeprefix(f"plugin {name} ({origin}) in ") or type(error).__name__
 
 
 def _fail(host: Host, name: str, origin: str, reason: str) -> None:
     host.plugins[name] = PluginInfo(name=name, origin=origin, state="failed", reason=reason)
-
-
-def _ask(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Any]:
-    """One plugin's answer to a collecting hook."""
-    others = [other for other in manager.get_plugins() if other is not plugin]
-    answers = manager.subset_hook_caller(hook, others).__call__()
-    return [item for answer in answers for item in answer]
-
-
-def _folders(manager: pluggy.PluginManager, plugin: object, hook: str) -> list[Path]:
-    folders = _ask(manager, plugin, hook)
-    if not all(isinstance(folder, Path) for folder in folders):
-        raise PluginFailed(f"{hook} must return paths")
-    if absent := [folder for folder in folders if not folder.is_dir()]:
-        raise PluginFailed(f"{hook} names {absent[0]}, which is no folder")
-    return folders
-
-
-def _options(recipes: Path, conf: Path) -> dict[str, Path]:
-    """The recipes in one folder and the options of groups in the other."""
-    found = {f"{RECIPES}/{path.stem}": path for path in recipes.glob("*.yaml")}
-    return found | {f"{path.parent.name}/{path.stem}": path for path in conf.glob("*/*.yaml")}
-
-
-def _task_files(folders: Iterable[Path]) -> dict[str, Path]:
-    """The task files of some folders by the names of their tasks; files without one are there to be included."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*.yaml")):
-            if name := TASK_NAME.search(path.read_text(encoding="utf-8")):
-                if name[1] in found:
-                    raise PluginFailed(f"{path} and {found[name[1]]} both define the task {name[1]!r}")
-                found[name[1]] = path.resolve()
-    return found
-
-
-def _check_api(plugin: object) -> None:
-    wanted = getattr(plugin, "POSTTRAIN_API", hookspecs.API_VERSION)
-    if wanted != hookspecs.API_VERSION:
-        raise PluginFailed(f"it is written for plugin API {wanted}; this posttrain has {hookspecs.API_VERSION}")
-
-
-def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Refuse hook implementations that no specification knows: pluggy alone would never call them."""
-    for caller in manager.get_hookcallers(plugin) or []:
-        if not caller.has_spec():
-            implementation = next(impl for impl in caller.get_hookimpls() if impl.plugin is plugin)
-            if not implementation.optionalhook:
-                raise PluginFailed(f"unknown hook {caller.name!r}")
-
-
-def _check_option(host: Host, option: str, path: Path) -> None:
-    """Refuse a file that would never be read, because another one of its name is found first."""
-    group, _, name = option.partition("/")
-    if option in host.options:
-        raise PluginFailed(f"{path}: the name {name!r} is taken by {host.options[option]}")
-    if group == "stage" and name in host.stages:
-        raise PluginFailed(f"{path}: the stage {name!r} is that of {host.origin(name)}")
-
-
-def is_stage_name(name: str) -> bool:
-    """Whether a stage can be called so: recipes and the command line name it without quotes."""
-    return STAGE_NAME.fullmatch(name) is not None and name not in CONSTANTS
-
-
-def _check_stage(host: Host, stage: object) -> None:
-    if not isinstance(stage, Stage):
-        raise PluginFailed(f"register_stages must return Stage objects, not {type(stage).__name__}")
-    if not is_stage_name(stage.name):
-        raise PluginFailed(f"{stage.name!r} cannot be the name of a stage: lower-case letters, digits and _")
-    if stage.name in host.stages:
-        raise PluginFailed(f"the stage {stage.name!r} is already registered by {host.origin(stage.name)}")
-    config = stage.config
-    if not (isinstance(config, type) and issubclass(config, StageConfig) and "__dataclass_fields__" in vars(config)):
-        raise PluginFailed(f"the config of stage {stage.name!r} must be a dataclass that inherits from StageConfig")
-    if stage.parent not in ("base", "sft"):
-        raise PluginFailed(f"the parent of stage {stage.name!r} must be 'base' or 'sft', not {stage.parent!r}")
-    if stage.records not in RECORD_SHAPES:
-        raise PluginFailed(f"stage {stage.name!r} asks for {stage.records!r}; shapes are {', '.join(RECORD_SHAPES)}")
-    if stage.run.count(":") != 1:
-        raise PluginFailed(f"run of stage {stage.name!r} must read 'package.module:function', not {stage.run!r}")

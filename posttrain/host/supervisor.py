@@ -1,9 +1,9 @@
-"""Runs a command in a child process, so that whatever a plugin does to its process can be named and survived.
+"""A command in a child process: the parent survives a plugin that ends the process, and names it.
 
-The child is a fork made before anything heavy is imported, and does all the work. The parent passes signals on and ends
-a call into a plugin that gives no sign of life for too long. When the child dies without having said its exit code, by
-``os._exit``, by a segmentation fault, for want of memory, it says which plugin was at work. A plugin that ends the
-process while it is merely loaded is left out, and the command is begun again without it.
+The child is a fork, made before anything heavy is imported, and does all the work. The parent forwards signals and ends
+a call into a plugin that is silent for too long. When the child dies before it has recorded its exit code, by
+``os._exit``, by a segmentation fault or for lack of memory, the parent names the plugin that was running. When a plugin
+ends the process while it is loaded, the command starts again without it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import NoReturn
 
 from posttrain.errors import Interrupted, PluginFailed, PosttrainError, RunLocked, explain
 from posttrain.host import activity
-from posttrain.host.activity import SIZE, Activity, Told
+from posttrain.host.activity import SIZE, Activity, Report
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
 TICK = 0.5
-"""Seconds between two looks at the child."""
+"""Seconds between two checks of the child."""
 ENDING = 60.0
-"""Seconds that a child may take to end once it has said its exit code: no thread is waited for longer."""
+"""Seconds that a child may take to end after it has recorded its exit code: no thread gets longer."""
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-def supervised(work: Callable[[], int]) -> int:
-    """What ``work`` returns, in a child process, so that it ends as any Python process does.
+def supervise(work: Callable[[], int]) -> int:
+    """Call ``work`` in a child process, which returns its exit code and ends as any Python process does.
 
-    The process that called ends here, with the child's exit code; with 6 and a message when a plugin took the child
-    down. Only Linux has what this needs: elsewhere ``work`` is simply called.
+    The calling process ends here with the child's exit code, or with 6 and a message when a plugin ended the child.
+    Elsewhere than on Linux ``work`` is called in this process: no other system has ``sigtimedwait`` and ``prctl``.
     """
     lost: dict[str, str] = {}
     while sys.platform == "linux":
@@ -44,26 +44,26 @@ def supervised(work: Callable[[], int]) -> int:
         if child == 0:
             break
         watch = Watch(child, memory)
-        status = watch.until_it_ends()
-        told = watch.told()
-        if told.code is not None:
-            _end(told.code)
-        current = told.activity
+        status = watch.wait()
+        report = watch.report()
+        if report.code is not None:
+            _end(report.code)
+        current = report.activity
         if current is None or not current.starting or current.plugin in lost:
-            _end(_explained(_reason(watch, status, current), told))
+            _end(_explain(_reason(watch, status, current), report))
         lost[current.plugin] = f"{watch.fate(status)} in {current.call}"
-    return _signed_off(work)
+    return _finish(work)
 
 
 def _end(code: int) -> NoReturn:
-    """End at once: a process that only watched has nothing to tidy up."""
+    """End at once: a process that only supervised has nothing to clean up."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _signed_off(work: Callable[[], int]) -> int:
-    """What ``work`` returns, said to the parent before anything that happens at the end of a process can go wrong."""
+def _finish(work: Callable[[], int]) -> int:
+    """Call ``work`` and record its exit code at once: the end of the process may still crash."""
     code: int | str | None = 1
     try:
         code = work()
@@ -77,76 +77,77 @@ def _signed_off(work: Callable[[], int]) -> int:
 
 @dataclass
 class Watch:
-    """A parent's view of its child."""
+    """The parent's view of its child."""
 
     child: int
     memory: mmap.mmap
-    quiet: float = 0.0
-    """Seconds without a sign of life; those in which this process itself was stopped do not count."""
+    silence: float = 0.0
+    """Seconds without a sign of life, but for those in which this process itself was stopped."""
     hanging: bool = False
-    passed_on: set[signal.Signals] = field(default_factory=set)
+    forwarded: set[signal.Signals] = field(default_factory=set)
     _seen: bytes = b""
 
-    def until_it_ends(self) -> int:
-        """Wait for the child; returns its exit status as ``subprocess`` has it: minus the signal that ended it."""
+    def wait(self) -> int:
+        """Wait for the child; return its exit status as ``subprocess`` does: minus the signal that ended it."""
         before = time.monotonic()
         while True:
-            found = signal.sigtimedwait({*PASSED_ON, signal.SIGCHLD}, TICK)
-            if found is not None and found.si_signo in PASSED_ON:
-                self._pass_on(signal.Signals(found.si_signo), from_terminal=found.si_code > 0)
+            found = signal.sigtimedwait({*FORWARDED, signal.SIGCHLD}, TICK)
+            if found is not None and found.si_signo in FORWARDED:
+                self._forward(signal.Signals(found.si_signo), from_terminal=found.si_code > 0)
             ended, status = os.waitpid(self.child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
             now = time.monotonic()
-            self._look(min(now - before, 2 * TICK))
+            self._check(min(now - before, 2 * TICK))
             before = now
 
-    def told(self) -> Told:
-        """What the child said last: an exit code, the plugin and the run that it is busy with."""
+    def report(self) -> Report:
+        """Return the last state that the child wrote."""
         return activity.read(self.memory[:SIZE])
 
     def fate(self, status: int) -> str:
-        """What became of the child, in words."""
+        """Describe how the child ended."""
         if self.hanging:
             return "hung and had to be ended"
         if status >= 0:
             return f"ended the process with exit code {status}"
         return f"took the process down: {signal.Signals(-status).name}"
 
-    def _pass_on(self, number: signal.Signals, *, from_terminal: bool) -> None:
-        self.passed_on.add(number)
-        if not from_terminal:  # a terminal tells the child itself
+    def _forward(self, number: signal.Signals, *, from_terminal: bool) -> None:
+        self.forwarded.add(number)
+        if not from_terminal:  # a terminal signals the child itself
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.child, number)
 
-    def _look(self, seconds: float) -> None:
-        """Count the time without a sign of life, and end the child when it was too long."""
+    def _check(self, seconds: float) -> None:
+        """Add up the time without a sign of life, and end the child beyond its limit."""
         seen = self.memory[:SIZE]
-        self.quiet = self.quiet + seconds if seen == self._seen else 0.0
+        self.silence = self.silence + seconds if seen == self._seen else 0.0
         self._seen = seen
-        told = activity.read(seen)
-        limit = ENDING if told.code is not None else told.activity.seconds if told.activity is not None else None
-        if limit is not None and self.quiet > limit:
-            self.hanging = told.code is None
+        report = activity.read(seen)
+        call = report.activity
+        limit = ENDING if report.code is not None else None if call is None else call.silence_limit
+        if limit is not None and self.silence > limit:
+            self.hanging = report.code is None
             os.kill(self.child, signal.SIGKILL)
 
 
 def _fork(memory: mmap.mmap, lost: Mapping[str, str]) -> int:
-    """Fork; the signals stay blocked in the parent, which takes them one by one."""
+    """Fork; the parent keeps the signals blocked and takes them one by one."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGCHLD})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
     if child := os.fork():
         return child
-    signal.pthread_sigmask(signal.SIG_SETMASK, before - {*PASSED_ON, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_SETMASK, before - {*FORWARDED, signal.SIGCHLD})
     _die_with(parent)
     activity.attach(memory, lost)
     return 0
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, so that one killed command leaves nothing running."""
+    """Have the kernel end this process with its parent, so that a killed command leaves nothing running."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -154,27 +155,27 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _explained(error: PosttrainError, told: Told) -> int:
-    """Print why the child died, and write it into its run, which it could not do itself; returns the exit code."""
+def _explain(error: PosttrainError, report: Report) -> int:
+    """Print why the child died, record it in the child's run, and return the exit code."""
     code = explain(error)
-    if told.run is not None:
+    if report.run is not None:
         from posttrain.run.directory import end
 
         try:
-            with contextlib.suppress(RunLocked):  # somebody goes on with it already
-                end(told.run, "interrupted" if isinstance(error, Interrupted) else "failed")
+            with contextlib.suppress(RunLocked):  # another process has resumed it
+                end(report.run, "interrupted" if isinstance(error, Interrupted) else "failed")
         except (OSError, ValueError, TypeError) as fault:
-            print(f"the end of the run could not be written down: {fault}", file=sys.stderr)
+            print(f"the end of the run could not be recorded: {fault}", file=sys.stderr)
     return code
 
 
 def _reason(watch: Watch, status: int, current: Activity | None) -> PosttrainError:
-    """The error that explains a child which died without a word."""
-    if -status in watch.passed_on:
+    """Return the error that explains a child without an exit code."""
+    if -status in watch.forwarded:
         return Interrupted(f"stopped by {signal.Signals(-status).name}")
     memory = " The system does this when memory runs out." if status == -signal.SIGKILL and not watch.hanging else ""
-    kept = "Nothing that is published is lost: the same command goes on from there"
+    kept = "Nothing published is lost: run the same command to resume"
     if current is None:
         return PosttrainError(f"something in posttrain or below it {watch.fate(status)}.{memory} {kept}")
-    limit = f" after {current.seconds:g} s without a sign of life" if watch.hanging else ""
+    limit = f" after {current.silence_limit:g} s without a sign of life" if watch.hanging else ""
     return PluginFailed(f"{current}: it {watch.fate(status)}{limit}.{memory} {kept}")

@@ -100,7 +100,7 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
         replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved))))
         run = RunDirectory(path, _state(path, plan))
         run.save()
-        with activity.running(path):
+        with activity.running(path, plan.plugin_timeout):
             yield run
 
 

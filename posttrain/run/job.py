@@ -102,7 +102,14 @@ def records_digest(step: Step) -> str:
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
     """What a stage's training depends on besides its parent and its data. Its gate is not part of it."""
     settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
-    return {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
+    identity = {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
+    return identity | shaping_settings(plan)
+
+
+def shaping_settings(plan: Plan) -> dict[str, Any]:
+    """Return the settings of plugins on which artifacts depend, under one key; empty when there are none."""
+    found = {name: plain(plan.settings[name]) for name in plan.shaping}
+    return {"plugin_settings": found} if found else {}
 
 
 def plain(config: StageConfig | Any) -> dict[str, Any]:

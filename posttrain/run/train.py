@@ -22,7 +22,7 @@ from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.process_state import ProcessState
 from posttrain.plan import Step
 from posttrain.run.display import TrainingProgress
-from posttrain.run.job import Job, plain, records_digest, versions
+from posttrain.run.job import Job, plain, records_digest, shaping_settings, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         kind=job.step.stage.name,
         plugin=job.step.origin,
         plugins=tuple(job.host.shapers()),
+        **shaping_settings(job.plan),
         recipe=job.plan.recipe,
         base=BaseWeights(name=job.base.base, digest=job.base.model_digest),
         parent_digest=parent.digest,
@@ -180,7 +181,7 @@ def _known(job: Job) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     name, _, origin = job.step.origin.partition(" ")
     call, seconds = f"stage {job.name!r}", job.plan.plugin_timeout
-    return activity.calling(Activity(plugin=name, origin=origin.strip("()"), call=call, seconds=seconds))
+    return activity.calling(Activity(plugin=name, origin=origin.strip("()"), call=call, silence_limit=seconds))
 
 
 def read_records(job: Job) -> Records:

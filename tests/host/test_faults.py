@@ -23,13 +23,13 @@ from tests.support.fakes import Script, only_run, run_json, run_recipe, states, 
 from tests.support.installed import command, install, listed
 
 HOOKS = {
-    "register_stages": "", "register_config": "", "register_eval_tasks": "", "check_plan": "plan",
-    "check_gate": "step", "load_records": "step",
+    "register_stages": "", "register_settings": "", "register_config": "", "register_eval_tasks": "",
+    "check_plan": "plan", "run_started": "plan, directory", "check_gate": "step", "load_records": "step",
     "run_stage": "stage, context", "step_logged": "stage, step, metrics", "evaluate_artifact": "request, progress",
     "judge_artifact": "request, scorecard", "stage_finished": "stage, artifact, verdict",
     "run_finished": "directory, state",
 }  # fmt: skip
-START = ("register_stages", "register_config", "register_eval_tasks")
+START = ("register_stages", "register_settings", "register_config", "register_eval_tasks")
 LATER = [hook for hook in HOOKS if hook not in START]
 PROTESTS = {
     # what a plugin does, and what is said about it
@@ -55,23 +55,25 @@ def {hook}({arguments}):
 """
 CALLER = """\
 import inspect, sys
+from pathlib import Path
 from posttrain import hookspecs
+from posttrain.host import activity
 from posttrain.host import plugins
 from posttrain.errors import PosttrainError, explain
-from posttrain.host.supervisor import supervised
+from posttrain.host.supervisor import supervise
 
 def work():
     host = plugins.load()
-    host.patience.seconds = 0.3
     hook = sys.argv[1]
     arguments = dict.fromkeys(inspect.signature(getattr(hookspecs, hook)).parameters)
     try:
-        getattr(host.hook, hook)(**arguments)
+        with activity.running(Path("run"), silence_limit=0.3):
+            getattr(host.hook, hook)(**arguments)
     except PosttrainError as error:
         return explain(error)
     return 0
 
-sys.exit(supervised(work))
+sys.exit(supervise(work))
 """
 
 

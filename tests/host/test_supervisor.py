@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from posttrain.host import activity
-from posttrain.host.activity import Activity, Told
+from posttrain.host.activity import Activity, Report
 from posttrain.run.directory import read_state
 
 HEAD = """\
 import atexit, os, signal, sys, time
 from posttrain.host import activity
 from posttrain.host.activity import Activity
-from posttrain.host.supervisor import supervised
+from posttrain.host.supervisor import supervise
 """
 WAITS = """\
 def work():
@@ -39,7 +39,7 @@ def work():
 
 
 def script(body: str) -> list[str]:
-    return [sys.executable, "-c", f"{HEAD}{body}\nsys.exit(supervised(work))"]
+    return [sys.executable, "-c", f"{HEAD}{body}\nsys.exit(supervise(work))"]
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
@@ -136,7 +136,7 @@ def test_nothing_runs_on_when_the_command_is_killed() -> None:
 
 
 def hanging(seconds: float, body: str) -> str:
-    call = f"Activity(plugin='slow', origin='slow 1', call='run', seconds={seconds})"
+    call = f"Activity(plugin='slow', origin='slow 1', call='run', silence_limit={seconds})"
     return f"def work():\n    with activity.calling({call}):\n        {body}\n    return 0"
 
 
@@ -162,9 +162,9 @@ def test_time_in_which_all_of_it_was_stopped_does_not_count() -> None:
 
 
 def test_a_process_without_a_supervisor_tells_nobody_and_a_torn_record_says_nothing() -> None:
-    with activity.calling(Activity(plugin="any", origin="any 1", call="run", seconds=None)):
+    with activity.calling(Activity(plugin="any", origin="any 1", call="run", silence_limit=None)):
         activity.sign_of_life()
-    assert activity.read(b'{"signs": 3, "co') == Told()
+    assert activity.read(b'{"signs": 3, "co') == Report()
 
 
 WRITES = """\
@@ -203,7 +203,7 @@ def test_the_end_of_a_run_is_written_down_for_a_process_that_died(
     assert result.returncode == (75 if "SIGTERM" in within else 1)
     assert "Traceback" not in result.stderr
     if states is None:
-        assert "the end of the run could not be written down" in result.stderr
+        assert "the end of the run could not be recorded" in result.stderr
         return
     state = read_state(path)
     assert (state.state, *(stage.state for stage in state.stages)) == states

@@ -113,7 +113,11 @@ GATES: Sequence[str] = tuple(
 
 def run_recipe(script: Script, *overrides: str, others: Sequence[object] = ()) -> RunDirectory:
     """Run the recipe ``mine`` of the working folder under a script."""
-    host = scripted_host(script, *others)
+    return run_on(scripted_host(script, *others), *overrides)
+
+
+def run_on(host: Host, *overrides: str) -> RunDirectory:
+    """Run the recipe ``mine`` of the working folder on a host that may have run others before."""
     plan = make_plan(compose(host, ["recipe=mine", *GATES, *overrides]), host)
     with open("log.txt", "a") as shown:
         return run(plan, host, Display(Console(file=shown, width=200)))

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+from posttrain import environment
+from posttrain.host import plugins
+from posttrain.host.plugins import Host
+
+environment.prepare()
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    return plugins.load()
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, so that ./runs and ./recipes are its own too."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
