@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint types contracts check test-browser docs clean
+.PHONY: install quickstart test lint types contracts check test-browser fuzz docs clean
 
 install: .venv/installed
 
@@ -32,6 +32,11 @@ check: install
 
 test-browser: install
 	$(BIN)/pytest tests/browser
+
+# Draws property tests at random for MINUTES; failing examples become fixed cases of their tests.
+MINUTES ?= 30
+fuzz: install
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 docs: install
 	$(BIN)/python docs/hooks.py

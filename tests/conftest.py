@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -14,9 +13,6 @@ from posttrain.host import plugins
 from posttrain.host.plugins import Host
 
 environment.prepare()
-# a property holds on a busy machine too: no example fails by the time it took
-settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any load")
 
 
 @pytest.fixture(scope="session")
