@@ -214,8 +214,9 @@ def test_the_json_holds_every_figure() -> None:
 
 
 def test_judging_and_checking_import_nothing_heavy() -> None:
-    modules = ["plugin", "spec", "checks", "verdict", "power", "sequential", "scorecard", "cache"]
-    imports = ", ".join(f"posttrain.gate.{module}" for module in modules)
+    modules = [f"gate.{name}" for name in ("plugin", "spec", "procedure", "roles", "verdict", "sequential")]
+    modules += [f"scoring.{name}" for name in ("checks", "scorecard", "cache")]
+    imports = ", ".join(f"posttrain.{module}" for module in modules)
     heavy = "{'torch', 'numpy', 'scipy', 'transformers', 'datasets', 'peft', 'lm_eval'}"
     code = f"import sys, {imports}; print({heavy} & sys.modules.keys() or '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
