@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "huge header": (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64), "it is damaged"),
     "missing config": (lambda folder: (folder / "config.json").unlink(), "config.json: the file is missing"),
     "damaged config": (lambda folder: (folder / "config.json").write_text('{"a": '), "config.json: it is damaged"),
-    "config that is no object": (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
+    "config that is no object": (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
     "code in the model": (
         lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "x.Y"}),
         "runs Python code",

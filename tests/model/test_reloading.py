@@ -191,7 +191,7 @@ IN_CONFIGURATION: dict[str, tuple[dict[str, object], str]] = {
     "another rank": ({"r": 8}, "has rank 4, adapter_config.json says 8"),
     "another rank of one module": (
         {"rank_pattern": {"layers.0.mlp.up_proj": 2}},
-        r"has shape \(4, 64\), on \S+ it is \(2, 64\)",
+        r"has shape \(4, 64\), but \(2, 64\) on \S+",
     ),
     "another scale": ({"lora_alpha": 9}, OTHER_MODEL),
     "another scaling": ({"use_rslora": False}, OTHER_MODEL),
