@@ -8,10 +8,10 @@ A plugin implements any of them in a module or class that it names under the ent
     def register_stages():
         return [Stage(name="mine", ...)]
 
-Calls go to the plugin registered last first. Hooks marked *first result* stop at the first answer that is not None.
+The plugin registered last is called first. Hooks marked *first result* stop at the first answer other than None.
 
-Whatever an implementation raises is reported with the plugin's name, except the errors of ``posttrain`` itself, which
-mean what they say. None may change the working directory or torch's modes, or draw from shared random numbers.
+An exception is reported under the plugin's name; BadInput and the other errors of ``posttrain`` pass unchanged. A hook
+leaves the working directory, torch's modes and the shared random numbers as they are.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ hookimpl = pluggy.HookimplMarker("posttrain")
 
 @hookspec
 def register_stages() -> Sequence[Stage]:  # type: ignore[empty-body]
-    """The kinds of stage that this plugin brings.
+    """Return the kinds of stage of this plugin.
 
-    A name that another plugin has registered leaves the whole plugin out.
+    A name registered by another plugin leaves the whole plugin out.
     """
 
 
 @hookspec
 def register_settings() -> Sequence[Settings]:  # type: ignore[empty-body]
-    """Settings of this plugin that belong to no stage; ``plan.settings[NAME]`` holds them as an object of their type.
+    """Return settings of this plugin beyond those of its stages; ``plan.settings[NAME]`` holds the typed object.
 
-    A name that is taken leaves the whole plugin out.
+    A name in use leaves the whole plugin out.
     """
 
 
 @hookspec
 def register_config() -> Sequence[Path]:  # type: ignore[empty-body]
-    """Folders that hold ``conf/`` and ``recipes/`` of this plugin.
+    """Return folders with ``conf/`` and ``recipes/`` of this plugin.
 
     ``conf/gate/NAME.yaml`` and its like become options of their groups, ``recipes/NAME.yaml`` a recipe. A file
-    ``conf/stage/NAME.yaml`` that begins with ``/settings@_here_: NAME`` sets what the stage NAME has by default.
-    One whose name is taken leaves the whole plugin out.
+    ``conf/stage/NAME.yaml`` with ``/settings@_here_: NAME`` as its first default sets defaults of the stage NAME. A
+    name in use leaves the whole plugin out.
     """
 
 
 @hookspec
 def register_eval_tasks() -> Sequence[Path]:  # type: ignore[empty-body]
-    """Folders of lm-eval task files (``*.yaml``); gates may use the names of these tasks, before lm-eval's own."""
+    """Return folders of lm-eval task files (``*.yaml``); their names come before lm-eval's own in gates."""
 
 
 # --- Plan: before anything is loaded or written ---------------------------------------------------------------------
@@ -77,49 +77,49 @@ def register_eval_tasks() -> Sequence[Path]:  # type: ignore[empty-body]
 
 @hookspec
 def check_plan(plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
-    """What is wrong with the plan; any problem refuses it with exit code 2.
+    """Return the problems of a plan; any of them rejects it with exit code 2.
 
     All plugins are asked, and all problems are reported at once.
     """
 
 
-# --- Run --------------------------------------------------------------------------------------------------------------
+# --- Run: before any stage trains, so that bad data or a broken gate costs no training -------------------------------
 
 
 @hookspec
 def run_started(plan: Plan, directory: Path) -> object | None:
-    """Return an object whose hooks are called for this run alone, such as a tracker; None for no such object.
+    """Return an object with hooks for this run alone, such as a tracker; None for no such object.
 
-    After ``run_finished`` it is unregistered, however the run ends.
+    It is unregistered after ``run_finished``, however the run ends.
     """
+
+
+@hookspec(firstresult=True)
+def load_records(step: Step) -> Sequence[Record] | None:
+    """Return the training records of a stage, in the shape of its kind. First result.
+
+    Answer None for stages of other plugins: the pipeline then reads their files. Raise BadInput for unusable records.
+    """
+
+
+@hookspec
+def check_gate(step: Step) -> Sequence[Problem]:  # type: ignore[empty-body]
+    """Return the problems of a stage's gate; its tasks may be loaded for that."""
 
 
 # --- Stage ------------------------------------------------------------------------------------------------------------
 
 
-@hookspec
-def check_gate(step: Step) -> Sequence[Problem]:  # type: ignore[empty-body]
-    """What only loading the tasks of a stage's gate shows to be wrong; asked before any stage trains."""
-
-
-@hookspec(firstresult=True)
-def load_records(step: Step) -> Sequence[Record] | None:
-    """The training records of a stage, in the shape that its kind asks for. First result.
-
-    Answer None for a stage that is not yours: its files are read then. Raise BadInput for records that cannot be used.
-    """
-
-
 @hookspec(firstresult=True)
 def run_stage(stage: Stage, context: StageContext) -> bool | None:
-    """Train: leave an adapter or weights in ``context.output`` and answer True. First result; wrap it to time it."""
+    """Train, leave an adapter or weights in ``context.output`` and answer True. First result; wrap it to time it."""
 
 
 @hookspec
 def step_logged(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-    """An optimizer step is done.
+    """Receive the numbers of an optimizer step.
 
-    ``metrics`` are the numbers that the stage reported, ``loss`` and ``tokens`` among them.
+    ``metrics`` holds all numbers reported by the stage, ``loss`` and ``tokens`` among them.
     """
 
 
@@ -133,7 +133,7 @@ def evaluate_artifact(request: GateRequest, progress: GateProgress) -> Scorecard
 
 @hookspec(firstresult=True)
 def judge_artifact(request: GateRequest, scorecard: Scorecard) -> Verdict | None:
-    """Decide about the candidate from the scores. First result; no answer at all is a refusal."""
+    """Decide about the candidate from the scores. First result; without any answer the artifact is not promoted."""
 
 
 # --- Finish -----------------------------------------------------------------------------------------------------------
@@ -141,9 +141,9 @@ def judge_artifact(request: GateRequest, scorecard: Scorecard) -> Verdict | None
 
 @hookspec
 def stage_finished(stage: str, artifact: Artifact, verdict: Verdict) -> None:
-    """A stage has its verdict, whatever it is."""
+    """Receive the verdict about a stage's artifact."""
 
 
 @hookspec
 def run_finished(directory: Path, state: str) -> None:
-    """The run is over; nothing more is logged."""
+    """Receive the state of a run at its end; nothing is logged after it."""
