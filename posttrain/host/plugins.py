@@ -118,14 +118,14 @@ class Host:
 
     def calling(self, name: str, call: str) -> contextlib.AbstractContextManager[None]:
         """Guard a call into the plugin of a stage or of settings: its faults are PluginFailed with its name."""
-        info = self._owner(name)
+        info = self.owner(name)
         if info.origin == BUILT_IN:
             return contextlib.nullcontext()
         return Guard(info.name, info.origin).calling(call)
 
     def leave_out(self, name: str, failure: PluginFailed) -> None:
         """Unregister the plugin of a stage or of settings, because it has failed after all."""
-        info = self._owner(name)
+        info = self.owner(name)
         self.manager.unregister(name=info.name)
         for stage in info.stages:
             del self.stages[stage]
@@ -134,12 +134,13 @@ class Host:
         del self.folders[info.name]
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
-    def _owner(self, name: str) -> PluginInfo:
+    def owner(self, name: str) -> PluginInfo:
+        """Return the plugin that registered a stage or settings."""
         return next(info for info in self.plugins.values() if name in (*info.stages, *info.settings))
 
     def origin(self, name: str) -> str:
         """Return the plugin of a stage or of settings with its version, or posttrain itself."""
-        info = self._owner(name)
+        info = self.owner(name)
         return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
     def own_nodes(self) -> list[str]:
@@ -154,7 +155,7 @@ class Host:
             for caller in self.manager.get_hookcallers(plugin) or []
             if caller.name in SHAPING
         }
-        names |= {self._owner(name).name for name, settings in self.settings.items() if settings.shapes_data}
+        names |= {self.owner(name).name for name, settings in self.settings.items() if settings.shapes_data}
         found = [self.plugins[name] for name in names if name in self.plugins]
         return sorted(f"{info.name} ({info.origin})" for info in found if not info.is_ours)
 

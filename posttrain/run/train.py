@@ -176,12 +176,12 @@ def _blamed(job: Job) -> Iterator[None]:
 
 
 def _known(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Makes the stage of a plugin known to the process that watches over this one."""
+    """Record the stage of a plugin for the supervisor; posttrain's own needs no name."""
     if job.step.origin == CORE_ORIGIN:
         return contextlib.nullcontext()
-    name, _, origin = job.step.origin.partition(" ")
-    call, seconds = f"stage {job.name!r}", job.plan.plugin_timeout
-    return activity.calling(Activity(plugin=name, origin=origin.strip("()"), call=call, silence_limit=seconds))
+    plugin, limit = job.host.owner(job.step.stage.name), job.plan.plugin_timeout
+    call = f"stage {job.name!r}"
+    return activity.calling(Activity(plugin=plugin.name, origin=plugin.origin, call=call, silence_limit=limit))
 
 
 def read_records(job: Job) -> Records:
