@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     )
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
-    from posttrain.sft.refusals import declines
+    from posttrain.sft.declines import declines
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
 
@@ -185,7 +185,7 @@ HOMES = {
         "Plan",
         "Step",
     ),
-    "posttrain.sft.refusals": ("declines",),
+    "posttrain.sft.declines": ("declines",),
     "posttrain.stage": (
         "MISSING",
         "Progress",

@@ -22,7 +22,7 @@ from posttrain.engine.config import FineTuneConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.rows import mixture, render
+from posttrain.sft.examples import mix_rows, render
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
 from posttrain.tokens.shares import SourceShare
@@ -75,7 +75,7 @@ class Page:
             self._rule(f"{step.name}: {origin.path}")
             for _, document in list(group)[:SHOWN]:
                 self.console.print(self.marked(document.ids, document.mask), end="\n\n")
-        mixed = mixture(found, documents, config, step.seed)
+        mixed = mix_rows(found, documents, config, step.seed)
         self._show_row(step.name, mixed.packing)
         self._show_shares(step.name, mixed.shares)
         counts = mixed.packing.counts

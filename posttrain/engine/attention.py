@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from posttrain.engine import attention_kernels as kernels
 from posttrain.engine.attention_kernels import Choice, Documents
 from posttrain.engine.fused import fuse
+from posttrain.engine.loss import OutputHead
 from posttrain.errors import BadInput, Problem
 
 
@@ -27,10 +28,8 @@ def install(model: PreTrainedModel | PeftModel) -> Choice:
     Returns the kernel that it uses. Raises BadInput when the architecture lets one packed
     document change another, or computes its logits in a way that the loss does not follow.
     """
-    from posttrain.engine.loss import OutputHead
-
     causal = causal_model(model)
-    _refuse_chunks(causal)
+    _reject_chunks(causal)
     choice = kernels.choose(causal)
     documents = _probe_documents(causal)
     training = model.training
@@ -64,7 +63,7 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _refuse_chunks(causal: PreTrainedModel) -> None:
+def _reject_chunks(causal: PreTrainedModel) -> None:
     # these layers do not hand their chunk to the attention function, and the probe is too short to notice
     if getattr(causal.config.get_text_config(), "attention_chunk_size", None):
         raise BadInput(Problem(where="model.path", what="the model attends in chunks, which sft cannot train"))

@@ -82,7 +82,7 @@ class FineTuneConfig(StageConfig):
         """Return settings out of range or against each other, as (setting, what is wrong)."""
         return [*super().problems(), *self._eval_problems()]
 
-    def unusual(self, known: Known) -> Sequence[str]:
+    def departures(self, known: Known) -> Sequence[str]:
         """Departures from what is usual, each with the reason; a kind without rules has none."""
         return ()
 

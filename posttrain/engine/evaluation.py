@@ -23,8 +23,8 @@ from posttrain.engine.attention import causal_model, packed_hidden
 from posttrain.engine.batches import Batch, RowOrder
 from posttrain.engine.checkpoint import State
 from posttrain.engine.config import FineTuneConfig
-from posttrain.engine.gradient import precision
 from posttrain.engine.loss import OutputHead
+from posttrain.engine.precision import autocasting
 from posttrain.tokens.packing import PackedRow, best_fit
 
 NOISE = 2.0
@@ -182,7 +182,7 @@ def document_losses(
     for group in best_fit([len(row.input_ids) for row in rows], config.sequence_length * config.per_device_batch_size):
         chosen = [rows[index] for index in group]
         batch = Batch.of(chosen, causal.device)
-        with precision(model, dtype, causal.device):
+        with autocasting(model, dtype):
             hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
             losses_N = _token_losses(head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk)
         owner_N = torch.repeat_interleave(torch.tensor(group), torch.tensor([int(row.mask.sum()) for row in chosen]))

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +15,7 @@ from posttrain.engine.batches import Batch
 from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.loss import OutputHead, summed_cross_entropy
 from posttrain.engine.neftune import noisy_embeddings
+from posttrain.engine.precision import autocasting
 from posttrain.tokens.packing import PackedRow
 
 
@@ -40,7 +39,7 @@ def add_gradient(
     for start in range(0, len(rows), size):
         batch = Batch.of(rows[start : start + size], causal.device)
         noise = noisy_embeddings(causal, batch.lengths, config.neftune_alpha)
-        with noise, precision(model, dtype, causal.device):
+        with noise, autocasting(model, dtype):
             hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
             loss = summed_cross_entropy(
                 head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk
@@ -48,10 +47,3 @@ def add_gradient(
         (loss / trained).backward()
         total += loss.detach().cpu()
     return float(total) / trained
-
-
-def precision(model: PreTrainedModel | PeftModel, dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast for full fine-tuning in bfloat16, whose weights are float32; adapters have a bfloat16 base."""
-    if dtype == "bfloat16" and not isinstance(model, PeftModel):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()

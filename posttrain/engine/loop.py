@@ -1,4 +1,15 @@
-"""The training loop of supervised fine-tuning: deterministic, interruptible, and exact when continued."""
+"""The training loop: deterministic, interruptible, and exact when resumed.
+
+One optimizer step, as ``Training._step`` takes it:
+
+    order      rows of the step, from the seed and the step's number alone             batches.py
+    gradient   micro-batches through the model: packed attention, summed loss/tokens   gradient.py attention.py loss.py
+    clip       the whole gradient scaled down to max_grad_norm                         optimizer.py
+    check      loss and norm finite, or the run stops with its weights as they were    here
+    update     AdamW at the step's learning rate                                       optimizer.py, schedule.py
+    report     metrics, with the eval loss where one is due                            evaluation.py
+    save       weights, optimizer, random generators, losses measured so far           checkpoint.py
+"""
 
 from __future__ import annotations
 
@@ -21,8 +32,9 @@ from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import add_gradient, trained_tokens
+from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
 from posttrain.engine.precision import compute_dtype, computing_in
-from posttrain.engine.schedule import Schedule, make_optimizer
+from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
 from posttrain.tokens.packing import PackedRow
@@ -40,10 +52,10 @@ class Training:
     """Number format in which the weights are stored: ``float32`` or ``bfloat16``."""
     progress: Progress
     stop_requested: Callable[[], bool]
-    """Asked after every step: whether to save and stop."""
+    """Asked after every step; true saves and stops."""
     checkpoints: Path
     evaluation: Evaluation
-    """Measures the held-out loss, without a trace in what is trained."""
+    """Measures the eval loss, without a trace in the training."""
 
     def run(self) -> Position:
         """Train to the end, from the newest checkpoint if there is one.
@@ -56,22 +68,45 @@ class Training:
             return self._train()
 
     def _train(self) -> Position:
-        optimizer = make_optimizer((p for p in self.model.parameters() if p.requires_grad), self.config)
+        optimizer = make_optimizer(self.model, self.config)
+        # The caller's random numbers are left as they were. Ours begin at the seed, or at the checkpoint's state:
+        # dropout and NEFTune draw the same numbers whether the run was interrupted or not.
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             saved = CheckpointFolder(self.checkpoints, self._identity(), self.progress.note)
             position = self._resume(saved, optimizer)
             self.progress.start(self.order.total, position.step)
-            if position.step == 0 and (metrics := self._evaluated(0)):
+            if position.step == 0 and (metrics := self._evaluate(0)):
                 self.progress.step(0, metrics)
             while position.step < self.order.total:
                 position = self._step(position.step + 1, optimizer)
                 self._save_or_stop(position, saved, optimizer)
         return position
 
+    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
+        """Take optimizer step ``step``, counted from 1, and report it."""
+        rows = [self.rows[index] for index in self.order.of_step(step)]
+        # Counted before the first forward pass, over all micro-batches of the step: each adds its summed loss divided
+        # by this number, so that every trained token weighs the same. A mean of the micro-batches' means would weigh
+        # the tokens of sparsely trained rows more, and change with the size of a micro-batch.
+        trained = trained_tokens(rows)
+        rate = Schedule.from_config(self.config, self.order.total).rate(step)
+        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype)
+        norm = clip_gradient(self.model, self.config.max_grad_norm)
+        # Both, and before the update: a finite loss can have an infinite gradient, and clipping by an infinite or NaN
+        # norm makes every gradient 0 or NaN. Adam's averages would never lose a NaN again.
+        self._require_finite(step, "loss", loss)
+        self._require_finite(step, "gradient norm", norm)
+        update_weights(optimizer, rate)
+        tokens = sum(len(row.input_ids) for row in rows)
+        metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
+        # The loss was taken before the update, the eval loss after it.
+        self.progress.step(step, metrics | self._evaluate(step))
+        return Position(step=step, loss=loss)
+
     @property
     def order(self) -> RowOrder:
-        """Which rows each step trains on."""
+        """The rows of each step."""
         return RowOrder.from_config(self.config, len(self.rows), self.seed)
 
     @property
@@ -81,7 +116,7 @@ class Training:
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        """The model as steps compute with it, and in the end as anyone else does."""
+        """Give the model the arithmetic and the layers of training; in the end, its own forward passes and format."""
         with computing_in(self.model, self.compute_dtype):
             self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
             self.progress.note(f"attention: {install(self.model)}")
@@ -94,6 +129,7 @@ class Training:
                 unfuse(self.model)
 
     def _identity(self) -> str:
+        """Return the digest of all that decides the course of the run: a checkpoint with another is not resumed."""
         rows = sha256()
         for row in [*self.rows, *self.evaluation.rows]:
             rows.update(row.input_ids.tobytes() + row.mask.tobytes() + repr(row.lengths).encode())
@@ -103,6 +139,11 @@ class Training:
         )
 
     def _resume(self, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> Position:
+        """Restore the newest checkpoint, if there is one.
+
+        Resuming is exact because a step depends on nothing else: rows and rate follow from its number, the gradient
+        from the weights and random generators, the update from the optimizer's averages. All of these are restored.
+        """
         if (found := saved.newest()) is None:
             return Position(step=0, loss=math.nan)
         position, state = found
@@ -110,46 +151,28 @@ class Training:
         self.evaluation.restore(state)
         return position
 
-    def _evaluated(self, step: int) -> dict[str, float]:
-        """The held-out loss after ``step``, when it is due there."""
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Measure the eval loss after ``step``, if it is due there."""
         if not self.evaluation.is_due(step, self.order):
             return {}
         metrics = self.evaluation.measure(step, self.model, self.compute_dtype)
-        self._check_finite(step, metrics["eval_loss"], name="held-out loss")
+        self._require_finite(step, "eval loss", metrics["eval_loss"])
         return metrics
 
-    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
-        rows = [self.rows[index] for index in self.order.of_step(step)]
-        trained = trained_tokens(rows)
-        rate = Schedule.from_config(self.config, self.order.total).rate(step)
-        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype)
-        norm = self._clip()
-        self._check_finite(step, loss, name="loss")
-        self._check_finite(step, norm, name="gradient norm")
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(row.input_ids) for row in rows)
-        metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
-        self.progress.step(step, metrics | self._evaluated(step))
-        return Position(step=step, loss=loss)
-
-    def _clip(self) -> float:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
-
-    def _check_finite(self, step: int, value: float, *, name: str) -> None:
+    def _require_finite(self, step: int, name: str, value: float) -> None:
         fix = f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
         require_finite(step, name, value, fix)
 
     def _save_or_stop(self, position: Position, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> None:
+        # the last step is not saved: its weights are about to be published, and a stop has nothing left to save
         if position.step == self.order.total:
             return
         stopped = self.stop_requested()
+        # After the step's report, so that metrics.jsonl never lags behind a checkpoint: on resuming, lines beyond the
+        # checkpoint are dropped, but missing ones would be lost. The gradients are freed by now, and no part of it.
         if stopped or position.step % self.config.checkpoint_steps == 0:
             saved.save(position, capture(self.model, optimizer) | self.evaluation.state())
         if stopped:
             raise Interrupted(
-                f"stopped after step {position.step} of {self.order.total}; the same command goes on from there"
+                f"stopped after step {position.step} of {self.order.total}; run the same command to resume from there"
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -47,6 +48,15 @@ def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[Non
     finally:
         for parameter, kind in stored.items():
             parameter.data = parameter.data.to(kind)
+
+
+def autocasting(model: PreTrainedModel | PeftModel, dtype: str) -> AbstractContextManager[Any]:
+    """Compute in bfloat16 on float32 weights, where every weight is trained in ``dtype`` bfloat16; else do nothing."""
+    # AdamW's steps are smaller than what bfloat16 resolves, so trained weights are float32; an adapter's base is frozen
+    # and held in the format of the arithmetic already
+    if dtype == BFLOAT16 and not isinstance(model, PeftModel):
+        return torch.autocast(model.device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def _quantised(model: PreTrainedModel | PeftModel) -> bool:

@@ -1,12 +1,9 @@
-"""The learning rate of each step, and the optimizer."""
+"""The learning rate of each optimizer step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
 
 from posttrain.engine.config import FineTuneConfig
 
@@ -35,19 +32,3 @@ class Schedule:
             return self.peak * step / self.warmup
         progress = (step - 1 - self.warmup) / (self.total - self.warmup)
         return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: FineTuneConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
-    trained = list(parameters)
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )

@@ -37,9 +37,9 @@ class SFTConfig(FineTuneConfig):
         """Departures from the field's recipe, as far as they show before the data is read."""
         from posttrain.sft.advice import Known  # settings are listed without the rules
 
-        return self.unusual(Known(examples=examples))
+        return self.departures(Known(examples=examples))
 
-    def unusual(self, known: Known) -> Sequence[str]:
+    def departures(self, known: Known) -> Sequence[str]:
         """Departures from the field's recipe."""
         from posttrain.sft.advice import departures
 

@@ -1,9 +1,9 @@
-"""Records and what they are rendered into, each mask read back; parted into what is trained and what is held out."""
+"""Records rendered into tokens, each mask read back, and split into rows to train on and documents of the eval loss."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ from posttrain.data.records import Conversation, Document, Text
 from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.engine.evaluation import Evaluation
 from posttrain.errors import BadInput, Problem
-from posttrain.sft.refusals import refuses
-from posttrain.sft.rows import render
+from posttrain.sft.declines import is_declined
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.masks import mask_fault
 from posttrain.tokens.overlong import fit
-from posttrain.tokens.packing import PackedRow, pack
+from posttrain.tokens.packing import PackedRow, Packing, pack
+from posttrain.tokens.shares import Size, SourceShare, draw_by_share, measure_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +27,54 @@ class Example:
     rendered: Rendered
 
     @property
-    def refusal(self) -> bool:
-        """Whether an answer that is trained declines what was asked."""
-        return isinstance(self.record, Conversation) and refuses(self.record)
+    def declines(self) -> bool:
+        """True when a trained answer declines the request."""
+        return isinstance(self.record, Conversation) and is_declined(self.record)
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The tokens: two examples with the same are the same to the model."""
+        """The tokens: examples with equal ids are equal to the model."""
         return tuple(self.rendered.ids)
 
 
-def examples_of(records: Sequence[Document], tokenizer: Any, config: FineTuneConfig) -> list[Example]:
-    """Render ``records``. Raises BadInput when one cannot be rendered, or its mask is not that of its answers."""
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Packed rows, and the portion of each source in them."""
+
+    packing: Packing
+    shares: list[SourceShare]
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes on the rows for the user, one line each."""
+        if any(share.origin.share for share in self.shares):
+            yield from (share.note() for share in self.shares)
+        yield from self.packing.counts.notes()
+
+
+def render(records: Sequence[Document], renderer: ChatRenderer, config: FineTuneConfig) -> list[Rendered]:
+    """Return the records as token ids, with the mask of the tokens that the settings train."""
+    last_only = config.train_on is TrainOn.last
+    return [renderer.document(record, last_only=last_only) for record in records]
+
+
+def render_examples(records: Sequence[Document], tokenizer: Any, config: FineTuneConfig) -> list[Example]:
+    """Render ``records`` and read each mask back; raises BadInput for a record that fails either."""
     last_only = config.train_on is TrainOn.last
     rendered = render(records, ChatRenderer(tokenizer), config)
     examples = [Example(record, document) for record, document in zip(records, rendered, strict=True)]
     for each in examples:
         if isinstance(each.record, Text):
-            continue  # all of it is trained, and a tokenizer need not be able to spell every character of a raw text
+            continue  # every token is trained, and a tokenizer may be unable to spell every character of a raw text
         if fault := mask_fault(each.record, each.rendered, tokenizer, last_only=last_only):
             fix = "Use another chat template (model.chat_template=FILE), or look at it with posttrain tokens"
             raise BadInput(Problem(where=each.record.where, what=f"the mask is wrong: {fault}", fix=fix))
     return examples
 
 
-def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Part ``examples`` into those that are trained and a seeded ``share`` that is not.
+def split_eval(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split ``examples`` into those to train and a seeded ``share`` for the eval loss.
 
-    Equal examples stay on one side, or the loss of those held out would be that of trained ones; each is held out once.
+    Equal examples stay on one side, or the eval loss would be that of trained records; each is measured once.
     Raises BadInput when nothing is left to train.
     """
     if share == 0:
@@ -62,30 +82,50 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
     distinct = {example.ids: example for example in examples}
     count = max(1, round(share * len(distinct)))
     if count == len(distinct):
-        what = f"holds out all of {count} different records"
-        raise BadInput(Problem(where="eval_share", what=what, fix="Hold out less, or give eval_data"))
+        what = f"takes all of {count} different records, and leaves none to train"
+        raise BadInput(Problem(where="eval_share", what=what, fix="Lower eval_share, or give eval_data"))
     chosen = set(random.Random(f"eval/{seed}").sample(sorted(distinct), count))
     trained = [example for example in examples if example.ids not in chosen]
     return trained, [example for ids, example in distinct.items() if ids in chosen]
 
 
-def shared(trained: Iterable[Example], held_out: Iterable[Example]) -> int:
-    """How many of ``held_out`` are trained as well."""
+def count_shared(trained: Iterable[Example], eval_examples: Iterable[Example]) -> int:
+    """Count the ``eval_examples`` that are trained as well."""
     known = {example.ids for example in trained}
-    return sum(example.ids in known for example in held_out)
+    return sum(example.ids in known for example in eval_examples)
 
 
-def evaluation_of(held_out: Sequence[Example], config: FineTuneConfig) -> Evaluation:
-    """The evaluation on ``held_out``, cut as in training; raises BadInput when none of them has a trained token."""
-    answers, refusals = (_rows([each for each in held_out if each.refusal is kind], config) for kind in (False, True))
-    if held_out and not (answers or refusals):
-        what = f"no trained token in {len(held_out)} held-out records, cut to {config.sequence_length} tokens"
+def make_evaluation(eval_examples: Sequence[Example], config: FineTuneConfig) -> Evaluation:
+    """Return the evaluation on ``eval_examples``, cut as in training; raises BadInput when none has a trained token."""
+    answers = _rows([each for each in eval_examples if not each.declines], config)
+    refusals = _rows([each for each in eval_examples if each.declines], config)
+    if eval_examples and not (answers or refusals):
+        what = f"no trained token in {len(eval_examples)} eval records, cut to {config.sequence_length} tokens"
         raise BadInput(Problem(where="eval_data", what=what, fix="Raise sequence_length"))
     return Evaluation(rows=[*answers, *refusals], refusals=len(refusals), config=config)
 
 
+def mix_rows(records: Sequence[Document], documents: Sequence[Rendered], config: FineTuneConfig, seed: int) -> Mixture:
+    """Mix the records of a stage by the shares of their sources, and pack them; ``documents`` are their renderings.
+
+    Raises:
+        BadInput: Nothing is trained, a source cannot have its share, or a record is too long under overlong=reject.
+    """
+    # a source's share is one of tokens as rows hold them, so sizes are counted after cutting
+    sizes = [_size(document, config) for document in documents]
+    taken = draw_by_share(records, sizes, seed)
+    chosen = [documents[index] for index in taken]
+    packing = pack(chosen, config.sequence_length, packing=config.packing, overlong=config.overlong)
+    return Mixture(packing, measure_shares(records, sizes, taken))
+
+
 def _rows(examples: Sequence[Example], config: FineTuneConfig) -> list[PackedRow]:
-    """A row for each example, or piece of one, in which something is trained."""
+    """Return a row for each example, or piece of one, with a trained token."""
     length, overlong = config.sequence_length, config.overlong
     usable = [each.rendered for each in examples if fit(each.rendered, length, overlong).trained]
     return pack(usable, length, packing=False, overlong=overlong).rows if usable else []
+
+
+def _size(document: Rendered, config: FineTuneConfig) -> Size:
+    fitted = fit(document, config.sequence_length, config.overlong)
+    return Size(fitted.tokens, fitted.trained)

@@ -19,8 +19,7 @@ from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.advice import Known
-from posttrain.sft.examples import Example, evaluation_of, examples_of, hold_out, shared
-from posttrain.sft.rows import mixture
+from posttrain.sft.examples import Example, count_shared, make_evaluation, mix_rows, render_examples, split_eval
 from posttrain.tokens.markers import family_faults
 from posttrain.tokens.packing import PackedRow, PackingCounts
 
@@ -45,10 +44,10 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     """
     config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()
-    examples, held_out = hold_out(examples_of(records, tokenizer, config), config.eval_share, context.seed)
-    held_out += examples_of(context.eval_records, tokenizer, config)
-    evaluation = evaluation_of(held_out, config)
-    mixed = mixture([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
+    examples, eval_examples = split_eval(render_examples(records, tokenizer, config), config.eval_share, context.seed)
+    eval_examples += render_examples(context.eval_records, tokenizer, config)
+    evaluation = make_evaluation(eval_examples, config)
+    mixed = mix_rows([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
     for note in mixed.notes():
         context.progress.note(note)
     packing = mixed.packing
@@ -66,7 +65,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
         evaluation=evaluation,
     )
     chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
-    unusual = config.unusual(known(training, packing.counts, examples, held_out))
+    unusual = config.departures(known(training, packing.counts, examples, eval_examples))
     for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
         context.warn(line)
     position = training.run()
@@ -116,7 +115,9 @@ def stop_tokens(model: Model) -> list[int | None]:
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def known(training: Training, counts: PackingCounts, examples: Sequence[Example], held_out: Sequence[Example]) -> Known:
+def known(
+    training: Training, counts: PackingCounts, examples: Sequence[Example], eval_examples: Sequence[Example]
+) -> Known:
     """What the rules of advice can judge once records are packed and the model is loaded."""
     order, config = training.order, causal_model(training.model).config.get_text_config()
     return Known(
@@ -124,8 +125,8 @@ def known(training: Training, counts: PackingCounts, examples: Sequence[Example]
         passes=order.total / order.steps_per_epoch,
         documents_per_step=counts.packed * min(1.0, order.per_step / order.rows),
         truncated=counts.truncated / counts.packed,
-        refusals=sum(example.refusal for example in examples) / len(examples),
-        overlap=shared(examples, held_out),
+        refusals=sum(example.declines for example in examples) / len(examples),
+        overlap=count_shared(examples, eval_examples),
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         positions=getattr(config, "max_position_embeddings", None),
     )

@@ -27,7 +27,7 @@ from posttrain.model.loading import load_model, new_adapter
 from posttrain.plan import Step, make_plan
 from posttrain.run.display import Display, TrainingProgress
 from posttrain.run.job import records_digest
-from posttrain.sft.examples import Example, hold_out
+from posttrain.sft.examples import Example, split_eval
 from posttrain.sft.stage import run
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.packing import PackedRow
@@ -41,7 +41,7 @@ from tests.support.tiny import (
     tiny_llama,
     write_base,
 )
-from tests.support.training import DROPOUT, HELD_OUT, ROWS, evaluation, policy, trained_bytes, training
+from tests.support.training import DROPOUT, EVAL_ROWS, ROWS, evaluation, policy, trained_bytes, training
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def reference(model: torch.nn.Module, rows: Sequence[PackedRow]) -> float:
     ],
 )
 def test_the_loss_is_that_of_plain_float64_however_the_set_is_cut(settings: dict[str, Any]) -> None:
-    expected = reference(tiny_llama().double().eval(), HELD_OUT)
+    expected = reference(tiny_llama().double().eval(), EVAL_ROWS)
     model = tiny_llama()
     install(model)
     metrics = evaluation(**settings).measure(0, model.train(), "float32")
     assert metrics == {"eval_loss": pytest.approx(expected, rel=1e-6)}
-    means = [reference(tiny_llama().double().eval(), [row]) for row in HELD_OUT]
+    means = [reference(tiny_llama().double().eval(), [row]) for row in EVAL_ROWS]
     assert abs(sum(means) / len(means) - expected) > 1e-3 * expected
 
 
@@ -89,9 +89,9 @@ def test_refusals_are_measured_apart() -> None:
     install(model)
     metrics = evaluation(refusals=2).measure(0, model, "float32")
     plain = tiny_llama().double().eval()
-    assert metrics["eval_loss"] == pytest.approx(reference(plain, HELD_OUT), rel=1e-6)
-    assert metrics["eval_loss_answers"] == pytest.approx(reference(plain, HELD_OUT[:-2]), rel=1e-6)
-    assert metrics["eval_loss_refusals"] == pytest.approx(reference(plain, HELD_OUT[-2:]), rel=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(reference(plain, EVAL_ROWS), rel=1e-6)
+    assert metrics["eval_loss_answers"] == pytest.approx(reference(plain, EVAL_ROWS[:-2]), rel=1e-6)
+    assert metrics["eval_loss_refusals"] == pytest.approx(reference(plain, EVAL_ROWS[-2:]), rel=1e-6)
 
 
 def test_dropout_is_off_and_the_model_goes_on_training(base: ModelSource) -> None:
@@ -99,7 +99,7 @@ def test_dropout_is_off_and_the_model_goes_on_training(base: ModelSource) -> Non
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    expected = reference(model.eval(), HELD_OUT)
+    expected = reference(model.eval(), EVAL_ROWS)
     install(model)
     model.train()
     torch.manual_seed(3)
@@ -126,13 +126,13 @@ def test_it_is_measured_first_and_last_and_between(
 ) -> None:
     progress = Recorder()
     settings = {"epochs": 2, **settings}
-    held_out = evaluation(**settings)
-    training(policy(base, Method.lora), tmp_path, progress=progress, evaluation=held_out, **settings).run()
+    measured = evaluation(**settings)
+    training(policy(base, Method.lora), tmp_path, progress=progress, evaluation=measured, **settings).run()
     assert {step for step, metrics in progress.steps.items() if "eval_loss" in metrics} == steps
     assert set(progress.steps[0]) == {"eval_loss"}
-    assert held_out.figures()["eval_loss"] == progress.steps[max(steps)]["eval_loss"]
-    assert held_out.figures()["eval_loss_first"] == progress.steps[0]["eval_loss"]
-    assert held_out.figures()["eval_trained_tokens"] == sum(int(row.mask.sum()) for row in HELD_OUT)
+    assert measured.figures()["eval_loss"] == progress.steps[max(steps)]["eval_loss"]
+    assert measured.figures()["eval_loss_first"] == progress.steps[0]["eval_loss"]
+    assert measured.figures()["eval_trained_tokens"] == sum(int(row.mask.sum()) for row in EVAL_ROWS)
 
 
 @pytest.mark.parametrize(("method", "dtype"), [(Method.lora, "float32"), (Method.full, "bfloat16")])
@@ -143,11 +143,11 @@ def test_what_is_trained_is_the_same_with_and_without_it(
     dtype: str,
 ) -> None:
     results = []
-    for name, rows in (("without", []), ("with", HELD_OUT)):
+    for name, rows in (("without", []), ("with", EVAL_ROWS)):
         model = policy(base, method, dtype)
         settings = {"epochs": 2, "gradient_checkpointing": True, "eval_steps": 1}
-        held_out = evaluation(rows, **settings)
-        training(model, tmp_path / name, evaluation=held_out, dtype=dtype, **settings).run()
+        measured = evaluation(rows, **settings)
+        training(model, tmp_path / name, evaluation=measured, dtype=dtype, **settings).run()
         results.append(trained_bytes(model))
     assert results[0] == results[1]
 
@@ -163,33 +163,33 @@ def test_killed_anywhere_it_ends_with_the_same_figures(base: ModelSource, tmp_pa
                 policy(base, Method.lora), tmp_path / "cut", progress=Recorder(step), evaluation=evaluation(**settings),
                 **settings,
             ).run()  # fmt: skip
-    again, rest, held_out = policy(base, Method.lora), Recorder(), evaluation(**settings)
-    training(again, tmp_path / "cut", progress=rest, evaluation=held_out, **settings).run()
+    again, rest, measured = policy(base, Method.lora), Recorder(), evaluation(**settings)
+    training(again, tmp_path / "cut", progress=rest, evaluation=measured, **settings).run()
     assert trained_bytes(again) == trained_bytes(model)
     assert list(rest.steps) == [5, 6]
     assert rest.steps == {step: uninterrupted.steps[step] for step in (5, 6)}
-    assert held_out.figures() == whole.figures()
-    assert held_out.warnings() == whole.warnings()
+    assert measured.figures() == whole.figures()
+    assert measured.warnings() == whole.warnings()
 
 
 def test_other_held_out_records_do_not_go_on_from_a_checkpoint(base: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         training(policy(base, Method.lora), tmp_path, progress=Recorder(2), evaluation=evaluation()).run()
     progress = Recorder()
-    training(policy(base, Method.lora), tmp_path, progress=progress, evaluation=evaluation(HELD_OUT[1:])).run()
+    training(policy(base, Method.lora), tmp_path, progress=progress, evaluation=evaluation(EVAL_ROWS[1:])).run()
     assert progress.started[1] == 0
 
 
 def test_a_held_out_loss_that_is_no_number_stops_the_run(base: ModelSource, tmp_path: Path) -> None:
     model, progress = policy(base, Method.full), Recorder(3)
-    held_out = evaluation(eval_steps=2)
+    measured = evaluation(eval_steps=2)
 
     def poison(step: int, metrics: object) -> None:
         model.model.norm.register_forward_pre_hook(lambda module, inputs: None if module.training else (inputs[0] / 0,))
 
     progress.step = poison  # type: ignore[method-assign]
     with pytest.raises(Diverged, match="diverged at step 2: the held-out loss is nan"):
-        training(model, tmp_path, progress=progress, evaluation=held_out).run()
+        training(model, tmp_path, progress=progress, evaluation=measured).run()
 
 
 def test_a_line_of_step_0_is_written_once(tmp_path: Path, host: Host) -> None:
@@ -208,12 +208,12 @@ def test_a_line_of_step_0_is_written_once(tmp_path: Path, host: Host) -> None:
 
 def test_training_on_few_records_for_long_is_called_overfitting(base: ModelSource, tmp_path: Path) -> None:
     settings = {"epochs": 10, "lr": 1e-2}
-    held_out = evaluation(**settings)
+    measured = evaluation(**settings)
     progress = Recorder()
-    training(policy(base, Method.full), tmp_path, ROWS[:2], progress=progress, evaluation=held_out, **settings).run()
+    training(policy(base, Method.full), tmp_path, ROWS[:2], progress=progress, evaluation=measured, **settings).run()
     losses = {step: metrics["eval_loss"] for step, metrics in progress.steps.items()}
     lowest = min(losses, key=lambda step: losses[step])
-    (warning,) = held_out.warnings()
+    (warning,) = measured.warnings()
     assert f"it was lowest at step {lowest} ({losses[lowest]:.4f}); {losses[10]:.4f} at step 10" in warning
 
 
@@ -260,15 +260,15 @@ def test_equal_documents_stay_on_one_side(texts: list[int], share: float, seed: 
     examples = [Example(conversations(1)[0], Rendered([text], [True], "")) for text in texts]
     distinct = len(set(texts))
     if max(1, round(share * distinct)) == distinct:
-        with pytest.raises(BadInput, match="holds out all"):
-            hold_out(examples, share, seed)
+        with pytest.raises(BadInput, match="takes all"):
+            split_eval(examples, share, seed)
         return
-    trained, held_out = hold_out(examples, share, seed)
-    assert len(held_out) == max(1, round(share * distinct))
-    chosen = {example.ids[0] for example in held_out}
-    assert len(chosen) == len(held_out)
+    trained, measured = split_eval(examples, share, seed)
+    assert len(measured) == max(1, round(share * distinct))
+    chosen = {example.ids[0] for example in measured}
+    assert len(chosen) == len(measured)
     assert [example.ids[0] for example in trained] == [text for text in texts if text not in chosen]
-    assert hold_out(examples, share, seed) == (trained, held_out)
+    assert split_eval(examples, share, seed) == (trained, measured)
 
 
 def test_a_share_is_not_trained(base: ModelSource, tmp_path: Path) -> None:

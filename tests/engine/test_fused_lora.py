@@ -12,8 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 
 from posttrain.engine import fused
-from posttrain.engine.fused import fuse, is_fused, unfuse
-from posttrain.engine.lora import is_plain, lora_forward
+from posttrain.engine.fused import fuse, is_fused, is_plain, lora_forward, unfuse
 from tests.support.tiny import VOCABULARY, tiny_llama
 
 

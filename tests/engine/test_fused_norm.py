@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from posttrain.engine.norm import RootMeanSquareNorm, is_norm, norm_forward
+from posttrain.engine.fused import RootMeanSquareNorm, is_norm, norm_forward
 
 WIDTH = 24
 

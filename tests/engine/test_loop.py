@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings, Method
 from posttrain.engine.batches import RowOrder
-from posttrain.engine.schedule import Schedule, make_optimizer
+from posttrain.engine.optimizer import make_optimizer
+from posttrain.engine.schedule import Schedule
 from posttrain.errors import Diverged, Interrupted
 from posttrain.model.loading import load_model, new_adapter
 from posttrain.tokens.packing import PackedRow
@@ -109,7 +110,7 @@ def test_every_rate_is_positive_and_at_most_the_peak(total: int, ratio: float, f
 
 def test_only_matrices_decay() -> None:
     model = tiny_llama()
-    groups = make_optimizer(model.parameters(), sft_config(weight_decay=0.1)).param_groups
+    groups = make_optimizer(model, sft_config(weight_decay=0.1)).param_groups
     assert {(p.ndim, group["weight_decay"]) for group in groups for p in group["params"]} == {(2, 0.1), (1, 0.0)}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 

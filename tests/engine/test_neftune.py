@@ -115,9 +115,9 @@ def test_the_held_out_loss_is_measured_without_noise(base: ModelSource, tmp_path
     for alpha in (None, 100.0):
         progress = Recorder()
         settings = {"neftune_alpha": alpha, "max_steps": 1}
-        held_out = evaluation(**settings)
+        measured = evaluation(**settings)
         training(
-            policy(base, Method.full), tmp_path / str(alpha), progress=progress, evaluation=held_out, **settings
+            policy(base, Method.full), tmp_path / str(alpha), progress=progress, evaluation=measured, **settings
         ).run()
         first.append(progress.steps)
     assert first[0][0] == first[1][0]

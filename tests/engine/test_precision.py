@@ -17,7 +17,7 @@ from posttrain.engine.loop import Training
 from posttrain.engine.precision import compute_dtype, computing_in
 from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
-from posttrain.sft.examples import evaluation_of
+from posttrain.sft.examples import make_evaluation
 from tests.support.tiny import Recorder, base_source, packed_rows, sft_config, write_base
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,7 +53,7 @@ def run(model: Any, folder: Path, asked: Dtype, progress: Recorder, **settings: 
         model=model,
         rows=packed_rows([2, 2, 2, 2]),
         config=config,
-        evaluation=evaluation_of([], config),
+        evaluation=make_evaluation([], config),
         seed=0,
         dtype="bfloat16",
         progress=progress,

@@ -18,7 +18,7 @@ from posttrain.data.records import Conversation
 from posttrain.data.shapes import to_record
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput
-from posttrain.sft.refusals import is_refusal, refuses
+from posttrain.sft.declines import is_declined, opens_with_decline
 from posttrain.sft.stage import run
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.markers import family_faults
@@ -264,23 +264,23 @@ def test_a_model_that_learns_to_refuse_is_named(base: ModelSource, tmp_path: Pat
     ],
 )
 def test_refusals_are_told_by_how_they_begin(text: str, expected: bool) -> None:
-    assert is_refusal(text) is expected
+    assert opens_with_decline(text) is expected
 
 
 def test_an_answer_that_is_context_is_no_refusal() -> None:
     declined = answer("I cannot help with that.")
     record = Conversation(messages=({"role": "user", "content": "x"}, declined), where="a:1")
-    assert refuses(record)
-    assert not refuses(replace(record, messages=(record.messages[0], {**declined, "train": False})))
+    assert is_declined(record)
+    assert not is_declined(replace(record, messages=(record.messages[0], {**declined, "train": False})))
 
 
 def test_what_the_record_says_about_a_refusal_wins_and_the_template_never_sees_it() -> None:
     row = {"messages": [{"role": "user", "content": "x"}, {**answer("Nein, das tue ich nicht."), "refuses": True}]}
     record = to_record(row, Format.auto, "conversations", "a:1")
     assert isinstance(record, Conversation)
-    assert refuses(record)
+    assert is_declined(record)
     said = {**answer("I cannot help with that."), "refuses": False}
-    assert not refuses(replace(record, messages=(record.messages[0], said)))
+    assert not is_declined(replace(record, messages=(record.messages[0], said)))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.keys() | join(' ') }}. {% endfor %}"
     assert Template(tokenizer).render(record) == "role content. role content. "

@@ -56,8 +56,8 @@ def trained_bytes(model: torch.nn.Module) -> bytes:
     return b"".join(p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad)
 
 
-HELD_OUT = [document for row in packed_rows([4, 3], seed=5, longest=60) for document in documents_of(row)]
+EVAL_ROWS = [document for row in packed_rows([4, 3], seed=5, longest=60) for document in documents_of(row)]
 
 
-def evaluation(rows: Sequence[PackedRow] = HELD_OUT, refusals: int = 0, **settings: Any) -> Evaluation:
+def evaluation(rows: Sequence[PackedRow] = EVAL_ROWS, refusals: int = 0, **settings: Any) -> Evaluation:
     return Evaluation(rows=rows, refusals=refusals, config=sft_config(**settings))

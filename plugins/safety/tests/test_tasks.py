@@ -18,7 +18,7 @@ from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
 from posttrain.scoring.harness.tasks import load_leaves
 from posttrain.scoring.plugin import evaluate_artifact
-from posttrain.sft import refusals
+from posttrain.sft import declines
 from tests.support.tiny import base_source, write_base
 
 FOLDER = Path(posttrain_safety.__file__).parent / "tasks"
@@ -129,9 +129,9 @@ def test_another_way_to_recognise_declining_answers_is_another_score(
     known = set(request_of_a_gate.cache.rglob("*"))
     evaluate_artifact(request_of_a_gate, Silent())
     assert set(request_of_a_gate.cache.rglob("*")) == known
-    other = tmp_path / "refusals.py"
-    other.write_text(Path(refusals.__file__).read_text() + "# changed\n")
-    monkeypatch.setattr("inspect.getsourcefile", _instead(refusals.__file__, str(other)))
+    other = tmp_path / "declines.py"
+    other.write_text(Path(declines.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr("inspect.getsourcefile", _instead(declines.__file__, str(other)))
     evaluate_artifact(request_of_a_gate, Silent())
     assert len(set(request_of_a_gate.cache.rglob("*")) - known) >= 2
 

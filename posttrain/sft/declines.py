@@ -24,7 +24,7 @@ REFUSAL = re.compile(
 """English ways to decline, after the phrases that arXiv:2307.15043 looks for; other languages are not recognised."""
 
 
-def is_refusal(answer: str) -> bool:
+def opens_with_decline(answer: str) -> bool:
     """Whether ``answer`` begins by declining."""
     return REFUSAL.search(answer[:OPENING]) is not None
 
@@ -32,10 +32,10 @@ def is_refusal(answer: str) -> bool:
 def declines(message: Message) -> bool:
     """Whether an assistant turn is a refusal: as its key ``refuses`` says, else by how its content begins."""
     said = message.get("refuses")
-    return is_refusal(str(message["content"] or "")) if said is None else bool(said)
+    return opens_with_decline(str(message["content"] or "")) if said is None else bool(said)
 
 
-def refuses(record: Conversation) -> bool:
+def is_declined(record: Conversation) -> bool:
     """Whether a trained answer of ``record`` is a refusal."""
     answers = [message for message in record.messages if message["role"] == "assistant"]
     return any(declines(message) for message in answers if message.get("train", True))

@@ -1,0 +1,37 @@
+"""AdamW on the trained parameters, and the clipping of their gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.engine.config import FineTuneConfig
+
+
+def make_optimizer(model: torch.nn.Module, config: FineTuneConfig) -> torch.optim.AdamW:
+    """Return AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def clip_gradient(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale the gradient of all parameters together down to ``max_norm``; return its norm from before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def update_weights(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Change every weight by its gradient at the learning rate ``rate``, and free the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
