@@ -1,7 +1,7 @@
-"""Attention for packed rows: every document sees itself and nothing else.
+"""A model on packed rows: every document sees itself and nothing else, proven before training.
 
 transformers' own isolation needs position ids that restart, no attention mask and no cache all at once, and leaks in
-silence when one is missing. Here the kernel is told where the documents lie, and that is proven before training.
+silence when one is missing. Here the kernel (attention_kernels.py) gets the bounds of the documents with each call.
 """
 
 # B = rows (always 1), T = tokens of all documents, D = width, V = vocabulary
@@ -23,10 +23,10 @@ from posttrain.errors import BadInput, Problem
 
 
 def install(model: PreTrainedModel | PeftModel) -> Choice:
-    """Make ``model`` use packed attention, and prove on two short documents that it still computes what it did before.
+    """Make ``model`` use packed attention and fused layers, and return the chosen kernel.
 
-    Returns the kernel that it uses. Raises BadInput when the architecture lets one packed
-    document change another, or computes its logits in a way that the loss does not follow.
+    Two short documents, packed, must give the logits that each gave alone before. Raises BadInput when the architecture
+    lets one packed document change another, or computes its logits in a way that the loss does not follow.
     """
     causal = causal_model(model)
     _reject_chunks(causal)
@@ -46,10 +46,11 @@ def install(model: PreTrainedModel | PeftModel) -> Choice:
 
 
 def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Last hidden states [T, D] of documents of ``lengths`` tokens that lie one after another in ``ids_BT`` [1, T]."""
+    """Return last hidden states [T, D] of documents of ``lengths`` tokens, one after another in ``ids_BT`` [1, T]."""
     device = ids_BT.device
     documents = Documents.of(lengths, device)
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    # transformers hands unknown arguments through every layer to the attention function; eager attention takes a mask
     where: dict[str, Any] = {"documents": documents}
     if causal.config._attn_implementation == kernels.MASKED:
         where = {"attention_mask": kernels.row_mask(causal, documents)}
@@ -59,7 +60,7 @@ def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequen
 
 
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The language model itself, with an adapter's layers in place."""
+    """Return the language model itself, with an adapter's layers in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -1,7 +1,7 @@
-"""The ways to compute causal attention within each document of a packed row, fastest first, and the choice of one.
+"""The kernels for causal attention within each document of a packed row, fastest first, and the choice of one.
 
-All but the last hand each document to the kernel by itself, so that time and memory grow with the squares of documents,
-not of rows, and there is no mask that could be forgotten.
+All but the last compute each document by itself, so that time and memory grow with the squares of documents, not of
+rows, and no mask can be forgotten. Nothing here knows the rest of the model: attention.py installs and proves a kernel.
 """
 
 # B = rows (always 1), N = query heads, K = key and value heads, T = tokens of all documents, H = width of a head,
@@ -27,45 +27,45 @@ AttentionResult = tuple[torch.Tensor, None]
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One way to compute attention."""
+    """A kernel, as transformers knows it."""
 
     name: str
-    """Under which transformers knows it."""
+    """Its name in transformers' registry."""
     summary: str
     obstacle: Callable[[PreTrainedModel], str]
-    """Why a model cannot use it here; empty when it can."""
+    """Returns the reason against it for a model on this machine; empty when there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Where the documents of a row lie, in the forms that the kernels ask for."""
+    """The documents of a row, in the forms that the kernels ask for."""
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor
-    """Where each begins and the last one ends, int32 [documents + 1], on the model's device."""
+    """The start of each and the end of the last, int32 [documents + 1], on the model's device."""
     longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
-        """Documents of ``lengths`` tokens, one after another."""
+        """Return documents of ``lengths`` tokens, one after another."""
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         return cls(lengths=tuple(lengths), bounds=bounds, longest=max(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The kernel that a model uses."""
+    """The kernel of a model, and those passed over."""
 
     kernel: Kernel
     passed_over: tuple[str, ...]
-    """Each faster kernel with the reason why it cannot be used."""
+    """Each faster kernel, with the reason against it."""
 
     def __str__(self) -> str:
         return ", ".join([self.kernel.summary, *(f"not {reason}" for reason in self.passed_over)])
 
 
 def choose(causal: PreTrainedModel) -> Choice:
-    """The first kernel that ``causal`` can use here; the last can always be used."""
+    """Return the first kernel that ``causal`` can use here; the last fits every model."""
     obstacles = [(kernel, kernel.obstacle(causal)) for kernel in KERNELS]
     usable = next(place for place, (_, obstacle) in enumerate(obstacles) if not obstacle)
     passed_over = tuple(f"{kernel.summary} ({obstacle})" for kernel, obstacle in obstacles[:usable])
@@ -86,7 +86,7 @@ def flash_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> AttentionResult:
-    """flash-attn's kernel for documents of different lengths (arXiv:2307.08691)."""
+    """Attend by flash-attn's kernel for documents of different lengths (arXiv:2307.08691)."""
     from flash_attn import flash_attn_varlen_func
 
     attended_TNH = flash_attn_varlen_func(
@@ -116,7 +116,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> AttentionResult:
-    """The kernel of torch itself for documents of different lengths."""
+    """Attend by torch's own kernel for documents of different lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     query_TNH, key_TKH, value_TKH = _flat(query_BNTH, key_BKTH, value_BKTH)
@@ -148,7 +148,7 @@ def document_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> AttentionResult:
-    """Scaled dot-product attention, document by document."""
+    """Attend by torch's scaled dot-product attention, document by document."""
     lengths = documents.lengths
     attended = [
         F.scaled_dot_product_attention(
@@ -156,7 +156,7 @@ def document_attention(
             key_BKLH,
             value_BKLH,
             attn_mask=(mask := _window_mask(query_BNLH.shape[2], sliding_window, query_BNLH.device)),
-            is_causal=mask is None,
+            is_causal=mask is None,  # without a mask torch takes its fused kernels, and makes no [L, L] tensor
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=query_BNTH.shape[1] != key_BKTH.shape[1],
@@ -169,9 +169,9 @@ def document_attention(
 
 
 def row_mask(causal: PreTrainedModel, documents: Documents) -> torch.Tensor | dict[str, torch.Tensor]:
-    """What is added to the scores of a whole row, [1, 1, T, T]: 0 for what a token sees, else a huge negative number.
+    """Return the summand of a row's scores, [1, 1, T, T]: 0 for the tokens a token sees, else a huge negative number.
 
-    Models whose layers differ in what they see get one mask for each kind of layer.
+    A model with layers of several kinds, full and sliding, gets a mask for each kind.
     """
     config = causal.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -190,22 +190,23 @@ def _block_mask(documents: Documents, window: int | None, dtype: torch.dtype) ->
     seen_TT = (document_T[:, None] == document_T[None]) & (distance_TT >= 0)
     if window is not None:
         seen_TT &= distance_TT < window
+    # the smallest number, not -infinity: a row of -infinity alone would be NaN after softmax
     blocked = torch.zeros(seen_TT.shape, dtype=dtype, device=device)
     return blocked.masked_fill_(~seen_TT, torch.finfo(dtype).min)[None, None]
 
 
 def _flat(*tensors_BNTH: torch.Tensor) -> Sequence[torch.Tensor]:
-    """[1, N, T, H] as [T, N, H]."""
+    """Return [1, N, T, H] as [T, N, H]."""
     return [tensor_BNTH[0].transpose(0, 1) for tensor_BNTH in tensors_BNTH]
 
 
 def _window(sliding_window: int | None) -> tuple[int, int]:
-    """How far a token sees to the left and to the right; -1 is without limit."""
+    """Return the tokens seen to the left, -1 for all, and to the right; sliding_window counts the token itself."""
     return (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which tokens of a document see which, when a sliding window hides some; otherwise None."""
+    """Return the visible pairs of a document's tokens, [L, L]; None when a sliding window hides none."""
     if window is None or length <= window:
         return None
     position_L = torch.arange(length, device=device)
@@ -243,6 +244,7 @@ def _special_scores(causal: PreTrainedModel) -> str:
     return "has no attention sinks" if _sinks(causal) else ""
 
 
+# learned scores beside those of the tokens (arXiv:2309.17453): these kernels would silently leave them out
 def _sinks(causal: PreTrainedModel) -> bool:
     return any(name.endswith(".sinks") for name, _ in causal.named_parameters())
 

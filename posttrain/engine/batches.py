@@ -1,4 +1,4 @@
-"""Which rows each optimizer step trains on, and how they reach the model."""
+"""The rows of each optimizer step, and the batches that carry them to the model."""
 
 # B = rows (always 1), T = tokens of the batch, N = trained tokens of the batch
 
@@ -34,7 +34,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[PackedRow], device: torch.device) -> Batch:
-        """One batch of ``rows`` on ``device``."""
+        """Return one batch of ``rows`` on ``device``."""
         ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
         targets = np.concatenate([row.targets(IGNORED) for row in rows]).astype(np.int64)
         trained = np.flatnonzero(targets != IGNORED)
@@ -58,7 +58,7 @@ class RowOrder:
 
     @classmethod
     def from_config(cls, config: FineTuneConfig, rows: int, seed: int) -> RowOrder:
-        """The order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
+        """Return the order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
         per_step = config.per_device_batch_size * config.gradient_accumulation
         total = config.epochs * -(-rows // per_step)
         return cls(rows=rows, per_step=per_step, total=min(total, config.max_steps or total), seed=seed)
@@ -69,7 +69,7 @@ class RowOrder:
         return -(-self.rows // self.per_step)
 
     def of_step(self, step: int) -> list[int]:
-        """Indices of the rows of optimizer step ``step``, counted from 1."""
+        """Return the indices of the rows of optimizer step ``step``, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         start = place * self.per_step
         indices: list[int] = _permutation(self.seed, epoch, self.rows)[start : start + self.per_step].tolist()

@@ -1,9 +1,10 @@
-"""Checkpoints: all that a run needs to go on exactly, in safetensors and JSON, verified before use.
+"""Checkpoints: the whole state that exact resuming needs, in safetensors and JSON, verified before use.
 
     <folder>/step-00000050/state.safetensors    trained weights, optimizer state, random generators
     <folder>/step-00000050/manifest.json        step, last loss, identity of the run, SHA-256 of the state
 
 They are published as artifacts are: whole or not at all. The newest two are kept, so that a damaged one costs little.
+Order and learning rate are not saved: both follow from the step's number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a run has come."""
+    """The last step of a run so far."""
 
     step: int
     """Optimizer steps done."""
@@ -44,12 +45,12 @@ class CheckpointFolder:
 
     folder: Path
     identity: str
-    """Digest of whatever decides the course of the run: one with another digest cannot be continued here."""
+    """Digest of all that decides the course of the run; a checkpoint with another digest is not resumed."""
     note: Callable[[str], None]
-    """Told about every checkpoint that is passed over."""
+    """Reports every checkpoint that is not used, with the reason."""
 
     def save(self, position: Position, state: State) -> None:
-        """Publish ``state`` and remove all but the newest two. Raises OSError when the disk refuses."""
+        """Publish ``state`` and remove all but the newest two. Raises OSError when a write fails."""
         destination = self.folder / f"step-{position.step:08d}"
         draft = self.folder / ".draft"
         shutil.rmtree(draft, ignore_errors=True)
@@ -62,17 +63,18 @@ class CheckpointFolder:
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+        # only now that the new one is whole: a kill before this line leaves one checkpoint too many, never one too few
         for old in self._newest_first()[KEPT:]:
             shutil.rmtree(old)
 
     def newest(self) -> tuple[Position, State] | None:
-        """The newest checkpoint that verifies and belongs to this run; those passed over are removed."""
+        """Return the newest checkpoint that verifies and belongs to this run, and remove any newer one."""
         for path in self._newest_first():
             try:
                 return self._read(path)
             except ArtifactDamaged as error:
                 self.note(f"checkpoint {path.name} is not used: {error}")
-                shutil.rmtree(path)  # or it would outrank what this run saves from here on
+                shutil.rmtree(path)  # or it would outrank the next ones of this run
         return None
 
     def _read(self, path: Path) -> tuple[Position, State]:
@@ -89,7 +91,7 @@ class CheckpointFolder:
 
 
 def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Trained weights, optimizer state and random generators, by name."""
+    """Return trained weights, optimizer state and random generators, by name."""
     state = {}
     for name, parameter in _trained(model).items():
         state[f"weight/{name}"] = parameter.detach()
@@ -101,7 +103,7 @@ def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
-    """Put back what ``capture`` took, in place."""
+    """Restore a captured state, in place."""
     parameters = _trained(model)
     for key, tensor in state.items():
         kind, _, rest = key.partition("/")

@@ -1,4 +1,4 @@
-"""Settings of the training loop: those of every stage that calls ``StageContext.finetune``."""
+"""Settings of the training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TrainOn(Enum):
-    """Which assistant turns are trained."""
+    """Trained assistant turns."""
 
     all = "all"
     last = "last"
@@ -23,14 +23,14 @@ class TrainOn(Enum):
 
 @dataclass(kw_only=True)
 class FineTuneConfig(StageConfig):
-    """How SFT's loop trains: the settings of every stage that calls ``StageContext.finetune``."""
+    """Settings of every stage that trains by SFT's loop, through ``StageContext.finetune``."""
 
     eval_data: Any = None
     """Held-out records, in the form of data: their loss is reported while training."""
     eval_share: float = number(0.0, least=0, below=1)
-    """Share of the records that is held out instead and not trained. 0 trains all: the gate decides in any case."""
+    """Share of the records set aside for the eval loss. 0 trains all: the gate decides in any case."""
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
-    """Optimizer steps between two measurements of the held-out loss; once per epoch when absent."""
+    """Optimizer steps between two measurements of the eval loss; once per epoch when absent."""
     train_on: TrainOn = TrainOn.all
     """Trained turns: all assistant turns, or the last of each conversation."""
     lr: float = number(MISSING, least=0)
@@ -83,11 +83,11 @@ class FineTuneConfig(StageConfig):
         return [*super().problems(), *self._eval_problems()]
 
     def departures(self, known: Known) -> Sequence[str]:
-        """Departures from what is usual, each with the reason; a kind without rules has none."""
+        """Return departures from usual settings, each with the reason; a kind without rules has none."""
         return ()
 
     def _eval_problems(self) -> Iterator[tuple[str, str]]:
         if self.eval_share and self.eval_data is not None:
-            yield "eval_share", "holds out records of data, but eval_data gives others: use one of the two"
+            yield "eval_share", "takes eval records from data, but eval_data gives others: use one of the two"
         if (self.eval_steps or 0) > 0 and not self.eval_share and self.eval_data is None:
-            yield "eval_steps", "measures nothing: nothing is held out. Give eval_data or eval_share, or leave it out"
+            yield "eval_steps", "measures nothing without eval records: give eval_data or eval_share, or leave it out"

@@ -1,9 +1,9 @@
-"""The loss of held-out documents: normalised as in training, judged by the noise of the documents themselves.
+"""The eval loss, on documents set aside from training: normalised as in training, judged by their own noise.
 
     eval_loss = summed loss of all trained tokens of the whole set / trained tokens of the whole set
 
-It is a mean over tokens, never of means over batches, so that it does not depend on how the set is cut. The sums are
-kept per document: the same documents are measured each time, so that a rise is told from noise by their differences.
+It is a mean over tokens, never of means over batches, so that it does not depend on the cut into batches. The sums are
+kept per document: each time the same documents are measured, and their paired differences tell a rise from noise.
 """
 
 # T = tokens of a batch, N = trained tokens of a batch, C = trained tokens of a chunk, V = vocabulary, D = documents
@@ -28,16 +28,16 @@ from posttrain.engine.precision import autocasting
 from posttrain.tokens.packing import PackedRow, best_fit
 
 NOISE = 2.0
-"""Standard errors by which a difference of two losses has to be away from 0 to be called one."""
+"""Standard errors between 0 and a difference of two losses, from which on it counts as one."""
 
 NEGLIGIBLE = 0.01
-"""Share of a loss by which it may rise without a word, however sure the rise is."""
+"""Share of a loss that is too small a rise for a warning, however certain."""
 KINDS = ("refusals", "answers")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The held-out documents at one step."""
+    """The losses of the eval documents at one step."""
 
     step: int
     sums: torch.Tensor
@@ -46,7 +46,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a loss differs between two steps, over the same documents."""
+    """The difference of a loss between two steps, over the same documents."""
 
     value: float
     error: float
@@ -54,35 +54,35 @@ class Difference:
 
     @property
     def rises(self) -> bool:
-        """Whether the loss is higher than before by more than noise."""
+        """True when the loss is higher than before by more than noise."""
         return self.value > NOISE * self.error
 
     @property
     def falls(self) -> bool:
-        """Whether the loss is lower than before by more than noise."""
+        """True when the loss is lower than before by more than noise."""
         return self.value < -NOISE * self.error
 
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Measures held-out documents while a model is trained. With no rows it never does."""
+    """Measures the eval loss while a model is trained; without rows, never."""
 
     rows: Sequence[PackedRow]
-    """One document each, with at least one trained token; refusals stand last."""
+    """One document each, with at least one trained token; refusals come last."""
     refusals: int
-    """How many of them, at the end, are refusals."""
+    """Number of refusals at their end."""
     config: FineTuneConfig
     first: Measured | None = field(default=None, init=False)
     lowest: Measured | None = field(default=None, init=False)
     last: Measured | None = field(default=None, init=False)
 
     def is_due(self, step: int, order: RowOrder) -> bool:
-        """Whether the loss is measured after ``step``: before the first step, as often as configured, at the end."""
+        """Return true where a measurement is due: before the first step, every ``eval_steps``, after the last."""
         every = self.config.eval_steps or order.steps_per_epoch
         return bool(self.rows) and (step % every == 0 or step == order.total)
 
     def measure(self, step: int, model: PreTrainedModel | PeftModel, dtype: str) -> dict[str, float]:
-        """Measure ``model`` after ``step``: the losses by name. Changes neither the model nor random numbers."""
+        """Measure ``model`` after ``step`` and return the losses by name; model and random numbers stay as they are."""
         self.last = Measured(step, document_losses(model, self.rows, self.config, dtype))
         self.first = self.first or self.last
         if self.lowest is None or self.last.sums.sum() < self.lowest.sums.sum():
@@ -90,18 +90,20 @@ class Evaluation:
         return {name: self._loss(self.last, part) for name, part in self._parts().items()}
 
     def difference(self, before: Measured, after: Measured, part: slice = slice(None)) -> Difference:
-        """How the loss of the documents in ``part`` changed, with the standard error of a ratio of sums."""
+        """Return the change of the loss of the documents in ``part``, with the standard error of a ratio of sums."""
         tokens_D = self._tokens()[part]
         change_D = (after.sums - before.sums)[part]
         count = len(tokens_D)
         value = float(change_D.sum() / tokens_D.sum())
         if count < 2:
             return Difference(value, math.inf)
+        # A ratio of two sums over documents, change and tokens, and the documents are the independent draws: the error
+        # follows from each document's residual (linearised ratio estimator; Cochran, Sampling Techniques, ch. 6).
         spread = float((change_D - value * tokens_D).square().sum()) * count / (count - 1)
         return Difference(value, math.sqrt(spread) / float(tokens_D.sum()))
 
     def figures(self) -> dict[str, int | float]:
-        """What the manifest tells about the held-out documents; empty when nothing was measured."""
+        """Return the eval figures of the manifest; empty when nothing was measured."""
         if self.first is None or self.lowest is None or self.last is None:
             return {}
         losses = {name: self._loss(self.last, part) for name, part in self._parts().items()}
@@ -114,14 +116,14 @@ class Evaluation:
         }
 
     def warnings(self) -> list[str]:
-        """What the losses show to have gone wrong, as sentences."""
+        """Return what went wrong by the losses, as sentences."""
         if self.first is None or self.lowest is None or self.last is None:
             return []
-        return [*self._overfitting(self.lowest, self.last), *self._refusing(self.first, self.last)]
+        return [*self._overfitting(self.lowest, self.last), *self._overdeclining(self.first, self.last)]
 
     def state(self) -> State:
-        """What going on from a checkpoint needs."""
-        # copies: safetensors refuses tensors that share memory, as these do when the first loss is the lowest
+        """Return the part of a checkpoint that resuming needs here."""
+        # copies: safetensors saves no tensors that share memory, as these do when the first loss is the lowest
         kept = {"first": self.first, "lowest": self.lowest}
         state = {f"evaluation/{name}": each.sums.clone() for name, each in kept.items() if each is not None}
         if self.lowest is not None:
@@ -129,7 +131,7 @@ class Evaluation:
         return state
 
     def restore(self, state: State) -> None:
-        """Put back what ``state`` gave."""
+        """Restore the measurements that ``state`` returned."""
         if "evaluation/first" in state:
             self.first = Measured(0, state["evaluation/first"])
             self.lowest = Measured(int(state["evaluation/lowest_step"]), state["evaluation/lowest"])
@@ -141,9 +143,9 @@ class Evaluation:
         place = f"it was lowest at step {lowest.step} ({self._loss(lowest):.4f})"
         fix = f"Train for fewer epochs (max_steps={lowest.step} ends there), or lower lr" if lowest.step else "Lower lr"
         change = f"{self._loss(last):.4f} at step {last.step} is higher by {rise.value:.4f} ± {rise.error:.4f}"
-        return [f"overfitting by the held-out loss: {place}; {change}. {fix}"]
+        return [f"overfitting by the eval loss: {place}; {change}. {fix}"]
 
-    def _refusing(self, first: Measured, last: Measured) -> list[str]:
+    def _overdeclining(self, first: Measured, last: Measured) -> list[str]:
         parts = self._parts()
         if "eval_loss_refusals" not in parts:
             return []
@@ -151,16 +153,16 @@ class Evaluation:
         if not (refusals.falls and answers.rises):
             return []
         change = f"fell by {-refusals.value:.4f} on refusals and rose by {answers.value:.4f} on other answers"
-        return [f"the held-out loss {change}: the model learns to refuse. Lower the share of refusals in data"]
+        return [f"the eval loss {change}: the model learns to decline. Lower the share of refusals in data"]
 
     def _parts(self) -> dict[str, slice]:
-        """The documents that each loss is about: all, and refusals apart from the rest where there are both."""
+        """Return the documents of each loss by its name: all; with both kinds, also refusals and answers apart."""
         answers = len(self.rows) - self.refusals
         apart = {"eval_loss_refusals": slice(answers, None), "eval_loss_answers": slice(answers)}
         return {"eval_loss": slice(None), **(apart if answers and self.refusals else {})}
 
     def _tokens(self) -> torch.Tensor:
-        """Trained tokens of each document, [D]."""
+        """Return the trained tokens of each document, [D]."""
         return torch.tensor([int(row.mask.sum()) for row in self.rows], dtype=torch.float64)
 
     def _loss(self, measured: Measured, part: slice = slice(None)) -> float:
@@ -171,7 +173,7 @@ class Evaluation:
 def document_losses(
     model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, dtype: str
 ) -> torch.Tensor:
-    """Summed loss of the trained tokens of each row, [D] in float64 on the CPU, in evaluation mode.
+    """Return the summed loss of the trained tokens of each row, [D] in float64 on the CPU, in evaluation mode.
 
     The rows share forward passes, up to as many tokens as one of training. ``dtype`` is ``float32`` or ``bfloat16``.
     """
@@ -179,6 +181,8 @@ def document_losses(
     head = OutputHead.of(causal)
     sums_D = torch.zeros(len(rows), dtype=torch.float64)
     model.eval()
+    # Documents do not see each other, so they can share rows in any grouping: best fit takes the fewest forward passes.
+    # The sums are float64, because the differences of interest are small against them.
     for group in best_fit([len(row.input_ids) for row in rows], config.sequence_length * config.per_device_batch_size):
         chosen = [rows[index] for index in group]
         batch = Batch.of(chosen, causal.device)
@@ -192,6 +196,6 @@ def document_losses(
 
 
 def _token_losses(head: OutputHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, chunk: int) -> torch.Tensor:
-    """-log p(target) of each trained token, [N], at most ``chunk`` rows of logits at once."""
+    """Return -log p(target) of each trained token, [N], holding at most ``chunk`` rows of logits at once."""
     pieces = zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
     return torch.cat([F.cross_entropy(head.logits(h_CD), t_C, reduction="none") for h_CD, t_C in pieces])

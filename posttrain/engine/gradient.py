@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step: what the loop trains with, and what its proof measures."""
+"""The gradient of one optimizer step, for the loop that trains with it and the proof that measures it."""
 
 # T = tokens of the batch, D = width
 
@@ -20,14 +20,14 @@ from posttrain.tokens.packing import PackedRow
 
 
 def trained_tokens(rows: Sequence[PackedRow]) -> int:
-    """Tokens of ``rows`` that are targets: what the loss of a step is divided by."""
+    """Count the targets among the tokens of ``rows``, the divisor of a step's loss."""
     return sum(int(row.mask.sum()) for row in rows)
 
 
 def add_gradient(
     model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: FineTuneConfig, dtype: str
 ) -> float:
-    """Add the gradient of the summed loss of ``rows`` over ``trained`` to the parameters; returns that loss.
+    """Add the gradient of the summed loss of ``rows`` / ``trained`` to the parameters; return that loss.
 
     ``trained`` counts the trained tokens of the whole optimizer step, of which ``rows`` may be a part. The rows go
     through the model ``config.per_device_batch_size`` at a time. ``dtype`` is ``float32`` or ``bfloat16``.
@@ -35,15 +35,17 @@ def add_gradient(
     causal = causal_model(model)
     head = OutputHead.of(causal)
     size = config.per_device_batch_size
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)  # float64: the reported loss must not depend on the cut
     for start in range(0, len(rows), size):
         batch = Batch.of(rows[start : start + size], causal.device)
         noise = noisy_embeddings(causal, batch.lengths, config.neftune_alpha)
         with noise, autocasting(model, dtype):
             hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
+            # logits are computed for trained positions alone: prompts cost no row of the vocabulary's width
             loss = summed_cross_entropy(
                 head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk
             )
+        # divided by the whole step's tokens before the backward pass, so that micro-batches simply add up
         (loss / trained).backward()
         total += loss.detach().cpu()
     return float(total) / trained

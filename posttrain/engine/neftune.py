@@ -2,7 +2,7 @@
 
 Each entry of a document's embeddings gets alpha / sqrt(L D) times a number drawn evenly from -1 to 1. In the paper L is
 the length of the sequence; in a packed row it is that of each document, so that packing does not weaken the noise. The
-numbers come from torch's own generator, whose state is part of every checkpoint.
+numbers come from torch's own generator: its state is part of every checkpoint, so that a resumed run draws the same.
 """
 
 # B = rows (always 1), N = documents, T = tokens of all documents, L = tokens of one document, D = width
@@ -29,6 +29,7 @@ def noisy_embeddings(causal: PreTrainedModel, lengths: Sequence[int], alpha: flo
     def add_noise(module: torch.nn.Module, inputs: object, embedded_BTD: torch.Tensor) -> torch.Tensor:
         return embedded_BTD + noise_like(embedded_BTD, lengths, alpha)
 
+    # a hook for one forward pass, because the lengths of the documents change with every batch
     handle = causal.get_input_embeddings().register_forward_hook(add_noise)
     try:
         yield
@@ -37,9 +38,10 @@ def noisy_embeddings(causal: PreTrainedModel, lengths: Sequence[int], alpha: flo
 
 
 def noise_like(embedded_BTD: torch.Tensor, lengths: Sequence[int], alpha: float) -> torch.Tensor:
-    """Noise [B, T, D] for a row of documents, each scaled by its own length."""
+    """Return noise [B, T, D] for a row of documents, each scaled by its own length."""
     length_N = torch.tensor(lengths, device=embedded_BTD.device)
     length_T = length_N.repeat_interleave(length_N)
     scale_T = alpha / (length_T * embedded_BTD.shape[-1]).sqrt()
+    # drawn in float32, because bfloat16 has only 128 numbers between 1/2 and 1; rounded after scaling
     noise_BTD = torch.empty_like(embedded_BTD, dtype=torch.float32).uniform_(-1, 1)
     return (noise_BTD * scale_T[:, None]).to(embedded_BTD.dtype)

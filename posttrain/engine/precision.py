@@ -18,11 +18,12 @@ FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
 def compute_dtype(config: FineTuneConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
-    """What forward and backward passes of ``model``, whose weights are stored as ``stored``, are computed in.
+    """Return the number format of forward and backward passes of ``model``, with weights stored as ``stored``.
 
-    A CPU without matrix tiles gains nothing from bfloat16: its products of it are slower than those of float32, which
-    are also more precise (docs/decisions.md has the figures). The rule asks for the processor, not for a timing, so
-    that two runs on a machine always compute the same. Quantised weights are multiplied in ``stored``.
+    A CPU without matrix tiles (AMX) multiplies bfloat16 slower than float32, and less precisely (docs/decisions.md has
+    the figures): there, bfloat16 weights are multiplied in float32. The rule asks for the
+    processor, not for a timing, so that two runs on a machine always compute the same. Quantised weights are
+    multiplied in ``stored``.
     """
     if _quantised(model):
         return stored
@@ -35,7 +36,7 @@ def compute_dtype(config: FineTuneConfig, stored: str, model: PreTrainedModel | 
 
 @contextmanager
 def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[None]:
-    """Hold the frozen weights of ``model`` as ``dtype``, and in the end as before: bfloat16 survives float32 exactly.
+    """Hold the frozen weights of ``model`` as ``dtype``, and in the end as before: each bfloat16 is a float32, too.
 
     Trained weights are float32 anyway; quantised weights stay as they are.
     """

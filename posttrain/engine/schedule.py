@@ -16,18 +16,18 @@ class Schedule:
     total: int
     """Optimizer steps."""
     warmup: int
-    """Steps in which the rate rises; the last of them has the peak."""
+    """Steps with a rising rate; the last of them has the peak."""
     floor: float
-    """Share of the peak that the cosine runs towards."""
+    """Share of the peak at the end of the cosine."""
 
     @classmethod
     def from_config(cls, config: FineTuneConfig, total: int) -> Schedule:
-        """The schedule of a run of ``total`` optimizer steps."""
+        """Return the schedule of a run of ``total`` optimizer steps."""
         warmup = math.ceil(config.warmup_ratio * total)
         return cls(peak=config.lr, total=total, warmup=warmup, floor=config.min_lr_ratio)
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimizer step ``step``, counted from 1."""
+        """Return the learning rate of optimizer step ``step``, counted from 1."""
         if step <= self.warmup:
             return self.peak * step / self.warmup
         progress = (step - 1 - self.warmup) / (self.total - self.warmup)

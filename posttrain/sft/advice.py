@@ -1,7 +1,7 @@
-"""The field's recipe as rules: where settings depart from it, they are named with the reason and never changed.
+"""The field's recipe as rules: settings that depart from it are named with the reason, and never changed.
 
-Pure: settings and what is known about data and model, such as the number of examples, go in; sentences come out. What
-is not known is not judged: a plan says what it can, and the start of a stage the rest.
+Pure: settings and facts about data and model, such as the number of examples, go in; sentences come out. Unknown facts
+are not judged: a plan applies the rules it can, and the start of a stage applies the rest.
 """
 
 from __future__ import annotations
@@ -16,62 +16,62 @@ if TYPE_CHECKING:
     from posttrain.sft.config import SFTConfig
 
 EPOCHS = ((50_000, 1), (10_000, 3), (1_000, 5), (0, 15))
-"""Examples from which on at most so many epochs are usual."""
+"""Least number of examples, and the most epochs usual from there on."""
 TINY = 1_000
 """Examples below which a data set is easily learned by heart."""
 BIG = 1_000_000_000
-"""Parameters from which on activations are recomputed."""
+"""Parameters of a model from which on recomputing activations is usual."""
 LONG = 8_192
-"""Tokens of a forward pass from which on they are, too."""
+"""Tokens of a forward pass from which on it is usual, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known besides the settings; None is unknown."""
+    """Facts beside the settings; None is unknown."""
 
     examples: int | None = None
-    """Records that are trained in one epoch."""
+    """Records trained in one epoch."""
     passes: float | None = None
-    """Epochs that are trained, ``max_steps`` taken into account."""
+    """Trained epochs, with ``max_steps`` taken into account."""
     documents_per_step: float | None = None
     """Documents in an optimizer step, of all rows and forward passes together."""
     truncated: float | None = None
-    """Share of the records that are cut."""
+    """Share of the records longer than a row, and cut."""
     refusals: float | None = None
-    """Share of the records whose answer is a refusal."""
+    """Share of the records with a refusal as their answer."""
     overlap: int | None = None
-    """Held-out records that are trained as well."""
+    """Eval records that are trained as well."""
     parameters: int | None = None
     """Parameters of the model."""
     positions: int | None = None
-    """Tokens of a document that the model was made for."""
+    """Longest document the model was made for, in tokens."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One setting, what is usual for it, and why."""
+    """One setting, its usual value, and the reason."""
 
     setting: str
     usual: str
     why: str
     departure: Callable[[SFTConfig, Known], str | None]
-    """How the settings depart from what is usual; None when they do not, or it is not known."""
+    """Returns the departure from the usual value; None when there is none, or a fact is unknown."""
 
 
 def departures(config: SFTConfig, known: Known) -> list[str]:
-    """Every departure from what is usual: the setting as it is, what is usual, and why."""
+    """Return every departure: the setting as it is, its usual value, and the reason."""
     found = [(rule, rule.departure(config, known)) for rule in RULES]
     return [f"{rule.setting}: {what}; usual is {rule.usual}, because {rule.why}" for rule, what in found if what]
 
 
 def table() -> str:
-    """All rules as a Markdown table."""
+    """Return all rules as a Markdown table."""
     rows = [f"| `{rule.setting}` | {rule.usual} | {rule.why} |" for rule in RULES]
     return "\n".join(["| setting | usual | because |", "|---|---|---|", *rows])
 
 
 def usual_epochs(examples: int) -> int:
-    """The most epochs that are usual for so many examples."""
+    """Return the most epochs usual for so many examples."""
     return next(epochs for least, epochs in EPOCHS if examples >= least)
 
 
@@ -96,7 +96,7 @@ def _floor(config: SFTConfig, known: Known) -> str | None:
 
 
 def _passes(config: SFTConfig, known: Known) -> float:
-    """Epochs that are trained, as far as that is known; ``max_steps`` may end within the first."""
+    """Return the trained epochs, as far as known; ``max_steps`` may end within the first."""
     if known.passes is not None:
         return known.passes
     return 1 if config.max_steps else config.epochs
@@ -109,14 +109,14 @@ def _epochs(config: SFTConfig, known: Known) -> str | None:
     return f"{passes:g} for {known.examples:,} examples"
 
 
-def _held_out(config: SFTConfig, known: Known) -> str | None:
+def _eval_loss(config: SFTConfig, known: Known) -> str | None:
     if config.eval_share or config.eval_data is not None or _passes(config, known) <= 1:
         return None
-    return f"nothing is held out from {_passes(config, known):g} epochs"
+    return f"no eval records in {_passes(config, known):g} epochs"
 
 
 def _overlap(config: SFTConfig, known: Known) -> str | None:
-    return f"{known.overlap:,} held-out records are trained as well" if known.overlap else None
+    return f"{known.overlap:,} eval records are trained as well" if known.overlap else None
 
 
 def _noise(config: SFTConfig, known: Known) -> str | None:
@@ -204,14 +204,14 @@ RULES = (
     Rule(
         "epochs",
         "at most 1 from 50,000 examples on, 3 from 10,000, 5 from 1,000, 15 below",
-        "large sets are learned in one pass, and after the first one the held-out loss tends to rise",
+        "large sets are learned in one pass, and after the first one the eval loss tends to rise",
         _epochs,
     ),
     Rule(
         "eval_share",
         "0.01 to 0.1, or eval_data, for more than one epoch",
-        "overfitting after the first epoch shows in the loss of held-out records alone",
-        _held_out,
+        "overfitting after the first epoch shows in the eval loss alone",
+        _eval_loss,
     ),
     Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
     Rule(
@@ -237,14 +237,14 @@ RULES = (
     ),
     Rule(
         "sequence_length",
-        "what the model was made for, or less",
-        "it has seen no position beyond and computes them badly",
+        "at most the length the model was made for",
+        "it has seen no position beyond, and computes those badly",
         _positions,
     ),
     Rule(
         "sequence_length",
         "long enough for 99 of 100 records",
-        "an answer that is cut has no end and no stop token to learn",
+        "a cut answer has no end and no stop token to learn",
         _truncated,
     ),
     Rule(
@@ -262,7 +262,7 @@ RULES = (
     Rule(
         "neftune_alpha",
         "5 to 15, or null",
-        "these are the values that the paper chooses from (arXiv:2310.05914)",
+        "the paper chooses among these values (arXiv:2310.05914)",
         _noise,
     ),
     Rule(
@@ -287,4 +287,4 @@ RULES = (
         _refusals,
     ),
 )
-"""Every rule; docs/advice.md shows the same."""
+"""All rules, as docs/advice.md shows them."""

@@ -1,4 +1,4 @@
-"""Settings of supervised fine-tuning, and of the loop that it shares with other stages."""
+"""Settings of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class SFTConfig(FineTuneConfig):
         return [*super().problems(), *self._targets()]
 
     def advice(self, examples: int | None) -> Sequence[str]:
-        """Departures from the field's recipe, as far as they show before the data is read."""
+        """Return departures from the field's recipe, as far as they show before the data is read."""
         from posttrain.sft.advice import Known  # settings are listed without the rules
 
         return self.departures(Known(examples=examples))
 
     def departures(self, known: Known) -> Sequence[str]:
-        """Departures from the field's recipe."""
+        """Return departures from the field's recipe."""
         from posttrain.sft.advice import departures
 
         return departures(self, known)

@@ -1,4 +1,4 @@
-"""Answers that decline what was asked, told by how they begin."""
+"""Answers that decline a request, recognised by their first words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from posttrain.data.records import Conversation, Message
 
 OPENING = 200
-"""Characters of an answer in which a refusal has to be said: further on, "I cannot" is about something else."""
+"""Characters at the start of an answer that are searched: further on, "I cannot" is about something else."""
 
 REFUSAL = re.compile(
     r"\bI(?:['’]m| am| must| have to| will| would)?(?: (?:really|truly|very|afraid|sorry|but|that|,|I))*"
@@ -21,21 +21,21 @@ REFUSAL = re.compile(
     r"|\bas an ai(?: language)?(?: model| assistant)?,? I (?:cannot|can['’]t|am not able|do not|don['’]t)\b",
     re.IGNORECASE,
 )
-"""English ways to decline, after the phrases that arXiv:2307.15043 looks for; other languages are not recognised."""
+"""English ways to decline, after the phrases of arXiv:2307.15043; other languages are not recognised."""
 
 
 def opens_with_decline(answer: str) -> bool:
-    """Whether ``answer`` begins by declining."""
+    """Return true when ``answer`` begins by declining."""
     return REFUSAL.search(answer[:OPENING]) is not None
 
 
 def declines(message: Message) -> bool:
-    """Whether an assistant turn is a refusal: as its key ``refuses`` says, else by how its content begins."""
-    said = message.get("refuses")
-    return opens_with_decline(str(message["content"] or "")) if said is None else bool(said)
+    """Return true when an assistant turn declines: by its key ``refuses`` if it has one, else by its first words."""
+    marked = message.get("refuses")
+    return opens_with_decline(str(message["content"] or "")) if marked is None else bool(marked)
 
 
 def is_declined(record: Conversation) -> bool:
-    """Whether a trained answer of ``record`` is a refusal."""
+    """Return true when a trained answer of ``record`` declines."""
     answers = [message for message in record.messages if message["role"] == "assistant"]
     return any(declines(message) for message in answers if message.get("train", True))

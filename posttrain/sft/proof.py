@@ -2,8 +2,8 @@
 
 The reference knows nothing of packing, accumulation, chunked loss or packed attention: every document alone through the
 model's own forward pass, all of its logits, one cross-entropy, one division by the trained tokens. The loop's own code
-must give the gradient of the reference in float64, up to what float32 itself rounds off, and the same gradient however
-the documents are cut into rows, micro-batches, chunks and ranks.
+must give the gradient of the reference in float64, up to the rounding of float32 itself, and the same gradient for
+every cut of the documents into rows, micro-batches, chunks and ranks.
 """
 
 # B = rows (always 1), T = tokens of a document or row, D = width, V = vocabulary
@@ -32,29 +32,29 @@ from posttrain.tokens.chat import Rendered
 from posttrain.tokens.packing import PackedRow, pack
 
 LIMIT = 1e-6
-"""Relative error that any two computations of a gradient in float32 may have.
+"""Largest relative error between two computations of a gradient in float32.
 
-Sums that are cut differently round differently, by 1e-7 to 7e-7 on models of a few layers; depth and large weights make
-more of it. A model whose float32 is further than this from float64, by plain code alone, may be as far off as that: two
-computations in float32 are not held to be closer to each other than float32 is to the truth. A fault is larger by
-orders: one token of ten thousand counted wrongly is 1e-4.
+Another cut of a sum rounds it differently, by 1e-7 to 7e-7 on models of a few layers, and more with depth and large
+weights. Where plain code in float32 is further than this from float64, that distance is the limit: two computations in
+float32 need not be closer to each other than float32 is to the truth. A fault is larger by orders of magnitude: one
+token of ten thousand counted wrongly is 1e-4.
 """
 ROUNDING = 1e-4
 """Largest relative error of float32 itself (measured: 1e-6 with 4 layers, 2e-5 with 30).
 
-More is a float32 that is none, as when a device multiplies in TensorFloat-32.
+More is not float32 at all, as when a device multiplies in TensorFloat-32.
 """
 DOCUMENTS = 8
-"""Documents that the proof computes with."""
+"""Documents of the proof."""
 LENGTH = 128
-"""Tokens of a document that the proof computes with: it is the same proof, at a bounded cost."""
+"""Longest document of the proof, in tokens: cut, it proves as much at a bounded cost."""
 ROWS = 3
-"""Rows that the documents are packed into, roughly."""
+"""Rows of the packed documents, roughly: enough to accumulate over."""
 SMALL_CHUNK = 7
-"""Trained tokens of a chunk of the loss, where it is to be cut into many."""
+"""Trained tokens of a chunk of the loss, small enough for many chunks and uneven."""
 OWN = "the loop, as the recipe sets it"
 RANKS_PARAMETERS = 300_000_000
-"""Largest model that is copied to two more processes."""
+"""Parameters of the largest model that is copied to two more processes."""
 
 Gradient = dict[str, torch.Tensor]
 """By parameter name, in float64 on the CPU."""
@@ -66,21 +66,21 @@ class Check:
 
     name: str
     against: str = "the loop"
-    """What it was compared with: the reference in float64, what the loop computes as the recipe sets it, or itself."""
+    """The other side: the reference in float64, the loop as the recipe sets it, or the same document."""
     error: float | None = None
     """Relative error; None when the comparison was not run."""
     limit: float = LIMIT
     reason: str = ""
-    """Why it was not run."""
+    """The reason when it was not run."""
 
     @property
     def failed(self) -> bool:
-        """Whether the error is above the limit, or is no number."""
+        """True when the error is above the limit, or NaN."""
         return self.error is not None and not self.error <= self.limit
 
 
 def sample(documents: Sequence[Rendered], sequence_length: int, count: int = DOCUMENTS) -> list[Rendered]:
-    """At most ``count`` documents from all over ``documents``, each at most LENGTH tokens around its first trained one.
+    """Return at most ``count`` documents spread over all, each cut to LENGTH tokens around its first trained one.
 
     Raises BadInput when no document has a trained token in its first ``sequence_length`` tokens.
     """
@@ -100,7 +100,7 @@ def sample(documents: Sequence[Rendered], sequence_length: int, count: int = DOC
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """The comparisons for one model, in float32, which is not fit for anything else afterwards."""
+    """The comparisons for one model in float32. They leave it changed, unfit for anything else."""
 
     model: PreTrainedModel | PeftModel
     documents: Sequence[Rendered]
@@ -108,6 +108,8 @@ class Proof:
 
     def checks(self) -> Iterator[Check]:
         """Run every comparison, in order. Dropout is off."""
+        # Dropout would draw other numbers on each way through the code. Checkpointing works in training mode alone, so
+        # it has a comparison of its own.
         self.model.eval()
         _wake_adapter(self.model)
         exact = plain_gradient(self.model.double(), self.documents)
@@ -127,7 +129,7 @@ class Proof:
 
     @cached_property
     def rows(self) -> list[PackedRow]:
-        """The documents in a few rows; at least two documents share one."""
+        """The documents packed into a few rows; at least two share one."""
         return pack(self.documents, self._row_length).rows
 
     @cached_property
@@ -141,7 +143,7 @@ class Proof:
         return max(lengths[0] + lengths[-1], -(-sum(lengths) // ROWS))
 
     def _ways(self) -> Iterator[tuple[str, Callable[[], Gradient]]]:
-        """Name of each way through the loop's own code, and what computes the gradient that way."""
+        """Yield the name of each way through the loop's own code, and a function that takes the gradient that way."""
         whole = replace(self.config, per_device_batch_size=len(self.rows))
         single = replace(self.config, per_device_batch_size=1)
         tokens = trained_tokens(self.rows)
@@ -159,7 +161,7 @@ class Proof:
         return self.rows if self.config.packing else self.alone
 
     def _loop(self, rows: Sequence[PackedRow], config: SFTConfig) -> Gradient:
-        """The gradient as the loop takes it in one optimizer step over ``rows``."""
+        """Return the gradient as the loop takes it in one optimizer step over ``rows``."""
         return _gradient(self.model, lambda: add_gradient(self.model, rows, trained_tokens(rows), config, "float32"))
 
     def _checkpointing(self, own: Gradient, limit: float) -> Check:
@@ -181,7 +183,7 @@ class Proof:
         return Check(name=name, error=distance(gradient, own), limit=limit)
 
     def _isolation(self) -> Check:
-        """Other tokens in the first document of a row must change nothing that is computed for the others."""
+        """Compare a row with one whose first document has other tokens: the others must compute the same."""
         name = "a document when its neighbour changes"
         row = next((row for row in self.rows if len(row.lengths) > 1), None)
         if row is None:
@@ -196,7 +198,7 @@ class Proof:
         return Check(name=name, against="itself", error=error, limit=LIMIT)
 
     def _block_mask(self, limit: float) -> Check:
-        """Packed attention against transformers' own under one mask for the whole row, in float32 both."""
+        """Compare packed attention with transformers' own under one mask for the whole row, both in float32."""
         name = "attention of a whole row under one mask"
         causal = causal_model(self.model)
         window = getattr(causal.config.get_text_config(), "sliding_window", None)
@@ -210,7 +212,7 @@ class Proof:
 
 
 def plain_gradient(model: PreTrainedModel | PeftModel, documents: Sequence[Rendered]) -> Gradient:
-    """The gradient of the mean loss over the trained tokens of ``documents``, each alone.
+    """Return the gradient of the mean loss over the trained tokens of ``documents``, each alone.
 
     In the number format of the model; layers that insist on float32 inside (norms, rotary positions) keep it.
     """
@@ -226,7 +228,7 @@ def plain_gradient(model: PreTrainedModel | PeftModel, documents: Sequence[Rende
 
 
 def masked_gradient(model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int) -> Gradient:
-    """The gradient with transformers' own attention under a block-diagonal mask, all logits of a row at once."""
+    """Return the gradient by transformers' own attention under a block-diagonal mask, all logits of a row at once."""
 
     def add() -> None:
         for row in rows:
@@ -243,27 +245,27 @@ def masked_gradient(model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow
 
 
 def distance(actual: Gradient, expected: Gradient) -> float:
-    """||actual - expected|| / ||expected|| over all parameters together."""
+    """Return ||actual - expected|| / ||expected|| over all parameters together."""
     difference = sum(float((actual[name].double() - expected[name]).square().sum()) for name in expected)
     size = sum(float(expected[name].square().sum()) for name in expected)
     return float((difference / size) ** 0.5) if size else float("nan")
 
 
 def _plain_loss(logits_TV: torch.Tensor, ids_T: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy: each position predicts the next token, if that is trained."""
+    """Return the summed cross-entropy: each position predicts the next token, if that is trained."""
     labels_T = torch.where(mask_T[1:], ids_T[1:], IGNORED)
     return F.cross_entropy(logits_TV[:-1], labels_T, reduction="sum", ignore_index=IGNORED)
 
 
 def _block_diagonal(row: PackedRow) -> torch.Tensor:
-    """What is added to the scores of a row, [1, 1, T, T]: 0 within a document and backwards, else -infinity."""
+    """Return the summand of a row's scores, [1, 1, T, T]: 0 within a document and backwards, else -infinity."""
     document_T = torch.cat([torch.full((length,), index) for index, length in enumerate(row.lengths)])
     visible_TT = (document_T[:, None] == document_T[None]).tril()
     return torch.zeros(visible_TT.shape).masked_fill(~visible_TT, float("-inf"))[None, None]
 
 
 def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
-    """What ``add`` adds to the gradients of the trained parameters of ``model``."""
+    """Return the gradient that ``add`` adds to the trained parameters of ``model``, and leave none behind."""
     model.zero_grad(set_to_none=True)
     add()
     gradient = {
@@ -277,7 +279,7 @@ def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
 
 @contextmanager
 def _recomputing(causal: PreTrainedModel) -> Iterator[None]:
-    """Layers recompute their activations, as they do in training alone; without its dropout."""
+    """Let layers recompute their activations as in training, but without its dropout."""
     layers = [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
     causal.activation_checkpointing_enable()
     for layer in layers:
@@ -287,7 +289,7 @@ def _recomputing(causal: PreTrainedModel) -> Iterator[None]:
 
 
 def _wake_adapter(model: torch.nn.Module) -> None:
-    """Give a fresh adapter's B small values: at 0, as they begin, A has no gradient that could be wrong."""
+    """Give a new adapter's B small values: at 0, their start, A has no gradient and could hide any fault."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name and parameter.requires_grad:
@@ -295,7 +297,7 @@ def _wake_adapter(model: torch.nn.Module) -> None:
 
 
 def _window(document: Rendered) -> Rendered:
-    """At most LENGTH tokens, of which those before the first trained one are at most half."""
+    """Return at most LENGTH tokens, at most half of them before the first trained one."""
     start = max(0, document.mask.index(True, 1) - LENGTH // 2)
     end = start + LENGTH
     return Rendered(document.ids[start:end], document.mask[start:end], document.text)

@@ -1,4 +1,4 @@
-"""One optimizer step shared by two processes: each takes half of the rows, and the gradients are summed."""
+"""One optimizer step shared by two processes: each takes half of the rows, and their gradients are summed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ RESULT = "gradient.safetensors"
 def gradient_of_ranks(
     model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig
 ) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss over all ranks' trained tokens, by parameter name, in float32.
+    """Return the gradient of the mean loss over all ranks' trained tokens, by parameter name, in float32.
 
-    Starts two processes that talk through gloo. Raises torch's ProcessException when one of them fails.
+    Starts two processes connected by gloo. Raises torch's ProcessException when one of them fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         # by value: shared memory is often too small for a model, in containers above all
@@ -40,13 +40,14 @@ def gradient_of_ranks(
 
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of faster kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; it warns of missing kernels
     from posttrain.engine.gradient import add_gradient, trained_tokens
 
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
     model, rows, config = pickle.loads(task)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     share = rows[rank::RANKS]
+    # the divisor is the number of trained tokens on all ranks: each rank's own would make a mean of means of the sum
     trained = torch.tensor(trained_tokens(share))
     dist.all_reduce(trained)
     add_gradient(model, share, int(trained), config, "float32")

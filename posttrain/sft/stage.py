@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: as a stage, and as what other stages do with conversations."""
+"""Supervised fine-tuning: the stage ``sft``, and the same training for other stages with conversations."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def run(context: StageContext) -> None:
-    """Train on the stage's records, from the base or from what an earlier SFT left."""
+    """Train on the stage's records, from the base or from an earlier SFT."""
     finetune(context, context.records, policy)
 
 
 def finetune(context: StageContext, records: Sequence[Document], load: Callable[[StageContext], Model]) -> None:
-    """Render, pack, train, save; ``load`` gives the model to train. The context's config is a FineTuneConfig.
+    """Render, pack, train, save; ``load`` returns the model to train. The context's config is a FineTuneConfig.
 
     Raises:
         BadInput: A record cannot be rendered or does not fit the model, or nothing is trained.
@@ -77,14 +77,14 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
 
 
 def policy(context: StageContext) -> Model:
-    """The model to train: a fresh adapter, on quantised weights or not, the parent's adapter, or all weights."""
+    """Return the model to train: a new adapter, on quantised weights or not, the parent's adapter, or all weights."""
     method: Method = context.config.method
     if method is Method.full and context.parent.adapter is not None:
         raise BadInput(
             Problem(
                 where=f"{context.name}.method",
                 what=f"full fine-tuning cannot start from an adapter ({context.parent.adapter})",
-                fix="Set method=lora, which trains that adapter on, or start from full weights",
+                fix="Set method=lora, which continues with that adapter, or start from full weights",
             )
         )
     if method is Method.full or context.parent.adapter is not None:
@@ -110,7 +110,7 @@ def check_vocabulary(rows: Sequence[PackedRow], model: Model) -> None:
 
 
 def stop_tokens(model: Model) -> list[int | None]:
-    """The tokens at which the model's own generation settings stop."""
+    """Return the tokens at which the model's own generation settings stop."""
     ends = causal_model(model).generation_config.eos_token_id
     return list(ends) if isinstance(ends, list) else [ends]
 
@@ -118,7 +118,7 @@ def stop_tokens(model: Model) -> list[int | None]:
 def known(
     training: Training, counts: PackingCounts, examples: Sequence[Example], eval_examples: Sequence[Example]
 ) -> Known:
-    """What the rules of advice can judge once records are packed and the model is loaded."""
+    """Return the facts for the rules of advice, known once records are packed and the model is loaded."""
     order, config = training.order, causal_model(training.model).config.get_text_config()
     return Known(
         examples=counts.packed,
@@ -133,7 +133,7 @@ def known(
 
 
 def figures(training: Training, counts: PackingCounts, position: Position) -> dict[str, int | float]:
-    """What the manifest tells about the training; ``epoch_*`` is one pass over the rows, the others are all steps."""
+    """Return the training's figures for the manifest; ``epoch_*`` counts one pass over the rows."""
     steps = [training.rows[index] for step in training.order for index in step]
     return {
         "records": counts.documents,

@@ -60,7 +60,7 @@ def test_changing_one_document_changes_no_bit_of_another() -> None:
     assert torch.equal(before, after)
 
 
-def test_a_leak_between_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_between_documents_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(*inputs: Any, documents: Documents, **rest: Any) -> Any:
         return document_attention(*inputs, documents=Documents.of([sum(documents.lengths)], inputs[1].device), **rest)
 

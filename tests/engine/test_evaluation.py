@@ -1,4 +1,4 @@
-"""The held-out loss: one mean over all trained tokens, without a trace in training, exact when continued."""
+"""The eval loss: one mean over all trained tokens, without a trace in training, exact when resumed."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_killed_anywhere_it_ends_with_the_same_figures(base: ModelSource, tmp_pa
     assert measured.warnings() == whole.warnings()
 
 
-def test_other_held_out_records_do_not_go_on_from_a_checkpoint(base: ModelSource, tmp_path: Path) -> None:
+def test_other_eval_records_do_not_resume_from_a_checkpoint(base: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         training(policy(base, Method.lora), tmp_path, progress=Recorder(2), evaluation=evaluation()).run()
     progress = Recorder()
@@ -180,7 +180,7 @@ def test_other_held_out_records_do_not_go_on_from_a_checkpoint(base: ModelSource
     assert progress.started[1] == 0
 
 
-def test_a_held_out_loss_that_is_no_number_stops_the_run(base: ModelSource, tmp_path: Path) -> None:
+def test_an_eval_loss_that_is_no_number_stops_the_run(base: ModelSource, tmp_path: Path) -> None:
     model, progress = policy(base, Method.full), Recorder(3)
     measured = evaluation(eval_steps=2)
 
@@ -188,7 +188,7 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(base: ModelSource, tmp_
         model.model.norm.register_forward_pre_hook(lambda module, inputs: None if module.training else (inputs[0] / 0,))
 
     progress.step = poison  # type: ignore[method-assign]
-    with pytest.raises(Diverged, match="diverged at step 2: the held-out loss is nan"):
+    with pytest.raises(Diverged, match="diverged at step 2: the eval loss is nan"):
         training(model, tmp_path, progress=progress, evaluation=measured).run()
 
 
@@ -245,10 +245,10 @@ def test_the_error_of_a_difference_is_that_of_the_mean_when_documents_are_equall
     assert difference.error == pytest.approx(np.std(changes, ddof=1) / len(changes) ** 0.5)
 
 
-def test_learning_to_refuse_at_the_cost_of_answers_is_a_warning() -> None:
+def test_learning_to_decline_at_the_cost_of_answers_is_a_warning() -> None:
     answers, refusals = [0.05, 0.06, 0.04], [-0.5, -0.4, -0.6]
     (warning,) = after([*answers, *refusals], refusals=3).warnings()
-    assert "learns to refuse" in warning
+    assert "learns to decline" in warning
     assert after([-0.05, -0.06, -0.04, *refusals], refusals=3).warnings() == []
 
 
@@ -286,10 +286,10 @@ def test_other_records_can_be_given(base: ModelSource, tmp_path: Path) -> None:
     assert "trained as well" not in str(stage.metrics["warnings"])
 
 
-def test_held_out_records_that_are_trained_as_well_are_counted(base: ModelSource, tmp_path: Path) -> None:
+def test_eval_records_that_are_trained_as_well_are_counted(base: ModelSource, tmp_path: Path) -> None:
     stage = replace(context(base, tmp_path, eval_data="a.jsonl", max_steps=1), eval_records=conversations(15)[9:])
     run(stage)
-    assert "eval_data: 3 held-out records are trained as well" in str(stage.metrics["warnings"])
+    assert "eval_data: 3 eval records are trained as well" in str(stage.metrics["warnings"])
 
 
 def sft_step(host: Host, *overrides: str) -> Step:

@@ -188,7 +188,7 @@ def test_scaled_and_capped_logits_are_the_models_own(architecture: str, settings
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
-def test_an_unknown_treatment_of_logits_is_refused() -> None:
+def test_an_unknown_treatment_of_logits_is_rejected() -> None:
     model = tiny_llama()
     forward = model.forward
 

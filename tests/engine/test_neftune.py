@@ -108,7 +108,7 @@ def test_killed_anywhere_a_noisy_run_ends_with_the_same_bytes(base: ModelSource,
     assert trained_bytes(quiet) != trained_bytes(whole)
 
 
-def test_the_held_out_loss_is_measured_without_noise(base: ModelSource, tmp_path: Path) -> None:
+def test_the_eval_loss_is_measured_without_noise(base: ModelSource, tmp_path: Path) -> None:
     from tests.support.training import evaluation
 
     first = []

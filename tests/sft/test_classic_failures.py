@@ -1,4 +1,4 @@
-"""The six ways in which fine-tuning classically goes wrong, each planted: it is refused, or named in a warning."""
+"""The six ways in which fine-tuning classically goes wrong, each planted: rejected, or named in a warning."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def warnings(stage: StageContext) -> list[str]:
 
 
 def refusal(stage: StageContext) -> str:
-    """Why the stage was refused, before its first step."""
+    """The reason for which the stage was rejected, before its first step."""
     with pytest.raises(BadInput) as caught:
         run(stage)
     assert stage.progress.started == (0, 0)  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def no_stop(rendered: Rendered) -> Rendered:
 
 
 @pytest.mark.parametrize("harm", [everything, no_stop])
-def test_a_wrong_mask_of_one_record_is_refused(
+def test_a_wrong_mask_of_one_record_is_rejected(
     base: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Rendered], Rendered]
 ) -> None:
     sound = ChatRenderer.conversation
@@ -118,7 +118,7 @@ def test_sound_masks_of_many_templates_have_no_fault() -> None:
             try:
                 rendered = ChatRenderer(tokenizer).conversation(record)
             except BadInput:
-                continue  # a shape that is refused before there is a mask
+                continue  # a shape that is rejected before there is a mask
             sound += 1
             assert mask_fault(record, rendered, tokenizer) is None, (template, talk)
     assert sound > 60
@@ -180,7 +180,7 @@ def test_a_run_names_the_fault(base: ModelSource, tmp_path: Path, template: str,
     assert [line for line in found if line.startswith("model.chat_template: ") and expected in line]
 
 
-def test_a_template_whose_stop_is_no_token_is_refused(base: ModelSource, tmp_path: Path) -> None:
+def test_a_template_whose_stop_is_no_token_is_rejected(base: ModelSource, tmp_path: Path) -> None:
     why = refusal(context(replace(base, chat_template=CHATML), tmp_path))
     assert "train.jsonl:1: the mask for turn 2 cannot be proven: no stop token" in why
 
@@ -188,7 +188,7 @@ def test_a_template_whose_stop_is_no_token_is_refused(base: ModelSource, tmp_pat
 # --- 3. The adapter matches nothing -----------------------------------------------------------------------------------
 
 
-def test_an_adapter_that_matches_nothing_is_refused(base: ModelSource, tmp_path: Path) -> None:
+def test_an_adapter_that_matches_nothing_is_rejected(base: ModelSource, tmp_path: Path) -> None:
     stage = context(base, tmp_path, lora=LoraSettings(target_modules=["q_proj", "query"]))
     assert "no linear layer of the model is called query" in refusal(stage)
 
@@ -228,16 +228,16 @@ def test_many_refusals_in_the_data_are_named(base: ModelSource, tmp_path: Path) 
     assert not [line for line in warnings(context(base, tmp_path / "b", max_steps=1)) if "refusals" in line]
 
 
-def test_a_model_that_learns_to_refuse_is_named(base: ModelSource, tmp_path: Path) -> None:
+def test_a_model_that_learns_to_decline_is_named(base: ModelSource, tmp_path: Path) -> None:
     asked = conversations(40)
-    refused = [replace(each, messages=(each.messages[0], answer("I cannot help with that."))) for each in asked[:20]]
+    declined = [replace(each, messages=(each.messages[0], answer("I cannot help with that."))) for each in asked[:20]]
     settings: dict[str, Any] = {"method": Method.full, "epochs": 10, "sequence_length": 96}
     helpful = context(base, tmp_path / "helpful", records=asked[:20], **settings)
     run(helpful)
     parent = replace(base, model=helpful.output)
-    stage = context(parent, tmp_path / "refusing", records=refused[:10], **settings)
-    stage = replace(stage, eval_records=[*refused[10:], *asked[20:]])
-    (line,) = [line for line in warnings(stage) if "learns to refuse" in line]
+    stage = context(parent, tmp_path / "declining", records=declined[:10], **settings)
+    stage = replace(stage, eval_records=[*declined[10:], *asked[20:]])
+    (line,) = [line for line in warnings(stage) if "learns to decline" in line]
     assert "fell by" in line
     last = stage.progress.steps[stage.metrics["steps"]]  # type: ignore[attr-defined]
     assert last["eval_loss_refusals"] < last["eval_loss_answers"]
@@ -290,7 +290,7 @@ def test_what_the_record_says_about_a_refusal_wins_and_the_template_never_sees_i
 
 
 @pytest.mark.parametrize("in_eval", [False, True])
-def test_tokens_without_embeddings_are_refused(base: ModelSource, tmp_path: Path, in_eval: bool) -> None:
+def test_tokens_without_embeddings_are_rejected(base: ModelSource, tmp_path: Path, in_eval: bool) -> None:
     shutil.copytree(base.model, tmp_path / "small")
     tiny_llama(vocab_size=99).save_pretrained(tmp_path / "small")
     large = [

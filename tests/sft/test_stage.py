@@ -84,7 +84,7 @@ def test_the_last_turn_alone_can_be_trained(base: ModelSource, tmp_path: Path) -
     assert trained == {TrainOn.last: (answers, 1), TrainOn.all: (2 * answers + answers // 2, 0)}
 
 
-def test_tokens_that_the_model_does_not_know_are_refused(base: ModelSource, tmp_path: Path) -> None:
+def test_tokens_that_the_model_does_not_know_are_rejected(base: ModelSource, tmp_path: Path) -> None:
     shutil.copytree(base.model, tmp_path / "small")
     tiny_llama(vocab_size=50).save_pretrained(tmp_path / "small")
     with pytest.raises(BadInput, match="has only 50 embeddings"):
