@@ -12,7 +12,7 @@ RANGE = "range"
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The finite numbers that a setting may have; None is no bound."""
+    """The finite numbers allowed for a setting; None is no bound."""
 
     least: float | None
     above: float | None
@@ -22,7 +22,7 @@ class Range:
     """End of the message about a value outside, such as ``; leave it out to train whole epochs``."""
 
     def fault(self, value: Any) -> str:
-        """Return what is wrong with ``value``; empty when nothing is."""
+        """Return the fault of ``value``; empty when there is none."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"must be a number, not {value!r}"
         return "" if self._holds(value) else f"must be {self._words(value)}, not {value}{self.hint}"
@@ -52,7 +52,7 @@ def number(
     below: float | None = None,
     hint: str = "",
 ) -> Any:
-    """Declare a setting with its range, which also holds in subclasses that only change the default.
+    """Declare a setting with its range; a subclass with another default inherits the range.
 
     ``least`` and ``most`` are in the range, ``above`` and ``below`` are not. None is allowed where the type allows it.
     """
@@ -73,7 +73,7 @@ def out_of_range(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _range_of(kind: type, name: str) -> Range | None:
-    """Return the range that the nearest class gives a field: a subclass with another default need not repeat it."""
+    """Return the range of a field from the nearest class with one: other defaults need not repeat it."""
     declared = (vars(each).get("__dataclass_fields__", {}).get(name) for each in kind.__mro__)
     ranges = (each.metadata.get(RANGE) for each in declared if each is not None)
     return next((allowed for allowed in ranges if allowed is not None), None)

@@ -25,8 +25,8 @@ from posttrain.errors import BadInput, Problem
 def install(model: PreTrainedModel | PeftModel) -> Choice:
     """Make ``model`` use packed attention and fused layers, and return the chosen kernel.
 
-    Two short documents, packed, must give the logits that each gave alone before. Raises BadInput when the architecture
-    lets one packed document change another, or computes its logits in a way that the loss does not follow.
+    Two short documents, packed, must give each its logits from before. Raises BadInput when the architecture
+    lets one packed document change another, or computes its logits in a way unknown to the loss.
     """
     causal = causal_model(model)
     _reject_chunks(causal)
@@ -67,7 +67,7 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def _reject_chunks(causal: PreTrainedModel) -> None:
     # these layers do not hand their chunk to the attention function, and the probe is too short to notice
     if getattr(causal.config.get_text_config(), "attention_chunk_size", None):
-        raise BadInput(Problem(where="model.path", what="the model attends in chunks, which sft cannot train"))
+        raise BadInput(Problem(where="model.path", what="the model attends in chunks, and sft cannot train those"))
 
 
 def _probe_documents(causal: PreTrainedModel) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """The kernels for causal attention within each document of a packed row, fastest first, and the choice of one.
 
-All but the last compute each document by itself, so that time and memory grow with the squares of documents, not of
+All but the last compute each document by itself: time and memory grow with the squares of documents, not of
 rows, and no mask can be forgotten. Nothing here knows the rest of the model: attention.py installs and proves a kernel.
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 MASKED = "eager"
-"""transformers' own attention, which takes a mask over the whole row."""
+"""transformers' own attention, with a mask over the whole row."""
 
 AttentionResult = tuple[torch.Tensor, None]
 
@@ -38,7 +38,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The documents of a row, in the forms that the kernels ask for."""
+    """The documents of a row, in the forms the kernels take."""
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor

@@ -1,4 +1,4 @@
-"""The rows of each optimizer step, and the batches that carry them to the model."""
+"""The rows of each optimizer step, and their batches."""
 
 # B = rows (always 1), T = tokens of the batch, N = trained tokens of the batch
 
@@ -16,7 +16,7 @@ from posttrain.engine.config import FineTuneConfig
 from posttrain.tokens.packing import PackedRow
 
 IGNORED = -100
-"""Target of a token that is not trained."""
+"""Target of an untrained token."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOrder:
-    """The rows of every optimizer step: a function of the seed and the step alone, so that resuming needs no state."""
+    """The rows of every optimizer step: a function of the seed and the step alone: resuming needs no state."""
 
     rows: int
     per_step: int

@@ -1,9 +1,9 @@
-"""Checkpoints: the whole state that exact resuming needs, in safetensors and JSON, verified before use.
+"""Checkpoints: the whole state of an exact resume, in safetensors and JSON, verified before use.
 
     <folder>/step-00000050/state.safetensors    trained weights, optimizer state, random generators
     <folder>/step-00000050/manifest.json        step, last loss, identity of the run, SHA-256 of the state
 
-They are published as artifacts are: whole or not at all. The newest two are kept, so that a damaged one costs little.
+They are published as artifacts are: whole or not at all. The newest two are kept: a damaged one costs little.
 Order and learning rate are not saved: both follow from the step's number.
 """
 
@@ -47,7 +47,7 @@ class CheckpointFolder:
     identity: str
     """Digest of all that decides the course of the run; a checkpoint with another digest is not resumed."""
     note: Callable[[str], None]
-    """Reports every checkpoint that is not used, with the reason."""
+    """Reports every unusable checkpoint, with the reason."""
 
     def save(self, position: Position, state: State) -> None:
         """Publish ``state`` and remove all but the newest two. Raises OSError when a write fails."""
@@ -68,7 +68,7 @@ class CheckpointFolder:
             shutil.rmtree(old)
 
     def newest(self) -> tuple[Position, State] | None:
-        """Return the newest checkpoint that verifies and belongs to this run, and remove any newer one."""
+        """Return the newest sound checkpoint of this run, and remove any newer one."""
         for path in self._newest_first():
             try:
                 return self._read(path)

@@ -23,7 +23,7 @@ class TrainOn(Enum):
 
 @dataclass(kw_only=True)
 class FineTuneConfig(StageConfig):
-    """Settings of every stage that trains by SFT's loop, through ``StageContext.finetune``."""
+    """Settings of every stage with SFT's loop, through ``StageContext.finetune``."""
 
     eval_data: Any = None
     """Held-out records, in the form of data: their loss is reported while training."""
@@ -44,7 +44,7 @@ class FineTuneConfig(StageConfig):
     overlong: Overlong = Overlong.truncate
     """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""
     packing: bool = True
-    """Fill rows with several conversations, which do not see each other."""
+    """Fill rows with several conversations, none of which sees another."""
     per_device_batch_size: int = number(1, least=1)
     """Rows in one forward pass."""
     gradient_accumulation: int = number(16, least=1)
@@ -68,7 +68,7 @@ class FineTuneConfig(StageConfig):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
     checkpoint_steps: int = number(50, least=1)
-    """Save what resuming needs every so many optimizer steps."""
+    """Optimizer steps between two checkpoints."""
     compute_dtype: Dtype | None = None
     """Number format of forward and backward passes: model.dtype, but float32 for bfloat16 on a CPU without AMX."""
     loss_chunk: int = number(1024, least=1)

@@ -2,7 +2,7 @@
 
     eval_loss = summed loss of all trained tokens of the whole set / trained tokens of the whole set
 
-It is a mean over tokens, never of means over batches, so that it does not depend on the cut into batches. The sums are
+It is a mean over tokens, never of means over batches: the cut into batches does not matter. The sums are
 kept per document: each time the same documents are measured, and their paired differences tell a rise from noise.
 """
 
@@ -28,7 +28,7 @@ from posttrain.engine.precision import autocasting
 from posttrain.tokens.packing import PackedRow, best_fit
 
 NOISE = 2.0
-"""Standard errors between 0 and a difference of two losses, from which on it counts as one."""
+"""Least size of a difference of two losses, in standard errors, to count as one."""
 
 NEGLIGIBLE = 0.01
 """Share of a loss that is too small a rise for a warning, however certain."""
@@ -116,13 +116,13 @@ class Evaluation:
         }
 
     def warnings(self) -> list[str]:
-        """Return what went wrong by the losses, as sentences."""
+        """Return warnings of overfitting and of declining too much."""
         if self.first is None or self.lowest is None or self.last is None:
             return []
         return [*self._overfitting(self.lowest, self.last), *self._overdeclining(self.first, self.last)]
 
     def state(self) -> State:
-        """Return the part of a checkpoint that resuming needs here."""
+        """Return the measurements to keep in a checkpoint."""
         # copies: safetensors saves no tensors that share memory, as these do when the first loss is the lowest
         kept = {"first": self.first, "lowest": self.lowest}
         state = {f"evaluation/{name}": each.sums.clone() for name, each in kept.items() if each is not None}
@@ -131,7 +131,7 @@ class Evaluation:
         return state
 
     def restore(self, state: State) -> None:
-        """Restore the measurements that ``state`` returned."""
+        """Restore the measurements of ``state``."""
         if "evaluation/first" in state:
             self.first = Measured(0, state["evaluation/first"])
             self.lowest = Measured(int(state["evaluation/lowest_step"]), state["evaluation/lowest"])

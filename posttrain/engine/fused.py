@@ -3,7 +3,7 @@
 peft casts the input of a LoRA layer (arXiv:2106.09685) to the adapter's float32, multiplies twice there, scales, adds
 and casts back: on tall, thin matrices that costs as much as the layer itself. Here the adapter's factors, which are
 small, take the number format of the activations, and their product is added to the layer's own in place. An RMSNorm
-(arXiv:1910.07467) needs a third of the time that autograd takes.
+(arXiv:1910.07467) takes a third of autograd's time.
 
 A layer is fused while a training runs, and only if its type, its parts and, for norms, a trial run show that it
 computes exactly this. Every other layer keeps its own forward pass.
@@ -24,7 +24,7 @@ from peft.tuners.lora.layer import Linear
 from posttrain.model.loading import ADAPTER
 
 TOLERANCE = 1e-5
-"""Largest relative difference from a module's own result at which it is taken for an RMSNorm."""
+"""Largest relative difference between the results of a module and of an RMSNorm for them to be one."""
 
 
 def fuse(model: torch.nn.Module) -> None:
@@ -117,7 +117,7 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """The outputs [T, D], in the number format of the inputs times that of the weight."""
+        """Return the outputs [T, D], in the number format of the inputs times the weight."""
         precise_TD = input_TD.to(torch.promote_types(input_TD.dtype, torch.float32))
         norm_T1 = torch.linalg.vector_norm(precise_TD, dim=-1, keepdim=True)
         inverse_T1 = norm_T1.square_().div_(input_TD.shape[-1]).add_(eps).rsqrt_()
@@ -146,7 +146,7 @@ def norm_forward(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def eps(module: torch.nn.Module) -> float | None:
-    """Return the number that a module adds to the mean square, by either of its names; None for other modules."""
+    """Return the number added to the mean square, by either of its names; None for other modules."""
     found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return found if isinstance(found, float) else None
 

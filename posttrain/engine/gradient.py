@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step, for the loop that trains with it and the proof that measures it."""
+"""The gradient of one optimizer step, for the loop and for its proof."""
 
 # T = tokens of the batch, D = width
 
@@ -29,7 +29,7 @@ def add_gradient(
 ) -> float:
     """Add the gradient of the summed loss of ``rows`` / ``trained`` to the parameters; return that loss.
 
-    ``trained`` counts the trained tokens of the whole optimizer step, of which ``rows`` may be a part. The rows go
+    ``trained`` counts the trained tokens of the whole optimizer step; ``rows`` may be a part of it. The rows go
     through the model ``config.per_device_batch_size`` at a time. ``dtype`` is ``float32`` or ``bfloat16``.
     """
     causal = causal_model(model)

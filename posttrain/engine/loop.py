@@ -49,7 +49,7 @@ class Training:
     config: FineTuneConfig
     seed: int
     dtype: str
-    """Number format in which the weights are stored: ``float32`` or ``bfloat16``."""
+    """Number format of the stored weights: ``float32`` or ``bfloat16``."""
     progress: Progress
     stop_requested: Callable[[], bool]
     """Asked after every step; true saves and stops."""

@@ -3,8 +3,8 @@
 At a vocabulary of 150,000, float32 logits of 2,048 tokens take 1.2 GB, and their gradient as much again: more than the
 weights of a small model. So they are computed in chunks, each reduced at once to its loss and gradients.
 
-The sum is divided once, by the trained tokens of the whole optimizer step, so that neither accumulation nor packing nor
-the size of a chunk changes the gradient: a mean of means would weigh tokens of short rows more.
+The sum is divided once, by the trained tokens of the whole optimizer step: neither accumulation nor packing nor the
+size of a chunk changes the gradient. A mean of means would weigh tokens of short rows more.
 """
 
 # T = tokens of all documents, N = trained tokens, C = trained tokens of a chunk, D = width, V = vocabulary

@@ -1,8 +1,8 @@
 """NEFTune: uniform noise on the embeddings of training (arXiv:2310.05914).
 
 Each entry of a document's embeddings gets alpha / sqrt(L D) times a number drawn evenly from -1 to 1. In the paper L is
-the length of the sequence; in a packed row it is that of each document, so that packing does not weaken the noise. The
-numbers come from torch's own generator: its state is part of every checkpoint, so that a resumed run draws the same.
+the length of the sequence; in a packed row it is the length of each document, or packing would weaken the noise. The
+numbers come from torch's own generator: its state is part of every checkpoint, and a resumed run draws the same.
 """
 
 # B = rows (always 1), N = documents, T = tokens of all documents, L = tokens of one document, D = width

@@ -1,4 +1,4 @@
-"""The number format of the arithmetic, which need not be that of the stored weights."""
+"""The number format of the arithmetic, not always the one of the stored weights."""
 
 from __future__ import annotations
 

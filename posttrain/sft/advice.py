@@ -1,4 +1,4 @@
-"""The field's recipe as rules: settings that depart from it are named with the reason, and never changed.
+"""The field's recipe as rules: every departure is named with the reason, and never changed.
 
 Pure: settings and facts about data and model, such as the number of examples, go in; sentences come out. Unknown facts
 are not judged: a plan applies the rules it can, and the start of a stage applies the rest.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 EPOCHS = ((50_000, 1), (10_000, 3), (1_000, 5), (0, 15))
 """Least number of examples, and the most epochs usual from there on."""
 TINY = 1_000
-"""Examples below which a data set is easily learned by heart."""
+"""Examples of a data set too big to be learned by heart easily."""
 BIG = 1_000_000_000
-"""Parameters of a model from which on recomputing activations is usual."""
+"""Parameters of a model big enough to recompute activations."""
 LONG = 8_192
-"""Tokens of a forward pass from which on it is usual, too."""
+"""Tokens of a forward pass long enough for the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Known:
     refusals: float | None = None
     """Share of the records with a refusal as their answer."""
     overlap: int | None = None
-    """Eval records that are trained as well."""
+    """Eval records in the training data."""
     parameters: int | None = None
     """Parameters of the model."""
     positions: int | None = None

@@ -7,7 +7,7 @@ import re
 from posttrain.data.records import Conversation, Message
 
 OPENING = 200
-"""Characters at the start of an answer that are searched: further on, "I cannot" is about something else."""
+"""Searched characters at the start of an answer: further on, "I cannot" is about something else."""
 
 REFUSAL = re.compile(
     r"\bI(?:['’]m| am| must| have to| will| would)?(?: (?:really|truly|very|afraid|sorry|but|that|,|I))*"

@@ -52,7 +52,7 @@ class Mixture:
 
 
 def render(records: Sequence[Document], renderer: ChatRenderer, config: FineTuneConfig) -> list[Rendered]:
-    """Return the records as token ids, with the mask of the tokens that the settings train."""
+    """Return the records as token ids, with the mask of the trained ones."""
     last_only = config.train_on is TrainOn.last
     return [renderer.document(record, last_only=last_only) for record in records]
 
@@ -74,7 +74,7 @@ def render_examples(records: Sequence[Document], tokenizer: Any, config: FineTun
 def split_eval(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Split ``examples`` into those to train and a seeded ``share`` for the eval loss.
 
-    Equal examples stay on one side, or the eval loss would be that of trained records; each is measured once.
+    Equal examples stay on one side, or trained records would be measured; each is measured once.
     Raises BadInput when nothing is left to train.
     """
     if share == 0:

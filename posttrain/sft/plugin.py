@@ -1,4 +1,4 @@
-"""Registers supervised fine-tuning, through the hook that every other stage uses."""
+"""Registers supervised fine-tuning, through the same hook as every other stage."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ LIMIT = 1e-6
 """Largest relative error between two computations of a gradient in float32.
 
 Another cut of a sum rounds it differently, by 1e-7 to 7e-7 on models of a few layers, and more with depth and large
-weights. Where plain code in float32 is further than this from float64, that distance is the limit: two computations in
+weights. Where plain code in float32 is further from float64, its distance is the limit: two computations in
 float32 need not be closer to each other than float32 is to the truth. A fault is larger by orders of magnitude: one
 token of ten thousand counted wrongly is 1e-4.
 """
@@ -54,7 +54,7 @@ SMALL_CHUNK = 7
 """Trained tokens of a chunk of the loss, small enough for many chunks and uneven."""
 OWN = "the loop, as the recipe sets it"
 RANKS_PARAMETERS = 300_000_000
-"""Parameters of the largest model that is copied to two more processes."""
+"""Parameters of the largest model to be copied to two more processes."""
 
 Gradient = dict[str, torch.Tensor]
 """By parameter name, in float64 on the CPU."""
@@ -143,7 +143,7 @@ class Proof:
         return max(lengths[0] + lengths[-1], -(-sum(lengths) // ROWS))
 
     def _ways(self) -> Iterator[tuple[str, Callable[[], Gradient]]]:
-        """Yield the name of each way through the loop's own code, and a function that takes the gradient that way."""
+        """Yield the name of each way through the loop's own code, and a function to take the gradient by it."""
         whole = replace(self.config, per_device_batch_size=len(self.rows))
         single = replace(self.config, per_device_batch_size=1)
         tokens = trained_tokens(self.rows)
@@ -214,7 +214,7 @@ class Proof:
 def plain_gradient(model: PreTrainedModel | PeftModel, documents: Sequence[Rendered]) -> Gradient:
     """Return the gradient of the mean loss over the trained tokens of ``documents``, each alone.
 
-    In the number format of the model; layers that insist on float32 inside (norms, rotary positions) keep it.
+    In the number format of the model; layers with float32 of their own (norms, rotary positions) keep it.
     """
     trained = sum(sum(document.mask[1:]) for document in documents)
 
@@ -265,7 +265,7 @@ def _block_diagonal(row: PackedRow) -> torch.Tensor:
 
 
 def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
-    """Return the gradient that ``add`` adds to the trained parameters of ``model``, and leave none behind."""
+    """Return the gradient added by ``add`` to the trained parameters of ``model``, and leave none behind."""
     model.zero_grad(set_to_none=True)
     add()
     gradient = {

@@ -96,7 +96,7 @@ def policy(context: StageContext) -> Model:
 
 
 def check_vocabulary(rows: Sequence[PackedRow], model: Model) -> None:
-    """Raise BadInput when the tokenizer knows tokens that the model does not."""
+    """Raise BadInput when the tokenizer knows tokens unknown to the model."""
     largest = max(int(row.input_ids.max()) for row in rows)
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:
