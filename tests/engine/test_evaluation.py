@@ -305,7 +305,7 @@ def test_eval_data_is_read_checked_and_part_of_the_run(host: Host, working_folde
     assert len({records_digest(step) for step in (both, apart, sft_step(host))}) == 3
     with pytest.raises(BadInput, match=r"sft\.eval_data: nothing\.jsonl: no such file"):
         sft_step(host, "sft.eval_data=nothing.jsonl")
-    with pytest.raises(BadInput, match=r"sft\.eval_data: weight 0\.0 of other\.jsonl"):
+    with pytest.raises(BadInput, match=r"sft\.eval_data: weight of other\.jsonl is 0\.0"):
         sft_step(host, "+sft.eval_data.path=other.jsonl", "+sft.eval_data.weight=0")
     with pytest.raises(BadInput, match=r"sft\.eval_share: .*use one of the two"):
         sft_step(host, "sft.eval_data=other.jsonl", "sft.eval_share=0.1")
