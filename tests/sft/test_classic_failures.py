@@ -237,7 +237,7 @@ def test_a_model_that_learns_to_decline_is_named(base: ModelSource, tmp_path: Pa
     parent = replace(base, model=helpful.output)
     stage = context(parent, tmp_path / "declining", records=declined[:10], **settings)
     stage = replace(stage, eval_records=[*declined[10:], *asked[20:]])
-    (line,) = [line for line in warnings(stage) if "learns to decline" in line]
+    (line,) = [line for line in warnings(stage) if "the model learns to decline" in line]
     assert "fell by" in line
     last = stage.progress.steps[stage.metrics["steps"]]  # type: ignore[attr-defined]
     assert last["eval_loss_refusals"] < last["eval_loss_answers"]
