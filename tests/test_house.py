@@ -21,6 +21,14 @@ MOST_LINES_OF_FUNCTION = 60
 SHIPPED = {"__init__.py", "__main__.py", "__pycache__", "_conf", "_recipes", "py.typed"}
 """Children of the package that no reader looks for."""
 
+ALLOWED_IN_TESTING = {
+    "posttrain", "posttrain.artifact", "posttrain.cli", "posttrain.config.compose", "posttrain.config.schema",
+    "posttrain.errors", "posttrain.gate.spec", "posttrain.gate.verdict", "posttrain.hookspecs", "posttrain.host",
+    "posttrain.host.plugins", "posttrain.model.base", "posttrain.model.loading", "posttrain.model.saving",
+    "posttrain.pipeline", "posttrain.plan", "posttrain.run.directory", "posttrain.run.display",
+}  # fmt: skip
+"""Modules that ``posttrain.testing`` may import."""
+
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -71,6 +79,17 @@ def test_public_names_have_docstrings(path: Path) -> None:
     assert [node.name for node in public_definitions(tree) if not ast.get_docstring(node)] == []
     if path.name != "__init__.py":
         assert ast.get_docstring(tree), "a module's docstring names its noun"
+
+
+def test_the_tools_for_authors_import_what_is_listed_and_no_more() -> None:
+    """``posttrain.testing`` runs in other people's suites: each import is a promise to them."""
+    imported = {
+        node.module
+        for path in (ROOT / "posttrain" / "testing").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("posttrain")
+    }
+    assert {name for name in imported if not name.startswith("posttrain.testing")} <= ALLOWED_IN_TESTING
 
 
 def test_the_tree_in_readme_is_the_tree_on_disk() -> None:

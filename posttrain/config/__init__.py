@@ -1,0 +1,1 @@
+"""Configuration: schema, composing by Hydra, explained errors, help."""

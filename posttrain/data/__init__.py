@@ -1,0 +1,1 @@
+"""Records: read from files and sources, recognised, checked, mixed."""

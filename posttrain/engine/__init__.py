@@ -1,0 +1,1 @@
+"""The training loop: order, loss, gradient, schedule, precision, checkpoints."""

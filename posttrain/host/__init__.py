@@ -1,0 +1,1 @@
+"""Plugins: loaded, guarded, supervised, survived."""

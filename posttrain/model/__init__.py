@@ -1,0 +1,1 @@
+"""Models: base, loading, quantisation, checks, saving, merging."""

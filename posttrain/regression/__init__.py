@@ -1,0 +1,1 @@
+"""A gate about an existing adapter, for CI: candidate, baseline, changes."""

@@ -1,0 +1,1 @@
+"""Models asked by lm-eval: tasks, systems, cache, scorecards."""

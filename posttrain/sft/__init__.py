@@ -1,0 +1,1 @@
+"""The core stage: settings, advice, examples, and the proof of its gradient."""

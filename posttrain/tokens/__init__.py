@@ -1,0 +1,1 @@
+"""Token ids and the mask of trained tokens, proven; packed rows."""
