@@ -114,7 +114,7 @@ def test_a_name_that_cannot_be_is_rejected(name: str, expected: str, capsys: pyt
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("words", [[], ["a", "b"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["a", "b"], ["--force"]])
 def test_it_takes_one_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("new-plugin", *words) == 2
     assert "takes one name" in capsys.readouterr().err
