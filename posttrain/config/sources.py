@@ -1,4 +1,4 @@
-"""Teaches Hydra where recipes, groups and stage schemas are.
+"""Sources of Hydra: recipes, groups and the schemas of stages.
 
 Registered in this process only: a ``hydra_plugins`` package would reach into every Hydra application of the
 environment.
@@ -104,7 +104,7 @@ class RecipeSearchPath(SearchPathPlugin):
     conf: ClassVar[list[Path]] = []
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra."""
+        """Add the folders; called by Hydra."""
         for folder in self.recipes:
             search_path.append("recipes", f"recipes://{folder}")
         for folder in self.conf:
@@ -115,15 +115,15 @@ class RecipeSource(ConfigSource):
     """Serves ``<folder>/<name>.yaml`` as the option ``recipe=<name>``."""
 
     dropped: ClassVar[set[str]] = set()
-    """Dotted keys to leave out: those already reported as wrong while composing goes on to find the next."""
+    """Dotted keys to leave out: each is reported already, and composing continues to find the next."""
 
     @staticmethod
     def scheme() -> str:
-        """Called by Hydra."""
+        """Return the scheme of these sources; called by Hydra."""
         return "recipes"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The recipe as data: no ``hydra`` keys, no ``_target_``, no resolver that reads the environment."""
+        """Read a recipe as data: no ``hydra`` keys, no ``_target_``, no resolver that reads the environment."""
         path = self._file(config_path)
         if path is None or not path.is_file():
             raise ConfigLoadError(f"Config not found: {config_path}")
@@ -138,27 +138,27 @@ class RecipeSource(ConfigSource):
             raise BadInput(
                 Problem(where=str(path), what="a recipe must be a mapping", fix="See recipes/quickstart.yaml")
             )
-        refuse_code(config, path)
+        reject_code(config, path)
         for key in self.dropped:
             _drop(config, key)
         header = {**self._get_header_dict(text), "package": "_global_"}
         return ConfigResult(config=config, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header)
 
     def available(self) -> bool:
-        """Called by Hydra."""
+        """Tell Hydra that the folder exists."""
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
-        """Called by Hydra."""
+        """Tell Hydra the one group, ``recipe``."""
         return config_path in ("", "recipe") and self.available()
 
     def is_config(self, config_path: str) -> bool:
-        """Called by Hydra."""
+        """Tell Hydra of a recipe's file."""
         path = self._file(config_path)
         return path is not None and path.is_file()
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Names of the recipes, or of the one group."""
+        """List the recipes, or the one group."""
         if config_path == "":
             return ["recipe"] if results_filter in (None, ObjectType.GROUP) else []
         if config_path.strip("/") != "recipe" or results_filter is ObjectType.GROUP:
@@ -171,8 +171,8 @@ class RecipeSource(ConfigSource):
         return Path(self.path) / self._normalize_file_name(config_path.removeprefix(GROUP))
 
 
-def refuse_code(config: DictConfig, path: Path) -> None:
-    """Raise BadInput where a recipe asks for anything but data: it may come from a stranger."""
+def reject_code(config: DictConfig, path: Path) -> None:
+    """Raise BadInput for anything but data in a recipe: a stranger may have written it."""
     for key, value in _walk(config):
         if key.split(".")[0] == "hydra" or key.split(".")[-1].startswith("_target_"):
             raise BadInput(

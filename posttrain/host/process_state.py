@@ -1,4 +1,4 @@
-"""What all plugins of a process share and none may leave changed: working directory, random numbers, torch's modes."""
+"""State shared by all plugins of a process: working directory, random numbers, torch's modes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ GRADIENTS = "whether torch records gradients"
 
 @dataclass(frozen=True)
 class ProcessState:
-    """The shared state at one moment; of modules as far as they are imported by then."""
+    """The shared state at one moment, of the modules imported by then."""
 
     directory: str
     generators: dict[str, Any]
     modes: dict[str, Any]
-    """Settings of torch that hold for all that is computed."""
+    """Modes of torch, for every later computation."""
 
     @classmethod
     def now(cls) -> ProcessState:
-        """The state at this moment."""
+        """Take the state of this moment."""
         return cls(os.getcwd(), _generators(), _modes())
 
     def changes(self) -> list[str]:
-        """What is not as it was, in words."""
+        """Name everything that differs from this state."""
         directory = os.getcwd()
         found = [] if directory == self.directory else [f"the working directory, to {directory}"]
         modes, generators = _modes(), _generators()
@@ -36,7 +36,7 @@ class ProcessState:
         ]
 
     def restore(self) -> None:
-        """Make everything as it was."""
+        """Put this state back."""
         os.chdir(self.directory)
         if "random" in self.generators:
             import random

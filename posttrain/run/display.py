@@ -1,8 +1,7 @@
-"""What the user sees while a run goes on: a bar on a terminal, a line now and then elsewhere; and metrics.jsonl."""
+"""The display of a run: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -15,14 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from posttrain.errors import require_finite
 from posttrain.host import activity
+from posttrain.run.metrics import MetricsLog
 
 LINE_SECONDS = 10
-"""How often a progress line is printed where there is no terminal to draw on."""
-SHOWN = {"loss": "loss {:.3f}", "eval_loss": "eval loss {:.3f}", "lr": "lr {:.1e}", "rewards_margin": "margin {:+.3f}"}
+"""Seconds between two progress lines where there is no terminal."""
+FIGURES = {
+    "loss": "loss {:.3f}",
+    "eval_loss": "eval loss {:.3f}",
+    "lr": "lr {:.1e}",
+    "rewards_margin": "margin {:+.3f}",
+}
+"""Metrics beside the bar, with their formats."""
 
 
 class Display:
-    """Lines and bars of one run, on standard error so that standard output holds results alone."""
+    """Lines and bars of one run, on standard error: standard output holds results alone."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -32,7 +38,7 @@ class Display:
         self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {escape(text)}")
 
     def bar(self) -> Progress:
-        """A bar that is drawn on a terminal only, and removed when it ends."""
+        """Return a bar, drawn on a terminal only and removed at its end."""
         return Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
@@ -41,7 +47,7 @@ class Display:
 
 
 class Ticker:
-    """One bar with its fall-back lines."""
+    """One bar, or its lines where there is no terminal."""
 
     def __init__(self, display: Display, stage: str, what: str) -> None:
         self._display, self._stage, self._what = display, stage, what
@@ -58,7 +64,7 @@ class Ticker:
         self._task = self._bar.add_task(f"{self._stage:<8} {self._what:<6}", total=total, completed=done, figures="")
 
     def advance(self, done: int, total: int, figures: str) -> None:
-        """Show that ``done`` of ``total`` is reached."""
+        """Show ``done`` of ``total``."""
         if self._task is None:
             self.start(total)
         assert self._task is not None
@@ -75,41 +81,40 @@ class Ticker:
         self._display.line(self._stage, self._what, text)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 class TrainingProgress:
-    """Progress of one training stage: shown, appended to metrics.jsonl, passed on to the trackers."""
+    """Progress of one training stage: shown, appended to metrics.jsonl, sent to ``step_logged``."""
 
     def __init__(self, display: Display, stage: str, metrics: Path, host: Any) -> None:
         self._ticker = Ticker(display, stage, "train")
-        self._stage, self._metrics, self._host = stage, metrics, host
+        self._stage, self._host = stage, host
+        self._log = MetricsLog(metrics, stage)
         self._total = 0
         self._tokens = 0
         self._started = time.monotonic()
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Begin, or go on from a checkpoint: lines logged after the checkpoint are taken back."""
+        """Begin, or resume from a checkpoint: lines logged after it are dropped."""
         activity.sign_of_life()
         self._total = total_steps
         self._started, self._tokens = time.monotonic(), 0
-        _keep_lines(self._metrics, self._stage, done_steps)
+        self._log.rewind(done_steps)
         if done_steps:
-            self.note(f"goes on after step {done_steps} of {total_steps}")
+            self.note(f"resume after step {done_steps} of {total_steps}")
         self._ticker.start(total_steps, done_steps)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One optimizer step is done; raises Diverged when its loss is not finite."""
+        """Log one optimizer step. Raises Diverged when its loss is not finite."""
         activity.sign_of_life()
         require_finite(step, f"loss of {self._stage}", metrics.get("loss", 0.0))
         self._tokens += int(metrics.get("tokens", 0))
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        row = {"stage": self._stage, "step": step, **metrics, "tokens_per_second": round(rate, 1)}
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self._log.append(step, {**metrics, "tokens_per_second": round(rate, 1)})
         self._host.hook.step_logged(stage=self._stage, step=step, metrics=metrics)
-        figures = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
+        figures = [text.format(metrics[key]) for key, text in FIGURES.items() if key in metrics]
         self._ticker.advance(step, self._total, "  ".join([*figures, f"{rate:,.0f} tokens/s"]))
 
     def note(self, text: str) -> None:
@@ -118,7 +123,7 @@ class TrainingProgress:
         self._ticker.note(text)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._ticker.stop()
 
 
@@ -131,7 +136,7 @@ class EvaluationProgress:
         self._current: tuple[str, str] | None = None
 
     def advance(self, system: str, task: str, done: int, total: int) -> None:
-        """``done`` of ``total`` documents of a task are scored for one system."""
+        """Show ``done`` of ``total`` documents of a task, scored for one system."""
         activity.sign_of_life()
         if (system, task) != self._current:
             self.stop()
@@ -146,26 +151,9 @@ class EvaluationProgress:
         self._display.line(self._stage, "gate", text)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._ticker is not None:
             self._ticker.stop()
-
-
-def _keep_lines(path: Path, stage: str, done_steps: int) -> None:
-    """Drop the lines of a stage that lie beyond the checkpoint it goes on from."""
-    if not path.exists():
-        return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_kept(line, stage, done_steps)]
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-
-
-def _is_kept(line: str, stage: str, done_steps: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:  # torn by a kill
-        return False
-    # what was measured before the first step is measured again when no step is kept
-    return bool(row["stage"] != stage or (done_steps and row["step"] <= done_steps))
 
 
 def _clock(seconds: float) -> str:

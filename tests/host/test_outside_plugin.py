@@ -88,7 +88,7 @@ def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, 
 
     said = program(environment, tmp_path, *WORDS)
     assert said.count("already done") == len(others)
-    assert "goes on after step" in said
+    assert "resume after step" in said
     stages = {stage["name"]: stage for stage in state_of(tmp_path)["stages"]}
     assert stages["mine"]["state"] == "promoted"
     artifact = verify(run_of(tmp_path) / "stages/mine/artifact")
