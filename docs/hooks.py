@@ -16,6 +16,8 @@ from posttrain import hookspecs
 from posttrain.host import plugins
 
 PAGE = Path(__file__).with_suffix(".md")
+EXAMPLES = Path(__file__).parent / "examples" / "hooks"
+"""A plugin for each hook, with its name; the files that it registers lie in a folder of this name."""
 SHIPPED = "posttrain"
 """Plugins of this distribution are the shipped ones."""
 INTRODUCTION = f"""\
@@ -23,7 +25,8 @@ INTRODUCTION = f"""\
 
 Written by `make docs` from [posttrain/hookspecs.py](../posttrain/hookspecs.py), in the order in which they are called.
 The version of this interface is {hookspecs.API_VERSION}: a plugin that says `POSTTRAIN_API = {hookspecs.API_VERSION}`
-is never loaded by a posttrain with another one. [The tutorial](tutorial.md) builds a plugin from nothing.
+is never loaded by a posttrain with another one. [The tutorial](tutorial.md) builds a plugin from nothing,
+[the API](api.md) has the types. Each example is a whole plugin from [examples/hooks](examples/hooks); a test runs it.
 """
 
 
@@ -74,6 +77,16 @@ def shipped_users() -> dict[str, list[str]]:
     return {hook: sorted(names) for hook, names in found.items()}
 
 
+def example(name: str) -> str:
+    """Return the code of a hook's example, and each settings file that it registers."""
+    code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    blocks = [f'```python title="{name}.py"\n{code}```\n']
+    for path in sorted((EXAMPLES / name).rglob("*.yaml")):
+        title = path.relative_to(EXAMPLES).as_posix()
+        blocks.append(f'```yaml title="{title}"\n{path.read_text(encoding="utf-8")}```\n')
+    return "\n".join(blocks)
+
+
 def page() -> str:
     """The whole document."""
     rules = (inspect.getdoc(hookspecs) or "").split("\n\n")[-2:]
@@ -83,7 +96,8 @@ def page() -> str:
             section = hook.section
             lines += [f"## {section}\n"]
         code = f"```python\ndef {hook.signature}\n```\n"
-        lines += [f"### {hook.name}\n", code, f"{hook.text}\n", f"Used by: {', '.join(hook.users)}.\n"]
+        lines += [f"### {hook.name}\n", code, f"{hook.text}\n", example(hook.name)]
+        lines += [f"Used by: {', '.join(hook.users)}.\n"]
     return "\n".join(lines)
 
 

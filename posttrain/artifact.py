@@ -80,7 +80,9 @@ class Pins:
     path: Path
     """Directory of the adapter, for messages."""
     chat_template: str
+    """Text of the template."""
     added_tokens: tuple[str, ...] = ()
+    """Special tokens beyond those of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +102,15 @@ class Manifest:
     plugins: tuple[str, ...]
     """Other plugins that shape what is trained, with their versions."""
     recipe: str
+    """Name of the recipe."""
     base: BaseWeights
+    """Base weights under or before it."""
     parent_digest: str
     """Digest of the artifact or base that the stage started from."""
     lineage: tuple[str, ...]
     """Kinds of the stages from the base to this artifact, in order."""
     data_digest: str
+    """SHA-256 over the sources of the stage."""
     chat_template: str
     """Text of the template of training, evaluation and every later stage."""
     added_tokens: tuple[str, ...]
@@ -115,6 +120,7 @@ class Manifest:
     config: Mapping[str, Any]
     """Settings of the stage, resolved; its gate is not part of them."""
     seed: int
+    """Seed of the run."""
     dtype: str
     """``float32`` or ``bfloat16``."""
     quantization: str | None
@@ -154,7 +160,9 @@ class Artifact:
     """A published result of a stage, verified."""
 
     path: Path
+    """Its folder."""
     manifest: Manifest
+    """Lineage and figures."""
     digest: str
     """SHA-256 over its files and its lineage: the name of the artifact."""
 

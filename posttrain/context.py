@@ -37,6 +37,7 @@ class StageContext:
     dtype: str
     """``float32`` or ``bfloat16``."""
     progress: Progress
+    """Receiver of the stage's steps."""
     stop_requested: Callable[[], bool]
     """Whether the user or the scheduler asked to stop: save a checkpoint and raise Interrupted."""
     checkpoints: Path

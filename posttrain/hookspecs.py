@@ -36,6 +36,7 @@ API_VERSION = 1
 
 hookspec = pluggy.HookspecMarker("posttrain")
 hookimpl = pluggy.HookimplMarker("posttrain")
+"""Marker of a hook's implementation; ``@hookimpl(wrapper=True)`` wraps those of other plugins."""
 
 
 # --- Start: no torch, no Hydra; every command waits for these -------------------------------------------------------

@@ -32,13 +32,17 @@ class Step:
     name: str
     """Name of its node in the recipe."""
     stage: Stage
+    """Kind of the stage."""
     config: StageConfig
+    """Typed settings of the stage."""
     sources: tuple[Source, ...]
+    """Sources of the trained records."""
     eval_sources: tuple[Source, ...]
     """Sources of the records whose loss is measured and which are not trained."""
     tasks: Mapping[str, GateTask]
     """Tasks of the stage's gate by name."""
     seed: int
+    """Seed of everything random in the stage."""
     origin: str
     """The stage's plugin with its version, on which the stage's result depends."""
 
@@ -53,10 +57,13 @@ class Plan:
     """The stages that a recipe runs, and all they depend on."""
 
     recipe: str
+    """Name of the recipe."""
     words: tuple[str, ...]
     """The command line."""
     model: ModelConfig
+    """The base model."""
     steps: tuple[Step, ...]
+    """Stages in running order."""
     settings: Mapping[str, Any]
     """Typed settings of plugins that belong to no stage, by name; those of a tracker only when it is chosen."""
     shaping: tuple[str, ...]
@@ -64,10 +71,13 @@ class Plan:
     tracker: str
     """Name of the chosen tracker, or ``none``."""
     seed: int
+    """Seed of the run."""
     plugin_timeout: float | None
     """Seconds that a plugin may go without reporting a step or answering; None: for ever."""
     output_root: Path
+    """Folder of all runs."""
     start_from: Path | None
+    """Folder of the artifact to start from; None: the base."""
     resolved: Mapping[str, Any]
     """The recipe as plain data, every interpolation resolved."""
 

@@ -1,3 +1,4 @@
 """The version of this distribution."""
 
 __version__ = "0.1.0"
+"""Version of posttrain."""

@@ -25,6 +25,7 @@ class Origin:
     number: int
     """Its place in the recipe's list of sources, from 0."""
     path: str
+    """File, folder or hub name of the source."""
     share: float = 0.0
     """Its share of all tokens of the stage; 0 when the recipe gives none and takes all records."""
 
@@ -38,11 +39,13 @@ class Conversation:
     """A chat whose assistant turns are trained."""
 
     messages: tuple[Message, ...]
+    """Turns, the first one first."""
     where: str
     """``file:line`` (JSONL) or ``file[index]``, for errors."""
     tools: tuple[Tool, ...] = ()
     """The tools on offer in the prompt."""
     origin: Origin = UNKNOWN
+    """Source of the record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +53,11 @@ class Text:
     """Raw text; every token is trained."""
 
     text: str
+    """The raw text."""
     where: str
+    """Place of the record, for errors."""
     origin: Origin = UNKNOWN
+    """Source of the record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +65,15 @@ class Preference:
     """A prompt with a preferred and a rejected answer."""
 
     prompt: tuple[Message, ...]
+    """Turns before the answers."""
     chosen: tuple[Message, ...]
+    """Turns of the preferred answer."""
     rejected: tuple[Message, ...]
+    """Turns of the rejected answer."""
     where: str
+    """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
+    """Tools on offer in the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +81,19 @@ class Feedback:
     """A prompt with one answer, judged on its own."""
 
     prompt: tuple[Message, ...]
+    """Turns before the answer."""
     completion: tuple[Message, ...]
+    """Turns of the answer."""
     label: bool
     """True for a good answer."""
     where: str
+    """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
+    """Tools on offer in the prompt."""
 
 
 Document = Conversation | Text
 """A record for a stage of documents."""
 
 Record = Document | Preference | Feedback
+"""A training record of any shape."""

@@ -39,6 +39,7 @@ class Look:
     number: int = 1
     """1 for the first."""
     of: int = 1
+    """Number of looks."""
 
     @property
     def last(self) -> bool:

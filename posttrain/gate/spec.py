@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
 
 VerdictState = Literal["pass", "fail", "undecided"]
+"""The decision of a gate, in one word."""
 Comparator = Literal["base", "parent", "threshold"]
 """The other side of a comparison: a system, or the threshold of a limit."""
 
@@ -41,6 +42,7 @@ class GateRequest:
     stage: str
     """Name of the stage whose artifact is judged."""
     gate: GateConfig
+    """Settings of the gate."""
     tasks: Mapping[str, GateTask]
     """The gate's tasks, typed and checked, by their name in the gate."""
     systems: Mapping[str, ModelSource]
@@ -64,17 +66,21 @@ class DocumentScore:
     task: str
     """Name of the task in the gate."""
     filter: str
+    """Filter of the task."""
     doc_id: int
     """Position in the task's documents; in a group, in the documents of its tasks one after the other."""
     document_hash: str
+    """SHA-256 over the document."""
     request_hash: str
     """SHA-256 over every request of the document: rendered prompts, choices and generation settings."""
     target_hash: str
+    """SHA-256 over the target."""
     metrics: Mapping[str, float]
     """Score per metric of the task, for the metrics that are means over documents."""
     response: str
     """The model's answer, or the choice that it preferred."""
     target: str
+    """The right answer, as the task states it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,7 @@ class Scorecard:
     """Every score of one gate."""
 
     rows: tuple[DocumentScore, ...]
+    """One row per system, task, filter and document."""
     higher_is_better: Mapping[str, bool]
     """Direction of each task's metric, by the task's name in the gate."""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -102,26 +109,39 @@ class TaskVerdict:
     """
 
     task: str
+    """Name of the task in the gate."""
     metric: str
+    """Compared metric."""
     filter: str
+    """Filter of the task."""
     higher_is_better: bool
     """Direction of the scores; where it is False, the lift and its bounds are turned around."""
     questions: str
     """SHA-256 over metric, filter and documents: scores with equal ones are comparable."""
     role: str
+    """``lift``, ``guard`` or ``limit``."""
     against: Comparator
+    """The other side of the comparison."""
     n: int
+    """Number of compared documents."""
     base: float
+    """Score of the base."""
     parent: float
+    """Score of the parent."""
     candidate: float
+    """Score of the candidate."""
     lift: float
+    """Oriented mean difference."""
     low: float
+    """Lower bound of the lift."""
     high: float
+    """Upper bound of the lift."""
     confidence: float
     """One-sided confidence of either bound."""
     threshold: float
     """Value for the lower bound to exceed."""
     state: VerdictState
+    """Decision about this task."""
     reason: str
     """The deciding figures in plain words."""
     method: str = ""
@@ -131,6 +151,7 @@ class TaskVerdict:
     bootstrap_low: float | None = None
     """Bootstrap lower bound, for scores that are not 0 or 1. Reported only."""
     bootstrap_high: float | None = None
+    """Upper bound of the same interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +159,10 @@ class Verdict:
     """The decision of a gate about an artifact."""
 
     state: VerdictState
+    """The decision."""
     gated: bool
     """False when the recipe switched the gate off."""
     tasks: tuple[TaskVerdict, ...]
+    """Decisions about the single tasks."""
     reason: str
+    """The deciding figures in plain words."""

@@ -23,9 +23,11 @@ class Rendered:
     """A document in the form of the model's input; ``ids`` and ``mask`` are equally long."""
 
     ids: list[int]
+    """Token ids."""
     mask: list[bool]
     """True for a token trained as a target: the answers and their stop tokens."""
     text: str
+    """The text behind the ids."""
     where: str = ""
     """The place of the record, as ``file:line``."""
 
@@ -35,8 +37,11 @@ class RenderedPair:
     """A prompt with two answers, each of which ends with its stop token."""
 
     prompt: list[int]
+    """Token ids of the prompt."""
     chosen: list[int]
+    """Token ids of the preferred answer."""
     rejected: list[int]
+    """Token ids of the rejected answer."""
 
 
 class ChatRenderer:
