@@ -23,19 +23,19 @@ from posttrain.errors import ArtifactDamaged
 FORMAT = 2
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization_config.json"
-"""Beside an adapter: how the weights under it are quantised, in the form that transformers takes."""
+"""File beside an adapter: the quantisation of the weights under it, in the format of transformers."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-"""Names of files that would have to be unpickled."""
+"""Suffixes of pickled files: reading one can run any code."""
 OPTIONAL = ("merge", "plugin_settings")
-"""Fields that only some manifests have."""
+"""Fields left out of a manifest when they are None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a model is loaded from: weights, perhaps an adapter on them, tokenizer and chat template."""
+    """Everything a model is loaded from: weights, an adapter on them or none, tokenizer, chat template."""
 
     name: str
-    """``base`` or the name of the stage that made it; for messages."""
+    """``base`` or the name of the stage that made it, for messages."""
     model: Path
     """Directory of full weights."""
     adapter: Path | None
@@ -43,39 +43,39 @@ class ModelSource:
     tokenizer: Path
     """Directory of the tokenizer."""
     chat_template: str
-    """Text of the template that training and evaluation use."""
+    """Text of the template for training and evaluation."""
     digest: str
     """SHA-256 over the content of all of it."""
     base: str
-    """Hub name or path of the base weights as the recipe gives it; recorded in adapters."""
+    """Hub name or path of the base weights, as in the recipe; recorded in adapters."""
     model_digest: str
     """SHA-256 over ``model`` alone."""
     lineage: tuple[str, ...] = ()
-    """Kinds of the stages that it has been through, in order."""
+    """Kinds of its stages, in order."""
     quantization: str | None = None
-    """``nf4`` when the weights are quantised as they are loaded, because the adapter was trained on them so."""
+    """``nf4`` when the weights are quantised on loading, because the adapter was trained on quantised weights."""
     added_tokens: tuple[str, ...] = ()
-    """Special tokens that the weights lack, and are given rows for as they are loaded."""
+    """Special tokens missing from the weights; each gets an embedding row on loading."""
 
     @property
     def weights(self) -> tuple[str, str | None, tuple[str, ...]]:
-        """Equal for sources that can share one load of the weights."""
+        """Key of the loaded weights: sources with equal keys can share one load."""
         return self.model_digest, self.quantization, self.added_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeights:
-    """The base weights that an artifact was made on."""
+    """The base weights under an artifact."""
 
     name: str
-    """Hub name or path, as the recipe gives it."""
+    """Hub name or path, as in the recipe."""
     digest: str
     """SHA-256 over the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
-    """Chat template and tokens that an adapter pins: its base is loaded with them, too."""
+    """Chat template and added tokens pinned by an adapter; its base is loaded with the same ones."""
 
     path: Path
     """Directory of the adapter, for messages."""
@@ -89,8 +89,8 @@ class Pins:
 class Manifest:
     """Lineage and figures of an artifact.
 
-    Nothing in it differs between two runs of the same thing, such as times. ``manifest.json`` holds these fields beside
-    the SHA-256 of every file and of all of it.
+    Two runs of the same stage give equal manifests, so nothing here is a time. ``manifest.json`` adds the SHA-256 of
+    every file and of the whole.
     """
 
     stage: str
@@ -98,41 +98,41 @@ class Manifest:
     kind: str
     """Kind of the stage, such as ``dpo``."""
     plugin: str
-    """Plugin that brings the stage, with its version."""
+    """Plugin of the stage, with its version."""
     plugins: tuple[str, ...]
-    """Other plugins that shape what is trained, with their versions."""
+    """Other plugins shaping the training data, with their versions."""
     recipe: str
     """Name of the recipe."""
     base: BaseWeights
     """Base weights under or before it."""
     parent_digest: str
-    """Digest of the artifact or base that the stage started from."""
+    """Digest of the artifact or base under the stage."""
     lineage: tuple[str, ...]
     """Kinds of the stages from the base to this artifact, in order."""
     data_digest: str
     """SHA-256 over the sources of the stage."""
     chat_template: str
-    """Text of the template of training, evaluation and every later stage."""
+    """Text of the template for training, evaluation and every later stage."""
     added_tokens: tuple[str, ...]
     """Special tokens beyond those of the base."""
     fingerprint: str
-    """SHA-256 of all that the result depends on: settings, parent, data, seed, number format, code."""
+    """SHA-256 of everything the result depends on: settings, parent, data, seed, number format, code."""
     config: Mapping[str, Any]
-    """Settings of the stage, resolved; its gate is not part of them."""
+    """Resolved settings of the stage, without its gate."""
     seed: int
     """Seed of the run."""
     dtype: str
     """``float32`` or ``bfloat16``."""
     quantization: str | None
-    """``nf4`` for an adapter trained on weights of four bits."""
+    """``nf4`` for an adapter trained on 4-bit weights."""
     versions: Mapping[str, str]
-    """Versions of the packages that made it."""
+    """Versions of the packages at work, by name."""
     metrics: Mapping[str, Any]
     """Figures of training: steps, tokens, losses, warnings."""
     merge: Mapping[str, Any] | None = None
-    """Adapter, quantisation and measured differences of weights merged from an adapter."""
+    """Adapter, quantisation and measured differences, for weights merged from an adapter."""
     plugin_settings: Mapping[str, Any] | None = None
-    """Settings of plugins that shape data, by their names; None when there are none."""
+    """Settings of plugins shaping the data, by name; None when there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values, without the hashes of files."""
@@ -157,18 +157,18 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published result of a stage, verified."""
+    """The verified, published result of a stage."""
 
     path: Path
     """Its folder."""
     manifest: Manifest
     """Lineage and figures."""
     digest: str
-    """SHA-256 over its files and its lineage: the name of the artifact."""
+    """SHA-256 over its files and its lineage: the artifact's name."""
 
     @property
     def pins(self) -> Pins:
-        """Chat template and tokens that its base is loaded with."""
+        """Chat template and added tokens for loading its base."""
         return Pins(path=self.path, chat_template=self.manifest.chat_template, added_tokens=self.manifest.added_tokens)
 
     @property
@@ -177,7 +177,7 @@ class Artifact:
         return (self.path / "adapter_config.json").exists()
 
     def source(self, base: ModelSource) -> ModelSource:
-        """Return how to load it; ``base`` holds the weights under an adapter.
+        """Return the model's source; ``base`` holds the weights under an adapter.
 
         Raises ArtifactDamaged when the artifact was made on other base weights.
         """
@@ -205,7 +205,7 @@ class Artifact:
 def publish(draft: Path, manifest: Manifest, destination: Path) -> Artifact:
     """Move the folder ``draft`` to ``destination``, whole or not at all, and return the artifact.
 
-    Raises OSError when the disk is full or fails, and removes the draft; nothing published before is touched.
+    Raises OSError when the disk is full or fails, and removes the draft. Nothing already published changes.
     """
     return Artifact(destination, manifest, publish_folder(draft, manifest.to_json(), destination))
 
@@ -254,7 +254,7 @@ def verify_folder(path: Path) -> dict[str, Any]:
 
 
 def check_files(path: Path, expected: Mapping[str, Any]) -> None:
-    """Raise ArtifactDamaged when the files in ``path`` are not those that its manifest lists."""
+    """Raise ArtifactDamaged unless the files in ``path`` are exactly the ones in its manifest."""
     present = _content(path)
     missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
     if missing or extra:
@@ -262,15 +262,13 @@ def check_files(path: Path, expected: Mapping[str, Any]) -> None:
     for name, sha in file_digests(present).items():
         wanted = expected[name]["sha256"]
         if sha != wanted:
-            raise ArtifactDamaged(
-                f"{path / name} is damaged: its SHA-256 is {sha[:12]}, the manifest says {wanted[:12]}"
-            )
+            raise ArtifactDamaged(f"{path / name} is damaged: its SHA-256 is {sha[:12]}, in the manifest {wanted[:12]}")
 
 
 def quantization_of(folder: Path) -> str | None:
-    """The quantised form of the weights under the adapter in ``folder``, such as ``nf4``; None when they are as saved.
+    """Return the quantisation of the weights under the adapter in ``folder``, such as ``nf4``, or None.
 
-    Raises ArtifactDamaged when the folder's record of it cannot be read.
+    Raises ArtifactDamaged when its record in the folder cannot be read.
     """
     path = folder / QUANTIZATION
     if not path.exists():
@@ -284,7 +282,7 @@ def quantization_of(folder: Path) -> str | None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the values of the manifest in ``path``; raise ArtifactDamaged when they do not match their digest.
 
-    The files that it lists are not read.
+    Reads the manifest alone; check_files reads the files in it.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -303,7 +301,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _content(folder: Path) -> dict[str, Path]:
-    """Every file below ``folder`` but the manifest, by relative name."""
+    """Return every file below ``folder`` but the manifest, by relative name; raise ArtifactDamaged on an unsafe one."""
     files = {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))

@@ -29,13 +29,16 @@ def check_template(folder: Path, pinned: str) -> None:
 
 
 def template_diff(pinned: str, found: str) -> str:
-    """How a chat template differs from the pinned one, as a unified diff."""
+    """Return the unified diff from the pinned chat template to the found one."""
     lines = difflib.unified_diff(pinned.splitlines(), found.splitlines(), "pinned", "found", lineterm="")
-    return "\n".join(lines) or "they differ in line ends alone"
+    return "\n".join(lines) or "they differ only in their line ends"
 
 
 def template_in_config(path: Path) -> str | None:
-    """The chat template inside a tokenizer_config.json: a text, or the ``default`` of several named ones."""
+    """Return the chat template in a tokenizer_config.json: its text, or the ``default`` of several named ones.
+
+    None when it has none. Raises ArtifactDamaged when the file cannot be parsed.
+    """
     if not path.exists():
         return None
     try:
@@ -50,7 +53,7 @@ def template_in_config(path: Path) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")  # as it is: reading as text would change the ends of lines
+        return path.read_bytes().decode("utf-8")  # not read_text(): it would change the line ends, and so the digest
     except FileNotFoundError:
         raise ArtifactDamaged(f"{path} is missing") from None
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What a stage is handed: settings, parent, records, and everything that it may call."""
+"""The context of a stage: its settings, parent and records, and the services it may call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """Everything that a stage's ``run`` may use. It leaves its result in ``output`` through ``save``."""
+    """The only argument of a stage's ``run``. ``save`` writes the result into ``output``."""
 
     name: str
     """Name of the stage's node in the recipe."""
@@ -29,49 +29,49 @@ class StageContext:
     parent: ModelSource
     """The verified weights to start from."""
     records: Sequence[Any]
-    """Prepared records in the shape that the stage asked for; ``feedback`` is Feedback and Preference, mixed."""
+    """Prepared records in the shape ``Stage.records`` names; ``feedback`` mixes Feedback and Preference."""
     eval_records: Sequence[Any] = ()
     """Records of the same shape for the eval loss; never trained."""
     seed: int
-    """Seeds everything random in the stage."""
+    """Seed of everything random in the stage."""
     dtype: str
     """``float32`` or ``bfloat16``."""
     progress: Progress
     """Receiver of the stage's steps."""
     stop_requested: Callable[[], bool]
-    """Whether the user or the scheduler asked to stop: save a checkpoint and raise Interrupted."""
+    """Check for a request to stop; when it returns True, save a checkpoint and raise Interrupted."""
     checkpoints: Path
-    """Folder for what resuming needs; kept until the stage is promoted."""
+    """Folder for checkpoints, kept until the stage is promoted."""
     output: Path
     """Empty folder for the result."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Deterministic figures for the manifest (token counts, final loss): filled in by ``run``."""
+    """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 
     def warn(self, text: str) -> None:
-        """Say what is unusual or went wrong without stopping the stage: at once, in the manifest and in the report."""
+        """Report a problem without stopping the stage: on screen at once, in the manifest and in the report."""
         self.progress.note(f"warning: {text}")
         self.metrics.setdefault("warnings", []).append(text)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The parent's tokenizer with its pinned chat template."""
+        """Return the parent's tokenizer with its pinned chat template."""
         from posttrain.model.loading import load_tokenizer
 
         return load_tokenizer(self.parent)
 
     def renderer(self) -> ChatRenderer:
-        """Turns conversations into token ids with the mask of trained tokens."""
+        """Return the renderer of conversations into token ids and the mask of trained tokens."""
         from posttrain.tokens.chat import ChatRenderer
 
         return ChatRenderer(self.tokenizer())
 
     def policy(self) -> PreTrainedModel | Any:
-        """The parent's model, ready to train: its adapter (named ``default``) trainable, or all weights."""
+        """Return the parent's model, ready to train: its adapter (named ``default``) trainable, or all weights."""
         from posttrain.model.loading import load_trainable
 
         return load_trainable(self.parent, dtype=self.dtype)
 
     def device(self) -> torch.device:
-        """The device that the stage trains on."""
+        """Return the device to train on."""
         from posttrain.model.loading import default_device
 
         return default_device()
@@ -79,18 +79,18 @@ class StageContext:
     def finetune(self, records: Sequence[Document]) -> None:
         """Train ``policy()`` on the answers of ``records`` with SFT's loop and save it.
 
-        ``config`` has to be a FineTuneConfig. Masks, packing, progress, eval loss and exact resume are those of
-        SFT, and so are the figures in ``metrics``. Raises BadInput when the records cannot be trained on, Interrupted
-        when the run was asked to stop.
+        Needs a FineTuneConfig as ``config``. Masks, packing, progress, eval loss, exact resume and the figures in
+        ``metrics`` are those of SFT. Raises BadInput when the records cannot be trained on, Interrupted after
+        ``stop_requested``.
         """
         from posttrain.sft.stage import finetune
 
         finetune(self, records, StageContext.policy)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Position:
-        """Put the newest sound checkpoint into model, optimizer and torch's generator of random numbers.
+        """Load the newest sound checkpoint into the model, the optimizer and torch's random number generator.
 
-        Returns the step and the loss that it was saved with: step 0 when there is none. Damaged ones are passed over.
+        Returns its step and loss: step 0 when there is no checkpoint. Skips damaged ones with a note.
         """
         from posttrain.engine.checkpoint import Position, restore
 
@@ -101,9 +101,9 @@ class StageContext:
         return position
 
     def checkpoint(self, step: int, loss: float, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Save what going on after ``step`` needs: trained weights, optimizer, torch's random numbers.
+        """Save everything needed to resume after ``step``: trained weights, optimizer, torch's random state.
 
-        It is there whole or not at all; the newest two are kept. Raises OSError when the disk refuses.
+        Writes all of it or nothing, and keeps the newest two. Raises OSError when the disk is full or fails.
         """
         from posttrain.engine.checkpoint import Position, capture
 
@@ -117,7 +117,7 @@ class StageContext:
     def save(self, model: Any) -> None:
         """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.
 
-        What ``model`` computes is noted beside it: before publishing, the pipeline loads the result and compares.
+        Saves its logits on a few tokens, too: before publishing, the pipeline reloads the result and compares.
         """
         from posttrain.model.probe import leave_probe
         from posttrain.model.saving import save_model

@@ -12,22 +12,22 @@ from typing import Any
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    """Return ``value`` as JSON with sorted keys and no spaces: equal values give equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
+    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_digests(paths: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of several files at once, by name."""
+    """Return the SHA-256 of several files by name, hashing them in parallel."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(zip(paths, pool.map(file_digest, paths.values()), strict=True))

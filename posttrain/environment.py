@@ -1,4 +1,4 @@
-"""Settings of the process that must precede the import of torch and its companions."""
+"""Settings of the process, made before torch and its companions are imported."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DEFAULTS = {
     # Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning made runs ten times slower.
     "OMP_WAIT_POLICY": "passive",
 }
-"""Environment variables; those that the user has set keep their values."""
+"""Environment variables; the user's own values win."""
 
 
 def prepare() -> None:
-    """Set the defaults, and hide the libraries' warnings about their own future."""
+    """Set the defaults, and hide the libraries' warnings about their own future versions."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

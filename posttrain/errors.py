@@ -5,11 +5,11 @@ PosttrainError          1  a bug, or anything without a better class
 │   └── RunLocked       2  another process writes this run directory
 ├── GateFailed         3  a gate failed an artifact
 ├── GateUndecided       4  a gate could not decide
-├── ArtifactDamaged     5  what is on disk, or about to be published, is not a sound artifact
+├── ArtifactDamaged     5  an artifact on disk, or about to be published, is not sound
 │   ├── Diverged        5  a loss or gradient is NaN or infinite
 │   └── ProofFailed     5  doctor found a wrong mask or gradient
-├── PluginFailed        6  a plugin raised, or answered with the wrong type
-└── Interrupted        75  stopped from outside; the same command goes on
+├── PluginFailed        6  a plugin raised, or returned the wrong type
+└── Interrupted        75  stopped from outside; run the same command to resume
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong with what the user gave, and how to mend it."""
+    """One mistake in the user's input, and its fix."""
 
     where: str
-    """Where it stands: a key of the recipe, ``file:line``, a path."""
+    """Place of the mistake: a key of the recipe, ``file:line``, a path."""
     what: str
-    """What is wrong, in one sentence."""
+    """The mistake, in one sentence."""
     fix: str = ""
-    """What to do about it: the nearest valid name, the options, a command."""
+    """The fix: the nearest valid name, the options, a command."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
 
 
 class PosttrainError(Exception):
-    """Base of every error that the pipeline raises on purpose."""
+    """Base of every error raised on purpose."""
 
     exit_code = 1
 
 
 class BadInput(PosttrainError):
-    """What the user gave cannot be used; nothing was trained or written."""
+    """The user's input cannot be used; nothing was trained or written."""
 
     exit_code = 2
 
@@ -63,7 +63,7 @@ class GateFailed(PosttrainError):
 
 
 class GateUndecided(PosttrainError):
-    """A gate saw too little evidence to pass or to refuse."""
+    """A gate saw too little evidence to pass or to fail an artifact."""
 
     exit_code = 4
 
@@ -83,19 +83,19 @@ class ProofFailed(ArtifactDamaged):
 
 
 class PluginFailed(PosttrainError):
-    """A plugin raised or answered with something that its hook does not allow."""
+    """A plugin raised, or returned a value its hook does not allow."""
 
     exit_code = 6
 
 
 class Interrupted(PosttrainError):
-    """The run was stopped from outside and can be continued by the same command."""
+    """The run was stopped from outside; the same command resumes it."""
 
     exit_code = 75
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most like ``name``, or None when none is close."""
+    """Return the option most like ``name``, or None when none is close."""
     import difflib
 
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
@@ -103,7 +103,7 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """A fix for a wrong ``name``: the nearest option if there is one, then all of them."""
+    """Return the fix for a wrong ``name``: the nearest option, if any, then all of them."""
     known = sorted(set(options))
     close = nearest(name, known)
     listed = ", ".join(known) if known else "nothing"
@@ -116,7 +116,7 @@ def explain(error: PosttrainError) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if isinstance(error, Interrupted):
-        print("Run the same command again to go on.", file=sys.stderr)
+        print("Run the same command again to resume.", file=sys.stderr)
     return error.exit_code
 
 
@@ -132,6 +132,6 @@ def require_finite(step: int, name: str, value: float, fix: str = "Lower lr or r
 
 
 def shown(value: Any) -> str:
-    """The value for an error, shortened to 40 characters."""
+    """Return the value as text for a message, in 40 characters at most."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,4 +1,4 @@
-"""The pipeline: every stage is trained, published, judged, recorded; only what is promoted is built upon.
+"""The pipeline: every stage is trained, published, judged and recorded; its verdict decides the next one's parent.
 
 recipe ─► plan ─► records ─► stage ─► artifact ─► scorecard ─► verdict ─► ledger ─► report
 """
@@ -25,14 +25,14 @@ from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
-from posttrain.run.train import read_records, trained
+from posttrain.run.train import read_records, train
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
-"""State of a run by the error that ended it."""
+"""State of a run, by the error at its end."""
 
 
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
-    """Run or continue a plan. Raises GateFailed or GateUndecided when a gate stops it; everything published stays."""
+    """Run or resume a plan. Raises GateFailed or GateUndecided when a gate stops it; everything published stays."""
     ledger.check(plan.output_root)
     interrupts = Interrupts()
     with interrupts.installed():
@@ -51,11 +51,13 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
                 )
                 for step in plan.steps
             ]  # fmt: skip
+            # All data is read and all gates are checked before the first stage trains: a bad row or a gate that
+            # cannot be evaluated, even the last stage's, ends the run now instead of after hours of training.
             records = {job.name: read_records(job) for job in jobs}
             check_gates(jobs)
             for job in jobs:
                 with job.timed():
-                    artifact = trained(job, parent, records.pop(job.name))
+                    artifact = train(job, parent, records.pop(job.name))  # pop: frees the records of trained stages
                     verdict = judge_stage(job, parent, artifact)
                 _record(job, artifact, verdict)
                 parent = _next_parent(job, parent, artifact, verdict)
@@ -63,20 +65,20 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
 
 
 def _start(plan: Plan) -> Artifact | None:
-    """The artifact that the first stage is trained from: one that has been through SFT; None for the base itself."""
+    """Return the artifact under the first stage, verified and stacked on SFT; None when that is the base itself."""
     if plan.start_from is None:
         return None
     artifact = verify(plan.start_from)
     if CORE not in artifact.manifest.lineage:
-        what = f"the artifact has been through {list(artifact.manifest.lineage)}, not through SFT"
+        what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, without SFT"
         raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
     return artifact
 
 
 def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
     """Write a verdict into the run, the ledger and the trackers."""
-    state = job.state
-    state.state, state.verdict = STATES[verdict.state], verdict.state
+    entry = job.entry
+    entry.state, entry.verdict = STATES[verdict.state], verdict.state
     job.run.save()
     judgement = ledger.Judgement(
         run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, lineage=artifact.manifest.lineage,
@@ -91,19 +93,19 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
 
 
 def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict) -> ModelSource:
-    """The promoted artifact; after any other verdict what the recipe says: stop, go back, or go on all the same."""
+    """Return the model under the next stage: the promoted artifact, or the gate's policy for any other verdict."""
     policy = policy_for(job.step.gate, verdict.state)
     if policy is None or policy is OnFail.warn:
         return artifact.source(job.base)
     if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
-        job.display.line(job.name, "gate", f"rolled back: the pipeline goes on from {parent.name}")
+        job.display.line(job.name, "gate", f"rolled back: the pipeline continues from {parent.name}")
         return parent
     raise verdict_error(job.name, verdict)
 
 
 @contextlib.contextmanager
 def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[None]:
-    """However the run ends: its state in run.json, a report, and the trackers closed."""
+    """Close the run, whatever ends it: write its state to run.json, write the report, close the trackers."""
     state = "failed"
     try:
         yield
@@ -114,16 +116,18 @@ def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        state = "interrupted"
+        state = "interrupted"  # a full disk is nobody's bug: once there is room, the same command resumes
         raise _disk_full(error, directory) from error
     finally:
         directory.state.end(state)
-        _leave(directory, display)
-        _tell_all(host, directory.path, state)
+        _write_end(directory, display)
+        _finish_plugins(host, directory.path, state)
 
 
-def _tell_all(host: Host, directory: Path, state: str) -> None:
-    """``run_finished``, for every plugin whatever the others do; the first failure is raised if the run is done."""
+def _finish_plugins(host: Host, directory: Path, state: str) -> None:
+    """Call ``run_finished`` of every plugin, whatever the others do; raise the first failure of a run that is done."""
+    # One call per plugin: in a common one the first to raise would keep the others' trackers open. After an error the
+    # plugins' failures stay silent, because the user needs the error that ended the run.
     failures: list[PluginFailed] = []
     for plugin in host.manager.get_plugins():
         others = [other for other in host.manager.get_plugins() if other is not plugin]
@@ -136,7 +140,7 @@ def _tell_all(host: Host, directory: Path, state: str) -> None:
 
 
 def _disk_full(error: OSError, directory: RunDirectory) -> Interrupted:
-    """What the disk refused, and that the run goes on once there is room."""
+    """Return the error for a full or failing disk: the file, the room left, the way to resume."""
     free = shutil.disk_usage(directory.path).free
     return Interrupted(
         f"{error.strerror}: {error.filename or directory.path} ({free:,} bytes free). Nothing published is lost: "
@@ -144,8 +148,8 @@ def _disk_full(error: OSError, directory: RunDirectory) -> Interrupted:
     )
 
 
-def _leave(directory: RunDirectory, display: Display) -> None:
-    """Write down how the run ended, as far as the disk lets it, and show it."""
+def _write_end(directory: RunDirectory, display: Display) -> None:
+    """Write the end of the run, as far as the disk permits, and show its report."""
     try:
         directory.save()
         report.write(directory.path)

@@ -1,6 +1,6 @@
-"""The plan of a recipe: its stages in running order with typed settings, or every problem that forbids to run it.
+"""The plan of a recipe: its stages in running order with typed settings, or every problem in the recipe.
 
-Pure: it loads nothing but the recipe, writes nothing and imports no torch.
+Pure: reads nothing but the recipe, writes nothing and imports no torch.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ class Step:
     sources: tuple[Source, ...]
     """Sources of the trained records."""
     eval_sources: tuple[Source, ...]
-    """Sources of the records whose loss is measured and which are not trained."""
+    """Sources of the records for the eval loss; never trained."""
     tasks: Mapping[str, GateTask]
     """Tasks of the stage's gate by name."""
     seed: int
     """Seed of everything random in the stage."""
     origin: str
-    """The stage's plugin with its version, on which the stage's result depends."""
+    """The stage's plugin with its version; part of the result's fingerprint."""
 
     @property
     def gate(self) -> GateConfig:
-        """Return the settings of the gate that judges the stage's artifact."""
+        """Settings of the gate after the stage."""
         return self.config.gate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The stages that a recipe runs, and all they depend on."""
+    """The stages of a recipe, and everything they depend on."""
 
     recipe: str
     """Name of the recipe."""
@@ -65,15 +65,15 @@ class Plan:
     steps: tuple[Step, ...]
     """Stages in running order."""
     settings: Mapping[str, Any]
-    """Typed settings of plugins that belong to no stage, by name; those of a tracker only when it is chosen."""
+    """Typed settings of plugins, apart from their stages, by name; a tracker's only when it is chosen."""
     shaping: tuple[str, ...]
-    """Names of the settings among them on which artifacts depend."""
+    """Names of the settings among them with an effect on artifacts."""
     tracker: str
     """Name of the chosen tracker, or ``none``."""
     seed: int
     """Seed of the run."""
     plugin_timeout: float | None
-    """Seconds that a plugin may go without reporting a step or answering; None: for ever."""
+    """Longest silence of a plugin, in seconds; None for no limit."""
     output_root: Path
     """Folder of all runs."""
     start_from: Path | None
@@ -83,7 +83,7 @@ class Plan:
 
 
 def make_plan(composition: Composition, host: Host) -> Plan:
-    """Return the plan of a composed recipe. Raises BadInput with every problem, those of composing included."""
+    """Return the plan of a composed recipe; raise BadInput with every problem, those of composing included."""
     config, problems = composition.config, list(composition.problems)
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
@@ -93,6 +93,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
     broken = [problem for key in used for problem in check_resolved(config, key)]
+    # Typed settings can be made only of nodes without a fault, so these problems end the search; later ones add up.
     if broken or problems:
         raise BadInput(problems + broken)
     model = _typed(config.model)
@@ -127,6 +128,7 @@ def _stage_nodes(config: DictConfig) -> list[str]:
 
 
 def _unknown_nodes(composition: Composition, host: Host) -> list[Problem]:
+    """Return a problem for each top-level key without an owner, such as a stage's misspelt name."""
     keys = [*ROOT, *host.own_nodes()]
     known = {*keys, *_stage_nodes(composition.config), *composition.removed}
     return [
@@ -171,20 +173,19 @@ def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
 
 
 def _core_problems(names: list[str], kinds: list[str], start_from: str | None, host: Host) -> list[Problem]:
-    """Require SFT first and once, unless the pipeline starts from an artifact that has been through it."""
+    """Return the problems of SFT's place: first and once, or absent when ``start_from`` names an artifact."""
     if start_from and CORE in kinds:
         return [Problem(where="start_from", what="the pipeline runs SFT itself", fix="Leave out start_from, or sft")]
     if not start_from and (not kinds or kinds[0] != CORE):
         what = f"the pipeline starts with {names[0]!r}" if names else "the recipe has no stages"
-        fix = (
-            "SFT is mandatory and first: put sft first, or give start_from=DIR of an artifact that has been through it"
-        )
+        fix = "SFT is mandatory and first: put sft first, or give start_from=DIR, an artifact stacked on SFT"
         return [Problem(where="stages", what=what, fix=fix)]
     late = [name for name, kind in list(zip(names, kinds, strict=True))[1:] if kind == CORE]
     return [Problem(where="stages", what=f"{name!r} runs SFT a second time", fix=ONCE) for name in late]
 
 
 def _takes_recipe_data(node: DictConfig) -> bool:
+    """Return True for a stage without data of its own."""
     given = OmegaConf.is_missing(node, "data") or OmegaConf.is_interpolation(node, "data")
     return not given and node.data is None
 
@@ -198,7 +199,7 @@ def _typed(node: DictConfig) -> Any:
 
 
 def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) -> Step:
-    """Return a stage with typed settings; add what is wrong with them to ``problems``."""
+    """Return a stage with typed settings; add their mistakes to ``problems``."""
     settings: StageConfig = _typed(config[name])
     stage = host.stages[settings.kind]
     with host.calling(stage.name, "problems"):
@@ -214,7 +215,7 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
 
 
 def _plugin_settings(composition: Composition, host: Host, problems: list[Problem]) -> dict[str, Any]:
-    """Return the typed settings that belong to no stage; add what is wrong with them to ``problems``."""
+    """Return the typed settings of plugins, apart from their stages; add their mistakes to ``problems``."""
     config, found = composition.config, {}
     for name, declared in host.settings.items():
         node = declared.group or name
@@ -226,7 +227,7 @@ def _plugin_settings(composition: Composition, host: Host, problems: list[Proble
             problems += [Problem(where=f"{node}.{key}", what=what) for key, what in given]
     chosen = composition.tracker
     if chosen != NO_TRACKER and not any(host.settings[name].group == "tracker" for name in found):
-        fix = "Put /settings@_here_: NAME, of a tracker that is installed, into the defaults of its file"
+        fix = "Put /settings@_here_: NAME, the name of an installed tracker, into the defaults of its file"
         problems.append(Problem(where="tracker", what=f"the option {chosen!r} has no tracker's settings", fix=fix))
     return found
 

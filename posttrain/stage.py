@@ -1,6 +1,6 @@
-"""The contract of a stage: what a plugin declares, what it is configured with, what it is handed.
+"""The contract of a stage: its declaration by a plugin, its settings, its progress.
 
-Nothing here imports torch, so that stages can be listed and planned at once.
+Imports no torch, so that `posttrain list` and `posttrain plan` answer at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback")
-"""The shapes of prepared records that a stage can ask for; documents are conversations and raw texts, mixed."""
+"""Shapes of prepared records; ``documents`` mixes conversations and raw texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class Stage:
     """A kind of stage, as a plugin registers it."""
 
     name: str
-    """Name of the kind, such as ``dpo``: the option of the group ``stage``."""
+    """Name of the kind, such as ``dpo``: its option in the group ``stage``."""
     summary: str
     """One line for ``posttrain list``."""
     config: type[StageConfig]
-    """Dataclass that is schema, default and help of the stage's settings."""
+    """Dataclass of the stage's settings: schema, defaults and help in one."""
     run: str
-    """``package.module:function``, imported when the stage starts; called with a StageContext."""
+    """``package.module:function``, imported when the stage starts and called with a StageContext."""
     parent: str
-    """What the stage is stacked on: ``base`` or ``sft``."""
+    """Model under the stage: ``base`` or ``sft``."""
     records: str
     """One of RECORD_SHAPES."""
 
@@ -51,25 +51,25 @@ class Settings:
     """Settings that belong to no stage, as a plugin registers them."""
 
     name: str
-    """Key at the top level of every recipe; with ``group``, the option that has these settings."""
+    """Key at the top level of every recipe; with ``group``, the option with these settings."""
     summary: str
     """One line for ``posttrain list``."""
     config: type
-    """Dataclass that is schema, default and help; it may have ranges, and ``problems`` like that of StageConfig."""
+    """Dataclass of schema, defaults and help in one; may have ranges, and ``problems`` as StageConfig has."""
     shapes_data: bool = False
-    """True when artifacts depend on them: they are then part of every stage's fingerprint and manifest."""
+    """True when artifacts depend on them: every stage's fingerprint and manifest then include them."""
     group: str | None = None
-    """``tracker`` for a tracker: ``tracker=NAME`` chooses it, and its settings stand under the key ``tracker``."""
+    """``tracker`` for a tracker: ``tracker=NAME`` chooses it, and the key ``tracker`` holds its settings."""
 
 
 class Progress(Protocol):
-    """Where a stage reports its steps; display, metrics.jsonl and trackers hang on it."""
+    """Receiver of a stage's steps; passes them to the display, metrics.jsonl and trackers."""
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Announce how many optimizer steps the stage takes and how many a checkpoint already holds."""
+        """Announce the stage's number of optimizer steps; ``done_steps`` of them are in a checkpoint."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report optimizer step ``step`` (from 1), or with 0 what was measured before the first.
+        """Report optimizer step ``step``, from 1; step 0 is for metrics measured before training.
 
         ``tokens`` in metrics counts the step's tokens.
         """

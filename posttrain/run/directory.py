@@ -1,4 +1,4 @@
-"""The directory of a run: one writer, its state for scripts, its metrics."""
+"""The directory of a run: its single writer, its lock, its state in run.json."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from posttrain.plan import Plan
 
 @dataclass(kw_only=True)
 class StageState:
-    """Where one stage stands; what scripts read."""
+    """State of one stage in run.json, for scripts."""
 
     name: str
     kind: str
     state: str = "pending"
     """pending, running, trained, promoted, gate_failed, undecided; interrupted or failed in training."""
     artifact: str | None = None
-    """Directory of the artifact, relative to the run's."""
+    """Directory of the artifact, relative to the run's directory."""
     digest: str | None = None
     parent_digest: str | None = None
     verdict: str | None = None
     """pass, fail or undecided; the whole verdict is in stages/<name>/verdict.json."""
     tokens: int | None = None
-    """Tokens seen in training."""
+    """Number of tokens seen in training."""
     seconds: float | None = None
-    """Time spent training and evaluating, over all attempts."""
+    """Time of training and evaluation over all attempts."""
     eval_loss: float | None = None
-    """Loss of the records of eval_data or eval_share at the end, when there are any."""
+    """Final loss on the records of eval_data or eval_share; None without any."""
     warnings: list[str] = field(default_factory=list)
-    """What the stage found unusual without stopping."""
+    """Problems reported by the stage without stopping."""
 
 
 @dataclass(kw_only=True)
@@ -51,22 +51,22 @@ class RunState:
 
     recipe: str
     command: list[str] = field(default_factory=list)
-    """The command that was last given to run or continue it, in words."""
+    """Words of the newest command to run or resume it."""
     started: str | None = None
-    """When it was first started, in UTC."""
+    """Time of the first start, in UTC."""
     state: str = "running"
     """running, done, gate_failed, undecided, interrupted or failed."""
     stages: list[StageState] = field(default_factory=list)
 
     def end(self, state: str) -> None:
-        """The run ends as ``state``, and with it the stage that was being trained."""
+        """End the run as ``state``, and the stage in training with it."""
         self.state = state
         for stage in self.stages:
             if stage.state == "running":
                 stage.state = state
 
     def stage(self, name: str) -> StageState:
-        """The state of one stage."""
+        """Return the state of one stage."""
         return next(stage for stage in self.stages if stage.name == name)
 
 
@@ -78,7 +78,7 @@ class RunDirectory:
     state: RunState
 
     def stage(self, name: str) -> Path:
-        """Folder of one stage."""
+        """Return the folder of one stage; create it if needed."""
         folder = self.path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -90,13 +90,13 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
-    """Create or continue the run of a plan in ``path``.
+    """Create or resume the run of a plan in ``path``.
 
     Raises RunLocked at once, naming the holder, when another process writes it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+") as lock:
-        _lock(lock, path)
+        _lock(lock, path)  # before the first write: a second process must not change the first one's recipe or state
         replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved))))
         run = RunDirectory(path, _state(path, plan))
         run.save()
@@ -105,29 +105,29 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
 
 
 def end(path: Path, state: str) -> None:
-    """Write down how the run in ``path`` ended, in place of a writer that died before it could.
+    """Record the end of the run in ``path``, in place of its dead writer.
 
-    Raises RunLocked when another process goes on with it; OSError, ValueError or TypeError when run.json cannot be read
+    Raises RunLocked when another process has resumed it; OSError, ValueError or TypeError when run.json cannot be read
     or written.
     """
     with (path / ".lock").open("a+") as lock:
         _lock(lock, path)
-        run = RunDirectory(path, read_state(path))
-        if run.state.state == "running":
-            run.state.end(state)
-            run.save()
+        recorded = read_state(path)
+        if recorded.state == "running":
+            recorded.end(state)
+            RunDirectory(path, recorded).save()
 
 
 def read_state(path: Path) -> RunState:
-    """The state in a run.json."""
+    """Read the state in the run.json of ``path``."""
     raw = json.loads((path / "run.json").read_text())
     return RunState(**{**raw, "stages": [StageState(**stage) for stage in raw["stages"]]})
 
 
 def _state(path: Path, plan: Plan) -> RunState:
-    """The state of a run that begins or goes on: stages that it has been through keep theirs."""
+    """Return the state of a new or resumed run; known stages keep theirs."""
     former = read_state(path) if (path / "run.json").exists() else RunState(recipe=plan.recipe, started=_now())
-    former.end("interrupted")  # its writer, if there was one, is gone
+    former.end("interrupted")  # the lock is ours, so a writer it still calls running is gone
     known = {stage.name: stage for stage in former.stages}
     stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]
     return RunState(recipe=plan.recipe, command=["posttrain", *plan.words], started=former.started, stages=stages)
@@ -138,7 +138,8 @@ def _now() -> str:
 
 
 def _lock(lock: IO[str], path: Path) -> None:
-    """Hold an advisory lock for as long as the file is open: the kernel frees it however the process ends."""
+    """Lock the run until ``lock`` is closed; raise RunLocked at once when another process holds it."""
+    # flock, not a file with a process id: the kernel frees it however the process ends, so no dead run stays locked.
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a training stage finishes its step and saves, everything else stops where it is."""
+"""SIGTERM and SIGINT: a stage in training finishes its step and saves a checkpoint; anything else stops at once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """Whether someone asked the run to stop.
+    """Requests to stop the run.
 
-    Outside ``deferred`` a signal raises Interrupted at once: everything that is published is published atomically, so
-    nothing is lost. Inside, the first signal only sets a flag that the stage polls, and the second raises.
+    Outside ``deferred`` a signal raises Interrupted at once; publishing is atomic, so nothing is lost. Inside, the
+    first signal only sets a flag for the stage to poll, and the second raises.
     """
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class Interrupts:
         self._requested = False
 
     def requested(self) -> bool:
-        """Whether a signal came while stopping was deferred."""
+        """Return True after the first signal."""
         return self._requested
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals here; the former handlers come back afterwards. Only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handle the signals here, then restore the former handlers; outside the main thread, do nothing."""
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
             yield
             return
         former = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -49,6 +49,8 @@ class Interrupts:
             yield
         finally:
             self._deferred = False
+        # A stage that ignored the request still ends the run here: the user asked for it, and the next stage must not
+        # start. Its finished work is not published; its checkpoints are kept.
         if self._requested:
             raise Interrupted("stopped by a signal")
 

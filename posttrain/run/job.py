@@ -1,4 +1,4 @@
-"""One stage of one run: where it writes, what names its result, how long it took."""
+"""One stage of one run: its folder, the digests naming its result, its time."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from posttrain.run.interrupts import Interrupts
 from posttrain.scoring.catalogue import task_digests
 
 PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl", "lm_eval")
-"""Distributions whose versions are recorded with every artifact."""
+"""Distributions recorded with their versions in every artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A step of the plan, bound to the run that carries it out."""
+    """A step of the plan, bound to its run."""
 
     plan: Plan
     step: Step
@@ -45,7 +45,7 @@ class Job:
         return self.step.name
 
     @property
-    def state(self) -> StageState:
+    def entry(self) -> StageState:
         """The stage's entry in run.json."""
         return self.run.state.stage(self.name)
 
@@ -56,17 +56,17 @@ class Job:
 
     @property
     def is_last(self) -> bool:
-        """Whether no stage follows."""
+        """True for the last stage of the plan."""
         return self.step is self.plan.steps[-1]
 
     def fingerprint(self, parent: ModelSource) -> str:
-        """What the stage's result depends on: settings, parent, data, seed, number format, code."""
+        """Return the digest of everything the result depends on: settings, parent, data, seed, number format, code."""
         content = {"step": step_identity(self.step, self.plan), "parent": parent.digest, "data": self.data_digest}
         shapers = self.host.shapers()
         return digest_of({**content, "plugins": shapers} if shapers else content)
 
     def gate_digest(self, systems: Mapping[str, ModelSource]) -> str:
-        """What the verdict depends on: the gate's settings, its tasks' files, the systems that are compared."""
+        """Return the digest of everything the verdict depends on: the gate, its tasks' files, the systems."""
         return digest_of(
             {
                 "gate": plain(self.step.gate),
@@ -83,42 +83,42 @@ class Job:
         try:
             yield
         finally:
-            self.state.seconds = round((self.state.seconds or 0.0) + time.monotonic() - started, 1)
+            self.entry.seconds = round((self.entry.seconds or 0.0) + time.monotonic() - started, 1)
             self.run.save()
 
 
 def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -> str:
-    """Name of the run's directory: the same recipe on the same model and data gets the same one."""
+    """Return the name of the run's directory: equal for the same recipe on the same model and data, so runs resume."""
     steps = [(step.name, step_identity(step, plan), data_digests[step.name]) for step in plan.steps]
     return f"{plan.recipe}-{digest_of([parent.digest, steps])[:12]}"
 
 
 def records_digest(step: Step) -> str:
-    """Digest of what a stage trains on, and of what it measures itself on if there is any."""
+    """Return the digest of a stage's training data, and of its eval data if it has any."""
     trained = data_digest(step.sources)
     return digest_of([trained, data_digest(step.eval_sources)]) if step.eval_sources else trained
 
 
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
-    """What a stage's training depends on besides its parent and its data. Its gate is not part of it."""
+    """Return everything a stage's training depends on, except its parent and its data; its gate has no part in it."""
     settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
     identity = {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
     return identity | shaping_settings(plan)
 
 
 def shaping_settings(plan: Plan) -> dict[str, Any]:
-    """Return the settings of plugins on which artifacts depend, under one key; empty when there are none."""
+    """Return the plugins' settings with an effect on artifacts, under one key; empty when there are none."""
     found = {name: plain(plan.settings[name]) for name in plan.shaping}
     return {"plugin_settings": found} if found else {}
 
 
 def plain(config: StageConfig | Any) -> dict[str, Any]:
-    """A settings dataclass as plain JSON values."""
+    """Return a settings dataclass as plain JSON values."""
     return dict(asdict(config, dict_factory=lambda items: {key: _plain_value(value) for key, value in items}))
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that an artifact depends on, as far as they are installed."""
+    """Return the versions of PACKAGES, as far as they are installed."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Runs a stage in this process: the answer to ``run_stage`` when no plugin gives another."""
+"""The core's ``run_stage``: runs a stage in this process unless a plugin runs it elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def run_stage(stage: Stage, context: StageContext) -> bool:
-    """Import the stage's function and call it; it must have saved its result through the context."""
+    """Import the stage's function and call it; raise PluginFailed when it returns without ``context.save``."""
     from posttrain.model.probe import PROBE
 
     module, _, name = stage.run.partition(":")
@@ -25,5 +25,5 @@ def run_stage(stage: Stage, context: StageContext) -> bool:
         raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error
     function(context)
     if not (context.output / PROBE).exists():
-        raise PluginFailed(f"stage {stage.name!r} ended without context.save(model): nothing proves what it left")
+        raise PluginFailed(f"stage {stage.name!r} ended without context.save(model): its output has no proof")
     return True

@@ -1,4 +1,4 @@
-"""From records to a published artifact, unless the run already holds it."""
+"""Training of one stage: from records to a published artifact, unless the run already has it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from posttrain.run.job import Job, plain, records_digest, shaping_settings, vers
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """What a stage trains on, and what it measures itself on."""
+    """Records of a stage, for training and for the eval loss."""
 
     trained: Sequence[Record]
     eval_records: Sequence[Record]
 
 
-def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
-    """The stage's artifact: the one that this run already published, or a new one.
+def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
+    """Train the stage and return its artifact, or the one already published by this run.
 
     Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
     """
@@ -44,16 +44,17 @@ def trained(job: Job, parent: ModelSource, records: Records) -> Artifact:
         job.display.line(job.name, "train", f"already done: {existing.digest[:12]}")
         return existing
     _clear_drafts(job.folder)
-    job.state.state, job.state.verdict, job.state.digest, job.state.artifact = "running", None, None, None
-    job.state.parent_digest = parent.digest
+    entry = job.entry
+    entry.state, entry.verdict, entry.digest, entry.artifact = "running", None, None, None
+    entry.parent_digest = parent.digest
     job.run.save()
     with _named_failures(job):
-        artifact = _train(job, parent, records, fingerprint)
-    job.state.state, job.state.digest = "trained", artifact.digest
-    job.state.artifact = str(artifact.path.relative_to(job.run.path))
-    job.state.tokens = artifact.manifest.metrics.get("tokens")
-    job.state.eval_loss = artifact.manifest.metrics.get("eval_loss")
-    job.state.warnings = artifact.manifest.metrics.get("warnings", [])
+        artifact = _run_stage(job, parent, records, fingerprint)
+    entry.state, entry.digest = "trained", artifact.digest
+    entry.artifact = str(artifact.path.relative_to(job.run.path))
+    entry.tokens = artifact.manifest.metrics.get("tokens")
+    entry.eval_loss = artifact.manifest.metrics.get("eval_loss")
+    entry.warnings = artifact.manifest.metrics.get("warnings", [])
     job.run.save()
     job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
     return artifact
@@ -71,7 +72,7 @@ def _figures(artifact: Artifact) -> str:
 
 
 def _published(job: Job, fingerprint: str) -> Artifact | None:
-    """The artifact of an earlier attempt; one made from something else is set aside under its digest."""
+    """Return the artifact of an earlier attempt; set one with another fingerprint aside, renamed by its digest."""
     path = job.folder / "artifact"
     if not path.exists():
         return None
@@ -82,12 +83,15 @@ def _published(job: Job, fingerprint: str) -> Artifact | None:
     return None
 
 
-def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) -> Artifact:
+def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str) -> Artifact:
     from posttrain.model.checks import check_output
     from posttrain.model.reloading import check_reloaded
 
+    # The stage writes into a draft, never into the artifact: a crash, a failed check or a full disk leaves nothing at
+    # the published name, and a later attempt removes the draft.
     draft = job.folder / ".draft"
     draft.mkdir()
+    # By fingerprint: a stage with other settings or data never resumes from this one's checkpoints.
     checkpoints = job.folder / "checkpoints" / fingerprint[:12]
     checkpoints.mkdir(parents=True, exist_ok=True)
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
@@ -104,11 +108,11 @@ def _train(job: Job, parent: ModelSource, records: Records, fingerprint: str) ->
     finally:
         progress.stop()
         moved = os.getcwd() if os.getcwd() != before.directory else None
-        before.restore()  # a stage may seed what it likes; whatever comes next draws the same numbers all the same
+        before.restore()  # a stage may seed any generator; the next stage draws the same numbers all the same
     if moved is not None:
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} changed the working directory to {moved}")
     if done is not True:
-        raise PluginFailed(f"stage {job.name!r}: run_stage answered {done!r} instead of True")
+        raise PluginFailed(f"stage {job.name!r}: run_stage returned {done!r} instead of True")
     with _blamed(job):
         check_output(draft, parent)
         check_reloaded(draft, parent, context.dtype)
@@ -140,13 +144,15 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
 
 
 def _clear_drafts(folder: Path) -> None:
-    """Remove what an attempt that was killed left half-written."""
+    """Remove the half-written output of a killed attempt."""
     shutil.rmtree(folder / ".draft", ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _named_failures(job: Job) -> Iterator[None]:
-    """Name the stage and its plugin in whatever goes wrong; what the disk refuses is not the plugin's fault."""
+    """Name the stage and its plugin in any exception of a plugin's stage, and keep the traceback in error.txt."""
+    # A bare "KeyError: 'prompt'" blames posttrain; its user could not tell whom to ask. Three kinds pass unchanged: our
+    # own errors already name a cause, a full disk is not the plugin's fault, a bug in the core keeps its traceback.
     try:
         yield
     except PosttrainError:
@@ -164,19 +170,19 @@ def _named_failures(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blamed(job: Job) -> Iterator[None]:
-    """What a plugin's stage saved and must not be published is that plugin's failure."""
+    """Turn ArtifactDamaged about the output of a plugin's stage into PluginFailed: the plugin saved it."""
     try:
         yield
     except ArtifactDamaged as error:
         if job.step.origin == CORE_ORIGIN:
             raise
         raise PluginFailed(
-            f"stage {job.name!r} of plugin {job.step.origin} saved what is not sound: {error}"
+            f"stage {job.name!r} of plugin {job.step.origin} saved an unsound artifact: {error}"
         ) from error
 
 
 def _known(job: Job) -> contextlib.AbstractContextManager[None]:
-    """Record the stage of a plugin for the supervisor; posttrain's own needs no name."""
+    """Record the stage of a plugin for the supervisor, to be ended after too long a silence; not one of posttrain."""
     if job.step.origin == CORE_ORIGIN:
         return contextlib.nullcontext()
     plugin, limit = job.host.owner(job.step.stage.name), job.plan.plugin_timeout
@@ -185,14 +191,14 @@ def _known(job: Job) -> contextlib.AbstractContextManager[None]:
 
 
 def read_records(job: Job) -> Records:
-    """The stage's records, read before any stage trains so that bad data costs no training.
+    """Read the stage's records; show the number of the gate's rows trained on as well.
 
-    Says how many rows the gate is to score that are trained on as well. Raises BadInput when the records are not those
-    that the run is named after.
+    Raises BadInput when the data changed after the run was named by its digest.
     """
     evaluation = replace(job.step, sources=job.step.eval_sources)
     eval_records = _read(job, evaluation) if evaluation.sources else ()
     records = Records(trained=_read(job, job.step), eval_records=eval_records)
+    # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
