@@ -70,7 +70,7 @@ def _start(plan: Plan) -> Artifact | None:
         return None
     artifact = verify(plan.start_from)
     if CORE not in artifact.manifest.lineage:
-        what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, without SFT"
+        what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, not on SFT"
         raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
     return artifact
 

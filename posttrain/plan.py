@@ -185,7 +185,7 @@ def _core_problems(names: list[str], kinds: list[str], start_from: str | None, h
 
 
 def _takes_recipe_data(node: DictConfig) -> bool:
-    """Return True for a stage without data of its own."""
+    """Return True when the stage gives ``data: null`` and so trains on the data of the recipe."""
     given = OmegaConf.is_missing(node, "data") or OmegaConf.is_interpolation(node, "data")
     return not given and node.data is None
 

@@ -1,6 +1,6 @@
 """The contract of a stage: its declaration by a plugin, its settings, its progress.
 
-Imports no torch, so that `posttrain list` and `posttrain plan` answer at once.
+Imports no torch, so that ``posttrain list`` and ``posttrain plan`` answer at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that belong to no stage, as a plugin registers them."""
+    """Settings of a plugin, apart from its stages, as it registers them."""
 
     name: str
     """Key at the top level of every recipe; with ``group``, the option with these settings."""

@@ -321,7 +321,7 @@ def test_start_from_needs_sft_in_the_lineage(project: Path) -> None:
     manifest = replace(verify(source).manifest, lineage=("dpo",))
     (source / "manifest.json").unlink()
     other = artifact.publish(source, manifest, project / "other").path
-    with pytest.raises(BadInput, match="not through SFT"):
+    with pytest.raises(BadInput, match="not on SFT"):
         run_recipe(Script(), "stages=[dpo]", f"start_from={other}")
 
 
