@@ -89,7 +89,7 @@ def test_a_stage_that_leaves_another_template_is_not_published() -> None:
         run_recipe(script)
 
 
-def test_another_template_for_a_trained_artifact_is_refused_with_the_difference() -> None:
+def test_another_template_for_a_trained_artifact_is_rejected_with_the_difference() -> None:
     artifact = sft_artifact()
     Path("other.jinja").write_text("template\nand more")
     words = ("stages=[dpo]", f"start_from={artifact}")

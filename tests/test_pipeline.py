@@ -86,7 +86,7 @@ def test_a_verdict_that_is_not_a_pass_stops_the_run(verdict: str, error: type[Po
     assert [row.lift.verdict for row in ledger.lifts(Path("runs"))] == [verdict]
 
 
-def test_rollback_goes_on_from_the_parent() -> None:
+def test_rollback_continues_from_the_parent() -> None:
     script = Script()
     script.verdicts["dpo"] = "fail"
     run_recipe(
@@ -97,7 +97,7 @@ def test_rollback_goes_on_from_the_parent() -> None:
     assert dpo["parent_digest"] == dpo2["parent_digest"] == sft["digest"]
 
 
-def test_warn_goes_on_from_the_candidate() -> None:
+def test_warn_continues_from_the_candidate() -> None:
     script = Script()
     script.verdicts["dpo"] = "undecided"
     run_recipe(
@@ -108,7 +108,7 @@ def test_warn_goes_on_from_the_candidate() -> None:
     assert dpo2["parent_digest"] == dpo["digest"]
 
 
-def test_nothing_is_stacked_on_a_refused_sft() -> None:
+def test_nothing_is_stacked_on_a_failed_sft() -> None:
     script = Script()
     script.verdicts["sft"] = "fail"
     with pytest.raises(GateFailed):
@@ -211,7 +211,7 @@ def test_a_damaged_artifact_is_named_and_not_built_upon() -> None:
     assert run_json()["state"] == "failed"
 
 
-def test_a_second_writer_is_refused_and_told_who_holds_the_run() -> None:
+def test_a_second_writer_is_rejected_by_the_name_of_the_first() -> None:
     run_recipe(Script())
     with (only_run() / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -325,7 +325,7 @@ def test_start_from_needs_sft_in_the_lineage(project: Path) -> None:
         run_recipe(Script(), "stages=[dpo]", f"start_from={other}")
 
 
-def test_an_artifact_of_another_base_is_refused(project: Path) -> None:
+def test_an_artifact_of_another_base_is_rejected(project: Path) -> None:
     run_recipe(Script(), "stages=[sft]")
     sft = only_run() / "stages/sft/artifact"
     (project / "base" / "config.json").write_text('{"other": 1}')

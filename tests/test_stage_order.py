@@ -1,4 +1,4 @@
-"""Stages of preferences in any order and number: composed, planned, run, continued, or refused with the reason."""
+"""Stages of preferences in any order and number: composed, planned, run, resumed, or rejected with the reason."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_every_kind_takes_its_rate_from_the_variant(host: Host, kind: str, varia
         ([*KTO, "kto.loss_type=bco"], "kto.loss_type: no loss is called 'bco'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(host: Host, overrides: Sequence[str], expected: str) -> None:
+def test_nonsense_is_rejected_with_the_reason(host: Host, overrides: Sequence[str], expected: str) -> None:
     with pytest.raises(BadInput) as caught:
         planned(host, *overrides)
     assert expected in str(caught.value)
