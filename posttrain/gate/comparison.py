@@ -46,7 +46,7 @@ class Comparison:
     means: Mapping[str, float]
     """Mean score of every system."""
     fractions: bool
-    """Whether the scores lie between 0 and 1, so that changes are shown in percentage points."""
+    """True when the scores lie between 0 and 1, so that changes are shown in percentage points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Decision:
     """Number of lifts corrected together."""
     adjusted_low: float | None = None
     hopeless: bool = False
-    """Whether a sequential gate may stop because this can hardly pass any more."""
+    """True when a sequential gate may stop because this can hardly pass any more."""
 
 
 def list_comparisons(gate: GateConfig, tasks: Sequence[TaskScores], against: Sequence[Comparator]) -> list[Comparison]:

@@ -39,7 +39,7 @@ class TaskScores:
 
     @property
     def fractions(self) -> bool:
-        """Whether all scores lie between 0 and 1, as shares of right answers do."""
+        """True when all scores lie between 0 and 1, as shares of right answers do."""
         return all(0 <= score <= 1 for scores in self.scores.values() for score in scores)
 
 

@@ -21,18 +21,18 @@ POINTS = f"{100 * HOPED:g} points"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What one role demands of a task."""
+    """The demand of one role on a task."""
 
     least: Callable[[GateConfig, GateTask], float]
-    """What the lower bound has to exceed."""
+    """The threshold of the lower bound."""
     paired: bool = True
     """True compares with other systems, document by document; False sets the candidate's own score against a limit."""
     fails_at_least: bool = False
-    """Whether an upper bound of exactly ``least`` fails; otherwise it has to lie below."""
+    """True when an upper bound of exactly ``least`` fails; otherwise it has to lie below."""
     shares_error: bool = False
-    """Whether several over one system share the allowed error, because each is a claim that luck alone could win."""
+    """True when several over one system share the allowed error, because each is a claim that luck alone could win."""
     pools: bool = False
-    """Whether ``pooled_max_drop`` takes such tasks together."""
+    """True when ``pooled_max_drop`` takes such tasks together."""
     change: str = "change"
     """Name of the mean difference in a reason."""
     failing: str = "lies below"
@@ -40,7 +40,7 @@ class Rule:
     hoped: float = HOPED
     """Assumed gain over the demand, in planning; 0 supposes that nothing changed at all."""
     supposed: str
-    """What the chances in ``posttrain plan`` belong to."""
+    """The case that the chances in ``posttrain plan`` belong to."""
     hopeless_below: float = 0.2
     """Chance of passing, if the supposition holds, below which ``posttrain plan`` warns."""
 

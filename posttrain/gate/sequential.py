@@ -43,7 +43,7 @@ class Look:
 
     @property
     def last(self) -> bool:
-        """Whether every document has been asked."""
+        """True when every document has been asked."""
         return self.number == self.of
 
     @property

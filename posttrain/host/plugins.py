@@ -71,7 +71,7 @@ class PluginInfo:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is built in or comes with posttrain's own distribution."""
+        """True when it is built in or comes with posttrain's own distribution."""
         return self.origin in (BUILT_IN, CORE_ORIGIN)
 
     @property

@@ -88,7 +88,7 @@ def check_option(host: Host, option: str, path: Path) -> None:
 
 
 def is_stage_name(name: str) -> bool:
-    """Whether recipes and the command line can use ``name`` without quotes."""
+    """Return True when recipes and the command line can use ``name`` without quotes."""
     return NAME.fullmatch(name) is not None and name not in CONSTANTS
 
 

@@ -32,7 +32,7 @@ class Candidate:
     base: ModelSource
     dtype: str
     verified: bool
-    """Whether it is an artifact: publishing proved that it computes something else than its parent."""
+    """True when it is an artifact: publishing proved that it computes something else than its parent."""
 
 
 def read_candidate(path: Path, model: BaseSettings) -> Candidate:

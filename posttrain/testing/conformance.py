@@ -79,7 +79,7 @@ class StageConformance:
     rejected: ClassVar[Sequence[Sequence[Any]]] = ()
     """Files of records that this stage must reject, in addition to those that every stage must."""
     parent: ClassVar[Literal["lora", "full"]] = "lora"
-    """Whether the stage is stacked on an adapter or on full weights."""
+    """True when the stage is stacked on an adapter or on full weights."""
     _made: ClassVar[dict[type, tuple[Project, Path]]] = {}
 
     # --- Before training ----------------------------------------------------------------------------------------------

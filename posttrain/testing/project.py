@@ -47,7 +47,7 @@ class Project:
     records: Sequence[Any] | None = None
     """Content of its file; None for ``example_records``."""
     full: bool = False
-    """Whether the SFT artifact holds full weights instead of an adapter."""
+    """True when the SFT artifact holds full weights instead of an adapter."""
 
     def write(self) -> Project:
         """Write everything into the folder."""

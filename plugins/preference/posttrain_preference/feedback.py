@@ -25,7 +25,7 @@ class TokenAnswer:
     prompt: list[int]
     completion: list[int]
     label: bool
-    """Whether the answer was judged good."""
+    """True when the answer was judged good."""
     where: str
     """File and line of the record, for messages."""
 

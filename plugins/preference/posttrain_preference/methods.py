@@ -27,7 +27,7 @@ class Method:
     records: str = "preferences"
     """Shape of the records: ``preferences`` or ``feedback``."""
     referenced: bool = False
-    """Whether the loss compares the policy with a frozen copy of its start."""
+    """True when the loss compares the policy with a frozen copy of its start."""
 
 
 METHODS: Mapping[str, Method] = {

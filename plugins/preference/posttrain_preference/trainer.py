@@ -225,7 +225,7 @@ class FreeTrainer(StageTrainer):
     @property
     @abstractmethod
     def per_token(self) -> bool:
-        """Whether the loss compares log-probabilities per token, not of whole answers."""
+        """True when the loss compares log-probabilities per token, not of whole answers."""
 
 
 class OddsTrainer(FreeTrainer, ORPOTrainer):
@@ -272,7 +272,7 @@ def build_trainer(
 
 
 def uses_autocast(context: StageContext, policy: Any) -> bool:
-    """Whether to compute in bfloat16 on float32 weights; the base under an adapter is bfloat16 itself."""
+    """Return True to compute in bfloat16 on float32 weights; the base under an adapter is bfloat16 itself."""
     return context.dtype == "bfloat16" and not isinstance(policy, PeftModel)
 
 
