@@ -26,7 +26,7 @@ class FineTuneConfig(StageConfig):
     """Settings of every stage with SFT's loop, through ``StageContext.finetune``."""
 
     eval_data: Any = None
-    """Held-out records, in the form of data: their loss is reported while training."""
+    """Records set aside from training, in the form of data: their loss is reported as eval_loss."""
     eval_share: float = number(0.0, least=0, below=1)
     """Share of the records set aside for the eval loss. 0 trains all: the gate decides in any case."""
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
