@@ -3,7 +3,7 @@
 PosttrainError          1  a bug, or anything without a better class
 ├── BadInput            2  recipe, data, model or command line; carries every problem found
 │   └── RunLocked       2  another process writes this run directory
-├── GateFailed         3  a gate failed an artifact
+├── GateFailed          3  a gate failed an artifact
 ├── GateUndecided       4  a gate could not decide
 ├── ArtifactDamaged     5  an artifact on disk, or about to be published, is not sound
 │   ├── Diverged        5  a loss or gradient is NaN or infinite
@@ -75,11 +75,11 @@ class ArtifactDamaged(PosttrainError):
 
 
 class Diverged(ArtifactDamaged):
-    """Training reached a loss or gradient that is NaN or infinite; its weights must not become an artifact."""
+    """A loss or gradient of training is NaN or infinite; its weights must not become an artifact."""
 
 
 class ProofFailed(ArtifactDamaged):
-    """A mask or gradient differs from what plain code computes; training with it would give a wrong artifact."""
+    """A mask or gradient differs from the result of plain code; training with it would give a wrong artifact."""
 
 
 class PluginFailed(PosttrainError):

@@ -51,8 +51,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
                 )
                 for step in plan.steps
             ]  # fmt: skip
-            # All data is read and all gates are checked before the first stage trains: a bad row or a gate that
-            # cannot be evaluated, even the last stage's, ends the run now instead of after hours of training.
+            # All data is read and all gates are checked before the first stage trains: a bad row or a
+            # broken gate, even the last stage's, ends the run now instead of after hours of training.
             records = {job.name: read_records(job) for job in jobs}
             check_gates(jobs)
             for job in jobs:

@@ -219,7 +219,7 @@ def _plugin_settings(composition: Composition, host: Host, problems: list[Proble
     config, found = composition.config, {}
     for name, declared in host.settings.items():
         node = declared.group or name
-        if OmegaConf.get_type(config, node) is not declared.config:  # an option of the group that is not chosen
+        if OmegaConf.get_type(config, node) is not declared.config:  # an option of the group, not the chosen one
             continue
         found[name] = settings = _typed(config[node])
         with host.calling(name, "problems"):
