@@ -150,7 +150,7 @@ class Manifest:
             given["base"] = BaseWeights(name=str(values["base"]["name"]), digest=str(values["base"]["digest"]))
             for name in ("plugins", "lineage", "added_tokens"):
                 given[name] = tuple(map(str, values[name]))
-            return cls(**given, merge=values.get("merge"), plugin_settings=values.get("plugin_settings"))
+            return cls(**given | {name: values.get(name) for name in OPTIONAL})
         except (KeyError, TypeError) as error:
             raise ArtifactDamaged(f"{path} is damaged: it lacks or misstates {error}") from None
 

@@ -8,6 +8,11 @@ A plugin implements any of them in a module or class that it names under the ent
     def register_stages():
         return [Stage(name="mine", ...)]
 
+In the arguments, ``stage: Stage`` is a kind of stage and ``stage: str`` the name of its node in the recipe;
+``step: Step`` is a stage of the plan and ``step: int`` an optimizer step. The product answers its own hooks in the
+``plugin.py`` of a room: ``data.plugin`` loads records, ``run.plugin`` runs stages, ``scoring.plugin`` evaluates,
+``gate.plugin`` judges. A hook with an answer is checked by type in ``host.guard``.
+
 The plugin registered last is called first. Hooks marked *first result* stop at the first answer other than None.
 
 An exception is reported under the plugin's name; BadInput and the other errors of ``posttrain`` pass unchanged. A hook

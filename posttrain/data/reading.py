@@ -2,7 +2,7 @@
 
 The options of a source act here and nowhere else: ``select_rows`` picks rows and ``count_selected`` counts them,
 ``read_source`` makes records of them, ``data_digest`` covers every option. ``weight`` and ``share`` concern several
-sources; they act in ``data.mixing`` and ``tokens.shares``.
+sources; they act in ``data.mixing`` and ``tokens.shares``. ``data.plugin`` checks the values of all of them.
 """
 
 from __future__ import annotations

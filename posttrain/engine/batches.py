@@ -1,6 +1,6 @@
 """The rows of each optimizer step, and their batches."""
 
-# B = rows (always 1), T = tokens of the batch, N = trained tokens of the batch
+# B = 1 (all rows of a batch end to end), T = tokens of the batch, N = trained tokens of the batch
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Comparison:
     threshold: float
     """Value for the lower bound of the evidence to exceed."""
     limit: float | None = None
-    """Threshold of a limit, on the scale of the scores."""
+    """Threshold of a limit on the scale of the scores; ``threshold`` is then 0, for the distance from it."""
     means: Mapping[str, float]
     """Mean score of every system."""
     fractions: bool

@@ -1,6 +1,6 @@
 """The roles of a task in a gate, in one table: what each demands, how it is worded, and what planning supposes.
 
-A new role is a member of ``config.schema.Role``, the name of its setting there, and one entry here.
+A new role is a member of ``config.schema.Role``, its setting in ``GateTask.problems`` there, and one entry here.
 """
 
 from __future__ import annotations

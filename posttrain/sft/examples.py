@@ -105,16 +105,16 @@ def make_evaluation(eval_examples: Sequence[Example], config: FineTuneConfig) ->
     return Evaluation(rows=[*answers, *refusals], refusals=len(refusals), config=config)
 
 
-def mix_rows(records: Sequence[Document], documents: Sequence[Rendered], config: FineTuneConfig, seed: int) -> Mixture:
-    """Mix the records of a stage by the shares of their sources, and pack them; ``documents`` are their renderings.
+def mix_rows(records: Sequence[Document], rendered: Sequence[Rendered], config: FineTuneConfig, seed: int) -> Mixture:
+    """Mix the records of a stage by the shares of their sources, and pack them; ``rendered`` holds their token ids.
 
     Raises:
         BadInput: Nothing is trained, a source cannot have its share, or a record is too long under overlong=reject.
     """
     # a source's share is one of tokens as rows hold them, so sizes are counted after cutting
-    sizes = [_size(document, config) for document in documents]
+    sizes = [_size(document, config) for document in rendered]
     taken = draw_by_share(records, sizes, seed)
-    chosen = [documents[index] for index in taken]
+    chosen = [rendered[index] for index in taken]
     packing = pack(chosen, config.sequence_length, packing=config.packing, overlong=config.overlong)
     return Mixture(packing, measure_shares(records, sizes, taken))
 

@@ -7,8 +7,8 @@
     position_ids          0  1  2  3  4   0  1  2  3   0  1
     cu_seqlens            0               5            9     11
 
-Documents stay isolated: attention is confined by ``position_ids`` or ``cu_seqlens``, and the last position of a
-document predicts nothing. Otherwise the loss of a document would depend on its neighbours, and packing, a matter of
+Documents stay isolated: ``engine.attention`` confines each to its own tokens by ``lengths``, and the last position of
+a document predicts nothing. Otherwise the loss of a document would depend on its neighbours, and packing, a matter of
 speed, would change the model.
 """
 

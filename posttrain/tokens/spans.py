@@ -187,8 +187,8 @@ class Template:
     def _find_last(self, chat: Conversation, text: str) -> AnswerSpan:
         """Return the span of the last message in ``text``, the rendering of ``chat``."""
         turn, message = len(chat.messages), chat.messages[-1]
-        asked = replace(chat, messages=chat.messages[:-1])
-        prompt, bare = (self.render(asked, prompt=add) for add in (True, False))
+        earlier = replace(chat, messages=chat.messages[:-1])
+        prompt, bare = (self.render(earlier, prompt=add) for add in (True, False))
         # Inference ends its input with the generation prompt. An answer trained after any other text is trained for
         # an input that the model never gets.
         if not text.startswith(prompt):
@@ -271,8 +271,8 @@ class Template:
 
     def _render_alone(self, chat: Conversation, message: Message) -> str:
         """Return the text after the generation prompt with ``message`` as the only answer; empty if none begins it."""
-        asked = replace(chat, messages=(_QUESTION,))
-        prompt, text = self.render(asked, prompt=True), self.render(replace(chat, messages=(_QUESTION, message)))
+        earlier = replace(chat, messages=(_QUESTION,))
+        prompt, text = self.render(earlier, prompt=True), self.render(replace(chat, messages=(_QUESTION, message)))
         return text[len(prompt) :] if text.startswith(prompt) else ""
 
     def _find_content(self, chat: Conversation, index: int, text: str) -> int | None:
@@ -293,8 +293,8 @@ class Template:
 
         Empty for a template without generation prompt: at inference the model would have to write the header itself.
         """
-        asked = replace(chat, messages=(_QUESTION,))
-        prompt, bare = (self.render(asked, prompt=add) for add in (True, False))
+        earlier = replace(chat, messages=(_QUESTION,))
+        prompt, bare = (self.render(earlier, prompt=add) for add in (True, False))
         one, other = (
             self.render(replace(chat, messages=(_QUESTION, _with_content(chat.messages[-1], sentinel))))
             for sentinel in _SENTINELS

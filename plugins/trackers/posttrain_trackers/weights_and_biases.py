@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,19 @@ from posttrain import hookimpl
 
 if TYPE_CHECKING:
     from posttrain import Artifact, Verdict
-    from posttrain_trackers.config import WandbSettings
 
 INIT_SECONDS = 15
 """Seconds that the service may take to answer at the start."""
+
+
+@dataclass(kw_only=True)
+class WandbSettings:
+    """Settings of Weights & Biases."""
+
+    project: str = "posttrain"
+    """Project at the tracking service."""
+    entity: str | None = None
+    """Team or user at the tracking service."""
 
 
 class WandbTracker:

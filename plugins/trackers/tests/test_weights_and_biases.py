@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from posttrain_trackers.config import WandbSettings
+from posttrain_trackers.weights_and_biases import WandbSettings
 
 from posttrain import cli
 from posttrain.config.compose import compose
