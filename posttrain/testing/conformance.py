@@ -161,7 +161,9 @@ class StageConformance:
         project, run = self._clean(tmp_path_factory)
         for step in range(1, _steps(run) + 1):
             self._interrupt(project, tmp_path, AtStep(step, _kill), Killed)
-        assert self._artifact(project.run(tmp_path).path) == self._artifact(run)
+        assert self._artifact(project.run(tmp_path).path) == self._artifact(run), (
+            "the resumed run ended with other bytes"
+        )
 
     def test_killed_by_the_system_it_ends_with_the_same_bytes(
         self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
@@ -171,7 +173,9 @@ class StageConformance:
         code = code.replace("PosixPath(", "(__import__('pathlib').Path)(")
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert result.returncode == -signal.SIGKILL, result.stderr
-        assert self._artifact(project.run(tmp_path).path) == self._artifact(run)
+        assert self._artifact(project.run(tmp_path).path) == self._artifact(run), (
+            "the resumed run ended with other bytes"
+        )
 
     def test_sigterm_after_any_step_saves_it_and_costs_nothing(
         self, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
@@ -186,7 +190,9 @@ class StageConformance:
             assert stopping.seen[0] == done + 1, f"steps {list(range(stopping.seen[0], done + 1))} were trained again"
             done = stopping.seen[-1]
             assert done <= step + 1, f"after SIGTERM at step {step} it trained until step {done}"
-        assert self._artifact(project.run(tmp_path).path) == self._artifact(run)
+        assert self._artifact(project.run(tmp_path).path) == self._artifact(run), (
+            "the resumed run ended with other bytes"
+        )
 
     # --- Manners ------------------------------------------------------------------------------------------------------
 

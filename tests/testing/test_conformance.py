@@ -48,7 +48,7 @@ WRONGS = {
         "position = context.restore(model, optimizer)",
         "position = context.restore(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))",
         "test_killed_after_every_step_it_ends_with_the_same_bytes",
-        "",
+        "the resumed run ended with other bytes",
     ),
     "clean": (
         "context.checkpoint(step, loss, model, optimizer)\n",
