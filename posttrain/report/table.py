@@ -68,7 +68,7 @@ def print_table(report: RunReport, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    title = f"{report.run.recipe}: {report.run.state}"
+    title = f"{report.run.recipe}: {report.run.state.replace('_', ' ')}"
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
@@ -91,7 +91,7 @@ def print_table(report: RunReport, console: Console) -> None:
 def markdown(report: RunReport) -> str:
     """Return report.md: the table, the reasons, and the lineage of every artifact."""
     lines = [
-        f"# {report.run.recipe}: {report.run.state}",
+        f"# {report.run.recipe}: {report.run.state.replace('_', ' ')}",
         "",
         "Shares are in points of 100, other scores as they are; brackets hold the bounds of the paired difference.",
         "",

@@ -419,7 +419,7 @@ def test_export(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["ledger"], "Available: export, rebuild, verify"),
+        (["ledger"], "needs one of export, rebuild, verify"),
         (["ledger", "verfy"], "Did you mean verify?"),
         (["ledger", "export", "--format", "cvs"], "Did you mean csv?"),
         (["ledger", "verify", "--format", "csv"], "--format"),

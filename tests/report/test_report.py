@@ -364,7 +364,7 @@ def test_a_directory_that_cannot_be_written_is_named(run: Path, capsys: pytest.C
     assert main("report", run.name) == 2
     captured = capsys.readouterr()
     assert "mine: done" in captured.out
-    assert f"error: {run}: the reports cannot be written:" in captured.err
+    assert f"error: {run}: cannot write the reports:" in captured.err
 
 
 def test_a_failed_gate_has_its_reason_at_the_top(working_folder: Path) -> None:
@@ -374,8 +374,8 @@ def test_a_failed_gate_has_its_reason_at_the_top(working_folder: Path) -> None:
     with pytest.raises(GateFailed):
         run_recipe(script)
     words = read_page((only_run() / "report.html").read_text()).words
-    assert "mine refused 0 of 2 stages promoted. A gate failed an artifact" in words
-    assert "sft refused sft is a fail" in words
+    assert "mine gate failed 0 of 2 stages promoted. A gate failed an artifact" in words
+    assert "sft gate failed sft is a fail" in words
 
 
 def test_a_report_is_there_after_every_stage(working_folder: Path) -> None:
