@@ -1,4 +1,4 @@
-"""A run without torch: a base of a few bytes, instant stages, a gate that says what it is told."""
+"""A run of a few bytes: a base without a model, instant stages, a gate with scripted verdicts."""
 
 from __future__ import annotations
 
