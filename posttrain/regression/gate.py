@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from posttrain import ledger
 from posttrain.artifact import BaseWeights, ModelSource
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import GateTask, Role, Sequential
-from posttrain.digests import digest_of
+from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
+from posttrain.digests import digest_of, file_digest
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict, worst
 from posttrain.gate.verdict import write_verdict
@@ -26,6 +26,8 @@ from posttrain.regression.baseline import (
 )
 from posttrain.regression.candidate import Candidate, read_candidate, require_same_ground
 from posttrain.run.display import Display, EvaluationProgress
+from posttrain.run.job import plain
+from posttrain.scoring.catalogue import task_digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +154,6 @@ class _Regression:
 
     def _request(self, systems: Mapping[str, ModelSource]) -> GateRequest:
         root, gate = Path(self.settings.output_root), self.settings.gate
-        key = digest_of([self.candidate.source.digest, sorted(source.digest for source in systems.values())])
         # A baseline is compared on every document: with one, a sequential gate looks once.
         if self.settings.baseline is not None:
             gate = replace(gate, sequential=Sequential.none)
@@ -163,8 +164,22 @@ class _Regression:
             systems=systems,
             dtype=self.candidate.dtype,
             cache=root / "cache",
-            scorecard=root / ledger.GATES / f"{self.name}-{key[:12]}" / "scorecard.jsonl",
+            scorecard=root / ledger.GATES / self._folder_name(systems, gate) / "scorecard.jsonl",
         )
+
+    def _folder_name(self, systems: Mapping[str, ModelSource], gate: GateConfig) -> str:
+        """Return the name of the evidence's folder: of its own for each gate, whatever differs behind one name."""
+        file = _baseline_file(self.settings)
+        content = {
+            "name": self.name,
+            "gate": plain(gate),
+            "tasks": {name: plain(task) for name, task in self.tasks.items()},
+            "files": {name: task_digests(task.task or name, task.data) for name, task in self.tasks.items()},
+            "systems": {role: source.digest for role, source in systems.items()},
+            "baseline": None if file is None else file_digest(file),
+            "conditions": self.conditions,
+        }
+        return f"{Path(self.name).name}-{digest_of(content)[:12]}"
 
     def _decide(self, request: GateRequest, scorecard: Scorecard, baseline: ModelSource | None) -> Verdict:
         """Decide by the gate's own roles against the base, and with every task as a guard against the baseline."""

@@ -35,7 +35,8 @@ class Case:
 
 def junit(report: RunReport) -> str:
     """Return the verdicts of a run: a test suite for each stage, a case for each task and system compared with."""
-    return _document(report.run.recipe, [(stage, list(_cases(report, stage))) for stage in report.stages])
+    suites = [(stage, list(_cases(report, stage))) for stage in report.stages]
+    return _document(report.run.recipe, suites, evidence=report.path.name)
 
 
 def junit_error(name: str, error: PosttrainError) -> str:
@@ -77,7 +78,8 @@ def _case_without_tasks(verdict: Verdict) -> Case:
     return Case(name="gate", outcome="failure", kind=verdict.state, message=verdict.reason)
 
 
-def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]]) -> str:
+def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]], evidence: str | None = None) -> str:
+    """Return the XML; ``evidence`` names the folder behind the cases, apart for gates of one name."""
     counts = _counts([case for _, cases in suites for case in cases])
     root = ElementTree.Element("testsuites", {"name": _clean(name), **counts})
     for stage, cases in suites:
@@ -85,6 +87,9 @@ def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]]) ->
         suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(title), **_counts(cases)})
         if stage is not None and stage.entry.seconds is not None:
             suite.set("time", str(stage.entry.seconds))
+        if evidence is not None:
+            properties = ElementTree.SubElement(suite, "properties")
+            ElementTree.SubElement(properties, "property", name="evidence", value=_clean(evidence))
         for case in cases:
             _append(suite, title, case)
     ElementTree.indent(root)

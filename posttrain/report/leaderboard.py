@@ -25,7 +25,7 @@ class Entry:
     low: float | None = None
     high: float | None = None
     verdict: str = ""
-    """Verdict of the whole gate about the artifact; empty for a base."""
+    """Last verdict of every gate about the artifact, each word once; empty for a base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ def _board(group: Sequence[Lift]) -> Board:
     # An artifact judged again has one entry, from its last verdict; one with the lift over the base where there is any.
     artifacts = {lift.artifact: _artifact(lift) for lift in group if lift.against != "base"}
     artifacts |= {lift.artifact: _over_base(lift) for lift in group if lift.against == "base"}
+    artifacts = {digest: replace(entry, verdict=_verdicts(group, digest)) for digest, entry in artifacts.items()}
     bases = {lift.base: _base(lift) for lift in group}
     return Board(
         task=last.task,
@@ -86,8 +87,13 @@ def _artifact(lift: Lift) -> Entry:
         lineage=lift.lineage,
         n=lift.n,
         score=lift.candidate_score,
-        verdict=lift.verdict,
     )
+
+
+def _verdicts(group: Sequence[Lift], artifact: str) -> str:
+    """Return the last verdict of every gate about an artifact, each word once: a lax gate hides no strict one."""
+    last = {(lift.run, lift.stage): lift.verdict for lift in group if lift.artifact == artifact}
+    return ", ".join(dict.fromkeys(last.values()))
 
 
 def _over_base(lift: Lift) -> Entry:

@@ -36,6 +36,7 @@ def summary(report: RunReport, rows: Sequence[DocumentScore]) -> str:
         cells = dict(zip(COLUMNS, row, strict=True))
         lines.append(f"| {' | '.join(_inline(cells[column]) for column in SUMMARY_COLUMNS)} |")
     lines += ["", *(f"- {_inline(reason)}" for _, reason in reasons(report)), ""]
+    lines += [f"Evidence: {_inline(report.path.name)}", ""]
     tasks = [task for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks]
     for changes in changed_documents(tasks, rows):
         lines += _worse(changes)

@@ -85,7 +85,7 @@ def test_the_ledger_can_be_rebuilt_from_what_gates_left(material: Path, capsys: 
     assert posttrain("ledger", "rebuild") == 0
     assert lifts(Path("runs")) == before
     assert posttrain("ledger", "verify") == 0
-    (history,) = Path("runs/gates").glob("*/lifts.jsonl")
+    history, _ = Path("runs/gates").glob("*/lifts.jsonl")
     history.unlink()
     assert posttrain("ledger", "verify") == 5
     assert "is not in its run" in capsys.readouterr().err
@@ -99,3 +99,38 @@ def test_with_a_baseline_every_document_is_compared(material: Path, capsys: pyte
     assert gate(material, "good", early, f"baseline={material / 'artifact'}") == 0  # of equal weights: no lift
     found = {(row["against"], row["n"]) for row in exported(capsys)}
     assert found == {("base", 20), ("base", 48), ("parent", 48)}
+
+
+OTHER_SETTINGS = ("gate.tasks.quiz.min_lift=0.2", "gate.on_fail=warn", "gate.seed=1", "model.dtype=bfloat16")
+"""Each makes another gate of one name."""
+
+
+def test_gates_of_one_name_keep_their_evidence_apart(material: Path) -> None:
+    assert gate(material, "good") == 0
+    first = next(Path("runs/gates").iterdir())
+    kept = {path.name: path.read_bytes() for path in first.iterdir()}
+    for number, setting in enumerate(OTHER_SETTINGS, start=2):
+        assert gate(material, "good", setting) == 0, setting
+        assert len(list(Path("runs/gates").iterdir())) == number, setting
+    assert gate(material, "good") == 0
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == kept
+    assert len({lift.lift.run for lift in lifts(Path("runs"))}) == len(OTHER_SETTINGS) + 1
+
+
+def test_a_lax_gate_of_the_same_name_hides_no_strict_one(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(material, "other", "gate.tasks.quiz.min_lift=0.9", "junit=strict.xml", "markdown=strict.md") == 3
+    gate(material, "other", "gate.tasks.quiz.min_lift=-1", "junit=lax.xml", "markdown=lax.md")
+    capsys.readouterr()
+    assert posttrain("leaderboard", "--format", "json") == 0
+    (board,) = json.loads(capsys.readouterr().out)
+    assert "fail, pass" in {entry["verdict"] for entry in board["entries"]}
+    for kind in ("xml", "md"):
+        evidence = [path.name for path in Path("runs/gates").iterdir()]
+        found = [name for file in ("strict", "lax") for name in evidence if name in Path(f"{file}.{kind}").read_text()]
+        assert sorted(found) == sorted(evidence)
+
+
+def test_another_baseline_file_is_another_gate(material: Path) -> None:
+    assert gate(material, "good", "baseline=one.json", "--update-baseline") == 0
+    assert gate(material, "good", "baseline=one.json") == 0
+    assert len(list(Path("runs/gates").iterdir())) == 2
