@@ -6,7 +6,7 @@ A failure is the answer of a gate: failed or undecided. An error kept the gate f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -78,7 +78,7 @@ def _case_without_tasks(verdict: Verdict) -> Case:
     return Case(name="gate", outcome="failure", kind=verdict.state, message=verdict.reason)
 
 
-def _document(name: str, suites: list[tuple[StageReport | None, list[Case]]], evidence: str | None = None) -> str:
+def _document(name: str, suites: Sequence[tuple[StageReport | None, list[Case]]], evidence: str | None = None) -> str:
     """Return the XML; ``evidence`` names the folder behind the cases, apart for gates of one name."""
     counts = _counts([case for _, cases in suites for case in cases])
     root = ElementTree.Element("testsuites", {"name": _clean(name), **counts})
