@@ -193,6 +193,9 @@ class Clock:
         self.cpu_seconds = time.process_time() - self._begun[1]
         self.steps.append(dict(metrics))
 
+    def part(self, done: int, total: int, what: str) -> None:
+        """Ignore the parts of a step."""
+
     def note(self, text: str) -> None:
         """Show a line."""
         print(text, file=sys.stderr)

@@ -34,7 +34,7 @@ ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupt
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     """Run or resume a plan. Raises GateFailed or GateUndecided when a gate stops it; everything published stays."""
     ledger.check(plan.output_root)
-    interrupts = Interrupts()
+    interrupts = Interrupts(display.announce)
     with interrupts.installed():
         start = _start(plan)
         base = resolve_base(plan.model, None if start is None else start.pins)

@@ -74,5 +74,11 @@ class Progress(Protocol):
         ``tokens`` in metrics counts the step's tokens.
         """
 
+    def part(self, done: int, total: int, what: str) -> None:
+        """Report ``done`` of ``total`` parts of the step in work, each a ``what``, such as a row or an eval document.
+
+        A step may take minutes: without its parts it looks hung.
+        """
+
     def note(self, text: str) -> None:
         """Show one line to the user."""

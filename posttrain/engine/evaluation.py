@@ -11,7 +11,7 @@ kept per document: each time the same documents are measured, and their paired d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,9 +81,15 @@ class Evaluation:
         every = self.config.eval_steps or order.steps_per_epoch
         return bool(self.rows) and (step % every == 0 or step == order.total)
 
-    def measure(self, step: int, model: PreTrainedModel | PeftModel, dtype: str) -> dict[str, float]:
+    def measure(
+        self,
+        step: int,
+        model: PreTrainedModel | PeftModel,
+        dtype: str,
+        report: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
         """Measure ``model`` after ``step`` and return the losses by name; model and random numbers stay as they are."""
-        self.last = Measured(step, document_losses(model, self.rows, self.config, dtype))
+        self.last = Measured(step, document_losses(model, self.rows, self.config, dtype, report))
         self.first = self.first or self.last
         if self.lowest is None or self.last.sums.sum() < self.lowest.sums.sum():
             self.lowest = self.last
@@ -171,14 +177,20 @@ class Evaluation:
 
 @torch.no_grad()
 def document_losses(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, dtype: str
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[PackedRow],
+    config: FineTuneConfig,
+    dtype: str,
+    report: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Return the summed loss of the trained tokens of each row, [D] in float64 on the CPU, in evaluation mode.
 
     The rows share forward passes, up to as many tokens as one of training. ``dtype`` is ``float32`` or ``bfloat16``.
+    ``report`` gets the number of documents done and their total after each pass.
     """
     causal, training = causal_model(model), model.training
     head = OutputHead.of(causal)
+    done = 0
     sums_D = torch.zeros(len(rows), dtype=torch.float64)
     model.eval()
     # Documents do not see each other, so they can share rows in any grouping: best fit takes the fewest forward passes.
@@ -191,6 +203,9 @@ def document_losses(
             losses_N = _token_losses(head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk)
         owner_N = torch.repeat_interleave(torch.tensor(group), torch.tensor([int(row.mask.sum()) for row in chosen]))
         sums_D.index_add_(0, owner_N, losses_N.double().cpu())
+        done += len(group)
+        if report is not None:
+            report(done, len(rows))
     model.train(training)
     return sums_D
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -25,12 +25,18 @@ def trained_tokens(rows: Sequence[PackedRow]) -> int:
 
 
 def add_gradient(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: FineTuneConfig, dtype: str
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[PackedRow],
+    trained: int,
+    config: FineTuneConfig,
+    dtype: str,
+    report: Callable[[int, int], None] | None = None,
 ) -> float:
     """Add the gradient of the summed loss of ``rows`` / ``trained`` to the parameters; return that loss.
 
     ``trained`` counts the trained tokens of the whole optimizer step; ``rows`` may be a part of it. The rows go
     through the model ``config.per_device_batch_size`` at a time. ``dtype`` is ``float32`` or ``bfloat16``.
+    ``report`` gets the number of rows done and their total after each batch.
     """
     causal = causal_model(model)
     head = OutputHead.of(causal)
@@ -48,4 +54,6 @@ def add_gradient(
         # divided by the whole step's tokens before the backward pass, so that micro-batches simply add up
         (loss / trained).backward()
         total += loss.detach().cpu()
+        if report is not None:
+            report(min(start + size, len(rows)), len(rows))
     return float(total) / trained

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class Training:
         # the tokens of sparsely trained rows more, and change with the size of a micro-batch.
         trained = trained_tokens(rows)
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
-        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype)
+        report = partial(self.progress.part, what="row")
+        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype, report)
         norm = clip_gradient(self.model, self.config.max_grad_norm)
         # Both, and before the update: a finite loss can have an infinite gradient, and clipping by an infinite or NaN
         # norm makes every gradient 0 or NaN. Adam's averages would never lose a NaN again.
@@ -155,7 +157,8 @@ class Training:
         """Measure the eval loss after ``step``, if it is due there."""
         if not self.evaluation.is_due(step, self.order):
             return {}
-        metrics = self.evaluation.measure(step, self.model, self.compute_dtype)
+        report = partial(self.progress.part, what="eval document")
+        metrics = self.evaluation.measure(step, self.model, self.compute_dtype, report)
         self._require_finite(step, "eval loss", metrics["eval_loss"])
         return metrics
 

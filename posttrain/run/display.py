@@ -37,6 +37,10 @@ class Display:
         """Print one line about a stage."""
         self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {escape(text)}")
 
+    def announce(self, text: str) -> None:
+        """Print one line about the run."""
+        self.console.print(text, markup=False)
+
     def bar(self) -> Progress:
         """Return a bar, drawn on a terminal only and removed at its end."""
         return Progress(
@@ -76,6 +80,15 @@ class Ticker:
             left = _clock(pace * (total - done))
             self._display.line(self._stage, self._what, f"{done}/{total}  {figures}  {left} left")
 
+    def begin_part(self, done: int, total: int, part: str) -> None:
+        """Show ``part`` of the work after ``done`` of ``total``."""
+        if self._task is not None:
+            self._bar.update(self._task, figures=part)
+        now = time.monotonic()
+        if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
+            self._printed = now
+            self._display.line(self._stage, self._what, f"{done}/{total}  {part}")
+
     def note(self, text: str) -> None:
         """Print one line above the bar."""
         self._display.line(self._stage, self._what, text)
@@ -93,13 +106,14 @@ class TrainingProgress:
         self._stage, self._host = stage, host
         self._log = MetricsLog(metrics, stage)
         self._total = 0
+        self._done = 0
         self._tokens = 0
         self._started = time.monotonic()
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
         """Begin, or resume from a checkpoint: lines logged after it are dropped."""
         activity.sign_of_life()
-        self._total = total_steps
+        self._total, self._done = total_steps, done_steps
         self._started, self._tokens = time.monotonic(), 0
         self._log.rewind(done_steps)
         if done_steps:
@@ -115,7 +129,13 @@ class TrainingProgress:
         self._log.append(step, {**metrics, "tokens_per_second": round(rate, 1)})
         self._host.hook.step_logged(stage=self._stage, step=step, metrics=metrics)
         figures = [text.format(metrics[key]) for key, text in FIGURES.items() if key in metrics]
+        self._done = step
         self._ticker.advance(step, self._total, "  ".join([*figures, f"{rate:,.0f} tokens/s"]))
+
+    def part(self, done: int, total: int, what: str) -> None:
+        """Show ``done`` of ``total`` parts of the step in work."""
+        activity.sign_of_life()
+        self._ticker.begin_part(self._done, self._total, f"step {self._done + 1}: {what} {done}/{total}")
 
     def note(self, text: str) -> None:
         """Show one line."""

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from posttrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FINISHING = "stop requested: this step is finished and saved first; Ctrl-C once more stops now"
+STOPPING = "stopping now; the same command resumes from the last checkpoint"
 
 
 class Interrupts:
     """Requests to stop the run.
 
     Outside ``deferred`` a signal raises Interrupted at once; publishing is atomic, so nothing is lost. Inside, the
-    first signal only sets a flag for the stage to poll, and the second raises.
+    first signal only sets a flag for the stage to poll, and the second raises. Either is answered through ``say``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._deferred = False
         self._requested = False
 
@@ -34,12 +38,13 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
             yield
             return
-        former = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        with self._answered():
+            former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            try:
+                yield
+            finally:
+                for number, handler in former.items():
+                    signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -53,6 +58,35 @@ class Interrupts:
         # start. Its finished work is not published; its checkpoints are kept.
         if self._requested:
             raise Interrupted("stopped by a signal")
+
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Answer every signal from a thread of its own."""
+        # Python calls a handler between two instructions of the main thread, and a backward pass is one of them: on its
+        # own it would leave the user without an answer for as long as that takes.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._answer, args=(reader,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(former)
+            os.close(writer)
+            thread.join()
+            os.close(reader)
+
+    def _answer(self, reader: int) -> None:
+        finishing = False
+        while number := os.read(reader, 1):
+            if number[0] not in SIGNALS:
+                continue
+            if finishing:
+                self._say(STOPPING)
+            elif self._deferred:
+                finishing = True
+                self._say(FINISHING)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferred and not self._requested:

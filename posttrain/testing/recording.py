@@ -13,6 +13,8 @@ class Recorder:
         """Steps in all, and steps taken before the last checkpoint."""
         self.steps: dict[int, Mapping[str, float]] = {}
         self.notes: list[str] = []
+        self.parts: list[tuple[int, int, str]] = []
+        """Done, total and name of the parts of steps."""
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
         """Keep both."""
@@ -21,6 +23,10 @@ class Recorder:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the step's metrics."""
         self.steps[step] = dict(metrics)
+
+    def part(self, done: int, total: int, what: str) -> None:
+        """Keep the part."""
+        self.parts.append((done, total, what))
 
     def note(self, text: str) -> None:
         """Keep the line."""

@@ -280,6 +280,13 @@ def test_training_leaves_the_callers_random_numbers_alone(base: ModelSource, tmp
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_every_batch_of_a_step_is_reported(base: ModelSource, tmp_path: Path) -> None:
+    progress = Recorder()
+    settings = {"per_device_batch_size": 1, "gradient_accumulation": 2, "max_steps": 2}
+    training(policy(base, Method.lora), tmp_path, progress=progress, **settings).run()
+    assert progress.parts == [(1, 2, "row"), (2, 2, "row")] * 2
+
+
 def test_a_requested_stop_saves_and_loses_nothing(base: ModelSource, tmp_path: Path) -> None:
     settings = {"checkpoint_steps": 50, "epochs": 2}
     whole = policy(base, Method.lora)

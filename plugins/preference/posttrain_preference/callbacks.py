@@ -27,11 +27,21 @@ class Reporting(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tokens = 0
+        self.batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Announce the steps, and those of a checkpoint as done."""
         self.tokens = state.log_history[-1]["tokens"] if state.log_history else 0
         self.progress.start(state.max_steps, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Begin to count the step's batches."""
+        self.batches = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Report one batch of a step with several."""
+        self.batches += 1
+        self.progress.part(self.batches, args.gradient_accumulation_steps, "batch")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **unused: Any) -> None:
         """Report one step; raises Diverged when its gradient is not finite."""

@@ -68,6 +68,7 @@ def test_a_stopped_stage_goes_on_to_the_same_bytes(make_context: MakeContext, ki
 
     resumed = make_context(kind, folder="stopped")
     run(resumed)
+    assert progress(whole).parts == [(1, 2, "batch")] * 6
     assert progress(resumed).started == (6, 3)
     assert list(progress(resumed).steps) == [4, 5, 6]
     assert content(resumed.output) == content(whole.output)

@@ -1,0 +1,28 @@
+"""The display of a run without a terminal: a line every few seconds, within long steps too."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from posttrain.run import display
+from posttrain.run.display import Display, TrainingProgress
+
+
+def test_a_long_step_shows_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    shown = io.StringIO()
+    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
+    progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", tmp_path / "metrics.jsonl", host)
+    progress.start(10, 4)
+    progress.part(1, 64, "row")
+    progress.step(5, {"loss": 1.0, "tokens": 8})
+    progress.part(32, 64, "row")
+    progress.part(3, 9, "eval document")
+    assert "4/10  step 5: row 1/64" in shown.getvalue()
+    assert "5/10  step 6: row 32/64" in shown.getvalue()
+    assert "5/10  step 6: eval document 3/9" in shown.getvalue()
