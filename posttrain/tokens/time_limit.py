@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+AGAIN = 1.0
+"""Seconds of computing after which a swallowed exception is raised once more."""
+
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
@@ -20,7 +23,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     former = signal.signal(signal.SIGVTALRM, _give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN)  # again: a library may swallow the first exception
     try:
         yield
     finally:
