@@ -47,8 +47,8 @@ ESCAPING = [
     "{% include 'x' %}",
 ]
 GROWN = (
-    "{{% set ns = namespace(x={start}) %}}"
-    "{{% for i in range(60) %}}{{% set ns.x = {step} %}}{{% endfor %}}{{{{ {end} }}}}"
+    "{{% set ns = namespace(x={start}) %}}{{% for i in range(60) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
+    "{{{{ {end} }}}}"
 )
 LARGE = [
     "{{ 'a' * 10 ** 9 }}",

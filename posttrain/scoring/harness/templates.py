@@ -35,6 +35,21 @@ class TooMuch(Exception):
     """A value of a template would be larger than SIZE."""
 
 
+def _check(size: int, most: int = SIZE) -> None:
+    if size > most:
+        raise TooMuch(f"it makes more than {most:,} {'characters or elements' if most == SIZE else 'bits'}")
+
+
+def _concat(parts: Iterable[str]) -> str:
+    """Join what a template writes. Raises TooMuch beyond SIZE."""
+    found, size = [], 0
+    for part in parts:
+        found.append(part)
+        size += len(part)
+        _check(size)
+    return "".join(found)
+
+
 class LimitedTemplate(Template):
     """A template whose faults are bad input, with the template and the reason."""
 
@@ -70,6 +85,7 @@ class Sandbox(SandboxedEnvironment):
 
     template_class = LimitedTemplate
     code_generator_class = _Generator
+    concat = staticmethod(_concat)
     intercepted_binops = frozenset(["*", "**", "%", "+"])
 
     def __init__(self) -> None:
@@ -78,7 +94,6 @@ class Sandbox(SandboxedEnvironment):
         self.filters["regex_replace"] = lm_eval.utils.regex_replace
         self.filters = {name: _limited(name, function) for name, function in self.filters.items()}
         self.policies["json.dumps_function"] = _dumps
-        self.concat = _concat
         self.finalize = _shown
         self._templates = functools.lru_cache(maxsize=256)(self._read)
 
@@ -191,16 +206,6 @@ def _dumps(value: Any, **options: Any) -> str:
     return json.dumps(_shown(None, value), **options)
 
 
-def _concat(parts: Iterable[str]) -> str:
-    """Join what a template writes. Raises TooMuch beyond SIZE."""
-    found, size = [], 0
-    for part in parts:
-        found.append(part)
-        size += len(part)
-        _check(size)
-    return "".join(found)
-
-
 def _size(value: Any) -> int:
     """Return the characters and elements of a value, those of its elements included; more than SIZE is not counted."""
     if isinstance(value, dict):
@@ -213,11 +218,6 @@ def _size(value: Any) -> int:
             break
         total += _size(item)
     return total
-
-
-def _check(size: int, most: int = SIZE) -> None:
-    if size > most:
-        raise TooMuch(f"it makes more than {most:,} {'characters or elements' if most == SIZE else 'bits'}")
 
 
 def _reject(template: str, what: str) -> NoReturn:
