@@ -23,4 +23,6 @@ def prepare() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # peft looks for them among modules alone, and finds those of bare parameters all the same
+    warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of faster kernels whenever peft imports it

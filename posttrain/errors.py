@@ -20,6 +20,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors that a library's code raises for what it does not know."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -123,6 +135,13 @@ def explain(error: PosttrainError) -> int:
 def reject(where: str, what: str, fix: str = "") -> NoReturn:
     """Raise BadInput with one problem."""
     raise BadInput(Problem(where=where, what=what, fix=fix))
+
+
+def brief(error: Exception) -> str:
+    """Return a library's error in one line; raise it again when it says that memory ran out."""
+    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+        raise error
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def require_finite(step: int, name: str, value: float, fix: str = "Lower lr or raise warmup_ratio") -> None:

@@ -2,6 +2,8 @@
 
 transformers' own isolation needs position ids that restart, no attention mask and no cache all at once, and leaks in
 silence when one is missing. Here the kernel (attention_kernels.py) gets the bounds of the documents with each call.
+A model that no kernel can isolate, such as a recurrent one, is trained with ``packing=false``: each document goes
+through it alone.
 """
 
 # B = rows (always 1), T = tokens of all documents, D = width, V = vocabulary
@@ -16,47 +18,60 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.engine import attention_kernels as kernels
-from posttrain.engine.attention_kernels import Choice, Documents
+from posttrain.engine.attention_kernels import Choice, Documents, Kernel
 from posttrain.engine.fused import fuse
 from posttrain.engine.loss import OutputHead
-from posttrain.errors import BadInput, Problem
+from posttrain.errors import FOREIGN, brief, reject
+from posttrain.model.probe import set_attention
+
+KERNEL = "posttrain_kernel"
+"""Attribute of a model: the name of its installed kernel. The configuration may name another, see ``set_attention``."""
+PROBED = (13, 7)
+"""Tokens of the documents that prove a kernel."""
 
 
-def install(model: PreTrainedModel | PeftModel) -> Choice:
-    """Make ``model`` use packed attention and fused layers, and return the chosen kernel.
+def install(model: PreTrainedModel | PeftModel, packing: bool = True) -> Choice:
+    """Make ``model`` use the first kernel that isolates packed documents, and fused layers; return the choice.
 
-    Two short documents, packed, must give each its logits from before. Raises BadInput when the architecture
-    lets one packed document change another, or computes its logits in a way unknown to the loss.
+    Two short documents, packed, must give each its logits from before. Without ``packing`` a model that no kernel fits
+    computes each document alone; that must give its logits, too, and no token may see a later one. Raises BadInput,
+    naming the architecture, when the model cannot be run, packed, or read by the loss.
     """
     causal = causal_model(model)
-    _reject_chunks(causal)
-    choice = kernels.choose(causal)
-    documents = _probe_documents(causal)
-    training = model.training
+    own, training = causal.config._attn_implementation, model.training
     model.eval()
-    with torch.no_grad():
-        expected = torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0] for ids_BT in documents])
-        causal.set_attn_implementation(choice.kernel.name)
-        fuse(model)
-        hidden = packed_hidden(causal, torch.cat(documents, 1), [ids_BT.shape[1] for ids_BT in documents])
-        actual = OutputHead.of(causal).logits(hidden)
-    model.train(training)
-    _check_equal(actual, expected.float(), causal)
-    return choice
+    try:
+        with torch.no_grad():
+            documents, expected_TV = _plain_logits(model)
+            fuse(model)
+            passed: list[str] = []
+            for kernel in kernels.KERNELS:
+                obstacle = kernel.obstacle(causal) or _fault(causal, kernel, documents, expected_TV)
+                if not obstacle:
+                    return Choice(kernel=kernel, passed_over=tuple(passed))
+                passed.append(f"{kernel.summary} ({obstacle})")
+            if packing:
+                _reject_packing(causal, obstacle)
+            set_attention(causal, own)
+            _separate(causal, documents, expected_TV)
+    finally:
+        model.train(training)
+    return Choice(kernel=kernels.ALONE, passed_over=tuple(passed))
 
 
 def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Return last hidden states [T, D] of documents of ``lengths`` tokens, one after another in ``ids_BT`` [1, T]."""
+    kernel = getattr(causal, KERNEL, causal.config._attn_implementation)
+    if kernel == kernels.ALONE.name:
+        return torch.cat([_hidden(causal, input_ids=part) for part in ids_BT.split(list(lengths), 1)])
     device = ids_BT.device
     documents = Documents.of(lengths, device)
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
     # transformers hands unknown arguments through every layer to the attention function; eager attention takes a mask
     where: dict[str, Any] = {"documents": documents}
-    if causal.config._attn_implementation == kernels.MASKED:
+    if kernel == kernels.MASKED:
         where = {"attention_mask": kernels.row_mask(causal, documents)}
-    output = causal.get_decoder()(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **where)
-    hidden_TD: torch.Tensor = output.last_hidden_state[0]
-    return hidden_TD
+    return _hidden(causal, input_ids=ids_BT, position_ids=positions_BT, **where)
 
 
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -64,27 +79,73 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _reject_chunks(causal: PreTrainedModel) -> None:
-    # these layers do not hand their chunk to the attention function, and the probe is too short to notice
-    if getattr(causal.config.get_text_config(), "attention_chunk_size", None):
-        raise BadInput(Problem(where="model.path", what="the model attends in chunks, and sft cannot train those"))
+def _hidden(causal: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    hidden_TD: torch.Tensor = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden_TD
 
 
-def _probe_documents(causal: PreTrainedModel) -> list[torch.Tensor]:
+def _plain_logits(model: PreTrainedModel | PeftModel) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return the documents of the proof, each [1, T], and their logits [T, V] by the model's own forward pass."""
+    causal = causal_model(model)
     vocabulary = causal.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (1, size), generator=generator).to(causal.device) for size in (13, 7)]
+    ids = [torch.randint(vocabulary, (1, size), generator=generator).to(causal.device) for size in PROBED]
+    try:
+        return ids, torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0] for ids_BT in ids]).float()
+    except FOREIGN as error:
+        what = f"{type(causal).__name__} cannot be run on text alone: {brief(error)}"
+        reject("model.path", what, "Use a decoder model for text")
 
 
-def _check_equal(actual_TV: torch.Tensor, expected_TV: torch.Tensor, causal: PreTrainedModel) -> None:
-    # root mean square, relative to the spread: rounding is about 1e-6 in float32 and 1e-2 in bfloat16, a leak about 1
-    error = (actual_TV - expected_TV).norm() / (expected_TV - expected_TV.mean()).norm()
-    limit = 0.1 if causal.dtype == torch.bfloat16 else 1e-3
-    if not error <= limit:
-        raise BadInput(
-            Problem(
-                where="model.path",
-                what=f"{type(causal).__name__} computes packed documents differently (by {error:.1g} of the spread)",
-                fix="Use a decoder model that mixes tokens by attention alone",
-            )
-        )
+def _fault(causal: PreTrainedModel, kernel: Kernel, documents: list[torch.Tensor], expected_TV: torch.Tensor) -> str:
+    """Give ``causal`` the kernel; return what is wrong with its packed documents, or an empty text."""
+    # these layers do not hand their chunk to the attention function, and the probe is too short to notice
+    if getattr(causal.config.get_text_config(), "attention_chunk_size", None):
+        return "the model attends in chunks"
+    if not set_attention(causal, kernel.name) and kernel.name != kernels.MASKED:
+        return "the model has an attention of its own"
+    setattr(causal, KERNEL, kernel.name)
+    try:
+        error = _difference(causal, documents, expected_TV)
+    except FOREIGN as failure:
+        return f"it fails on packed documents: {brief(failure)}"
+    return "" if _is_rounding(error, causal) else f"it computes packed documents differently, by {error:.1g}"
+
+
+def _separate(causal: PreTrainedModel, documents: list[torch.Tensor], expected_TV: torch.Tensor) -> None:
+    """Let ``causal`` compute each document alone; raise BadInput when that is not what its forward pass computes."""
+    setattr(causal, KERNEL, kernels.ALONE.name)
+    name = type(causal).__name__
+    changed_BT = documents[0].clone()
+    changed_BT[:, -1] = (changed_BT[:, -1] + 1) % causal.get_input_embeddings().weight.shape[0]
+    try:
+        error = _difference(causal, documents, expected_TV)
+        first_TD, other_TD = (packed_hidden(causal, ids, [PROBED[0]])[:-1] for ids in (documents[0], changed_BT))
+    except FOREIGN as failure:
+        reject("model.path", f"sft cannot train {name}: {brief(failure)}", "Use a decoder model for text")
+    if not _is_rounding(error, causal):
+        what = f"{name} makes its logits from hidden states in a way unknown to sft (they differ by {error:.1g})"
+        reject("model.path", what, "Use a decoder model whose logits are one product with its hidden states")
+    if not _is_rounding(_relative(other_TD.float(), first_TD.float()), causal):
+        reject("model.path", f"{name} sees the tokens that it predicts", "Use a decoder model")
+
+
+def _difference(causal: PreTrainedModel, documents: list[torch.Tensor], expected_TV: torch.Tensor) -> float:
+    hidden_TD = packed_hidden(causal, torch.cat(documents, 1), PROBED)
+    return _relative(OutputHead.of(causal).logits(hidden_TD), expected_TV)
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square of the difference, relative to the spread of ``expected``."""
+    return float((actual - expected).norm() / (expected - expected.mean()).norm())
+
+
+def _is_rounding(error: float, causal: PreTrainedModel) -> bool:
+    # rounding is about 1e-6 in float32 and 1e-2 in bfloat16, a leak about 1
+    return error <= (0.1 if causal.dtype == torch.bfloat16 else 1e-3)
+
+
+def _reject_packing(causal: PreTrainedModel, obstacle: str) -> None:
+    why = "it keeps a state from token to token" if getattr(causal, "_is_stateful", False) else obstacle
+    what = f"{type(causal).__name__} cannot be packed: {why}"
+    reject("packing", what, "Set packing=false for the stage: each document then goes through the model alone")

@@ -256,6 +256,9 @@ KERNELS = (
     Kernel(name=MASKED, summary="one block mask per row", obstacle=lambda causal: ""),
 )
 
+ALONE = Kernel(name="posttrain_alone", summary="each document alone", obstacle=lambda causal: "")
+"""The way of a model that no kernel fits."""
+
 AttentionInterface.register("posttrain_flash", flash_attention)
 AttentionInterface.register("posttrain_varlen", varlen_attention)
 AttentionInterface.register("posttrain_documents", document_attention)

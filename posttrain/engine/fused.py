@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -157,6 +158,8 @@ def is_norm(module: torch.nn.Module) -> bool:
     if "RMSNorm" not in type(module).__name__ or eps(module) is None or not isinstance(weight, torch.Tensor):
         return False
     if weight.ndim != 1 or len(list(module.parameters())) != 1:
+        return False
+    if len(signature(module.forward).parameters) != 1:  # a gated norm takes the gate as well
         return False
     # the trial: Gemma's norms have the name and the parts, but multiply by 1 + w
     generator = torch.Generator().manual_seed(0)

@@ -121,14 +121,21 @@ class Training:
         """Give the model the arithmetic and the layers of training; in the end, its own forward passes and format."""
         with computing_in(self.model, self.compute_dtype):
             self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
-            self.progress.note(f"attention: {install(self.model)}")
+            self.progress.note(f"attention: {install(self.model, self.config.packing)}")
             if self.config.gradient_checkpointing:
-                causal_model(self.model).activation_checkpointing_enable()
+                self._recompute_activations()
             self.model.train()
             try:
                 yield
             finally:
                 unfuse(self.model)
+
+    def _recompute_activations(self) -> None:
+        causal = causal_model(self.model)
+        if causal.supports_gradient_checkpointing:
+            causal.activation_checkpointing_enable()
+        else:
+            self.progress.note(f"gradient checkpointing: {type(causal).__name__} does not support it, so it is off")
 
     def _identity(self) -> str:
         """Return the digest of all that decides the course of the run: a checkpoint with another is not resumed."""

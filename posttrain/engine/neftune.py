@@ -27,7 +27,9 @@ def noisy_embeddings(causal: PreTrainedModel, lengths: Sequence[int], alpha: flo
         return
 
     def add_noise(module: torch.nn.Module, inputs: object, embedded_BTD: torch.Tensor) -> torch.Tensor:
-        return embedded_BTD + noise_like(embedded_BTD, lengths, alpha)
+        tokens = embedded_BTD.shape[1]
+        # a model that cannot be packed embeds each document by itself
+        return embedded_BTD + noise_like(embedded_BTD, lengths if tokens == sum(lengths) else [tokens], alpha)
 
     # a hook for one forward pass, because the lengths of the documents change with every batch
     handle = causal.get_input_embeddings().register_forward_hook(add_noise)

@@ -107,7 +107,10 @@ def _check_pairs(output: Path, tensors: dict[str, Any]) -> None:
             raise ArtifactDamaged(
                 f"{output}: lora_A and lora_B of {module} have ranks {shapes['A'][0]} and {shapes['B'][1]}"
             )
-        if not config["rank_pattern"] and shapes["A"][0] != config["r"]:
+        experts = (
+            shapes["A"][0] // config["r"] if config["target_parameters"] else 1
+        )  # peft stacks those of a parameter
+        if not config["rank_pattern"] and shapes["A"][0] != config["r"] * experts:
             raise ArtifactDamaged(
                 f"{output}: {module} has rank {shapes['A'][0]}, adapter_config.json says {config['r']}"
             )
@@ -122,6 +125,7 @@ def _adapter_config(output: Path) -> dict[str, Any]:
         config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
         found = {"r": config["r"], "target_modules": config["target_modules"]}
         found |= {"rank_pattern": config.get("rank_pattern"), "modules_to_save": config.get("modules_to_save")}
+        found["target_parameters"] = config.get("target_parameters")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactDamaged(f"{output}: adapter_config.json describes no LoRA adapter: {error!r}") from None
     if found["modules_to_save"]:

@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.errors import FOREIGN, BadInput, Problem, brief, reject
 from posttrain.model.added_tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, reject_known
 from posttrain.model.base import weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
+from posttrain.model.targets import WHERE, resolve_targets
 
 ADAPTER = "default"
 """Name of the trained adapter: peft's default, the only one copied, saved and reloaded by trainers on their own."""
@@ -83,24 +84,28 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, tokens: S
 
     The rows of ``tokens`` in the embeddings, and in an untied output projection, are trained as well.
 
-    Raises BadInput when a target module does not exist or is the output projection.
+    Raises BadInput when a target module does not exist or takes no adapter.
     """
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    if not isinstance(targets, str):
-        _check_targets(model, targets)
+    targets = resolve_targets(model, lora)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        fan_in_fan_out=targets.transposed,
         trainable_token_indices={name: list(tokens) for name in embedding_layers(model)} if tokens else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config, adapter_name=ADAPTER)
+        try:
+            return get_peft_model(model, config, adapter_name=ADAPTER)
+        except FOREIGN as error:
+            what = f"{type(model).__name__} takes no such adapter: {brief(error)}"
+            reject(WHERE, what, "Name the layers to adapt, or train all weights with method=full")
 
 
 def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
@@ -169,28 +174,3 @@ def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(Problem(where=str(source.tokenizer), what=f"its tokenizer cannot be loaded: {error}")) from error
-
-
-def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Raise BadInput unless each target is the name, or its end, of a linear layer but the output projection."""
-    head: Any = model.get_output_embeddings()
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    heads = {name for name, module in model.named_modules() if module is head}
-    options = {name.rpartition(".")[2] for name in linear}
-    problems = []
-    for target in targets:
-        if _matches(target, heads):
-            what = f"{target} is the output projection, which takes no adapter"
-        elif not _matches(target, linear):
-            what = f"no linear layer of the model is called {target}"
-        else:
-            continue
-        problems.append(Problem(where="lora.target_modules", what=what, fix=suggest(target, options)))
-    if problems:
-        raise BadInput(problems)
-
-
-def _matches(target: str, names: set[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for name in names)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from posttrain.artifact import ModelSource
 from posttrain.model.loading import added_token_ids
@@ -76,14 +77,25 @@ def difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
     return float((found_TV.double() - expected_TV).norm() / spread)
 
 
+def set_attention(causal: PreTrainedModel, name: str) -> bool:
+    """Give ``causal`` the attention ``name`` of transformers' registry; return False when its code knows no registry.
+
+    Falcon's and BLOOM's are older than it. They keep their own attention, and take a mask all the same.
+    """
+    if not causal._can_set_attn_implementation():
+        return False
+    causal.set_attn_implementation(name)
+    return True
+
+
 @contextmanager
 def _plain_attention(model: Any) -> Iterator[None]:
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     attention, training = causal.config._attn_implementation, model.training
-    causal.set_attn_implementation("eager")
+    set_attention(causal, "eager")
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        causal.set_attn_implementation(attention)
+        set_attention(causal, attention)

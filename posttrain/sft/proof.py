@@ -117,7 +117,7 @@ class Proof:
         rounding = distance(plain, exact)
         limit = max(LIMIT, min(rounding, ROUNDING))
         yield Check(name="float32 itself", against="float64", error=rounding, limit=ROUNDING)
-        install(self.model)
+        install(self.model, self.config.packing)
         own = self._loop(self._own_rows, self.config)
         yield Check(name=OWN, against="float64", error=distance(own, exact), limit=rounding + limit)
         for name, gradient in self._ways():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from peft import PeftModel
@@ -18,6 +18,7 @@ from posttrain.engine.loop import Training
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
+from posttrain.model.targets import measure_reach, reach_faults, reach_note
 from posttrain.sft.advice import Known
 from posttrain.sft.examples import Example, count_shared, make_evaluation, mix_rows, render_examples, split_eval
 from posttrain.tokens.markers import family_faults
@@ -68,7 +69,12 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     unusual = config.departures(known(training, packing.counts, examples, eval_examples))
     for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
         context.warn(line)
+    reach = measure_reach(model)
+    context.progress.note(reach_note(reach))
+    for line in reach_faults(reach, getattr(getattr(config, "lora", None), "target_modules", None)):
+        context.warn(line)
     position = training.run()
+    context.metrics["reach"] = [asdict(each) for each in reach]
     context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
     context.metrics["sources"] = [share.figures() for share in mixed.shares]
     for line in evaluation.warnings():

@@ -14,7 +14,9 @@ from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 from posttrain.engine import attention_kernels as kernels
 from posttrain.engine.attention import install, packed_hidden
 from posttrain.engine.attention_kernels import Documents, Kernel, document_attention
+from posttrain.engine.neftune import noisy_embeddings
 from posttrain.errors import BadInput
+from tests.support.architectures import tiny_model
 from tests.support.tiny import VOCABULARY, tiny_llama
 
 MODEL = tiny_llama().eval()
@@ -88,3 +90,90 @@ def test_installing_keeps_the_training_mode() -> None:
     install(model)
     assert model.training
     assert model.config._attn_implementation == "posttrain_documents"
+
+
+# --- Architectures ----------------------------------------------------------------------------------------------------
+
+UNPACKABLE = ("bloom", "falcon_alibi", "mamba", "qwen3_next")
+"""Positions counted from a mask of two dimensions, or a state from token to token."""
+
+
+def alone(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    parts = [
+        model.get_decoder()(input_ids=part, use_cache=False).last_hidden_state[0] for part in ids.split(lengths, 1)
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_what_mixes_tokens_by_attention_alone_is_packed(name: str) -> None:
+    model = tiny_model(name)
+    ids, lengths = random_ids(30), [12, 3, 15]
+    with torch.no_grad():
+        expected = alone(model, ids, lengths)
+        install(model)
+        assert relative(packed_hidden(model, ids, lengths), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed_is_rejected_by_name(name: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(BadInput, match=f"{type(model).__name__} cannot be packed.*\n.*packing=false"):
+        install(model)
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_without_packing_each_document_goes_through_the_model_alone(name: str) -> None:
+    model = tiny_model(name)
+    ids, lengths = random_ids(30), [12, 3, 15]
+    expected = alone(model, ids, lengths)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weights).sum().backward()
+    gradients = {
+        key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    assert install(model, packing=False).kernel == kernels.ALONE
+    found = packed_hidden(model, ids, lengths)
+    assert relative(found.detach(), expected.detach()) <= 1e-6
+    (found * weights).sum().backward()
+    for key, gradient in gradients.items():
+        assert relative(model.get_parameter(key).grad, gradient) <= 1e-5, key
+
+
+def test_noise_has_the_scale_of_each_document_in_a_model_that_cannot_be_packed() -> None:
+    model, ids = tiny_model("bloom"), random_ids(30)
+    install(model, packing=False)
+    embed, noisy = model.train().get_input_embeddings(), []
+    with torch.no_grad():
+        clean = embed(ids)
+        with noisy_embeddings(model, [20, 10], 5.0):
+            embed.register_forward_hook(lambda module, inputs, output: noisy.append(output))
+            packed_hidden(model, ids, [20, 10])
+    for found, expected in zip(noisy, clean.split([20, 10], 1), strict=True):
+        bound = 5.0 / expected.numel() ** 0.5
+        assert 0.9 * bound < float((found - expected).abs().max()) <= bound
+
+
+def test_a_model_that_sees_the_future_is_rejected_without_packing_too() -> None:
+    model = tiny_llama().eval()
+    mix = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda hidden: mix(hidden) + hidden.mean(1, keepdim=True)
+    with pytest.raises(BadInput, match="LlamaForCausalLM sees the tokens that it predicts"):
+        install(model, packing=False)
+
+
+def test_logits_that_are_no_product_with_hidden_states_are_rejected() -> None:
+    with pytest.raises(BadInput, match="BertLMHeadModel makes its logits from hidden states in a way unknown to sft"):
+        install(tiny_model("bert"), packing=False)
+
+
+def test_a_model_that_needs_more_than_text_is_rejected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+
+    def forward(**inputs: Any) -> Any:
+        raise TypeError("missing pixel_values")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(BadInput, match="LlamaForCausalLM cannot be run on text alone: TypeError: missing pixel_values"):
+        install(model, packing=False)
