@@ -44,6 +44,18 @@ class RenderedPair:
     """Token ids of the rejected answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedAnswer:
+    """A prompt and the answer to it, as training renders them, without the stop token of the answer."""
+
+    prompt: list[int]
+    """Token ids of the prompt."""
+    answer: list[int]
+    """Token ids of the answer: what the template writes before its content too, since the model has to write it."""
+    text: str
+    """The text behind the ids of the answer."""
+
+
 class ChatRenderer:
     """Renderer of conversations by a tokenizer's chat template, with proof of the trained tokens.
 
@@ -116,6 +128,27 @@ class ChatRenderer:
         if chosen == rejected:
             reject(record.where, "chosen and rejected are the same once rendered", "Remove the record")
         return RenderedPair(prompt, chosen, rejected)
+
+    def answer(self, record: Conversation, prompt: str) -> RenderedAnswer:
+        """Render the last turn after its prompt, whose text may go on into the content of the turn.
+
+        Raises:
+            BadInput: As ``conversation`` does; or the text does not begin with the prompt, or ends with it.
+        """
+        text = self._template.render(record)
+        self._template.check(record, text)
+        span = self._template.find_answer(record, len(record.messages) - 1, text)
+        if not text.startswith(prompt):
+            reject(record.where, "the chat template renders the prompt differently once the answer follows")
+        span = replace(span, start=max(span.start, len(prompt)))
+        if span.start >= span.content_end:
+            reject(record.where, "the answer is empty", "Remove the document")
+        ids, mask = self._tokens(text, [span], record.where)
+        stops = list(self._template.control.finditer(text, span.content_end, span.end))
+        start = mask.index(True)
+        # The lead of an answer may hold special tokens as well, so those of its stop are counted from its end.
+        end = [place for place, token in enumerate(ids) if mask[place] and token in self._control_ids][-len(stops)]
+        return RenderedAnswer(ids[:start], ids[start:end], text[span.start : stops[0].start()])
 
     def _completion(self, record: Preference, side: Sequence[Message]) -> tuple[list[int], list[int]]:
         chat = Conversation(messages=(*record.prompt, *side), where=record.where, tools=record.tools)

@@ -6,25 +6,40 @@ state moves on.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem
 from posttrain.scoring.fingerprint import task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
 from posttrain.scoring.questions import PreparedTask, Question
+from posttrain.tokens.chat import ChatRenderer, RenderedAnswer
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
+
+
+@dataclass
+class AnswerRequest(Instance):
+    """A request for the likelihood of an answer in a chat, tokenised as training does it.
+
+    lm_eval would tokenise the text of both, and take the white space at the end of the prompt for a part of the answer.
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
 
 
 def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
@@ -35,7 +50,7 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
     leaves = load_leaves(name, task)
     with quiet():
         documents = [list(leaf.eval_docs) for leaf in leaves]
-        questions = _questions(task, tokenizer, seed, leaves, documents)
+        questions = _questions(name, task, tokenizer, seed, leaves, documents)
     return PreparedTask(
         name=name,
         metric=task.metric,
@@ -48,18 +63,20 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
 
 
 def _questions(
-    task: GateTask, tokenizer: Any, seed: int, leaves: Sequence[Any], documents: Sequence[Sequence[Any]]
+    name: str, task: GateTask, tokenizer: Any, seed: int, leaves: Sequence[Any], documents: Sequence[Sequence[Any]]
 ) -> list[Question]:
     chosen = _sample(sum(map(len, documents)), task.limit, seed)
     questions: list[Question] = []
     start = 0
     for leaf, docs in zip(leaves, documents, strict=True):
         chat = task.chat if task.chat is not None else leaf.OUTPUT_TYPE == "generate_until"
-        renderer = _renderer(tokenizer) if chat else None
+        chats = _Chats(tokenizer) if chat else None
         # Seeded once per task: the sampler's state moves on with every prompt, and each prompt is built once.
         leaf.set_fewshot_seed(seed)
         questions += [
-            _question(leaf, start + index, doc, renderer) for index, doc in enumerate(docs) if start + index in chosen
+            _question(f"tasks.{name}", leaf, start + index, doc, chats)
+            for index, doc in enumerate(docs)
+            if start + index in chosen
         ]
         start += len(docs)
     return questions
@@ -70,50 +87,107 @@ def _sample(total: int, limit: int | None, seed: int) -> set[int]:
     return set(everything if limit is None or limit >= total else random.Random(seed).sample(everything, limit))
 
 
-def _renderer(tokenizer: Any) -> Callable[..., str]:
-    """Return lm_eval's own function for chat templates, bound to a tokenizer instead of a loaded model."""
-    stand_in = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
-    return functools.partial(HFLM.apply_chat_template, stand_in)
+class _Chats:
+    """Prompts rendered by a chat template, and the answers that are scored after them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._stand_in = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+        self._messages: dict[str, tuple[dict[str, Any], ...]] = {}
+
+    def __call__(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Render by lm_eval's own function, bound to a tokenizer instead of a loaded model."""
+        text = self._render(messages, add_generation_prompt)
+        # It leaves the system message out where a template rejects one.
+        others = [message for message in messages if message["role"] != "system"]
+        alike = len(others) < len(messages) and self._render(others, add_generation_prompt) == text
+        self._messages[text] = tuple(others if alike else messages)
+        return text
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return str(HFLM.apply_chat_template(self._stand_in, messages, add_generation_prompt))
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self._tokenizer)
+
+    def answer(self, request: Any, where: str) -> RenderedAnswer:
+        """Return the ids of a request's prompt and answer. Raises BadInput when training could not render them."""
+        prompt, continuation = request.args
+        *earlier, last = self._messages[prompt]
+        given = str(last["content"]) if last["role"] == "assistant" else ""
+        messages = (*earlier, *(() if given else (last,)), {"role": "assistant", "content": given + continuation})
+        return self._renderer.answer(Conversation(messages=messages, where=where), prompt)
 
 
-def _question(leaf: Any, doc_id: int, doc: Any, renderer: Callable[..., str] | None) -> Question:
-    chat = renderer is not None
-    context = _context(leaf, doc, renderer)
+def _question(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -> Question:
     requests = leaf.construct_requests(
         doc=doc,
-        ctx=context,
+        ctx=_context(leaf, doc, chats),
         metadata=(leaf.config["task"], doc_id, leaf.config.repeats),
-        apply_chat_template=chat,
-        chat_template=renderer,
+        apply_chat_template=chats is not None,
+        chat_template=chats,
     )
     requests = requests if isinstance(requests, list) else [requests]
     _check_texts(leaf, doc_id, requests)
     target = leaf.doc_to_target(doc)
+    target_text = str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target)
+    written: dict[str, str] = {}
+    if chats is not None:
+        requests = [_in_chat(request, chats, f"{where}, document {doc_id}", written) for request in requests]
     return Question(
         doc_id=doc_id,
-        doc=doc,
+        doc=_as_written(doc, written) if any(text != shown for text, shown in written.items()) else doc,
         leaf=leaf,
         requests=requests,
         document_hash=_hash(json.dumps(doc, sort_keys=True, default=str)),
-        request_hash=digest_of([[request.request_type, *request.args] for request in requests]),
+        request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
-        target=str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target),
+        target=target_text,
     )
 
 
-def _context(leaf: Any, doc: Any, renderer: Callable[..., str] | None) -> Any:
+def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -> Any:
+    """Return a request with the ids of its prompt and answer; note in ``written`` the answer as the template has it.
+
+    Generated answers and likelihoods without a prompt have no such ids.
+    """
+    if request.request_type != "loglikelihood" or not request.args[0]:
+        return request
+    found, answer = chats.answer(request, where), request.args[1]
+    for said in (answer, answer.lstrip()):  # with and without the task's delimiter
+        shown = (said, said.strip(), found.text.strip())  # a template may trim it, or begin it in the prompt
+        written[said] = next(text for text in shown if text in found.text)
+    kept = {each.name: getattr(request, each.name) for each in fields(request)}
+    return AnswerRequest(**kept, prompt_ids=found.prompt, answer_ids=found.answer)
+
+
+def _as_written(value: Any, written: Mapping[str, str]) -> Any:
+    """Return a document with its answers as the template writes them: a cost is divided by the length it stands for."""
+    if isinstance(value, Mapping):
+        return {key: _as_written(item, written) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_written(item, written) for item in value]
+    return written.get(value, value) if isinstance(value, str) else value
+
+
+def _ids(request: Any) -> list[list[int]]:
+    return [request.prompt_ids, request.answer_ids] if isinstance(request, AnswerRequest) else []
+
+
+def _context(leaf: Any, doc: Any, chats: _Chats | None) -> Any:
     """Return the prompt of a document. A list of messages is rendered as it is, without few-shot examples."""
     messages = leaf.doc_to_text(doc)
     if isinstance(messages, list):
         plain = "\n\n".join(message["content"] for message in messages) + "\n\n"
-        return plain if renderer is None else renderer(messages)
+        return plain if chats is None else chats(messages)
     return leaf.fewshot_context(
         doc,
         num_fewshot=leaf.config.num_fewshot or 0,
         system_instruction=None,
-        apply_chat_template=renderer is not None,
-        fewshot_as_multiturn=renderer is not None,
-        chat_template=renderer,
+        apply_chat_template=chats is not None,
+        fewshot_as_multiturn=chats is not None,
+        chat_template=chats,
         gen_prefix=leaf.doc_to_prefix(doc),
     )
 

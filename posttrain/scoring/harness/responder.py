@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.scoring.harness.requests import AnswerRequest
 from posttrain.scoring.isolation import plain_generation, tied_already
 from posttrain.scoring.systems import Loading, SharedWeights
 
@@ -34,6 +35,7 @@ class Responder:
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._written: dict[str, Any] = {}
+        self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def respond(self, requests: Sequence[Any], where: str) -> None:
         """Answer requests in place. Raises ArtifactDamaged naming ``where`` when an output is not finite."""
@@ -69,6 +71,17 @@ class Responder:
             texts = getattr(self, kind)(list(new.values()), disable_tqdm=True)
             self._written |= dict(zip(new, texts, strict=True))
         return [self._written[key] for key in keys]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Score as lm_eval does, but answers in a chat by their own ids."""
+        answers = [request for request in requests if isinstance(request, AnswerRequest)]
+        self._encoded = {request.args: (request.prompt_ids, request.answer_ids) for request in answers}
+        return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if (encoded := self._encoded.get((context, continuation))) is not None:
+            return encoded
+        return super()._encode_pair(context, continuation)  # type: ignore[misc, no-any-return]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Generate as lm_eval does. Raises BadInput when the context has no room for a prompt beside the answer."""
