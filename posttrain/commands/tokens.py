@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, starmap
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.schema import Source
 from posttrain.data import records
-from posttrain.data.mixing import read_sources
+from posttrain.data.mixing import describe_unread, read_sources
 from posttrain.engine.config import FineTuneConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.examples import mix_rows, render
+from posttrain.sft.examples import Example, mix_rows, render, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
 from posttrain.tokens.shares import SourceShare
@@ -70,18 +70,24 @@ class Page:
         """Print a stage, from at most ``count`` records of each source."""
         sources = [_limited(source, count) for source in step.sources]
         found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
-        documents = render(found, ChatRenderer(self.tokenizer), config)
-        for origin, group in groupby(zip(found, documents, strict=True), key=lambda pair: pair[0].origin):
+        renderer = ChatRenderer(self.tokenizer)
+        rendered = zip(found, render(found, renderer, config), strict=True)
+        trained, held = split_eval(list(starmap(Example, rendered)), config.eval_share, step.seed)
+        for origin, group in groupby(trained, key=lambda example: example.record.origin):
             self._rule(f"{step.name}: {origin.path}")
-            for _, document in list(group)[:SHOWN]:
-                self.console.print(self.marked(document.ids, document.mask), end="\n\n")
-        mixed = mix_rows(found, documents, config, step.seed)
+            for example in list(group)[:SHOWN]:
+                self.console.print(self.marked(example.rendered.ids, example.rendered.mask), end="\n\n")
+        mixed = mix_rows([each.record for each in trained], [each.rendered for each in trained], config, step.seed)
         self._show_row(step.name, mixed.packing)
         self._show_shares(step.name, mixed.shares)
         counts = mixed.packing.counts
         self.console.print(f"{counts.rows:,} rows of {counts.sequence_length:,} slots, {counts.fill:.1%} filled")
         for note in counts.notes():
             self.console.print(note)
+        if held:
+            self.console.print(f"{len(held):,} different records are set aside for the eval loss by eval_share")
+        for line in (*describe_unread(found), *renderer.describe_unread(found)):
+            self.console.print(f"warning: {line}", markup=False)
         if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 

@@ -9,6 +9,9 @@ from typing import Any
 from posttrain.data.records import Message, Tool
 from posttrain.errors import reject, shown
 
+_CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
+"""Keys of a call and of its function."""
+
 
 def read_tools(value: Any, where: str) -> tuple[Tool, ...]:
     """Return the tools of a record, from a list of definitions or the same as JSON text.
@@ -17,7 +20,7 @@ def read_tools(value: Any, where: str) -> tuple[Tool, ...]:
         BadInput: ``value`` is neither, or a tool has no name.
     """
     listed = _parse_json(value)
-    if listed is None:
+    if listed in (None, ""):
         return ()
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
         reject(where, f"tools must be a list of definitions, not {shown(value)}")
@@ -126,6 +129,9 @@ def _read_call(call: Any, where: str, name: str) -> dict[str, Any]:
     function = _function(call)
     if not isinstance(function.get("name"), str) or not function["name"].strip():
         reject(where, f"{name} names no function")
+    unknown = sorted(key for key in {**call, **function} if key not in _CALL_KEYS)
+    if unknown and function.get("arguments") is None:
+        reject(where, f"{name} has no arguments, but {unknown[0]}, which nothing reads", "Rename it to arguments")
     arguments = _parse_json(function.get("arguments"))
     if arguments is not None and not isinstance(arguments, Mapping):
         reject(where, f"{name}: arguments must be an object, not {shown(arguments)}")

@@ -152,11 +152,32 @@ def _read_parquet(path: Path) -> Rows:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}[{index}]", row
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    yield (
+                        f"{path}[{index}]",
+                        {field.name: drop_filled(row[field.name], field.type) for field in batch.schema},
+                    )
                     index += 1
     except pyarrow.ArrowException as error:
         reject(str(path), f"is not a sound Parquet file: {str(error).splitlines()[0]}")
+
+
+def drop_filled(value: Any, kind: Any) -> Any:
+    """Return a value of a table without the fields that are null in its objects, at any depth.
+
+    A column of objects has the keys of all its rows, null where a row lacks one. An entry of a list, of a map or of
+    JSON is the row's own, even when it is null. ``kind`` is the Arrow type; when it is None, every object is a struct.
+    """
+    import pyarrow
+
+    if isinstance(value, dict) and (kind is None or pyarrow.types.is_struct(kind)):
+        kinds = {} if kind is None else {field.name: field.type for field in kind}
+        return {key: drop_filled(item, kinds.get(key)) for key, item in value.items() if item is not None}
+    if isinstance(value, dict) and pyarrow.types.is_map(kind):
+        return {key: drop_filled(item, kind.item_type) for key, item in value.items()}
+    if isinstance(value, list) and (kind is None or hasattr(kind, "value_type")):
+        return [drop_filled(item, getattr(kind, "value_type", None)) for item in value]
+    return value
 
 
 def _decode(data: bytes, path: Path, line: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from posttrain.config.schema import Source
@@ -39,6 +39,16 @@ def count_records(sources: Sequence[Source]) -> int | None:
     counts = [None if source.share else count_selected(source) for source in sources]
     known = [round(count * source.weight) for count, source in zip(counts, sources, strict=True) if count is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+def describe_unread(records: Iterable[Record]) -> list[str]:
+    """Return a line with the keys of rows that nothing reads, each with its count and first place; none for no key."""
+    places: dict[str, dict[str, None]] = {}
+    for record in records:
+        for key in record.unread:
+            places.setdefault(key, {})[record.where] = None
+    named = [f"{key!r} ({len(found):,} records, first {next(iter(found))})" for key, found in places.items()]
+    return [f"nothing reads these keys of the data: {', '.join(named)}"] if named else []
 
 
 def _with_origin(record: Record, origin: Origin) -> Record:

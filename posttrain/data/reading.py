@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from itertools import islice
 from typing import Any
 
 from posttrain.config.schema import Source
-from posttrain.data.files import RawRow, Rows, count_rows, local_files, read_rows
+from posttrain.data.files import RawRow, Rows, count_rows, drop_filled, local_files, read_rows
 from posttrain.data.records import Record
 from posttrain.data.shapes import to_record
 from posttrain.errors import BadInput, Problem, reject, suggest
@@ -58,7 +58,10 @@ def read_source(source: Source, shape: str) -> Iterator[Record]:
         BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
     """
     for where, row in select_rows(source):
-        yield to_record(_rename(row, source.columns, where), source.format, shape, where)
+        record = to_record(_rename(row, source.columns, where), source.format, shape, where)
+        # A key renamed to one that nothing reads is set aside on purpose.
+        unread = tuple(key for key in record.unread if key not in source.columns)
+        yield record if unread == record.unread else replace(record, unread=unread)
 
 
 def data_digest(sources: Sequence[Source]) -> str:
@@ -88,8 +91,11 @@ def _read_hub(source: Source) -> Rows:
     options = {"name": source.subset, "split": source.split, "revision": source.revision}
     index = -1
     try:
-        for index, row in enumerate(load_dataset(source.path, streaming=True, **options)):
-            yield f"{source.path}[{index}]", row
+        rows = load_dataset(source.path, streaming=True, **options)
+        features = getattr(rows, "features", None)
+        kinds = {} if features is None else {field.name: field.type for field in features.arrow_schema}
+        for index, row in enumerate(rows):
+            yield f"{source.path}[{index}]", {key: drop_filled(value, kinds.get(key)) for key, value in row.items()}
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         raise _hub_failure(source, error) from error
     if index < 0:

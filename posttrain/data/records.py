@@ -14,6 +14,9 @@ content may be empty. On an assistant turn, ``train: false`` makes it context, a
 as declining the request (true) or not (false). The template sees neither key.
 """
 
+OUR_KEYS = ("train", "refuses")
+"""Keys of a message for posttrain, hidden from the template."""
+
 Tool = Mapping[str, Any]
 """The definition of a tool, in the form of chat templates."""
 
@@ -46,6 +49,8 @@ class Conversation:
     """The tools on offer in the prompt."""
     origin: Origin = UNKNOWN
     """Source of the record."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that nothing reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,8 @@ class Text:
     """Place of the record, for errors."""
     origin: Origin = UNKNOWN
     """Source of the record."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that nothing reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,8 @@ class Preference:
     """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
     """Tools on offer in the prompt."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that nothing reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,8 @@ class Feedback:
     """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
     """Tools on offer in the prompt."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that nothing reads."""
 
 
 Document = Conversation | Text

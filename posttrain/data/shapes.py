@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from posttrain.config.schema import Format
 from posttrain.data.calls import check_results, read_tools
 from posttrain.data.files import RawRow
-from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text
-from posttrain.data.turns import check_order, make_turn, read_turns, require_text
-from posttrain.errors import reject
+from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text, Tool
+from posttrain.data.turns import TRAIN_MARKS, check_order, make_turn, read_mark, read_turns, reject_media, require_text
+from posttrain.errors import reject, shown
 
 SHAPES = {
     Format.messages: "messages (role, content) [, tools], or conversations with the same",
@@ -23,6 +24,11 @@ SHAPES = {
 }
 """The keys of each shape."""
 
+SYSTEMS = ("system", "system_prompt", "system_message")
+"""Keys of a record for its first turn."""
+_WEIGHTS = ("sample_weight", "example_weight", *(key for key in TRAIN_MARKS if key != "loss"))
+"""Keys of a record by which tools weigh it."""
+
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
 SERVES = {
     "conversations": CHATS,
@@ -31,6 +37,26 @@ SERVES = {
     "feedback": (Format.feedback, Format.preference),
 }
 """The shapes in files for each of RECORD_SHAPES."""
+
+
+class _ReadRow(dict[str, Any]):
+    """A row that remembers the keys asked for: what no converter asks for is read by nothing."""
+
+    def __init__(self, row: RawRow) -> None:
+        super().__init__(row)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the keys with a value that nobody asked for."""
+        return tuple(key for key, value in self.items() if key not in self.asked and value not in (None, "", [], {}))
 
 
 def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
@@ -42,8 +68,11 @@ def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
         shape: One of RECORD_SHAPES.
         where: ``file:line``, for errors and for the record.
 
+    The record names the keys that nothing read.
+
     Raises:
-        BadInput: The shape is unknown, does not serve the stage, or a turn breaks the rules of conversations.
+        BadInput: The shape is unknown, does not serve the stage, or a turn breaks the rules of conversations; a key
+            would change what is trained, such as a weight or an image.
     """
     known = recognise(row, where) if form is Format.auto else form
     if shape == "feedback" and (known is Format.prompt_completion or (known in CHATS and row.get("label") is not None)):
@@ -51,9 +80,12 @@ def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
     if known not in SERVES[shape]:
         what = f"the record has the shape {known.value}, but the stage needs {shape}"
         reject(where, what, f"Known for {shape}: {_listed(shape)}")
+    read = _ReadRow(row)
+    reject_media(row, where, "")
+    _reject_weight(read, where)
     if known in CHATS:
-        _reject_bad_answer(row, where)
-    return CONVERTERS[known](row, where)
+        _reject_bad_answer(read, where)
+    return replace(CONVERTERS[known](read, where), unread=read.unread())
 
 
 def recognise(row: RawRow, where: str) -> Format:
@@ -81,13 +113,21 @@ def _listed(shape: str) -> str:
 
 def _reject_bad_answer(row: RawRow, where: str) -> None:
     # Feedback data marks bad answers by label: false. Trained as conversations they would be taught.
-    if row.get("label") is False:
+    if read_mark(dict(row).get("label")) is not None and not row.get("label"):
         what = "label is false: the answer was judged bad, and this stage would teach it"
         reject(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
 
 
+def _reject_weight(row: RawRow, where: str) -> None:
+    for key in _WEIGHTS:
+        if row.get(key) is not None and read_mark(row[key]) is not True:
+            fix = f"Give the source a weight, mark turns train: false, or set the key aside: columns: {{unused: {key}}}"
+            reject(where, f"{key} of the record is {shown(row[key])}, but a record counts as a whole", fix)
+
+
 def _is_sharegpt(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and first.get("from") is not None
 
 
 def _messages(row: RawRow, where: str) -> Conversation:
@@ -96,7 +136,7 @@ def _messages(row: RawRow, where: str) -> Conversation:
 
 
 def _sharegpt(row: RawRow, where: str) -> Conversation:
-    return _conversation(row, _system(row, where) + read_turns(row.get("conversations"), where, "conversations"), where)
+    return _conversation(row, read_turns(row.get("conversations"), where, "conversations"), where)
 
 
 def _prompt_completion(row: RawRow, where: str) -> Conversation:
@@ -122,15 +162,15 @@ def _preference(row: RawRow, where: str) -> Preference:
         reject(
             where, "prompt differs from the turns that chosen and rejected begin with", "Keep one of the two prompts"
         )
-    prompt = shared or prompt
-    if not prompt:
+    if not (shared or prompt):
         what = "no prompt: chosen and rejected do not begin with the same turns"
         reject(where, what, "Add prompt, or put the whole conversation into both")
+    prompt = _with_system(row, shared or prompt, where)
     for name, side in (("chosen", chosen[len(shared) :]), ("rejected", rejected[len(shared) :])):
         _check_side(prompt, side, where, name)
     if _core(chosen[-1]) == _core(rejected[-1]):
         reject(where, "chosen and rejected are the same", "Remove the record")
-    tools = read_tools(row.get("tools"), where)
+    tools = _tools(row, where)
     return Preference(prompt=tuple(prompt), chosen=(chosen[-1],), rejected=(rejected[-1],), where=where, tools=tools)
 
 
@@ -140,7 +180,7 @@ def _feedback(row: RawRow, where: str) -> Feedback:
         reject(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
     prompt, completion = _split_judged(row, where)
     _check_side(prompt, completion, where, "completion")
-    tools = read_tools(row.get("tools"), where)
+    tools = _tools(row, where)
     return Feedback(prompt=tuple(prompt), completion=tuple(completion), label=label, where=where, tools=tools)
 
 
@@ -148,7 +188,7 @@ def _split_judged(row: RawRow, where: str) -> tuple[list[Message], list[Message]
     """Return the prompt and the judged answer: the completion, or the last turn of a conversation."""
     known = recognise(row, where)
     if known is Format.prompt_completion:
-        prompt = _read_side(row.get("prompt"), "user", where, "prompt")
+        prompt = _with_system(row, _read_side(row.get("prompt"), "user", where, "prompt"), where)
         return prompt, _read_side(row.get("completion"), "assistant", where, "completion")
     chat = CONVERTERS[known](row, where)
     if not isinstance(chat, Conversation):
@@ -174,11 +214,19 @@ CONVERTERS: dict[Format, Callable[[RawRow, str], Record]] = {
 
 
 def _conversation(row: RawRow, messages: list[Message], where: str) -> Conversation:
+    messages = _with_system(row, messages, where)
     check_order(messages, where)
     check_results(messages, where)
     if not any(message["role"] == "assistant" for message in messages):
         reject(where, "the conversation has no assistant turn, so nothing can be trained")
-    return Conversation(messages=tuple(messages), where=where, tools=read_tools(row.get("tools"), where))
+    return Conversation(messages=tuple(messages), where=where, tools=_tools(row, where))
+
+
+def _tools(row: RawRow, where: str) -> tuple[Tool, ...]:
+    """Return the tools of a record, also as the ``functions`` that OpenAI formerly had."""
+    if row.get("tools") not in (None, "", []):
+        return read_tools(row["tools"], where)
+    return tuple({"type": "function", "function": dict(tool)} for tool in read_tools(row.get("functions"), where))
 
 
 def _check_side(prompt: list[Message], side: list[Message], where: str, name: str) -> None:
@@ -207,7 +255,7 @@ def _explicit_prompt(row: RawRow, where: str) -> list[Message]:
     if row.get("prompt") is not None:
         return _read_side(row["prompt"], "user", where, "prompt")
     if row.get("conversations") is not None:
-        return _system(row, where) + read_turns(row["conversations"], where, "conversations")
+        return read_turns(row["conversations"], where, "conversations")
     if row.get("instruction") is not None:
         return _alpaca_prompt(row, where)
     if row.get("messages") is not None:
@@ -216,7 +264,7 @@ def _explicit_prompt(row: RawRow, where: str) -> list[Message]:
 
 
 def _alpaca_prompt(row: RawRow, where: str) -> list[Message]:
-    messages = _system(row, where)
+    messages: list[Message] = []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         reject(where, "history must be a list of [question, answer]")
@@ -229,8 +277,17 @@ def _alpaca_prompt(row: RawRow, where: str) -> list[Message]:
     return [*messages, {"role": "user", "content": "\n".join(asked)}]
 
 
-def _system(row: RawRow, where: str) -> list[Message]:
-    return [make_turn("system", row["system"], where, "system")] if row.get("system") not in (None, "") else []
+def _with_system(row: RawRow, messages: list[Message], where: str) -> list[Message]:
+    """Return the messages with the system prompt of the record as their first turn."""
+    first = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    given = {key: row[key] for key in SYSTEMS if row.get(key) not in (None, "")}
+    for key, content in given.items():
+        turn = make_turn("system", content, where, key)
+        if not first:
+            first, messages = [turn["content"]], [turn, *messages]
+        elif turn["content"].strip() != first[0].strip():
+            reject(where, f"{key} is another text than the system turn of the record", "Keep one of the two")
+    return messages
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:

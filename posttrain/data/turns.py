@@ -26,6 +26,25 @@ SHAREGPT_ROLES = {
 }
 """The names of the roles under ``from`` in ShareGPT files; the value of a ``function_call`` is JSON."""
 
+TRAIN_MARKS = (
+    "train",
+    "training",
+    "trainable",
+    "should_train",
+    "loss",
+    "loss_mask",
+    "loss_weight",
+    "loss_scale",
+    "weight",
+)
+"""Keys of a message by which tools mark it as trained (true or 1) or as context (false or 0)."""
+
+_UNCLEAR_MARKS = ("mask", "masked", "ignore", "train_detail", "training_detail")
+"""Keys of a message that may mean either, or a part of a turn."""
+
+MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
+"""Keys of content other than text."""
+
 _FOLLOWS = {
     "system": ("start",),
     "user": ("start", "system", "user", "assistant"),
@@ -87,20 +106,27 @@ def _message(entry: Any, where: str, name: str) -> Message:
         reject(where, f"{name} must be an object with role and content, not {shown(entry)}")
     # Parquet gives every message the keys of all messages: null means absent.
     extra = {key: value for key, value in entry.items() if value is not None}
-    if "from" in entry and "role" not in entry:
+    if "from" in extra and "role" not in extra:
         role = _known_role(extra.pop("from", None), SHAREGPT_ROLES, where, name)
         value = extra.pop("value", None)
         if role == "function_call":
             extra["tool_calls"], value = parse_calls(value, where, f"{name} ({role})"), None
         return _make_message(SHAREGPT_ROLES[role], value, extra, where, f"{name} ({role})")
+    if extra.get("role") == "function":  # OpenAI's former name of a tool
+        extra["role"] = "tool"
     role = _known_role(extra.pop("role", None), ROLES, where, name)
     return _make_message(role, extra.pop("content", None), extra, where, f"{name} ({role})")
 
 
 def _make_message(role: str, content: Any, extra: dict[str, Any], where: str, name: str) -> Message:
     """Return the message; only calls can replace the content, and only a tool's result can be empty."""
-    for key in ("train", "refuses"):
-        _check_mark(key, role, extra.get(key), where, name)
+    reject_media(extra, where, f"{name}: ")
+    _read_marks(extra, role, where, name)
+    _check_mark("refuses", role, extra.get("refuses"), where, name)
+    if (former := extra.pop("function_call", None)) is not None:
+        if extra.get("tool_calls"):
+            reject(where, f"{name} has function_call and tool_calls", "Keep tool_calls")
+        extra["tool_calls"] = [former]
     calls = read_calls(extra.pop("tool_calls", None), where, name)
     if calls and role != "assistant":
         reject(where, f"{name}: only an assistant turn can have tool_calls")
@@ -110,6 +136,41 @@ def _make_message(role: str, content: Any, extra: dict[str, Any], where: str, na
     if silent and (calls or (role == "tool" and content is not None)):
         return {"role": role, "content": "", **extra}
     return {"role": role, "content": require_text(content, where, name), **extra}
+
+
+def reject_media(row: Mapping[str, Any], where: str, name: str = "") -> None:
+    """Raise BadInput for images, sound or films in a record or a message: only text is trained."""
+    if found := next((key for key in MEDIA if row.get(key)), None):
+        fix = f"Leave such records out, or set the key aside with columns: {{unused: {found}}}"
+        reject(where, f"{name}has {found}, but only text is trained", fix if not name else "Leave such records out")
+
+
+def read_mark(value: Any) -> bool | None:
+    """Return a mark of training as true or false; None for a value that is neither."""
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def _read_marks(extra: dict[str, Any], role: str, where: str, name: str) -> None:
+    """Replace every mark of training in ``extra`` by ``train: false``, or by nothing for a trained turn.
+
+    Raises:
+        BadInput: A mark is neither true nor false, contradicts another, or trains another turn than an answer.
+    """
+    if unclear := next((key for key in _UNCLEAR_MARKS if extra.get(key) not in (None, [])), None):
+        reject(where, f"{name}: {unclear} may mean trained or not", "Mark the turn train: true or train: false")
+    given = {key: extra.pop(key) for key in TRAIN_MARKS if key in extra}
+    read = {key: read_mark(value) for key, value in given.items()}
+    for key, value in given.items():
+        if read[key] is None:
+            what = f"{name}: {key} must be true or false, not {shown(value)}"
+            reject(where, what, "An answer is trained (true or 1) or context (false or 0)")
+    if len(set(read.values())) > 1:
+        reject(where, f"{name}: {' and '.join(given)} contradict each other", "Keep one of them")
+    for key, value in read.items():
+        if value and role != "assistant":
+            reject(where, f"{name}: only an assistant turn can have {key}: {str(given[key]).lower()}", f"Remove {key}")
+        if not value:
+            extra["train"] = False
 
 
 def _check_mark(key: str, role: str, value: Any, where: str, name: str) -> None:

@@ -31,6 +31,8 @@ class Records:
 
     trained: Sequence[Record]
     eval_records: Sequence[Record]
+    unread: Sequence[str] = ()
+    """Warnings about keys that nothing reads."""
 
 
 def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
@@ -98,8 +100,8 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
     context = StageContext(
         name=job.name, config=job.step.config, parent=parent, records=records.trained,
         eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
-        stop_requested=job.interrupts.requested,
-        checkpoints=checkpoints, output=draft,
+        stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
+        metrics={"warnings": [*records.unread]} if records.unread else {},
     )  # fmt: skip
     before = ProcessState.now()
     try:
@@ -197,7 +199,8 @@ def read_records(job: Job) -> Records:
     """
     evaluation = replace(job.step, sources=job.step.eval_sources)
     eval_records = _read(job, evaluation) if evaluation.sources else ()
-    records = Records(trained=_read(job, job.step), eval_records=eval_records)
+    trained = _read(job, job.step)
+    records = Records(trained=trained, eval_records=eval_records, unread=_unread(job, [*trained, *eval_records]))
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
@@ -209,6 +212,21 @@ def read_records(job: Job) -> Records:
             what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"
             job.display.line(job.name, "data", what)
     return records
+
+
+def _unread(job: Job, records: Sequence[Record]) -> list[str]:
+    """Return and show a line about keys of rows and of messages that nothing reads."""
+    from posttrain.data.mixing import describe_unread
+    from posttrain.model.loading import load_tokenizer
+    from posttrain.tokens.chat import ChatRenderer, has_other_keys
+
+    known = [record for record in records if isinstance(record, Record)]
+    lines = describe_unread(known)
+    if any(map(has_other_keys, known)):
+        lines += ChatRenderer(load_tokenizer(job.base)).describe_unread(known)
+    for line in lines:
+        job.display.line(job.name, "data", f"warning: {line}")
+    return lines
 
 
 def _read(job: Job, step: Step) -> Sequence[Record]:

@@ -11,11 +11,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
-from posttrain.data.records import Conversation, Document, Message, Preference, Text
-from posttrain.errors import reject
+from posttrain.data.records import OUR_KEYS, Conversation, Document, Feedback, Message, Preference, Record, Text
+from posttrain.errors import BadInput, reject
 from posttrain.tokens.spans import AnswerSpan, Template
+
+_READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
+"""Keys of a message that are read, or without meaning in a template that leaves them out."""
+_PROBED = 3
+"""Records by which the template is tried for each key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,34 @@ class ChatRenderer:
         end = [place for place, token in enumerate(ids) if mask[place] and token in self._control_ids][-len(stops)]
         return RenderedAnswer(ids[:start], ids[start:end], text[span.start : stops[0].start()])
 
+    def describe_unread(self, records: Sequence[Record]) -> list[str]:
+        """Return a line with the keys of messages that the template does not write; none when it writes all.
+
+        A key counts as written when the text of one of the first records with it changes without it.
+        """
+        found: dict[tuple[str, str], dict[str, Conversation]] = {}
+        for record in records:
+            if not isinstance(record, Text):
+                chat = _whole(record)
+                for role, key in {(m["role"], key) for m in chat.messages for key in m if key not in _READ}:
+                    found.setdefault((role, key), {})[chat.where] = chat
+        named = [
+            f"{key!r} of {role} turns ({len(chats):,} records, first {next(iter(chats))})"
+            for (role, key), chats in found.items()
+            if not any(self._writes(chat, role, key) for chat in islice(chats.values(), _PROBED))
+        ]
+        return [f"the chat template does not write {', '.join(named)}"] if named else []
+
+    def _writes(self, chat: Conversation, role: str, key: str) -> bool:
+        without = [
+            {name: value for name, value in message.items() if name != key} if message["role"] == role else message
+            for message in chat.messages
+        ]
+        try:
+            return self._template.render(chat) != self._template.render(replace(chat, messages=tuple(without)))
+        except BadInput:  # rendering for training will say so, and may drop the turn at fault
+            return True
+
     def _completion(self, record: Preference, side: Sequence[Message]) -> tuple[list[int], list[int]]:
         chat = Conversation(messages=(*record.prompt, *side), where=record.where, tools=record.tools)
         text = self._template.render(chat)
@@ -218,6 +252,19 @@ class ChatRenderer:
         """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
         encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
         return list(encoded["input_ids"])
+
+
+def has_other_keys(record: Record) -> bool:
+    """Return whether a message of the record has a key for the template, beside role, content and calls."""
+    return not isinstance(record, Text) and any(key not in _READ for m in _whole(record).messages for key in m)
+
+
+def _whole(record: Conversation | Preference | Feedback) -> Conversation:
+    """Return the prompt with its answer as one conversation."""
+    if isinstance(record, Conversation):
+        return record
+    answer = record.chosen if isinstance(record, Preference) else record.completion
+    return Conversation(messages=(*record.prompt, *answer), where=record.where, tools=record.tools)
 
 
 def without_space(text: str) -> str:

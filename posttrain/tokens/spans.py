@@ -25,12 +25,9 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 
 from posttrain.data.calls import called_functions, disguise_calls, occurs_in, rename_call, tool_names, words
-from posttrain.data.records import Conversation, Message
+from posttrain.data.records import OUR_KEYS, Conversation, Message
 from posttrain.errors import reject
 from posttrain.tokens.time_limit import time_limit
-
-OUR_KEYS = ("train", "refuses")
-"""Keys of a message for posttrain, hidden from the template."""
 
 SECONDS = 5
 """Computing time of a template for one conversation; templates of published models take a thousandth."""

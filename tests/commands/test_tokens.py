@@ -134,3 +134,21 @@ def test_a_terminal_gets_colours_instead_of_brackets(no_color: bool, marked: str
     with console.capture() as capture:
         console.print(Page(console, tokenizer).marked(row.ids, row.mask))
     assert marked in capture.get()
+
+
+def test_records_set_aside_for_the_eval_loss_are_not_shown_as_trained(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"prompt": f"q{number}", "completion": "a"}) for number in range(10)] * 2
+    (project / "one.jsonl").write_text("\n".join(rows))
+    text = output(capsys, "sft.data=one.jsonl", "sft.eval_share=0.3")
+    assert cells(text, "one.jsonl")[:3] == ["one.jsonl", "14", "14"]
+    assert "3 different records are set aside for the eval loss by eval_share" in text
+
+
+def test_keys_that_nothing_reads_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "ho"}]
+    (project / "one.jsonl").write_text(json.dumps({"messages": chat, "id": 7}) + "\n")
+    text = output(capsys, "sft.data=one.jsonl")
+    assert "warning: nothing reads these keys of the data: 'id' (1 records, first one.jsonl:1)" in text
+    assert "warning: the chat template does not write 'name' of user turns (1 records, first one.jsonl:1)" in text

@@ -16,7 +16,7 @@ from datasets import Dataset
 from posttrain.config.schema import Source
 from posttrain.data.files import local_files, read_rows
 from posttrain.data.reading import read_source
-from posttrain.data.records import Conversation, Message, Preference
+from posttrain.data.records import OUR_KEYS, Conversation, Message, Preference
 from posttrain.data.turns import check_order, read_turns
 from posttrain.errors import reject, suggest
 from posttrain.scoring.tasks.metrics import MATCHES
@@ -25,7 +25,7 @@ Splits = dict[str, Dataset]
 
 
 def responses(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
-    """Read conversations in any shape of SFT: the last answer is the response, all before it the prompt."""
+    """Read conversations in any shape of SFT: the last trained answer is the response, all before it the prompt."""
     return _splits(data_files, lambda path: map(_response, read_source(Source(path=path), "conversations")))
 
 
@@ -53,8 +53,10 @@ def _splits(data_files: Mapping[str, str] | None, read: Any) -> Splits:
 def _response(record: Any) -> dict[str, Any]:
     conversation: Conversation = record
     _reject_tools(conversation.tools, conversation.where)
-    spoken = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    *_, last = spoken
+    said = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant" and m.get("train", True)]
+    if not said:
+        reject(conversation.where, "every answer is marked as context, so there is no response", "Leave the record out")
+    *_, last = said
     return {
         "prompt": _prompt(conversation.messages[:last]),
         "response": _text(conversation.messages[last], conversation.where),
@@ -76,6 +78,7 @@ def _questions(path: str) -> Iterable[dict[str, Any]]:
 
 def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = ("question", "messages", "answer", "match")
+    row = {key: value for key, value in row.items() if value is not None or key == "answer"}
     for key in row:
         if key not in known:
             reject(where, f"a question has no {key!r}", suggest(key, known))
@@ -122,7 +125,8 @@ def _usable(option: Any, match: str) -> bool:
 
 
 def _prompt(listed: Iterable[Message]) -> str:
-    return json.dumps([dict(message) for message in listed], ensure_ascii=False)
+    shown = [{key: value for key, value in message.items() if key not in OUR_KEYS} for message in listed]
+    return json.dumps(shown, ensure_ascii=False)
 
 
 def _text(message: Message, where: str) -> str:
