@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
-from posttrain.errors import BadInput, Problem
+from posttrain.errors import BadInput, Problem, reject
 from posttrain.scoring.fingerprint import task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
@@ -123,7 +123,7 @@ class _Chats:
 def _question(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -> Question:
     requests = leaf.construct_requests(
         doc=doc,
-        ctx=_context(leaf, doc, chats),
+        ctx=_context(where, leaf, doc, chats),
         metadata=(leaf.config["task"], doc_id, leaf.config.repeats),
         apply_chat_template=chats is not None,
         chat_template=chats,
@@ -175,15 +175,21 @@ def _ids(request: Any) -> list[list[int]]:
     return [request.prompt_ids, request.answer_ids] if isinstance(request, AnswerRequest) else []
 
 
-def _context(leaf: Any, doc: Any, chats: _Chats | None) -> Any:
-    """Return the prompt of a document. A list of messages is rendered as it is, without few-shot examples."""
-    messages = leaf.doc_to_text(doc)
+def _context(where: str, leaf: Any, doc: Any, chats: _Chats | None) -> Any:
+    """Return the prompt of a document. A list of messages is rendered as it is; it takes no few-shot examples."""
+    messages, shots = leaf.doc_to_text(doc), leaf.config.num_fewshot or 0
     if isinstance(messages, list):
+        if shots:
+            reject(
+                f"{where}.num_fewshot", "the task asks in whole conversations, which take no examples", "Leave it out"
+            )
         plain = "\n\n".join(message["content"] for message in messages) + "\n\n"
         return plain if chats is None else chats(messages)
+    if shots:
+        leaf.sampler.ask(doc)
     return leaf.fewshot_context(
         doc,
-        num_fewshot=leaf.config.num_fewshot or 0,
+        num_fewshot=shots,
         system_instruction=None,
         apply_chat_template=chats is not None,
         fewshot_as_multiturn=chats is not None,

@@ -22,6 +22,7 @@ from posttrain.scoring.checks import (
     unsafe_code,
     unsupported_aggregation,
 )
+from posttrain.scoring.harness.examples import OtherExamples
 from posttrain.scoring.isolation import muted, quiet
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def load_leaves(name: str, task: GateTask) -> list[Any]:
             raise BadInput(problems)
     if not shared_filters(leaves):
         raise BadInput(Problem(where=f"tasks.{name}", what=f"the tasks of {reference} share no filter"))
-    if task.num_fewshot is not None:
-        for leaf in leaves:
+    for leaf in leaves:
+        if task.num_fewshot is not None:
             leaf.set_config("num_fewshot", task.num_fewshot)
+        if hasattr(leaf, "sampler"):
+            leaf.sampler = OtherExamples(leaf, f"tasks.{name}")
     return leaves
 
 
