@@ -176,6 +176,11 @@ class Artifact:
         """True for an adapter, False for full weights."""
         return (self.path / "adapter_config.json").exists()
 
+    @property
+    def named(self) -> str:
+        """Name of its stage and the beginning of its digest, for messages and records."""
+        return f"{self.manifest.stage} {self.digest[:12]}"
+
     def source(self, base: ModelSource) -> ModelSource:
         """Return the model's source; ``base`` holds the weights under an adapter.
 

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from posttrain import ledger, report
-from posttrain.artifact import Artifact, ModelSource, verify
+from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import OnFail
-from posttrain.errors import BadInput, Interrupted, PluginFailed, Problem
-from posttrain.gate.procedure import ERRORS, STATES, policy_for, verdict_error
+from posttrain.errors import Interrupted, PluginFailed
+from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
 from posttrain.gate.spec import Verdict
 from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
 from posttrain.model.base import resolve_base
-from posttrain.plan import CORE, Plan
+from posttrain.plan import Plan
 from posttrain.run.directory import RunDirectory, open_run
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
+from posttrain.run.published import withdraw
+from posttrain.run.start import read_start
 from posttrain.run.train import read_records, train
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
@@ -36,12 +38,12 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     ledger.check(plan.output_root)
     interrupts = Interrupts(display.announce)
     with interrupts.installed():
-        start = _start(plan)
-        base = resolve_base(plan.model, None if start is None else start.pins)
-        parent = base if start is None else start.source(base)
+        start = read_start(plan)
+        base = resolve_base(plan.model, None if start is None else start.artifact.pins)
+        parent, unpromoted = (base, ()) if start is None else (start.artifact.source(base), start.unpromoted)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
-        with open_run(path, plan) as directory, host.restored(), _closing(directory, host, display):
+        with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):
             host.start_run(plan, path)
             display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
             jobs = [
@@ -55,30 +57,24 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             # broken gate, even the last stage's, ends the run now instead of after hours of training.
             records = {job.name: read_records(job) for job in jobs}
             check_gates(jobs)
-            for job in jobs:
+            for number, job in enumerate(jobs):
+                _forget_former(jobs[number:], parent)
                 with job.timed():
                     artifact = train(job, parent, records.pop(job.name))  # pop: frees the records of trained stages
-                    verdict = judge_stage(job, parent, artifact)
+                    verdict = judge_stage(job, parent, artifact, unpromoted)
                 _record(job, artifact, verdict)
-                parent = _next_parent(job, parent, artifact, verdict)
+                try:
+                    parent, unpromoted = _next_parent(job, parent, artifact, verdict)
+                except tuple(ERRORS.values()):
+                    _withdraw(jobs[number + 1 :], job.name, verdict)
+                    raise
     return directory
-
-
-def _start(plan: Plan) -> Artifact | None:
-    """Return the artifact under the first stage, verified and stacked on SFT; None when that is the base itself."""
-    if plan.start_from is None:
-        return None
-    artifact = verify(plan.start_from)
-    if CORE not in artifact.manifest.lineage:
-        what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, not on SFT"
-        raise BadInput(Problem(where=f"start_from={plan.start_from}", what=what, fix="Give an artifact stacked on SFT"))
-    return artifact
 
 
 def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
     """Write a verdict into the run, the ledger and the trackers."""
     entry = job.entry
-    entry.state, entry.verdict = STATES[verdict.state], verdict.state
+    entry.state, entry.verdict, entry.unpromoted = state_of(verdict), verdict.state, list(verdict.unpromoted)
     job.run.save()
     judgement = ledger.Judgement(
         run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, lineage=artifact.manifest.lineage,
@@ -89,27 +85,53 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     job.host.hook.stage_finished(stage=job.name, artifact=artifact, verdict=verdict)
     job.display.line(job.name, verdict.state.upper(), verdict.reason)
+    if verdict.unpromoted:
+        job.display.line(job.name, "gate", f"not promoted: it stands on {'; '.join(verdict.unpromoted)}")
     report.write(job.run.path)
 
 
-def _next_parent(job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict) -> ModelSource:
-    """Return the model under the next stage: the promoted artifact, or the gate's policy for any other verdict."""
+def _next_parent(
+    job: Job, parent: ModelSource, artifact: Artifact, verdict: Verdict
+) -> tuple[ModelSource, tuple[str, ...]]:
+    """Return the model under the next stage, and what no gate passed in it and below it.
+
+    It is the artifact that passed, or the one of the gate's policy for any other verdict.
+    """
     policy = policy_for(job.step.gate, verdict.state)
-    if policy is None or policy is OnFail.warn:
-        return artifact.source(job.base)
+    if policy is None:
+        return artifact.source(job.base), verdict.unpromoted
+    if policy is OnFail.warn:
+        setting = f"on_{verdict.state}: warn"
+        job.display.line(job.name, "gate", f"warning: not promoted, and by {setting} the run goes on from it")
+        return artifact.source(job.base), (*verdict.unpromoted, f"{artifact.named}: {verdict.state}")
     if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
         job.display.line(job.name, "gate", f"rolled back: the pipeline continues from {parent.name}")
-        return parent
+        return parent, verdict.unpromoted
     raise verdict_error(job.name, verdict)
 
 
+def _forget_former(jobs: Sequence[Job], parent: ModelSource) -> None:
+    """Make stages pending again when the first of them stood on another parent, under another policy of a gate."""
+    if jobs[0].entry.parent_digest in (None, parent.digest):
+        return
+    for job in jobs:
+        job.entry.reset()
+    jobs[0].run.save()
+
+
+def _withdraw(jobs: Sequence[Job], stopped: str, verdict: Verdict) -> None:
+    """Set aside what another policy had built after the stage at which this run stops."""
+    for job in jobs:
+        withdraw(job, f"the run stops at {stopped}, a {verdict.state}")
+
+
 @contextlib.contextmanager
-def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[None]:
+def _closing(directory: RunDirectory, plan: Plan, host: Host, display: Display) -> Iterator[None]:
     """Close the run, whatever ends it: write its state to run.json, write the report, close the trackers."""
     state = "failed"
     try:
         yield
-        state = "done"
+        state = _complete(directory, plan)
     except tuple(ENDINGS) as error:
         state = ENDINGS[type(error)]
         raise
@@ -124,6 +146,13 @@ def _closing(directory: RunDirectory, host: Host, display: Display) -> Iterator[
         _finish_plugins(host, directory.path, state)
 
 
+def _complete(directory: RunDirectory, plan: Plan) -> str:
+    """Return the state of a run after its last stage."""
+    verdicts = [(step.gate, directory.state.stage(step.name).verdict) for step in plan.steps]
+    went_on = any(policy_for(gate, verdict) is OnFail.warn for gate, verdict in verdicts if verdict is not None)
+    return WARNED if went_on else "done"
+
+
 def _finish_plugins(host: Host, directory: Path, state: str) -> None:
     """Call ``run_finished`` of every plugin, whatever the others do; raise the first failure of a run that is done."""
     # One call per plugin: in a common one the first to raise would keep the others' trackers open. After an error the
@@ -135,7 +164,7 @@ def _finish_plugins(host: Host, directory: Path, state: str) -> None:
             host.manager.subset_hook_caller("run_finished", others)(directory=directory, state=state)
         except PluginFailed as failure:
             failures.append(failure)
-    if failures and state == "done":
+    if failures and state in ("done", WARNED):
         raise failures[0]
 
 

@@ -78,6 +78,8 @@ class Plan:
     """Folder of all runs."""
     start_from: Path | None
     """Folder of the artifact to start from; None: the base."""
+    start_from_unpromoted: bool
+    """True when ``start_from`` may be an artifact that no gate passed."""
     resolved: Mapping[str, Any]
     """The recipe as plain data, every interpolation resolved."""
 
@@ -88,7 +90,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
-    used = ["seed", "output_root", "stages", "start_from", "plugin_timeout", "model", "tracker", *host.own_nodes()]
+    used = ["seed", "output_root", "stages", "start_from", "start_from_unpromoted", "plugin_timeout", "model", "tracker", *host.own_nodes()]
     used += names
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
@@ -98,7 +100,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         raise BadInput(problems + broken)
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
-    problems += [*_number_problems(config), *_timeout_problems(config)]
+    problems += [*_number_problems(config), *_timeout_problems(config), *_consent_problems(config)]
     settings = _plugin_settings(composition, host, problems)
     plan = Plan(
         recipe=composition.recipe,
@@ -112,6 +114,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         plugin_timeout=config.plugin_timeout,
         output_root=Path(str(config.output_root)),
         start_from=Path(str(config.start_from)) if config.start_from else None,
+        start_from_unpromoted=config.start_from_unpromoted,
         resolved={key: _plain(config[key]) for key in used},
     )
     for answer in host.hook.check_plan(plan=plan):
@@ -236,6 +239,13 @@ def _number_problems(config: DictConfig) -> Sequence[Problem]:
     if isinstance(config.seed, int) and 0 <= config.seed < 2**32:
         return ()
     return (Problem(where="seed", what=f"{config.seed!r} is not an integer from 0 to 2**32 - 1"),)
+
+
+def _consent_problems(config: DictConfig) -> Sequence[Problem]:
+    given = config.start_from_unpromoted
+    if isinstance(given, bool):
+        return ()
+    return (Problem(where="start_from_unpromoted", what=f"{given!r} is neither true nor false"),)
 
 
 def _timeout_problems(config: DictConfig) -> Sequence[Problem]:

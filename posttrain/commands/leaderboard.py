@@ -86,7 +86,7 @@ def _table(board: Board) -> Table:
             column,
             justify="right" if column in ("n", "score") else "left",
             overflow="fold",
-            no_wrap=column not in ("recipe", "lineage"),
+            no_wrap=column not in ("recipe", "lineage", "verdict"),
         )
     for entry in board.entries:
         cells = _cells(entry, board.scale)

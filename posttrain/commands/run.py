@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from posttrain import environment
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain
+from posttrain.gate.procedure import WARNED
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
@@ -28,17 +29,23 @@ def main(words: list[str]) -> int:
     from posttrain.config.compose import compose
 
     host = plugins.load()
-    _run_plan(make_plan(compose(host, words), host), host)
-    return 0
+    return _run_plan(make_plan(compose(host, words), host), host)
 
 
-def _run_plan(plan: Plan, host: Host) -> None:
-    """Run a plan, and print its final table however it ends."""
+def _run_plan(plan: Plan, host: Host) -> int:
+    """Run a plan, and print its final table however it ends.
+
+    Return 0; after verdicts that a gate only warns about, the code of the worst of them.
+    """
     environment.prepare()
     from posttrain.pipeline import run
     from posttrain.run.display import Display
 
-    run(plan, host, Display())
+    state = run(plan, host, Display()).state
+    if state.state != WARNED:
+        return 0
+    verdicts = [stage.verdict for stage in state.stages]
+    return GateFailed.exit_code if "fail" in verdicts else GateUndecided.exit_code
 
 
 def _flags_first(words: list[str]) -> list[str]:
@@ -86,7 +93,7 @@ def run_hydra(words: list[str], primary: str = "config") -> int:
             tracker=own.runtime.choices["tracker"],
         )
         try:
-            _run_plan(make_plan(found, host), host)
+            codes.append(_run_plan(make_plan(found, host), host))
         except (BadInput, GateFailed, GateUndecided, ArtifactDamaged) as error:
             codes.append(explain(error))
 
@@ -96,4 +103,4 @@ def run_hydra(words: list[str], primary: str = "config") -> int:
         hydra.main(config_path=str(shipped("conf")), config_name=primary, version_base="1.3")(member)()
     except HydraException as error:
         raise BadInput(fault(error, words, host).problem) from None
-    return next(iter(codes), 0)
+    return next((code for code in codes if code), 0)

@@ -16,7 +16,8 @@ from typing import Any
 from posttrain.config.ranges import number, out_of_range
 
 ROOT = (
-    "seed", "output_root", "stages", "start_from", "model", "data", "gate_data", "tracker", "variant", "plugin_timeout",
+    "seed", "output_root", "stages", "start_from", "start_from_unpromoted", "model", "data", "gate_data", "tracker",
+    "variant", "plugin_timeout",
 )  # fmt: skip
 """Keys at the top level of every recipe, other than its stages and the settings of plugins."""
 MISSING: Any = "???"

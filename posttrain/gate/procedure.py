@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from posttrain.config.schema import OnFail
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from posttrain.host.plugins import Host
 
 STATES: Mapping[VerdictState, str] = {"pass": "promoted", "fail": "gate_failed", "undecided": "undecided"}
-"""State of a stage by the verdict about it."""
+"""State of a stage by the verdict about it, where everything below it is promoted."""
+UNPROMOTED = "unpromoted"
+"""State of a stage that passed its gate on top of what no gate passed."""
+WARNED = "warned"
+"""State of a run that is complete, but went on after a verdict that was no pass."""
 ERRORS: Mapping[VerdictState, type[PosttrainError]] = {"fail": GateFailed, "undecided": GateUndecided}
 """Errors of the verdicts that stop a command."""
 
@@ -39,10 +44,15 @@ def decide_candidate(host: Host, request: GateRequest, scorecard: Scorecard) -> 
     verdict = host.hook.judge_artifact(request=request, scorecard=scorecard)
     if not isinstance(verdict, Verdict):
         raise PluginFailed(f"{request.stage}: the gate answered {verdict!r}, which is not a verdict: never a pass")
-    return verdict
+    return replace(verdict, gated=verdict.gated and request.gate.enabled, unpromoted=request.unpromoted)
 
 
-def policy_for(gate: GateConfig, state: VerdictState) -> OnFail | None:
+def state_of(verdict: Verdict) -> str:
+    """Return the state of a stage under a verdict: a pass on top of what no gate passed promotes nothing."""
+    return UNPROMOTED if verdict.state == "pass" and verdict.unpromoted else STATES[verdict.state]
+
+
+def policy_for(gate: GateConfig, state: str) -> OnFail | None:
     """Return the gate's policy for a verdict; None for a pass, which needs none."""
     if state == "pass":
         return None

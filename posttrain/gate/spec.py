@@ -53,6 +53,8 @@ class GateRequest:
     """Folder of scores cached by content, shared by all runs below one output root."""
     scorecard: Path
     """The scorecard.jsonl to write: one row per system, task, filter and document."""
+    unpromoted: tuple[str, ...] = ()
+    """Artifacts below the candidate that no gate passed, each with its verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,3 +168,5 @@ class Verdict:
     """Decisions about the single tasks."""
     reason: str
     """The deciding figures in plain words."""
+    unpromoted: tuple[str, ...] = ()
+    """Artifacts below the judged one that no gate passed, each with its verdict. Filled in."""

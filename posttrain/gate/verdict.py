@@ -70,6 +70,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "state": verdict.state,
         "gated": verdict.gated,
         "reason": verdict.reason,
+        "unpromoted": list(verdict.unpromoted),
         "tasks": [asdict(task) for task in verdict.tasks],
     }
 
@@ -87,7 +88,10 @@ def read_verdict(path: Path) -> Verdict:
         numbers = [value for task in tasks for value in asdict(task).values() if isinstance(value, float | int)]
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError("a figure is not finite")
-        return Verdict(state=record["state"], gated=record["gated"], tasks=tasks, reason=record["reason"])
+        return Verdict(
+            state=record["state"], gated=record["gated"], tasks=tasks, reason=record["reason"],
+            unpromoted=tuple(record["unpromoted"]),
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactDamaged(f"{path} does not hold a verdict: {error}") from None
 

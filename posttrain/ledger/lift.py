@@ -56,6 +56,8 @@ class Lift:
     """Verdict on this task: pass, fail or undecided."""
     verdict: str
     """Verdict of the whole gate: pass, fail or undecided."""
+    unpromoted: str
+    """Artifacts below the judged one that no gate passed, each with its verdict; empty when all are promoted."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is not of its type."""
@@ -94,7 +96,7 @@ class Judgement:
             "recorded_at": recorded_at, "recorded_by": recorded_by, "run": self.run, "recipe": self.recipe,
             "stage": self.stage, "lineage": ">".join(self.lineage), "base_model": self.base.name,
             "base": self.base.digest, "parent": self.parent, "artifact": self.artifact,
-            "verdict": self.verdict.state,
+            "verdict": self.verdict.state, "unpromoted": "; ".join(self.verdict.unpromoted),
         }  # fmt: skip
         try:
             return [Lift(**shared, **_figures(task)) for task in self.verdict.tasks]

@@ -15,7 +15,7 @@ from posttrain.ledger.chain import Row
 from posttrain.ledger.lift import KINDS, Lift
 
 LEDGER = "ledger.sqlite"
-FORMAT = 1
+FORMAT = 2
 """Format of the table, kept as SQLite's user_version."""
 WAIT_SECONDS = 60
 """Longest wait for another writer."""

@@ -139,7 +139,7 @@ class _Regression:
             scorecard = add_baseline(file, committed, self.tasks, self._score(alone), self.candidate.base.digest)
         verdict = self._decide(request, scorecard, baseline)
         folder = request.scorecard.parent
-        write_verdict(folder / "verdict.json", verdict)
+        write_verdict(folder / "verdict.json", verdict, artifact=self.candidate.source.digest)
         ledger.record(Path(self.settings.output_root), folder, self._judgement(folder, verdict, baseline))
         if self.settings.update_baseline:
             self._update_baseline(verdict, scorecard)

@@ -17,7 +17,7 @@ from posttrain.report.scores import scale_of
 
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that no XML document can hold."""
-GATED_ENDS = ("done", "gate_failed", "undecided")
+GATED_ENDS = ("done", "warned", "gate_failed", "undecided")
 """States of a run that ended by the answer of its gates."""
 
 

@@ -25,7 +25,7 @@ class Entry:
     low: float | None = None
     high: float | None = None
     verdict: str = ""
-    """Last verdict of every gate about the artifact, each word once; empty for a base."""
+    """Last verdict of every gate about the artifact, each once; empty for a base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,13 @@ def _artifact(lift: Lift) -> Entry:
 
 
 def _verdicts(group: Sequence[Lift], artifact: str) -> str:
-    """Return the last verdict of every gate about an artifact, each word once: a lax gate hides no strict one."""
-    last = {(lift.run, lift.stage): lift.verdict for lift in group if lift.artifact == artifact}
+    """Return the last verdict of every gate about an artifact, each once: a lax gate hides no strict one."""
+    last = {(lift.run, lift.stage): _verdict(lift) for lift in group if lift.artifact == artifact}
     return ", ".join(dict.fromkeys(last.values()))
+
+
+def _verdict(lift: Lift) -> str:
+    return f"{lift.verdict} on {lift.unpromoted}" if lift.unpromoted else lift.verdict
 
 
 def _over_base(lift: Lift) -> Entry:

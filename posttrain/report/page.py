@@ -24,11 +24,12 @@ from posttrain.report.table import remarks
 TONES = {
     "pass": "good", "promoted": "good", "done": "good",
     "fail": "bad", "gate_failed": "bad", "failed": "bad",
-    "undecided": "warn", "interrupted": "warn",
+    "undecided": "warn", "interrupted": "warn", "warned": "warn", "unpromoted": "warn",
 }  # fmt: skip
 """Colour of a state; others have none."""
 ENDINGS = {
     "done": "The run is complete.",
+    "warned": "The run is complete, but it went on after a verdict that was no pass.",
     "running": "The run is not finished; this is its state so far.",
     "gate_failed": "A gate failed an artifact, and the run stopped there.",
     "undecided": "A gate could not decide, and the run stopped there.",

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 COLUMNS = ("stage", "task", "base", "parent", "candidate", "lift", "verdict", "tokens", "time")
 RIGHT = ("base", "parent", "candidate", "tokens", "time")
 """Columns aligned to the right."""
-COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "gate_failed": "red", "undecided": "yellow"}
+COLOURS = {"pass": "green", "promoted": "green", "fail": "red", "gate_failed": "red", "undecided": "yellow",
+           "unpromoted": "yellow"}  # fmt: skip
 """Colour of a state; others have none."""
 PLAIN_WIDTH = 140
 """Columns of a table written to a file or a pipe."""
@@ -32,9 +33,11 @@ def reasons(report: RunReport) -> list[tuple[str, str]]:
 
 
 def remarks(stage: StageState) -> list[str]:
-    """Return the remarks on a stage: its eval loss, and its warnings."""
+    """Return the remarks on a stage: its origin, what is not promoted below it, its eval loss, and its warnings."""
+    origin = [f"linked from {stage.origin}, not trained again"] if stage.origin else []
+    below = [f"stands on what no gate passed: {'; '.join(stage.unpromoted)}"] if stage.unpromoted else []
     eval_loss = [] if stage.eval_loss is None else [f"eval loss {stage.eval_loss:.4f}"]
-    return [*eval_loss, *stage.warnings]
+    return [*origin, *below, *eval_loss, *stage.warnings]
 
 
 def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:

@@ -28,13 +28,18 @@ class StageState:
     name: str
     kind: str
     state: str = "pending"
-    """pending, running, trained, promoted, gate_failed, undecided; interrupted or failed in training."""
+    """pending, running, trained, promoted, gate_failed, undecided; unpromoted: passed, but below it is something that
+    did not; interrupted or failed in training."""
     artifact: str | None = None
     """Directory of the artifact, relative to the run's directory."""
     digest: str | None = None
+    origin: str | None = None
+    """Directory below the output root from which the artifact was linked; None when this run trained it."""
     parent_digest: str | None = None
     verdict: str | None = None
     """pass, fail or undecided; the whole verdict is in stages/<name>/verdict.json."""
+    unpromoted: list[str] = field(default_factory=list)
+    """Artifacts below this one that no gate passed, each with its verdict."""
     tokens: int | None = None
     """Number of tokens seen in training."""
     seconds: float | None = None
@@ -43,6 +48,11 @@ class StageState:
     """Final loss on the records of eval_data or eval_share; None without any."""
     warnings: list[str] = field(default_factory=list)
     """Problems reported by the stage without stopping."""
+
+    def reset(self) -> None:
+        """Forget everything but the time spent: the stage is yet to run."""
+        fresh = StageState(name=self.name, kind=self.kind, seconds=self.seconds)
+        vars(self).update(vars(fresh))
 
 
 @dataclass(kw_only=True)
@@ -55,7 +65,8 @@ class RunState:
     started: str | None = None
     """Time of the first start, in UTC."""
     state: str = "running"
-    """running, done, gate_failed, undecided, interrupted or failed."""
+    """running, done, warned (complete, after a verdict that was no pass), gate_failed, undecided, interrupted or
+    failed."""
     stages: list[StageState] = field(default_factory=list)
 
     def end(self, state: str) -> None:

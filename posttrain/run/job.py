@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,12 @@ from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.scoring.catalogue import task_digests
 
-PACKAGES = ("posttrain", "torch", "transformers", "peft", "trl", "lm_eval")
+PACKAGES = (
+    "posttrain", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "lm_eval",
+)  # fmt: skip
 """Distributions recorded with their versions in every artifact."""
+SCORING_ONLY = ("lm_eval",)
+"""Those that cannot change an artifact, only its scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +69,14 @@ class Job:
         shapers = self.host.shapers()
         return digest_of({**content, "plugins": shapers} if shapers else content)
 
-    def gate_digest(self, systems: Mapping[str, ModelSource]) -> str:
+    def gate_digest(self, systems: Mapping[str, ModelSource], unpromoted: Sequence[str]) -> str:
         """Return the digest of everything the verdict depends on: the gate, its tasks' files, the systems."""
         return digest_of(
             {
                 "gate": plain(self.step.gate),
                 "files": {name: task_digests(task.task or name, task.data) for name, task in self.step.tasks.items()},
                 "systems": {role: system.digest for role, system in systems.items()},
+                "unpromoted": list(unpromoted),
                 "versions": versions(),
             }
         )
@@ -100,9 +105,13 @@ def records_digest(step: Step) -> str:
 
 
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
-    """Return everything a stage's training depends on, except its parent and its data; its gate has no part in it."""
+    """Return everything a stage's training depends on, except its parent and its data.
+
+    Its gate, its name and its place in the recipe have no part in it, nor has the machine: neither threads nor device.
+    """
     settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
     identity = {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
+    identity["versions"] = {name: found for name, found in versions().items() if name not in SCORING_ONLY}
     return identity | shaping_settings(plan)
 
 

@@ -25,10 +25,10 @@ def check_gates(jobs: Sequence[Job]) -> None:
         raise BadInput(problems)
 
 
-def judge_stage(job: Job, parent: ModelSource, artifact: Artifact) -> Verdict:
+def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...] = ()) -> Verdict:
     """Judge an artifact by its gate. The published files are scored, not the trainer's memory."""
     systems = _systems(job, parent, artifact)
-    key = job.gate_digest(systems)
+    key = job.gate_digest(systems, unpromoted)
     if (existing := _read_existing(job, key)) is not None:
         return existing
     request = GateRequest(
@@ -39,13 +39,14 @@ def judge_stage(job: Job, parent: ModelSource, artifact: Artifact) -> Verdict:
         dtype=job.plan.model.dtype.value,
         cache=job.plan.output_root / "cache",
         scorecard=job.folder / "scorecard.jsonl",
+        unpromoted=unpromoted,
     )
     progress = EvaluationProgress(job.display, job.name)
     try:
         _, verdict = ask_gate(job.host, request, progress)
     finally:
         progress.stop()
-    write_verdict(job.folder / "verdict.json", verdict, gate_digest=key)
+    write_verdict(job.folder / "verdict.json", verdict, gate_digest=key, artifact=artifact.digest)
     return verdict
 
 

@@ -1,8 +1,9 @@
-"""The core's ``run_stage``: runs a stage in this process unless a plugin runs it elsewhere."""
+"""The start of a run, checked in its plan, and ``run_stage``: runs a stage here unless a plugin runs it elsewhere."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.errors import PluginFailed
@@ -10,7 +11,17 @@ from posttrain.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from posttrain.context import StageContext
+    from posttrain.errors import Problem
+    from posttrain.plan import Plan
     from posttrain.stage import Stage
+
+
+@hookimpl
+def check_plan(plan: Plan) -> Sequence[Problem]:
+    """Report a ``start_from`` that no gate passed."""
+    from posttrain.run.start import check_start
+
+    return check_start(plan)
 
 
 @hookimpl(trylast=True)

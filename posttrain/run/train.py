@@ -1,16 +1,14 @@
-"""Training of one stage: from records to a published artifact, unless the run already has it."""
+"""Training of one stage: from records to a published artifact, unless there is one already."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of, verify
+from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of
 from posttrain.context import StageContext
 from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
@@ -23,6 +21,7 @@ from posttrain.host.process_state import ProcessState
 from posttrain.plan import Step
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, plain, records_digest, shaping_settings, versions
+from posttrain.run.published import ARTIFACT, DRAFT, find_published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +35,34 @@ class Records:
 
 
 def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
-    """Train the stage and return its artifact, or the one already published by this run.
+    """Train the stage and return its artifact, or the one already published by this or another run.
 
     Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
     """
     fingerprint = job.fingerprint(parent)
-    existing = _published(job, fingerprint)
+    existing = find_published(job, parent, fingerprint)
     if existing is not None:
-        job.display.line(job.name, "train", f"already done: {existing.digest[:12]}")
+        if job.entry.digest != existing.digest:
+            _describe(job, parent, existing)
         return existing
-    _clear_drafts(job.folder)
-    entry = job.entry
-    entry.state, entry.verdict, entry.digest, entry.artifact = "running", None, None, None
-    entry.parent_digest = parent.digest
+    job.entry.reset()
+    job.entry.state, job.entry.parent_digest = "running", parent.digest
     job.run.save()
     with _named_failures(job):
         artifact = _run_stage(job, parent, records, fingerprint)
-    entry.state, entry.digest = "trained", artifact.digest
-    entry.artifact = str(artifact.path.relative_to(job.run.path))
-    entry.tokens = artifact.manifest.metrics.get("tokens")
-    entry.eval_loss = artifact.manifest.metrics.get("eval_loss")
-    entry.warnings = artifact.manifest.metrics.get("warnings", [])
-    job.run.save()
+    _describe(job, parent, artifact)
     job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
     return artifact
+
+
+def _describe(job: Job, parent: ModelSource, artifact: Artifact) -> None:
+    """Write a new artifact into the stage's entry in run.json."""
+    entry, metrics = job.entry, artifact.manifest.metrics
+    entry.state, entry.verdict, entry.digest, entry.parent_digest = "trained", None, artifact.digest, parent.digest
+    entry.artifact = str(artifact.path.relative_to(job.run.path))
+    entry.tokens, entry.eval_loss = metrics.get("tokens"), metrics.get("eval_loss")
+    entry.warnings = metrics.get("warnings", [])
+    job.run.save()
 
 
 def _figures(artifact: Artifact) -> str:
@@ -73,25 +76,13 @@ def _figures(artifact: Artifact) -> str:
     return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
 
 
-def _published(job: Job, fingerprint: str) -> Artifact | None:
-    """Return the artifact of an earlier attempt; set one with another fingerprint aside, renamed by its digest."""
-    path = job.folder / "artifact"
-    if not path.exists():
-        return None
-    artifact = verify(path)
-    if artifact.manifest.fingerprint == fingerprint:
-        return artifact
-    path.rename(job.folder / f"artifact.{artifact.digest[:12]}")
-    return None
-
-
 def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str) -> Artifact:
     from posttrain.model.checks import check_output
     from posttrain.model.reloading import check_reloaded
 
     # The stage writes into a draft, never into the artifact: a crash, a failed check or a full disk leaves nothing at
     # the published name, and a later attempt removes the draft.
-    draft = job.folder / ".draft"
+    draft = job.folder / DRAFT
     draft.mkdir()
     # By fingerprint: a stage with other settings or data never resumes from this one's checkpoints.
     checkpoints = job.folder / "checkpoints" / fingerprint[:12]
@@ -118,7 +109,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
     with _blamed(job):
         check_output(draft, parent)
         check_reloaded(draft, parent, context.dtype)
-        return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / "artifact")
+        return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / ARTIFACT)
 
 
 def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> Manifest:
@@ -143,11 +134,6 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         versions=versions(),
         metrics=context.metrics,
     )
-
-
-def _clear_drafts(folder: Path) -> None:
-    """Remove the half-written output of a killed attempt."""
-    shutil.rmtree(folder / ".draft", ignore_errors=True)
 
 
 @contextlib.contextmanager

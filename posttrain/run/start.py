@@ -1,0 +1,122 @@
+"""The artifact under the first stage, ``start_from``: verified, stacked on SFT, and passed by every gate that judged it.
+
+Its verdicts are those in its run, beside it, and those of ``posttrain gate`` below the same output root. A copy of its
+folder has none: what cannot be shown was never judged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.artifact import MANIFEST, Artifact, Manifest, read_manifest, verify
+from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.gate.spec import Verdict
+from posttrain.gate.verdict import read_verdict
+from posttrain.ledger import GATES
+from posttrain.plan import CORE, Plan
+
+NEVER = "never judged"
+SETTING = "start_from_unpromoted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The answer of the gates about an artifact."""
+
+    state: str
+    """pass, fail, undecided, or NEVER."""
+    reason: str
+    """The deciding figures with the verdict's file; the reason for which there is none."""
+    below: tuple[str, ...] = ()
+    """Artifacts below it that no gate passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The artifact under the first stage."""
+
+    artifact: Artifact
+    unpromoted: tuple[str, ...]
+    """What no gate passed in it and below it, each with its verdict."""
+
+
+def read_start(plan: Plan) -> Start | None:
+    """Return the artifact under the first stage; None when that is the base itself.
+
+    Raises ArtifactDamaged when it does not match its manifest, BadInput when it is not stacked on SFT, or not promoted
+    and the recipe does not say ``start_from_unpromoted: true``.
+    """
+    if plan.start_from is None:
+        return None
+    artifact = verify(plan.start_from)
+    if problems := _problems(plan, artifact):
+        raise BadInput(problems)
+    standing = find_standing(artifact, plan.output_root)
+    own = () if standing.state == "pass" else (f"{artifact.named}: {standing.state}",)
+    return Start(artifact=artifact, unpromoted=(*standing.below, *own))
+
+
+def check_start(plan: Plan) -> Sequence[Problem]:
+    """Return why ``start_from`` cannot be the start, as far as its manifest and verdicts tell without its weights."""
+    if plan.start_from is None:
+        return []
+    try:
+        values = read_manifest(plan.start_from)
+        manifest = Manifest.from_json(values, plan.start_from / MANIFEST)
+    except ArtifactDamaged:  # the run names it, and ends with another exit code
+        return []
+    return _problems(plan, Artifact(plan.start_from, manifest, values["digest"]))
+
+
+def _problems(plan: Plan, artifact: Artifact) -> Sequence[Problem]:
+    where = f"start_from={plan.start_from}"
+    if CORE not in artifact.manifest.lineage:
+        what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, not on SFT"
+        return [Problem(where=where, what=what, fix="Give an artifact stacked on SFT")]
+    standing = find_standing(artifact, plan.output_root)
+    if plan.start_from_unpromoted or (standing.state == "pass" and not standing.below):
+        return []
+    told = {"fail": "failed by its gate", "undecided": "left undecided by its gate", "pass": "passed by its gate"}
+    what = f"the artifact {artifact.named} is {told.get(standing.state, standing.state)}: {standing.reason}"
+    if standing.below:
+        what = f"the artifact {artifact.named} stands on what no gate passed: {'; '.join(standing.below)}"
+    fix = f"Give a promoted artifact, or set {SETTING}=true: the verdict of every stage then says what it stands on"
+    return [Problem(where=where, what=what, fix=fix)]
+
+
+def find_standing(artifact: Artifact, root: Path) -> Standing:
+    """Return what the gates said of an artifact.
+
+    Its run's own verdict decides, unless ``posttrain gate`` has failed it; without one, the worst of ``posttrain gate``.
+    """
+    folder = artifact.path.resolve().parent
+    own = next(_standings([folder, *sorted(folder.glob("evidence.*"))], artifact), None)
+    roots = dict.fromkeys([root.resolve(), *folder.parents[2:3]])
+    others = list(_standings([path for each in roots for path in sorted((each / GATES).glob("*"))], artifact))
+    failed = [standing for standing in others if standing.state == "fail"]
+    if own is not None and own.state != NEVER:
+        return failed[0] if failed and own.state == "pass" else own
+    worst_first = sorted(others, key=lambda standing: ("fail", "undecided", NEVER, "pass").index(standing.state))
+    missing = Standing(state=NEVER, reason=f"no verdict about it in {folder} or {root / GATES}")
+    return next(iter(worst_first), own or missing)
+
+
+def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing]:
+    """Yield what the verdicts in these folders say, as far as they are about the artifact."""
+    for path in (folder / "verdict.json" for folder in folders):
+        try:
+            if json.loads(path.read_text(encoding="utf-8")).get("artifact") == artifact.digest:
+                yield _standing(read_verdict(path), path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (ArtifactDamaged, OSError, ValueError) as error:
+            yield Standing(state=NEVER, reason=f"its verdict cannot be believed: {error}")
+
+
+def _standing(verdict: Verdict, path: Path) -> Standing:
+    if not verdict.gated:
+        return Standing(state=NEVER, reason=f"its gate was switched off ({path})", below=verdict.unpromoted)
+    return Standing(state=verdict.state, reason=f"{verdict.reason} ({path})", below=verdict.unpromoted)
