@@ -90,7 +90,17 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
-    used = ["seed", "output_root", "stages", "start_from", "start_from_unpromoted", "plugin_timeout", "model", "tracker", *host.own_nodes()]
+    used = [
+        "seed",
+        "output_root",
+        "stages",
+        "start_from",
+        "start_from_unpromoted",
+        "plugin_timeout",
+        "model",
+        "tracker",
+        *host.own_nodes(),
+    ]
     used += names
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")

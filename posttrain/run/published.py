@@ -126,7 +126,9 @@ class _Linked:
         path = draft.rename(job.folder / ARTIFACT)
         sync(job.folder)
         job.entry.origin = str(self.found.relative_to(job.plan.output_root))
-        job.display.line(job.name, "train", f"linked from {job.entry.origin}: {artifact.digest[:12]}, not trained again")
+        job.display.line(
+            job.name, "train", f"linked from {job.entry.origin}: {artifact.digest[:12]}, not trained again"
+        )
         return Artifact(path, artifact.manifest, artifact.digest)
 
     def _require_same_origin(self, artifact: Artifact, parent: ModelSource) -> None:

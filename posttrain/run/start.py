@@ -1,4 +1,4 @@
-"""The artifact under the first stage, ``start_from``: verified, stacked on SFT, and passed by every gate that judged it.
+"""The artifact under the first stage, ``start_from``: verified, stacked on SFT, and passed by the gate that judged it.
 
 Its verdicts are those in its run, beside it, and those of ``posttrain gate`` below the same output root. A copy of its
 folder has none: what cannot be shown was never judged.
@@ -90,7 +90,7 @@ def _problems(plan: Plan, artifact: Artifact) -> Sequence[Problem]:
 def find_standing(artifact: Artifact, root: Path) -> Standing:
     """Return what the gates said of an artifact.
 
-    Its run's own verdict decides, unless ``posttrain gate`` has failed it; without one, the worst of ``posttrain gate``.
+    Its run's own verdict decides, unless ``posttrain gate`` has failed it; without one, the worst that command said.
     """
     folder = artifact.path.resolve().parent
     own = next(_standings([folder, *sorted(folder.glob("evidence.*"))], artifact), None)

@@ -153,7 +153,9 @@ class Killed(BaseException):
     """The process died here."""
 
 
-@pytest.mark.parametrize("moment", ["os.link", "posttrain.run.published.verify", "posttrain.run.published._Linked._curves"])
+@pytest.mark.parametrize(
+    "moment", ["os.link", "posttrain.run.published.verify", "posttrain.run.published._Linked._curves"]
+)
 def test_a_kill_while_linking_leaves_nothing_half(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(Script(), "stages=[sft]")
 

@@ -143,7 +143,9 @@ def test_a_run_that_went_on_after_a_verdict_says_so_everywhere(
 def test_a_sweep_ends_with_the_code_of_its_first_member_that_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = iter([0, 3, 0])
     monkeypatch.setattr(run_command, "_run_plan", lambda plan, host: next(codes))
-    assert run_command.main(["-m", "recipe=mine", "sft.gate.enabled=false", "dpo.gate.enabled=false", "seed=1,2,3"]) == 3
+    assert (
+        run_command.main(["-m", "recipe=mine", "sft.gate.enabled=false", "dpo.gate.enabled=false", "seed=1,2,3"]) == 3
+    )
 
 
 def test_a_warned_run_that_passes_after_all_is_done() -> None:
