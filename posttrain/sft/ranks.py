@@ -28,7 +28,7 @@ RESULT = "gradient.safetensors"
 def gradient_of_ranks(
     model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig
 ) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean loss over all ranks' trained tokens, by parameter name, in float32.
+    """Return the gradient of the mean loss over all ranks' trained tokens, by parameter name.
 
     Starts two processes connected by gloo. Raises torch's ProcessException when one of them fails.
     """

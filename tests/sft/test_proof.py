@@ -22,6 +22,7 @@ from posttrain.sft.proof import LENGTH, Check, Proof, plain_gradient, sample
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.masks import mask_fault
 from posttrain.tokens.packing import PackedRow
+from tests.support.architectures import tiny_model
 from tests.support.tiny import documents_of, packed_rows, sft_config, tiny_llama, tiny_tokenizer, write_base
 
 DOCUMENTS = [
@@ -99,13 +100,47 @@ def test_a_short_sliding_window_is_proven_but_not_under_a_mask() -> None:
     assert found[-1].reason == "the model attends to 4 tokens only"
 
 
-def test_a_model_in_which_rounding_grows_is_held_to_its_own_rounding() -> None:
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_rounding_of_a_deep_model_accuses_nothing_and_hides_nothing(scale: int) -> None:
     deep = tiny_llama(num_hidden_layers=24)
-    rounding, _, *others = Proof(model=deep, documents=DOCUMENTS, config=sft_config()).checks()
+    with torch.no_grad():
+        for layer in deep.model.layers:
+            layer.self_attn.q_proj.weight *= scale  # sharper attention: rounding grows
+    rounding, own, *others = Proof(model=deep, documents=DOCUMENTS, config=sft_config()).checks()
     assert rounding.error is not None
     assert 1e-6 < rounding.error < rounding.limit
-    assert not failures(others)
-    assert {check.limit for check in others if check.against == "the loop" and not check.reason} == {rounding.error}
+    assert own.limit == 2 * rounding.error
+    assert not failures([own, *others])
+    assert {check.limit for check in others} == {1e-6}
+    assert all(check.error <= 1e-9 for check in others if check.error is not None)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_mixture_of_experts_is_proven_and_trains_on_with_its_own_product(name: str, lora: bool) -> None:
+    model, config = tiny_model(name), sft_config()
+    product = model.get_experts_implementation()
+    policy = new_adapter(model, config.lora, seed=0) if lora else model
+    found = list(Proof(model=policy, documents=DOCUMENTS, config=config).checks())
+    assert not failures(found)
+    assert len([check for check in found if check.error is not None]) >= 9
+    assert model.get_experts_implementation() == product == {"": "grouped_mm"}
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_what_cannot_be_packed_is_proven_without_packing(name: str) -> None:
+    found = list(Proof(model=tiny_model(name), documents=DOCUMENTS, config=sft_config(packing=False)).checks())
+    assert not failures(found)
+    assert [check.reason for check in found if check.name == "attention of a whole row under one mask"] == [
+        "the model cannot be packed"
+    ]
+
+
+def test_each_comparison_is_named_as_it_begins() -> None:
+    begun: list[str] = []
+    for check in Proof(model=tiny_llama(), documents=DOCUMENTS, config=sft_config()).checks(began=begun.append):
+        assert begun[-1] == check.name
+    assert len(begun) == len(set(begun)) == 11
 
 
 def test_float32_that_is_none_fails() -> None:

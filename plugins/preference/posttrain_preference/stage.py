@@ -46,6 +46,7 @@ def _train(context: StageContext, method: Method, kind: type[StageTrainer], rows
 
     policy = context.policy()
     configs = [(holder, name, copy.deepcopy(value)) for holder, name, value in _configs(policy)]
+    _leave_routers_alone(policy)
     first = rows.rows[: context.config.per_device_batch_size]
     expected = row_log_probs(policy, first, uses_autocast(context, policy))
     trainer = build_trainer(kind, context, rows, policy, frozen_copy(policy) if method.referenced else None)
@@ -64,6 +65,17 @@ def _take_steps(context: StageContext, trainer: StageTrainer) -> None:
     trainer.train(resume_from_checkpoint=newest and str(newest))
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{context.name} was stopped after step {trainer.state.global_step}; its checkpoint is kept")
+
+
+def _leave_routers_alone(policy: Any) -> None:
+    """Let a mixture of experts return no router logits: TRL would add its loss of balance to that of the answers.
+
+    SFT adds none either. The loss is meant for experts that are still empty; here it would pull the policy away from
+    the SFT model even where every answer is right, and no start could be proven.
+    """
+    config = _configs(policy)[0][2].get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def _configs(policy: Any) -> list[tuple[Any, str, Any]]:

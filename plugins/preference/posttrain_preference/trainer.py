@@ -67,8 +67,8 @@ class StageTrainer(Trainer, ABC):
 
     @classmethod
     def row_arguments(cls, settings: PreferenceSettings) -> dict[str, Any]:
-        """Return TRL's settings for rows that are final: nothing is cut."""
-        return {"max_length": None}
+        """Return TRL's settings for rows that are final: nothing is cut, and no loss of a router is added."""
+        return {"max_length": None, "router_aux_loss_coef": 0.0}
 
     @classmethod
     @abstractmethod

@@ -48,6 +48,7 @@ def write_tokenizer(folder: Path) -> int:
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"use_rslora": True},
+    "experts": {},
     "plain": {},
     "dora": {"use_dora": True},
     "qlora": {},
@@ -62,11 +63,14 @@ def write_parent(folder: Path, kind: str) -> ModelSource:
     """A random Llama with random weights, or with a random adapter on it, in place of an SFT model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     size = write_tokenizer(folder / "base")
-    config = LlamaConfig(
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": True}
+    config = AutoConfig.for_model(
+        "qwen3_moe" if kind == "experts" else "llama",
+        **(experts if kind == "experts" else {}),
         vocab_size=size,
         hidden_size=32,
         intermediate_size=48,
@@ -80,7 +84,7 @@ def write_parent(folder: Path, kind: str) -> ModelSource:
         pad_token_id=None,
         tie_word_embeddings=kind.startswith("tied"),
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "base")
     if kind != "full":
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **ADAPTERS[kind]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from posttrain.artifact import ModelSource
 from posttrain.model.quantisation import dequantise, quantisation_config
@@ -14,7 +14,8 @@ from posttrain.model.quantisation import dequantise, quantisation_config
 
 def model_on_disk(parent: ModelSource) -> Any:
     """The model of ``parent`` in float64, with its adapter beside the weights."""
-    model: Any = _quantised(parent) if parent.quantization else LlamaForCausalLM.from_pretrained(parent.model)
+    model: Any = _quantised(parent) if parent.quantization else AutoModelForCausalLM.from_pretrained(parent.model)
+    model.set_experts_implementation("eager")  # torch has no grouped product in float64
     if parent.adapter is not None:
         model = PeftModel.from_pretrained(model, parent.adapter)
     return model.double().eval()
@@ -23,7 +24,7 @@ def model_on_disk(parent: ModelSource) -> Any:
 def _quantised(parent: ModelSource) -> Any:
     """The values that the weights of 4 bits stand for."""
     settings = {"quantization_config": quantisation_config("nf4", torch.float32), "device_map": "cpu"}
-    return dequantise(LlamaForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
+    return dequantise(AutoModelForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
 
 
 def log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
