@@ -10,7 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem, explain, nearest
+from posttrain.errors import (
+    BadInput,
+    Interrupted,
+    OutOfMemory,
+    PosttrainError,
+    Problem,
+    explain,
+    is_out_of_memory,
+    nearest,
+)
 from posttrain.version import __version__
 
 HELP = """\
@@ -73,9 +82,24 @@ def answer(words: list[str]) -> int:
         code = 0
     except PosttrainError as error:
         code = explain(error)
+    except Exception as error:
+        if (known := _explain(error)) is None:
+            raise
+        code = explain(known)
     except KeyboardInterrupt:
         code = explain(Interrupted("stopped by Ctrl-C"))
     return code
+
+
+def _explain(error: Exception) -> PosttrainError | None:
+    """Return an error of the machine as one with an exit code: memory, the disk, a path; None for a bug."""
+    if is_out_of_memory(error):
+        return OutOfMemory(error)
+    if isinstance(error, OSError):
+        from posttrain.disk import explain_error
+
+        return explain_error(error)
+    return None
 
 
 def dispatch(words: list[str]) -> int:

@@ -1,18 +1,80 @@
-"""Durable files: a crash leaves the old content or the new, never a part of it."""
+"""Durable files, and errors of the disk under the name of the file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a full or failing disk: nobody's fault, and with some room the same command resumes."""
+PLACE_ERRORS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""Errors of a path that this user cannot read or write, for good."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError without a file: a write knows only its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def explain_error(error: OSError, fallback: Path | None = None) -> PosttrainError | None:
+    """Return an error of the disk or of a path as one with an exit code; None for any other, which is a bug.
+
+    Names the file of the error, or ``fallback``, and the room left beside it.
+    """
+    place = error.filename2 or error.filename or fallback
+    if error.errno in DISK_ERRORS:
+        room = "" if place is None else f" ({_free(Path(str(place))):,} bytes free)"
+        what = f"{error.strerror}: {place or 'a file'}{room}"
+        return Interrupted(f"{what}. Nothing published is lost: make room and run the same command again")
+    if error.errno in PLACE_ERRORS and place is not None:
+        fix = "Give files and an output_root that this user can read and write"
+        return BadInput(Problem(where=str(place), what=f"cannot be read or written: {error.strerror}", fix=fix))
+    return None
+
+
+def require_writable(folder: Path) -> None:
+    """Create ``folder`` and write a byte into it. Raises BadInput or Interrupted naming it when that fails."""
+    probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_synced(probe, "?")
+    except OSError as error:
+        error.filename, error.filename2 = str(folder), None
+        known = explain_error(error)
+        raise known or BadInput(Problem(where=str(folder), what=f"cannot be written: {error.strerror}")) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def write_synced(path: Path, text: str) -> None:
     """Write a text file and sync it to disk."""
-    with path.open("w", encoding="utf-8") as stream:
+    with naming(path), path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
+        os.fsync(stream.fileno())
+
+
+def append_synced(path: Path, line: bytes) -> None:
+    """Append to a file in one write and sync it to disk."""
+    with naming(path), path.open("ab", buffering=0) as stream:
+        if stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(stream.fileno())
 
 
@@ -32,8 +94,15 @@ def replace_text(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Flush the system's buffers of a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _free(path: Path) -> int:
+    """Return the bytes free on the disk of ``path``, which need not exist."""
+    existing = next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+    return shutil.disk_usage(existing).free

@@ -2,7 +2,8 @@
 
 PosttrainError          1  a bug, or anything without a better class
 ├── BadInput            2  recipe, data, model or command line; carries every problem found
-│   └── RunLocked       2  another process writes this run directory
+│   ├── RunLocked       2  another process writes this run directory
+│   └── OutOfMemory     2  the memory of the device or of the machine ran out
 ├── GateFailed          3  a gate failed an artifact
 ├── GateUndecided       4  a gate could not decide
 ├── ArtifactDamaged     5  an artifact on disk, or about to be published, is not sound
@@ -14,6 +15,7 @@ PosttrainError          1  a bug, or anything without a better class
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,6 +33,10 @@ FOREIGN = (
     ValueError,
 )
 """Errors that a library's code raises for what it does not know."""
+
+
+OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""Texts of errors about memory in torch, CUDA and cuBLAS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,17 @@ class BadInput(PosttrainError):
 
 class RunLocked(BadInput):
     """Another process writes the same run directory."""
+
+
+class OutOfMemory(BadInput):
+    """The memory of the device, or of the machine, ran out."""
+
+    def __init__(self, error: BaseException) -> None:
+        fix = (
+            "Lower per_device_batch_size (with a higher gradient_accumulation), sequence_length or gate.batch_size, or "
+            "set gradient_checkpointing=true"
+        )
+        super().__init__(Problem(where="memory", what=f"it ran out: {first_line(error)}", fix=fix))
 
 
 class GateFailed(PosttrainError):
@@ -139,9 +156,24 @@ def reject(where: str, what: str, fix: str = "") -> NoReturn:
 
 def brief(error: Exception) -> str:
     """Return a library's error in one line; raise it again when it says that memory ran out."""
-    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    if is_out_of_memory(error):
         raise error
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or its type when it has none, in 200 characters at most."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for every way in which Python, torch and the system report memory that ran out."""
+    # by name and text: torch is not imported here, and its allocator on a CPU raises a bare RuntimeError
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def require_finite(step: int, name: str, value: float, fix: str = "Lower lr or raise warmup_ratio") -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import OnFail
+from posttrain.disk import explain_error, require_writable
 from posttrain.errors import Interrupted, PluginFailed
 from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
 from posttrain.gate.spec import Verdict
-from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan
@@ -35,6 +35,7 @@ ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupt
 
 def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     """Run or resume a plan. Raises GateFailed or GateUndecided when a gate stops it; everything published stays."""
+    require_writable(plan.output_root)
     ledger.check(plan.output_root)
     interrupts = Interrupts(display.announce)
     with interrupts.installed():
@@ -136,10 +137,10 @@ def _closing(directory: RunDirectory, plan: Plan, host: Host, display: Display) 
         state = ENDINGS[type(error)]
         raise
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if (known := explain_error(error, directory.path)) is None:
             raise
-        state = "interrupted"  # a full disk is nobody's bug: once there is room, the same command resumes
-        raise _disk_full(error, directory) from error
+        state = ENDINGS.get(type(known), state)  # a full disk is nobody's bug: with some room the run resumes
+        raise known from error
     finally:
         directory.state.end(state)
         _write_end(directory, display)
@@ -166,15 +167,6 @@ def _finish_plugins(host: Host, directory: Path, state: str) -> None:
             failures.append(failure)
     if failures and state in ("done", WARNED):
         raise failures[0]
-
-
-def _disk_full(error: OSError, directory: RunDirectory) -> Interrupted:
-    """Return the error for a full or failing disk: the file, the room left, the way to resume."""
-    free = shutil.disk_usage(directory.path).free
-    return Interrupted(
-        f"{error.strerror}: {error.filename or directory.path} ({free:,} bytes free). Nothing published is lost: "
-        "make room and run the same command again"
-    )
 
 
 def _write_end(directory: RunDirectory, display: Display) -> None:

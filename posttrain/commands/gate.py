@@ -16,11 +16,10 @@ from posttrain.config.compose import compose
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateTask, OnFail
 from posttrain.config.typed import check_resolved, conform_gate_tasks
-from posttrain.disk import replace_text
-from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem
+from posttrain.disk import explain_error, replace_text
+from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.procedure import STATES, policy_for, verdict_error
 from posttrain.host import plugins
-from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import Host
 from posttrain.regression.gate import Outcome, is_scores, judge_adapter
 from posttrain.scoring.checks import check_backend, check_tasks
@@ -67,15 +66,9 @@ def _naming_files(settings: RegressionConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place, reason = error.filename2 or error.filename or settings.output_root, error.strerror
-        if error.errno in DISK_ERRORS:
-            raise Interrupted(
-                f"{reason}: {place}. Answers so far are kept: make room and run the same command again"
-            ) from error
-        if error.filename is None:
+        if (known := explain_error(error, Path(settings.output_root))) is None:
             raise
-        fix = "Give files and an output_root that this user can read and write"
-        raise BadInput(Problem(where=str(place), what=f"cannot be read or written: {reason}", fix=fix)) from error
+        raise known from error
 
 
 def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, Mapping[str, GateTask], list[Problem]]:

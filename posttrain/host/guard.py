@@ -7,20 +7,18 @@ PluginFailed. Each call is recorded for the process that detects hangs and crash
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
+from posttrain.disk import DISK_ERRORS
+from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem, is_out_of_memory
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.process_state import ProcessState
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of the disk: no plugin's fault."""
 MARK = "posttrain_impl"
 """Attribute with which pluggy marks the implementation of a hook."""
 STARTING = ("register_stages", "register_settings", "register_config", "register_eval_tasks")
@@ -135,7 +133,7 @@ class Guard:
         except StopIteration as stop:
             ended = _Ended(stop.value)
         except (Exception, SystemExit) as error:
-            if error is passing or isinstance(error, PosttrainError) or _is_of_the_disk(error):
+            if error is passing or isinstance(error, PosttrainError) or _is_of_the_machine(error):
                 raise
             raise self._failed(hook, describe(error)) from error
         finally:
@@ -180,8 +178,9 @@ def _instead(change: str) -> str:
     return "use absolute paths" if "directory" in change else "put back what it finds"
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Return True for a full disk and for memory that ran out: no plugin's fault."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 def _fault(hook: str, answer: Any) -> str | None:

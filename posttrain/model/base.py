@@ -15,6 +15,7 @@ from posttrain.chat_template import template_diff, template_in_config
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
+from posttrain.model.trust import check_places, find_code
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -32,12 +33,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-REJECTED_KEYS = {
-    "auto_map": "runs Python code from the model's repository",
-    "_attn_implementation_internal": "can load code by name",
-    "quantization_config": "holds quantised weights, which cannot be trained",
-}
 HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
@@ -50,6 +47,7 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
     gives another template or other tokens than the pinned ones.
     """
     folder = _folder(model)
+    check_places(folder)
     weights = weight_files(folder)
     _check_configs(folder)
     template = _chat_template(model, folder) if pins is None else _pinned_template(model, pins)
@@ -89,11 +87,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from ``path``. Raises BadInput when the file is missing or holds anything else."""
+    if not path.exists():
+        raise BadInput(Problem(where=str(path), what="the file is missing", fix="Copy the model again"))
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise BadInput(Problem(where=str(path), what="it is no regular file", fix="Copy the model again"))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(Problem(where=str(path), what="the file is missing", fix="Copy the model again")) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
     if not isinstance(value, dict):
         raise BadInput(Problem(where=str(path), what="it is damaged: not a JSON object", fix="Copy the model again"))
@@ -196,15 +196,12 @@ def _check_header(path: Path) -> None:
 def _check_configs(folder: Path) -> None:
     """Reject configurations that load code or describe other weights than the files in ``folder``."""
     problems = []
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in CONFIGS:
         if name == "config.json" or (folder / name).exists():
-            config = read_json(folder / name)
+            fix = "Use a model that transformers supports itself"
             problems += [
-                Problem(
-                    where=str(folder / name), what=f"{key} {why}", fix="Use a model that transformers supports itself"
-                )
-                for key, why in REJECTED_KEYS.items()
-                if config.get(key)
+                Problem(where=str(folder / name), what=f"{key} {why}", fix=fix)
+                for key, why in find_code(read_json(folder / name))
             ]
     if (folder / "adapter_config.json").is_file():  # transformers would silently load its base
         problems.append(Problem(where=str(folder), what="it holds an adapter beside the weights", fix="Move it away"))

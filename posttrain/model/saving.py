@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:

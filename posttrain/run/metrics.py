@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.disk import replace_text
+from posttrain.disk import naming, replace_text
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MetricsLog:
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add the line of one optimizer step."""
-        with self.path.open("a", encoding="utf-8") as stream:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"stage": self.stage, "step": step, **metrics}) + "\n")
 
     def lines(self) -> list[str]:

@@ -12,10 +12,10 @@ from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, pub
 from posttrain.context import StageContext
 from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
-from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
+from posttrain.disk import DISK_ERRORS, naming
+from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem, is_out_of_memory
 from posttrain.host import activity
 from posttrain.host.activity import Activity
-from posttrain.host.guard import DISK_ERRORS
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.process_state import ProcessState
 from posttrain.plan import Step
@@ -146,12 +146,13 @@ def _named_failures(job: Job) -> Iterator[None]:
     except PosttrainError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
             raise
         if job.step.origin == CORE_ORIGIN:
             raise
         log = job.folder / "error.txt"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        with naming(log):
+            log.write_text(traceback.format_exc(), encoding="utf-8")
         reason = f"{type(error).__name__}: {error}"
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.digests import canonical, digest_of
-from posttrain.disk import replace_text
+from posttrain.disk import append_synced, replace_text
 from posttrain.scoring.scorecard import lines_of, row_from_json, row_line
 
 if TYPE_CHECKING:
@@ -90,11 +89,8 @@ class Blocks:
         """Append one block and sync it to disk."""
         line = canonical({"block": block, "answers": answers, "sha256": self._hash(block, answers)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as stream:
-            # The leading newline ends a line torn by a kill; the next reader skips that line, and this one is whole.
-            stream.write(f"\n{line}\n".encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        # The leading newline ends a line torn by a kill; the next reader skips that line, and this one is whole.
+        append_synced(self.path, f"\n{line}\n".encode())
 
     def _block(self, line: str) -> list[tuple[int, Sequence[Any]]]:
         try:

@@ -154,3 +154,39 @@ def test_a_full_disk_while_training(
 def test_the_sft_run_that_finished_has_trained(finished: Path) -> None:
     weights = load_file(finished / "stages/sft/artifact/adapter_model.safetensors")
     assert any(torch.count_nonzero(tensor) for name, tensor in weights.items() if "lora_B" in name)
+
+
+OUT_OF_MEMORY: list[Exception] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    MemoryError(),
+]
+PHASES = [
+    "posttrain.model.loading._load_weights",
+    "posttrain.engine.loop.add_gradient",
+    "posttrain.engine.loop.update_weights",
+    "posttrain.engine.loop.capture",
+    "posttrain.model.saving.get_peft_model_state_dict",
+    "posttrain.model.reloading.probe_both",
+    "posttrain.run.train.publish",
+    "posttrain_preference.trainer.StageTrainer.training_step",
+]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_memory_that_runs_out_in_any_phase(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], phase: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OUT_OF_MEMORY[PHASES.index(phase) % len(OUT_OF_MEMORY)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase, full)
+        assert run("recipe=mine") == 2
+    captured = capfd.readouterr()
+    assert "memory: it ran out" in captured.err
+    assert "per_device_batch_size" in captured.err
+    assert "Traceback" not in captured.err
+    (state,) = project.glob("runs/*/run.json")
+    assert json.loads(state.read_text())["state"] == "failed"
+    assert run("recipe=mine") == 0
