@@ -20,6 +20,7 @@ from posttrain.errors import (
     is_out_of_memory,
     nearest,
 )
+from posttrain.quoting import SECRET, is_secret, quoted_streams, redacted
 from posttrain.version import __version__
 
 HELP = """\
@@ -54,6 +55,7 @@ Exit codes:        0 done, 1 a bug, 2 bad input, 3 a gate failed an artifact, 4 
                    is damaged, 6 a plugin failed, 75 interrupted; run the same command to resume
 """
 HELP_FLAGS = ("--help", "-h")
+COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = ("doctor", "gate", "leaderboard", "ledger", "list", "merge", "new-plugin", "plan", "report", "tokens")
 """Commands of ``posttrain.commands``, each the ``main(words)`` of the module of its name."""
 
@@ -65,11 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     and given ``arguments`` need none.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None and _help(words) is None:
-        from posttrain.host.supervisor import supervise
+    with quoted_streams():
+        if arguments is None and _help(words) is None:
+            from posttrain.host.supervisor import supervise
 
-        sys.exit(supervise(lambda: answer(words)))
-    sys.exit(answer(words))
+            sys.exit(supervise(lambda: answer(words)))
+        sys.exit(answer(words))
 
 
 def answer(words: list[str]) -> int:
@@ -83,29 +86,34 @@ def answer(words: list[str]) -> int:
     except PosttrainError as error:
         code = explain(error)
     except Exception as error:
-        if (known := _explain(error)) is None:
-            raise
-        code = explain(known)
+        code = _explain(error)
     except KeyboardInterrupt:
         code = explain(Interrupted("stopped by Ctrl-C"))
     return code
 
 
-def _explain(error: Exception) -> PosttrainError | None:
-    """Return an error of the machine as one with an exit code: memory, the disk, a path; None for a bug."""
+def _explain(error: Exception) -> int:
+    """Print an error of the machine (memory, the disk, a path) as ours, or a bug with its traceback; return the code."""
+    known: PosttrainError | None = None
     if is_out_of_memory(error):
-        return OutOfMemory(error)
-    if isinstance(error, OSError):
+        known = OutOfMemory(error)
+    elif isinstance(error, OSError):
         from posttrain.disk import explain_error
 
-        return explain_error(error)
-    return None
+        known = explain_error(error)
+    if known is not None:
+        return explain(known)
+    import traceback
+
+    traceback.print_exc()  # here, where it is quoted: Python itself would print it later
+    return PosttrainError.exit_code
 
 
 def dispatch(words: list[str]) -> int:
-    """Run one command and return its exit code."""
-    if "COMP_LINE" in os.environ and any(word in ("-sc", "--shell-completion") for word in words):
-        return _complete(words)
+    """Run one command and return its exit code. Raises BadInput for words that hold a secret or name no command."""
+    _check_secrets(words)
+    if any(word in COMPLETION for word in words):
+        return _complete(words) if "COMP_LINE" in os.environ else _complete_keys(words)
     if (text := _help(words)) is not None:
         print(text, end="")
         return 0
@@ -117,6 +125,19 @@ def dispatch(words: list[str]) -> int:
     fix = f"Did you mean {close}? " if close else ""
     fix += f"Commands: {', '.join(COMMANDS)}; posttrain --help explains them"
     raise BadInput(Problem(where=words[0], what="is not a command", fix=fix))
+
+
+def _check_secrets(words: list[str]) -> None:
+    """Raise BadInput naming, and not showing, each word with a secret: words are recorded and shown in reports."""
+    fix = "Give it in an environment variable that the service reads, such as HF_TOKEN or WANDB_API_KEY"
+    settings = [word.lstrip("+~").partition("=") for word in words]
+    problems = [
+        Problem(where=key if value else "a word of the command", what=SECRET, fix=fix)
+        for key, _, value in settings
+        if is_secret(key, value) or redacted(key) != key
+    ]
+    if problems:
+        raise BadInput(problems)
 
 
 def _help(words: list[str]) -> str | None:
@@ -138,8 +159,6 @@ def _complete(words: list[str]) -> int:
 
     Commands are completed here, keys and values by Hydra, which must not see the command's name.
     """
-    from posttrain.commands.run import run_hydra
-
     line = os.environ["COMP_LINE"]
     typed = line.split()
     current = "" if line.endswith(" ") else typed[-1]
@@ -154,4 +173,14 @@ def _complete(words: list[str]) -> int:
     if arguments[:1] and arguments[0] in COMMANDS:
         shorter = line.replace(f" {arguments[0]} ", " ", 1)
         os.environ["COMP_LINE"], os.environ["COMP_POINT"] = shorter, str(len(shorter))
-    return run_hydra(words, "regression" if arguments[:1] == ["gate"] else "config")
+    return _complete_keys(words, "regression" if arguments[:1] == ["gate"] else "config")
+
+
+def _complete_keys(words: list[str], primary: str = "config") -> int:
+    """Print the keys and values that go on with the line, or the script that makes the shell ask for them."""
+    from posttrain.config.compose import complete
+    from posttrain.host import plugins
+
+    sys.argv = ["posttrain", *words]  # the name in the script
+    complete(plugins.load(), [word for word in words if word not in COMPLETION], primary)
+    return 0

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from posttrain.quoting import lines, one_line
+
 FOREIGN = (
     ArithmeticError,
     AssertionError,
@@ -51,7 +53,7 @@ class Problem:
     """The fix: the nearest valid name, the options, a command."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
+        return f"{one_line(self.where)}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
 
 
 class PosttrainError(Exception):
@@ -143,7 +145,7 @@ def explain(error: PosttrainError) -> int:
     """Print an error for a person, on standard error, and return its exit code."""
     problems = error.problems if isinstance(error, BadInput) else [error]
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {lines(str(problem))}", file=sys.stderr)
     if isinstance(error, Interrupted):
         print("Run the same command again to resume.", file=sys.stderr)
     return error.exit_code

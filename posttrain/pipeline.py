@@ -13,6 +13,7 @@ from pathlib import Path
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import OnFail
+from posttrain.console import styled
 from posttrain.disk import explain_error, require_writable
 from posttrain.errors import Interrupted, PluginFailed
 from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
@@ -46,7 +47,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         path = plan.output_root / run_name(plan, parent, digests)
         with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):
             host.start_run(plan, path)
-            display.console.print(f"[bold]posttrain[/bold] {plan.recipe} ─► {path}")
+            display.console.print(styled(("posttrain", "bold"), f" {plan.recipe} ─► {path}"))
+            for line in plan.shadows:
+                display.console.print(styled(line))
             jobs = [
                 Job(
                     plan=plan, step=step, host=host, run=directory, base=base, data_digest=digests[step.name],
@@ -175,5 +178,5 @@ def _write_end(directory: RunDirectory, display: Display) -> None:
         directory.save()
         report.write(directory.path)
     except OSError as error:
-        display.console.print(f"the end of the run could not be recorded: {error}")
+        display.console.print(styled(f"the end of the run could not be recorded: {error}"))
     report.show(directory.path)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from posttrain.config.compose import Composition
 from posttrain.config.ranges import out_of_range
 from posttrain.config.schema import ROOT, GateConfig, GateTask, ModelConfig, Source, StageConfig
+from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.host.plugins import Host
@@ -82,11 +83,25 @@ class Plan:
     """True when ``start_from`` may be an artifact that no gate passed."""
     resolved: Mapping[str, Any]
     """The recipe as plain data, every interpolation resolved."""
+    shadows: tuple[str, ...] = ()
+    """A line for each chosen option with a second file of its name, which is not used."""
 
 
 def make_plan(composition: Composition, host: Host) -> Plan:
     """Return the plan of a composed recipe; raise BadInput with every problem, those of composing included."""
-    config, problems = composition.config, list(composition.problems)
+    problems = list(composition.problems)
+    with shipped_resolvers():
+        plan = _planned(composition, host, problems)
+    for answer in host.hook.check_plan(plan=plan):
+        problems += answer
+    if problems:
+        raise BadInput(problems)
+    return plan
+
+
+def _planned(composition: Composition, host: Host, problems: list[Problem]) -> Plan:
+    """Return the plan; add the mistakes in its typed settings to ``problems``. Raises BadInput for earlier ones."""
+    config = composition.config
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
@@ -112,7 +127,7 @@ def make_plan(composition: Composition, host: Host) -> Plan:
     steps = [_step(name, config, host, problems) for name in names]
     problems += [*_number_problems(config), *_timeout_problems(config), *_consent_problems(config)]
     settings = _plugin_settings(composition, host, problems)
-    plan = Plan(
+    return Plan(
         recipe=composition.recipe,
         words=composition.words,
         model=model,
@@ -126,12 +141,8 @@ def make_plan(composition: Composition, host: Host) -> Plan:
         start_from=Path(str(config.start_from)) if config.start_from else None,
         start_from_unpromoted=config.start_from_unpromoted,
         resolved={key: _plain(config[key]) for key in used},
+        shadows=composition.shadows,
     )
-    for answer in host.hook.check_plan(plan=plan):
-        problems += answer
-    if problems:
-        raise BadInput(problems)
-    return plan
 
 
 def _stage_nodes(config: DictConfig) -> list[str]:

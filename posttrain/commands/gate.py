@@ -15,6 +15,7 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateTask, OnFail
+from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import explain_error, replace_text
 from posttrain.errors import BadInput, PosttrainError, Problem
@@ -79,10 +80,12 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
     flags = {"--update-baseline": "update_baseline=true"}
     composition = compose(host, [flags.get(word, word) for word in words], "gate")
     config, problems = composition.config, list(composition.problems)
-    problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
-    if problems:
-        raise BadInput(problems)
-    settings: RegressionConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RegressionConfig), config))  # type: ignore[assignment]
+    with shipped_resolvers():
+        problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
+        if problems:
+            raise BadInput(problems)
+        merged = OmegaConf.merge(OmegaConf.structured(RegressionConfig), config)
+        settings: RegressionConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     tasks = conform_gate_tasks("gate", settings.gate, host, problems)
     problems += _find_contradictions(settings)
     found = [*check_backend(settings.gate), *check_tasks(tasks)]
@@ -120,7 +123,7 @@ def _print(report: RunReport) -> None:
 
     console = table_console()
     print_table(report, console)
-    console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", soft_wrap=True)
 
 
 def _write_reports(settings: RegressionConfig, report: RunReport, outcome: Outcome) -> None:

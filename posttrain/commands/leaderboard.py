@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from posttrain.commands.arguments import parse
 from posttrain.errors import reject, suggest
 from posttrain.ledger import lifts
+from posttrain.quoting import cell, markdown
 from posttrain.report.leaderboard import Board, Entry, boards
 from posttrain.report.scores import Scale
 
@@ -65,9 +66,9 @@ def _cells(entry: Entry, scale: Scale) -> tuple[str, ...]:
 
 def _print(found: Sequence[Board]) -> None:
     """Print the tables as wide as the terminal, or in 80 columns elsewhere."""
-    from rich.console import Console
+    from posttrain.console import DataConsole
 
-    console = Console(highlight=False)
+    console = DataConsole()
     for _, same_task in groupby(found, key=lambda board: (board.task, board.metric)):
         for number, board in enumerate(same_task):
             if number:
@@ -78,9 +79,10 @@ def _print(found: Sequence[Board]) -> None:
 def _table(board: Board) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(_title(board)), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    from posttrain.console import styled
+
+    table = Table(title=styled(_title(board)), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(
             column,
@@ -90,7 +92,7 @@ def _table(board: Board) -> Table:
         )
     for entry in board.entries:
         cells = _cells(entry, board.scale)
-        table.add_row(*(Text(cell) for cell in cells), style="dim" if entry.lineage == "base" else None)
+        table.add_row(*map(styled, cells), style="dim" if entry.lineage == "base" else None)
     return table
 
 
@@ -99,8 +101,13 @@ def _markdown(found: Sequence[Board]) -> list[str]:
     for _, same_task in groupby(found, key=lambda board: (board.task, board.metric)):
         for number, board in enumerate(same_task):
             lines += ["", OTHER] if number else []
-            lines += ["", f"**{_title(board)}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+            lines += [
+                "",
+                f"**{markdown(_title(board))}**",
+                "",
+                f"| {' | '.join(COLUMNS)} |",
+                "|---" * len(COLUMNS) + "|",
+            ]
             for entry in board.entries:
-                cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(entry, board.scale))
-                lines.append(f"| {' | '.join(cells)} |")
+                lines.append(f"| {' | '.join(map(cell, _cells(entry, board.scale)))} |")
     return lines[1:]

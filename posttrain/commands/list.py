@@ -10,9 +10,12 @@ from posttrain.config.paths import conf_folders, recipe_folders
 from posttrain.errors import reject, suggest
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
+from posttrain.quoting import one_line
 
 GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker"}
 """Names of lists, and their folders below conf/."""
+MOST_SUMMARY = 200
+"""Characters shown of a file's first line."""
 SECTIONS = ("recipes", "stages", *GROUPS, "settings", "plugins")
 
 
@@ -79,9 +82,11 @@ def _files(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def _summary(path: Path) -> str:
-    """Return the comment on the first line of a file, or nothing."""
-    with path.open(encoding="utf-8") as stream:
-        first = stream.readline().strip()
+    """Return the comment on the first line of a file, or nothing: an unsound file is explained when it is used."""
+    if not path.is_file():  # a pipe would keep its reader waiting
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        first = stream.readline(MOST_SUMMARY).strip()
     return first.lstrip("# ").rstrip(":") if first.startswith("#") and "@package" not in first else ""
 
 
@@ -94,7 +99,7 @@ def _text(content: dict[str, list[dict[str, Any]]]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     state = f"{row['state']:<8} {row['origin']:<24} " if "state" in row else ""
-    return f"  {row['name']:<24} {state}{row['summary']}".rstrip()
+    return one_line(f"  {row['name']:<24} {state}{row['summary']}").rstrip()
 
 
 def _print_settings(host: Host, name: str, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from posttrain.data.mixing import count_records
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
 from posttrain.plan import Plan, Step, make_plan
+from posttrain.quoting import one_line
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
@@ -27,7 +28,7 @@ def main(words: list[str]) -> int:
     if "--json" in words:
         print(json.dumps(_plan_json(plan), indent=2))
     else:
-        print("\n".join(_text(plan, composition.config)))
+        print("\n".join(map(one_line, _text(plan, composition.config))))
     return 0
 
 
@@ -58,7 +59,7 @@ def _power_json(step: Step) -> dict[str, Any]:
 def _text(plan: Plan, config: DictConfig) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
-    lines = [f"{plan.recipe}: {order}", f"model  {', '.join(model)}", ""]
+    lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]

@@ -9,13 +9,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.schema import Source
+from posttrain.console import DataConsole, styled
 from posttrain.data import records
 from posttrain.data.mixing import describe_unread, read_sources
 from posttrain.engine.config import FineTuneConfig
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     host = plugins.load()
     plan = make_plan(compose(host, [word for word in words if word != ALL]), host)
     environment.prepare()
-    page = Page(Console(soft_wrap=True, highlight=False), _tokenizer(plan))
+    page = Page(DataConsole(soft_wrap=True), _tokenizer(plan))
     for step in plan.steps:
         if isinstance(step.config, FineTuneConfig):
             page.show(step, step.config, None if ALL in words else COUNTED)
@@ -129,11 +129,11 @@ class Page:
         for title in ("records", "taken", "tokens", "of the mix", "trained", "of its tokens"):
             table.add_column(title, justify="right")
         for cells in _lines(shares):
-            table.add_row(*cells)
+            table.add_row(*map(styled, cells))
         self.console.print(table, soft_wrap=False, end="\n\n")
 
     def _rule(self, title: str) -> None:
-        self.console.rule(title, align="left")
+        self.console.rule(styled(title), align="left")
 
 
 def _limited(source: Source, count: int | None) -> Source:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
-import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config import explain, sources
 from posttrain.config.paths import shipped
-from posttrain.errors import BadInput, Problem
+from posttrain.config.settings_file import (
+    FAULTS,
+    HYDRA,
+    Reading,
+    check_interpolations,
+    check_words,
+    leaves,
+    shown_key,
+)
+from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "regression"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""
+GROUPS = {"config": ("recipe", "model", "variant", "tracker"), "regression": ("gate",)}
+"""Groups in the defaults of that file."""
 CONFIG_DIR = ("--config-dir", "-cd")
 """Flags that name a folder of the user's own gates, models and variants."""
 MOST_PROBLEMS = 20
@@ -38,22 +55,26 @@ class Composition:
     """Stage nodes taken out with ``~stage@name``."""
     tracker: str = "none"
     """Chosen option of the group ``tracker``."""
+    shadows: tuple[str, ...] = ()
+    """A line for each chosen option with a second file of its name, which is not used."""
     problems: list[Problem] = field(default_factory=list)
 
 
 def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Composition:
     """Compose the ``recipe`` or ``gate`` that ``overrides`` choose. Raises BadInput when nothing can be composed."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of ending the process
-    sources.register(host)
-    sources.RecipeSource.dropped = set()
+    remaining, own = _own_folders(overrides)
+    check_words(remaining)
     problems: list[Problem] = []
-    remaining = _searching(overrides)
-    with hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain"):
+    with _hydra(host, own):
         while True:
+            sources.FolderSource.reading = Reading()
             try:
                 config = hydra.compose(PRIMARY[choice], remaining, return_hydra_config=True)
                 break
-            except (HydraException, OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            except RecursionError:
+                chosen = next((word for word in remaining if word.startswith(f"{choice}=")), choice)
+                reject(chosen, "is nested without end, or includes itself")
+            except (HydraException, OSError, *FAULTS) as error:
                 fault = explain.fault(error, remaining, host)
                 if fault.instead is not None:
                     remaining[remaining.index(str(fault.override))] = fault.instead
@@ -62,18 +83,96 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
                     problems.append(fault.problem)
                 if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
                     raise BadInput(problems) from None
-    choices = config.hydra.runtime.choices
-    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    _require_shipped(config.hydra, PRIMARY[choice])
+    choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != HYDRA])
+    check_interpolations(plain)
     return Composition(
         recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
-        tracker=str(choices.get("tracker", "none")), problems=problems,
+        tracker=choices.get("tracker", "none"), shadows=tuple(sources.shadows(choices)), problems=problems,
     )  # fmt: skip
 
 
-def _searching(words: Sequence[str]) -> list[str]:
-    """Turn ``--config-dir DIR`` into Hydra's search path. Raises BadInput when there is no such directory."""
+def sweep(host: Host, words: Sequence[str]) -> list[list[str]]:
+    """Return the words of every member of a sweep: each combination of the values between commas.
+
+    Raises BadInput for words that cannot be read.
+    """
+    overrides, own = _own_folders(words)
+    check_words(overrides)
+    folders = [word for folder in own for word in ("--config-dir", str(folder))]
+    with _hydra(host, own):
+        try:
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            choices = [_values(override) for override in parser.parse_overrides(list(overrides))]
+        except (HydraException, *FAULTS) as error:
+            raise BadInput(explain.fault(error, overrides, host).problem) from None
+    return [[*folders, *member] for member in itertools.product(*choices)]
+
+
+def _values(override: Override) -> list[str]:
+    """Return the words that a word of a sweep stands for."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        reject(str(override.input_line), "has values without number", "Write them with commas between")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def complete(host: Host, words: Sequence[str], primary: str) -> None:
+    """Answer the shell about the keys and values of the file ``primary`` below conf/."""
+    with _hydra(host):
+        GlobalHydra.instance().hydra.shell_completion(primary, list(words))  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _hydra(host: Host, own: Sequence[Path] = ()) -> Iterator[None]:
+    """Prepare Hydra for one composition, in which no resolver exists but those that ship."""
+    sources.register(host, own)
+    with (
+        sources.shipped_resolvers(),  # Hydra registers some of its own, which the inner one hides and this one removes
+        _initialized(),
+        sources.shipped_resolvers(),
+    ):
+        yield
+
+
+def _initialized() -> contextlib.AbstractContextManager[None]:
+    return hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain")
+
+
+def _require_shipped(node: DictConfig, primary: str) -> None:
+    """Raise BadInput unless Hydra's own settings are those that ship, however a file may have reached them.
+
+    Some of them name code to call, as those of logging, or variables of the environment to copy.
+    """
+    wanted, found = _shipped_settings(primary), dict(_own_settings(node))
+    changed = [key for key in {**wanted, **found} if (key in wanted, wanted.get(key)) != (key in found, found.get(key))]
+    if changed:
+        what = "the recipe, or a file that it includes, sets something of Hydra's own: a recipe is data"
+        reject(f"hydra.{changed[0]}", what, "Look for packages and keys with hydra in the files, and remove them")
+
+
+@cache
+def _shipped_settings(primary: str) -> dict[str, Any]:
+    """Return Hydra's own settings as they ship: composed of shipped files alone."""
+    with sources.shipped_files(), _initialized():
+        config = hydra.compose(primary, [f"~{group}" for group in GROUPS[primary]], return_hydra_config=True)
+    return dict(_own_settings(config.hydra))
+
+
+def _own_settings(node: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Yield Hydra's own settings by dotted name, but for those that describe the composition."""
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    for key, value in leaves(raw):
+        if not key.startswith(("overrides.", "runtime.", "job.override_dirname")):
+            yield key, value
+
+
+def _own_folders(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Separate overrides from the folders of ``--config-dir DIR``. Raises BadInput for one that does not exist."""
     remaining: list[str] = []
-    folders: list[str] = []
+    folders: list[Path] = []
     waiting = iter(words)
     for word in waiting:
         flag, given, value = word.partition("=")
@@ -81,12 +180,11 @@ def _searching(words: Sequence[str]) -> list[str]:
             remaining.append(word)
             continue
         folder = value if given else next(waiting, "")
-        if not folder or not Path(folder).is_dir():
-            what = f"there is no directory {folder}" if folder else "names no directory"
-            raise BadInput(Problem(where=flag, what=what))
-        path = str(Path(folder).resolve()).replace("'", "\\'")
-        folders.append(f"'file://{path}'")
-    return [*remaining, f"hydra.searchpath=[{','.join(folders)}]"] if folders else remaining
+        if not folder or not os.path.isdir(folder):
+            what = f"there is no directory {shown_key(folder)}" if folder else "names no directory"
+            reject(flag, what)
+        folders.append(Path(folder).resolve())
+    return remaining, folders
 
 
 def removed_stages(overrides: Sequence[str]) -> frozenset[str]:
@@ -101,7 +199,7 @@ def _leave_out(fault: explain.Fault, overrides: list[str]) -> bool:
             return False
         overrides.remove(fault.override)
         return True
-    if fault.recipe_key and fault.recipe_key not in sources.RecipeSource.dropped:
-        sources.RecipeSource.dropped.add(fault.recipe_key)
+    if fault.recipe_key and fault.recipe_key not in sources.FolderSource.dropped:
+        sources.FolderSource.dropped.add(fault.recipe_key)
         return True
     return False

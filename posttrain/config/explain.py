@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -25,6 +24,7 @@ TYPE_ERRORS = {
     r"Value (.+) of type '\w+' could not be converted to Integer": r"\1 is not an integer",
     r"Value (.+) is not a valid bool \(type \w+\)": r"\1 is neither true nor false",
     r"field '(.+)' is not Optional": r"\1 cannot be null",
+    r"Unsupported interpolation type (.+)": r"a recipe cannot use the resolver '\1'",
     r"Invalid value (.+), expected one of \[(.+)\]": r"\1 is not one of \2",
 }
 """Messages of OmegaConf by pattern, in plain English."""
@@ -47,8 +47,6 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     """Explain an error raised while composing. Raises PluginFailed for a failed plugin that the recipe needs."""
     if isinstance(error, OverrideParseException):
         return Fault(problem=_unreadable_word(str(error.override), str(error.message)), override=error.override)
-    if isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
-        return Fault(problem=_unreadable_file(error, overrides), fatal=True)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides, host)
     if (twice := _chosen_twice(str(error), overrides)) is not None:
@@ -74,14 +72,6 @@ def _unreadable_word(word: str, message: str) -> Problem:
     fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
     what = f"cannot be read: {readable(message)}" if "=" in word else "is not key=value"
     return Problem(where=word, what=what, fix=fix)
-
-
-def _unreadable_file(error: yaml.YAMLError | UnicodeDecodeError, overrides: Sequence[str]) -> Problem:
-    """Explain a file that is no YAML, named by the parser if possible, else by the override that chose it."""
-    mark = getattr(error, "problem_mark", None)
-    chosen = next((o for o in reversed(overrides) if _group(o) in ("recipe", "gate", "variant")), "recipe")
-    where = chosen if mark is None else f"{mark.name}:{mark.line + 1}"
-    return Problem(where=where, what=f"is not sound YAML: {' '.join(str(error).split())}")
 
 
 def _chosen_twice(text: str, overrides: Sequence[str]) -> Fault | None:

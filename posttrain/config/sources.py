@@ -6,13 +6,12 @@ environment.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
@@ -20,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.basecontainer import BaseContainer
 
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.regression import RegressionConfig
@@ -33,19 +32,19 @@ from posttrain.config.schema import (
     from_recipe,
     variant_rates,
 )
-from posttrain.errors import BadInput, PluginFailed, Problem
+from posttrain.config.settings_file import HYDRA, Reading
+from posttrain.errors import PluginFailed
 from posttrain.host.guard import SETTINGS
 from posttrain.host.plugins import Host
 from posttrain.stage import Stage
 
 SCHEMA = {"model": ModelConfig, "data": Source}
 """Typed nodes of every recipe, other than its stages and the settings of plugins."""
-ALLOWED_RESOLVERS = ("shipped",)
 GROUP = "recipe/"
 
 
-def register(host: Host) -> None:
-    """Register every stage, recipe, group and schema of the host with Hydra.
+def register(host: Host, named: Sequence[Path] = ()) -> None:
+    """Register with Hydra every stage, recipe, group and schema of the host, and the folders of the command line.
 
     A plugin with settings that Hydra cannot represent is left out.
     """
@@ -61,12 +60,11 @@ def register(host: Host) -> None:
     own = {name: host.settings[name].config for name in host.own_nodes()}
     typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
     store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant}))
-    OmegaConf.register_new_resolver(FROM_VARIANT, _from_variant, replace=True)
-    OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path), replace=True)
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
-    RecipeSearchPath.conf = conf[1:]
+    RecipeSearchPath.conf, RecipeSearchPath.named = conf[1:], list(named)
+    FolderSource.reading, FolderSource.dropped = Reading(), set()
     plugins = Plugins.instance()
-    for plugin in (RecipeSource, RecipeSearchPath):
+    for plugin in (FolderSource, RecipeSource, RecipeSearchPath):
         plugins.register(plugin)
 
 
@@ -98,50 +96,43 @@ def _store_settings(store: ConfigStore, host: Host, variant: dict[str, dict[str,
 
 
 class RecipeSearchPath(SearchPathPlugin):
-    """Adds the folders of recipes and of plugins to Hydra's search path."""
+    """Adds the folders of recipes, of plugins and of the command line to Hydra's search path."""
 
     recipes: ClassVar[list[Path]] = []
     conf: ClassVar[list[Path]] = []
+    named: ClassVar[list[Path]] = []
+    """Folders that the command line names."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the folders; called by Hydra."""
         for folder in self.recipes:
-            search_path.append("recipes", f"recipes://{folder}")
+            search_path.append("recipes", f"{RecipeSource.scheme()}://{folder}")
         for folder in self.conf:
-            search_path.append("plugin", f"file://{folder}")
+            search_path.append("plugin", f"{FolderSource.scheme()}://{folder}")
+        for folder in self.named:
+            search_path.append("named", f"{FolderSource.scheme()}://{folder}")
 
 
-class RecipeSource(ConfigSource):
-    """Serves ``<folder>/<name>.yaml`` as the option ``recipe=<name>``."""
+class FolderSource(ConfigSource):
+    """Serves ``<folder>/<group>/<name>.yaml`` as the option ``<group>=<name>``."""
 
+    reading: ClassVar[Reading] = Reading()
+    """The files of this composition."""
     dropped: ClassVar[set[str]] = set()
-    """Dotted keys to leave out: each is reported already, and composing continues to find the next."""
+    """Dotted keys to leave out of recipes: each is reported already, and composing continues to find the next."""
 
     @staticmethod
     def scheme() -> str:
         """Return the scheme of these sources; called by Hydra."""
-        return "recipes"
+        return "options"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a recipe as data: no ``hydra`` keys, no ``_target_``, no resolver that reads the environment."""
+        """Read a file as data. Raises BadInput for anything else in it."""
         path = self._file(config_path)
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             raise ConfigLoadError(f"Config not found: {config_path}")
-        text = path.read_text(encoding="utf-8")
-        try:
-            config = OmegaConf.create(text)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise BadInput(
-                Problem(where=str(path), what=f"is not sound YAML: {' '.join(str(error).split())}")
-            ) from None
-        if not isinstance(config, DictConfig):
-            raise BadInput(
-                Problem(where=str(path), what="a recipe must be a mapping", fix="See recipes/quickstart.yaml")
-            )
-        reject_code(config, path)
-        for key in self.dropped:
-            _drop(config, key)
-        header = {**self._get_header_dict(text), "package": "_global_"}
+        config, package = self.reading.read(path, config_path.removesuffix(".yaml"))
+        header = {"package": self._place(config, package)}
         return ConfigResult(config=config, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header)
 
     def available(self) -> bool:
@@ -149,13 +140,44 @@ class RecipeSource(ConfigSource):
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
-        """Tell Hydra the one group, ``recipe``."""
-        return config_path in ("", "recipe") and self.available()
+        """Tell Hydra of a group's folder."""
+        return _inside(config_path) and (Path(self.path) / config_path).is_dir()
 
     def is_config(self, config_path: str) -> bool:
-        """Tell Hydra of a recipe's file."""
+        """Tell Hydra of an option's file, one that cannot be read too: reading says why."""
         path = self._file(config_path)
-        return path is not None and path.is_file()
+        return path is not None and path.exists()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """List the groups or options below a group."""
+        folder = Path(self.path) / config_path
+        if not _inside(config_path) or not folder.is_dir():
+            return []
+        options = [path.stem for path in folder.glob("*.yaml")] if results_filter is not ObjectType.GROUP else []
+        groups = [path.name for path in folder.iterdir() if path.is_dir()]
+        return sorted({*options, *(groups if results_filter is not ObjectType.CONFIG else [])})
+
+    def _place(self, config: DictConfig, package: str | None) -> str | None:
+        return package
+
+    def _file(self, config_path: str) -> Path | None:
+        group, _, name = config_path.rpartition("/")
+        if not group or not _inside(config_path):  # a file beside the groups is no option
+            return None
+        return Path(self.path) / group / self._normalize_file_name(name)
+
+
+class RecipeSource(FolderSource):
+    """Serves ``<folder>/<name>.yaml`` as the option ``recipe=<name>``."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return the scheme of these sources; called by Hydra."""
+        return "recipes"
+
+    def is_group(self, config_path: str) -> bool:
+        """Tell Hydra the one group, ``recipe``."""
+        return config_path in ("", "recipe") and self.available()
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """List the recipes, or the one group."""
@@ -165,38 +187,21 @@ class RecipeSource(ConfigSource):
             return []
         return sorted(path.stem for path in Path(self.path).glob("*.yaml"))
 
+    def _place(self, config: DictConfig, package: str | None) -> str | None:
+        for key in self.dropped:
+            _drop(config, key)
+        return "_global_"
+
     def _file(self, config_path: str) -> Path | None:
-        if not config_path.startswith(GROUP):
+        if not config_path.startswith(GROUP) or not _inside(config_path):
             return None
         return Path(self.path) / self._normalize_file_name(config_path.removeprefix(GROUP))
 
 
-def reject_code(config: DictConfig, path: Path) -> None:
-    """Raise BadInput for anything but data in a recipe: a stranger may have written it."""
-    for key, value in _walk(config):
-        if key.split(".")[0] == "hydra" or key.split(".")[-1].startswith("_target_"):
-            raise BadInput(
-                Problem(where=f"{path}: {key}", what="a recipe is data and cannot set this", fix="Remove the key")
-            )
-        for resolver in re.findall(r"\$\{\s*([\w.]+)\s*:", str(value)):
-            if resolver not in ALLOWED_RESOLVERS:
-                raise BadInput(
-                    Problem(
-                        where=f"{path}: {key}",
-                        what=f"a recipe cannot use the resolver {resolver!r}",
-                        fix=f"Write the value itself; allowed resolvers: {', '.join(ALLOWED_RESOLVERS)}",
-                    )
-                )
-
-
-def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    raw: Any = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else node
-    items = raw.items() if isinstance(raw, dict) else enumerate(raw)
-    for key, value in items:
-        dotted = f"{prefix}{key}"
-        yield dotted, value if not isinstance(value, (dict, list)) else ""
-        if isinstance(value, (dict, list)):
-            yield from _walk(value, f"{dotted}.")
+def _inside(config_path: str) -> bool:
+    """Return False for a path that leads out of its folder, and for a group of Hydra's own."""
+    parts = config_path.split("/")
+    return ".." not in parts and parts[0] != HYDRA and not config_path.startswith("/")
 
 
 def _drop(config: DictConfig, key: str) -> None:
@@ -204,3 +209,44 @@ def _drop(config: DictConfig, key: str) -> None:
     node = OmegaConf.select(config, parent) if parent else config
     if isinstance(node, DictConfig) and leaf in node:
         del node[leaf]
+
+
+@contextlib.contextmanager
+def shipped_resolvers() -> Iterator[None]:
+    """Hide every resolver of this process but those that ship.
+
+    One that reads the environment, or of another library, would put into a recipe what its author cannot see.
+    """
+    others = BaseContainer._resolvers
+    BaseContainer._resolvers = {}
+    try:
+        OmegaConf.register_new_resolver(FROM_VARIANT, _from_variant)
+        OmegaConf.register_new_resolver("shipped", lambda path: str(shipped("recipes") / path))
+        yield
+    finally:
+        BaseContainer._resolvers = others
+
+
+@contextlib.contextmanager
+def shipped_files() -> Iterator[None]:
+    """Search in shipped files alone."""
+    before = RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named
+    RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named = [shipped("recipes")], [], []
+    try:
+        yield
+    finally:
+        RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named = before
+
+
+def shadows(chosen: Mapping[str, str]) -> list[str]:
+    """Return a line for each chosen option with several files: the one that is used, and those that are not."""
+    lines = []
+    for choice, name in chosen.items():
+        group = choice.partition("@")[0]
+        folders = [folder / group for folder in (shipped("conf"), *RecipeSearchPath.conf, *RecipeSearchPath.named)]
+        if group == "recipe":
+            folders = [*RecipeSearchPath.recipes, *folders]
+        found = [path for path in (folder / f"{name}.yaml" for folder in folders) if path.exists()]
+        if len({path.resolve() for path in found}) > 1:
+            lines.append(f"{group} {name}: {found[0]} is used, not {' or '.join(map(str, found[1:]))}")
+    return list(dict.fromkeys(lines))

@@ -11,6 +11,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from posttrain.config.explain import readable
 from posttrain.config.schema import GateConfig, GateTask, Role, Source
+from posttrain.config.settings_file import leaves
 from posttrain.errors import Problem, suggest
 from posttrain.host.plugins import Host
 
@@ -43,15 +44,7 @@ def _leaves(config: DictConfig, path: str) -> Iterator[str]:
     node: Any = OmegaConf.to_container(config, resolve=False)
     for part in path.split("."):
         node = node[part]
-    yield from _descend(node, path)
-
-
-def _descend(node: Any, path: str) -> Iterator[str]:
-    if not isinstance(node, dict):
-        yield path
-        return
-    for key, value in node.items():
-        yield from _descend(value, f"{path}.{key}")
+    yield from (f"{path}.{key}" for key, _ in leaves(node)) if isinstance(node, dict | list) else (path,)
 
 
 def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:

@@ -27,4 +27,4 @@ def show(path: Path) -> None:
 
     console = table_console()
     print_table(read_report(path), console)
-    console.print(f"{path / 'report.html'}", style="dim", highlight=False)
+    console.print(f"{path / 'report.html'}", style="dim")

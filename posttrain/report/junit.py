@@ -5,18 +5,16 @@ A failure is the answer of a gate: failed or undecided. An error kept the gate f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from posttrain.errors import PosttrainError
 from posttrain.gate.spec import TaskVerdict, Verdict
+from posttrain.quoting import document
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import scale_of
 
-FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that no XML document can hold."""
 GATED_ENDS = ("done", "warned", "gate_failed", "undecided")
 """States of a run that ended by the answer of its gates."""
 
@@ -81,15 +79,15 @@ def _case_without_tasks(verdict: Verdict) -> Case:
 def _document(name: str, suites: Sequence[tuple[StageReport | None, list[Case]]], evidence: str | None = None) -> str:
     """Return the XML; ``evidence`` names the folder behind the cases, apart for gates of one name."""
     counts = _counts([case for _, cases in suites for case in cases])
-    root = ElementTree.Element("testsuites", {"name": _clean(name), **counts})
+    root = ElementTree.Element("testsuites", {"name": document(name), **counts})
     for stage, cases in suites:
         title = name if stage is None else f"{name}.{stage.name}"
-        suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(title), **_counts(cases)})
+        suite = ElementTree.SubElement(root, "testsuite", {"name": document(title), **_counts(cases)})
         if stage is not None and stage.entry.seconds is not None:
             suite.set("time", str(stage.entry.seconds))
         if evidence is not None:
             properties = ElementTree.SubElement(suite, "properties")
-            ElementTree.SubElement(properties, "property", name="evidence", value=_clean(evidence))
+            ElementTree.SubElement(properties, "property", name="evidence", value=document(evidence))
         for case in cases:
             _append(suite, title, case)
     ElementTree.indent(root)
@@ -98,20 +96,16 @@ def _document(name: str, suites: Sequence[tuple[StageReport | None, list[Case]]]
 
 
 def _append(suite: ElementTree.Element, title: str, case: Case) -> None:
-    element = ElementTree.SubElement(suite, "testcase", classname=_clean(title), name=_clean(case.name))
+    element = ElementTree.SubElement(suite, "testcase", classname=document(title), name=document(case.name))
     if case.outcome is not None:
-        outcome = ElementTree.SubElement(element, case.outcome, message=_clean(case.message))
+        outcome = ElementTree.SubElement(element, case.outcome, message=document(case.message))
         if case.kind:
-            outcome.set("type", _clean(case.kind))
+            outcome.set("type", document(case.kind))
     if case.output:
-        ElementTree.SubElement(element, "system-out").text = _clean(case.output)
+        ElementTree.SubElement(element, "system-out").text = document(case.output)
 
 
 def _counts(cases: list[Case]) -> dict[str, str]:
     outcomes = [case.outcome for case in cases]
     numbers = {"tests": len(cases), "failures": outcomes.count("failure"), "errors": outcomes.count("error")}
     return {name: str(number) for name, number in {**numbers, "skipped": outcomes.count("skipped")}.items()}
-
-
-def _clean(text: str) -> str:
-    return FORBIDDEN.sub("\ufffd", text)

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from posttrain.errors import ArtifactDamaged
+from posttrain.quoting import document
 from posttrain.report.curves import further_charts, main_charts
 from posttrain.report.documents import MOST_DOCUMENTS, TaskChanges, changed_documents, shorten
 from posttrain.report.figures import costs, data_figures, trained_share
@@ -67,6 +68,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("posttrain.report"),
         autoescape=True,
+        finalize=lambda value: document(value) if type(value) is str else value,  # Markup is ours
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

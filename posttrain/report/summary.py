@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from posttrain.gate.spec import DocumentScore
+from posttrain.quoting import one_line
 from posttrain.report.documents import TaskChanges, changed_documents
 from posttrain.report.run import RunReport
 from posttrain.report.table import COLUMNS, reasons, table_rows
@@ -64,7 +65,7 @@ def _worse(changes: TaskChanges) -> Iterable[str]:
 
 def _inline(text: str) -> str:
     """Escape a text for one cell: an answer is shown as it is, is no markup, and mentions no user."""
-    return " ".join(text.split()).translate(ESCAPED)
+    return one_line(" ".join(text.split())).translate(ESCAPED)
 
 
 def _limit(text: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from posttrain.gate.spec import TaskVerdict
+from posttrain.quoting import cell
+from posttrain.quoting import markdown as inline
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock, scale_of
 from posttrain.run.directory import StageState
@@ -59,51 +61,52 @@ def _task_row(stage: str, task: TaskVerdict) -> tuple[str, ...]:
 
 def table_console() -> Console:
     """Return a console on standard output: as wide as the terminal, PLAIN_WIDTH where there is none."""
-    from rich.console import Console
+    from posttrain.console import DataConsole
 
-    console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+    console = DataConsole()
+    return console if console.is_terminal else DataConsole(width=PLAIN_WIDTH)
 
 
 def print_table(report: RunReport, console: Console) -> None:
     """Print the table of a run with the reason of every verdict; shares are in points of 100."""
     from rich.box import SIMPLE
-    from rich.markup import escape
     from rich.table import Table
 
+    from posttrain.console import styled
+
     title = f"{report.run.recipe}: {report.run.state.replace('_', ' ')}"
-    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE)
+    table = Table(title=styled(title), title_justify="left", header_style="bold", box=SIMPLE)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
     previous = None
     for stage, *cells in table_rows(report):
         if previous not in (None, stage):
             table.add_section()
-        colour = COLOURS.get(cells[5], "default")
-        cells[5] = f"[{colour}]{cells[5]}[/{colour}]"
-        table.add_row("" if stage == previous else stage, *cells)
+        styles = ["default"] * 5 + [COLOURS.get(cells[5], "default")] + ["default"] * 2
+        coloured = (styled(pair) for pair in zip(cells, styles, strict=True))
+        table.add_row(styled("" if stage == previous else stage), *coloured)
         previous = stage
     console.print(table)
     for stage, reason in reasons(report):
-        console.print(f"[bold]{stage}[/bold]: {reason}", highlight=False)
+        console.print(styled((stage, "bold"), f": {reason}"))
     for entry in report.run.stages:
         for remark in remarks(entry):
-            console.print(f"[yellow]{entry.name}[/yellow]: {escape(remark)}", highlight=False)
+            console.print(styled((entry.name, "yellow"), f": {remark}"))
 
 
 def markdown(report: RunReport) -> str:
     """Return report.md: the table, the reasons, and the lineage of every artifact."""
     lines = [
-        f"# {report.run.recipe}: {report.run.state.replace('_', ' ')}",
+        f"# {inline(report.run.recipe)}: {report.run.state.replace('_', ' ')}",
         "",
         "Shares are in points of 100, other scores as they are; brackets hold the bounds of the paired difference.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "|".join("---" for _ in COLUMNS) + "|",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table_rows(report)),
+        *("| " + " | ".join(map(cell, row)) + " |" for row in table_rows(report)),
         "",
-        *(f"- **{stage}**: {reason}" for stage, reason in reasons(report)),
-        *(f"- **{entry.name}**: {remark}" for entry in report.run.stages for remark in remarks(entry)),
+        *(f"- **{inline(stage)}**: {inline(reason)}" for stage, reason in reasons(report)),
+        *(f"- **{inline(entry.name)}**: {inline(remark)}" for entry in report.run.stages for remark in remarks(entry)),
         "",
         "| stage | kind | state | artifact | digest | parent digest |",
         "|---|---|---|---|---|---|",
@@ -114,4 +117,4 @@ def markdown(report: RunReport) -> str:
 
 def _lineage(entry: StageState) -> str:
     digests = ((entry.digest or "")[:12], (entry.parent_digest or "")[:12])
-    return "| " + " | ".join((entry.name, entry.kind, entry.state, entry.artifact or "", *digests)) + " |"
+    return "| " + " | ".join(map(cell, (entry.name, entry.kind, entry.state, entry.artifact or "", *digests))) + " |"

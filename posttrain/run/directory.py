@@ -19,6 +19,7 @@ from posttrain.disk import replace_text
 from posttrain.errors import Problem, RunLocked
 from posttrain.host import activity
 from posttrain.plan import Plan
+from posttrain.quoting import redacted
 
 
 @dataclass(kw_only=True)
@@ -96,7 +97,7 @@ class RunDirectory:
 
     def save(self) -> None:
         """Write run.json in one step."""
-        replace_text(self.path / "run.json", json.dumps(asdict(self.state), indent=2) + "\n")
+        replace_text(self.path / "run.json", redacted(json.dumps(asdict(self.state), indent=2)) + "\n")
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+") as lock:
         _lock(lock, path)  # before the first write: a second process must not change the first one's recipe or state
-        replace_text(path / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved))))
+        replace_text(path / "recipe.yaml", redacted(OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved)))))
         run = RunDirectory(path, _state(path, plan))
         run.save()
         with activity.running(path, plan.plugin_timeout):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from posttrain.console import DataConsole, styled
 from posttrain.errors import require_finite
 from posttrain.host import activity
 from posttrain.run.metrics import MetricsLog
@@ -31,11 +31,11 @@ class Display:
     """Lines and bars of one run, on standard error: standard output holds results alone."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or DataConsole(file=sys.stderr, soft_wrap=True)
 
     def line(self, stage: str, what: str, text: str) -> None:
         """Print one line about a stage."""
-        self.console.print(f"[bold]{stage:<8}[/bold] {what:<6} {escape(text)}")
+        self.console.print(styled((f"{stage:<8}", "bold"), f" {what:<6} {text}"))
 
     def announce(self, text: str) -> None:
         """Print one line about the run."""
@@ -44,8 +44,8 @@ class Display:
     def bar(self) -> Progress:
         """Return a bar, drawn on a terminal only and removed at its end."""
         return Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
 

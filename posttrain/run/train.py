@@ -19,6 +19,7 @@ from posttrain.host.activity import Activity
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.process_state import ProcessState
 from posttrain.plan import Step
+from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, plain, records_digest, shaping_settings, versions
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
@@ -152,7 +153,7 @@ def _named_failures(job: Job) -> Iterator[None]:
             raise
         log = job.folder / "error.txt"
         with naming(log):
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            log.write_text(lines(traceback.format_exc()), encoding="utf-8")
         reason = f"{type(error).__name__}: {error}"
         raise PluginFailed(f"stage {job.name!r} of plugin {job.step.origin} failed: {reason} (see {log})") from error
 

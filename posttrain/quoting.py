@@ -1,0 +1,158 @@
+"""Texts of strangers, quoted for the place where they are shown: a terminal, Markdown, XML, HTML; secrets taken out.
+
+Names, paths, records, answers and messages are data. None may move the cursor, change a colour, reorder a line, end a
+cell of a table, or carry a token of the user into a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import IO, Any
+from urllib.parse import unquote
+
+SECRET = "holds a password, a key or a token, which would be written into records and reports"
+HIDDEN = "***"
+"""What stands in place of a secret."""
+REPLACED = 0xFFFD
+INVISIBLE = (
+    *range(0x80, 0xA0),  # control characters of eight bits: 0x9b begins a sequence as ESC [ does
+    0xAD, 0x61C, 0x180E, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070),
+    0xFEFF, *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000), *range(0xE0000, 0xE0080),
+)  # fmt: skip
+"""Characters without a glyph: those that control, reorder, join or separate, and halves of surrogate pairs."""
+LINES: Mapping[int, int] = {
+    **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: 0x2421,
+    **dict.fromkeys(INVISIBLE, REPLACED),
+}
+"""Glyphs for the characters that a terminal obeys or hides, one column each; line breaks and tabs stay."""
+ONE_LINE: Mapping[int, int] = {**LINES, 0x09: 0x20, 0x0A: 0x240A}
+NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that no XML document can hold."""
+
+SECRET_NAME = re.compile(
+    r"(?i)(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)"
+    r"(token|secret|passw(or)?d|passphrase|credentials?|api_?key|access_?key(_id)?|private_?key|secret_?key)$"
+)
+"""The end of a key or variable whose value is a secret."""
+SECRET_VARIABLE = re.compile(
+    r"(?i)(token|secret|passw|passphrase|credential|api_?key|access_?key|private_?key|_key$|_pat$|_dsn$|_auth$)"
+)
+SHORTEST = 8
+"""Characters of the shortest value of a variable that is taken for a secret: shorter ones occur by chance."""
+IN_TEXT = (
+    (re.compile(r"(?<=://)[^\s/]*@"), f"{HIDDEN}@"),
+    (re.compile(r"(?<![\w./-])[\w.+-]+:[^\s/@:'\"]+@(?=[\w-]+(\.[\w-]+)+)"), f"{HIDDEN}@"),
+    (
+        re.compile(r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|signature|passw(?:or)?d|api_?key|credential)|sig|key)=)[^&\s'\"]+"),
+        rf"\1{HIDDEN}",
+    ),
+    (re.compile(r"\b(hf|gh[opsur]|glpat|xox[a-z]|github_pat|wandb_v\d)[_-][A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}|\b(AKIA|ASIA)[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"), HIDDEN),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(-----END|$)"), HIDDEN),
+)  # fmt: skip
+"""Secrets that are known by their form: user information of a URL, signed queries, tokens of services."""
+MARKDOWN = str.maketrans({"\\": "\\\\", "`": "\\`", "*": "\\*", "<": "&lt;", "&": "&amp;"})
+
+
+def lines(text: str) -> str:
+    """Return a text of several lines for the terminal."""
+    return redacted(text).replace("\r\n", "\n").translate(LINES)
+
+
+def one_line(text: str) -> str:
+    """Return a text for one line of the terminal, or one cell of a table there."""
+    return redacted(text).replace("\r\n", "\n").translate(ONE_LINE)
+
+
+def markdown(text: str) -> str:
+    """Return a text for one line of Markdown, in which it is neither markup nor HTML nor a link."""
+    flat = " ".join(redacted(text).split()).translate(ONE_LINE).translate(MARKDOWN)
+    return flat.replace("](", "\\](").replace("][", "\\][").replace("~~", "\\~\\~")
+
+
+def cell(text: str) -> str:
+    """Return a text for one cell of a table in Markdown."""
+    return markdown(text).replace("|", "\\|")
+
+
+def document(text: str) -> str:
+    """Return a text for a document that keeps its lines, such as XML or HTML."""
+    return NOT_XML.sub("\ufffd", lines(text))
+
+
+def redacted(text: str) -> str:
+    """Return a text without the secrets of the environment, and without those that their form gives away."""
+    for secret in _known_secrets():
+        if secret in text:
+            text = text.replace(secret, HIDDEN)
+    if any(mark in text for mark in ("@", "_", "-", "=", "AKIA", "ASIA", "eyJ")):
+        for pattern, instead in IN_TEXT:
+            text = pattern.sub(instead, text)
+    return text
+
+
+def is_secret(key: str, value: str) -> bool:
+    """Return True when a setting would write a secret into every record of a run."""
+    leaf = key.rpartition(".")[2]
+    return bool(value) and (SECRET_NAME.search(leaf) is not None or redacted(value) != value)
+
+
+def _known_secrets() -> Iterator[str]:
+    """Yield the secrets in the environment, by the names of its variables, and the passwords of its URLs."""
+    for name, value in os.environ.items():
+        if len(value) < SHORTEST:
+            continue
+        if _names_secret(name):
+            if not value.startswith(("/", "~", "./")) or not os.path.exists(os.path.expanduser(value)):
+                yield value
+        elif "://" in value and "@" in value:
+            yield from _passwords(value)
+
+
+@cache
+def _names_secret(name: str) -> bool:
+    return SECRET_VARIABLE.search(name) is not None and not name.upper().endswith(("_PATH", "_FILE", "_DIR", "_SOCK"))
+
+
+@cache
+def _passwords(url: str) -> tuple[str, ...]:
+    found = re.findall(r"://([^\s/@:]*):?([^\s/@]*)@", url)
+    raw = [part for parts in found for part in parts if len(part) >= SHORTEST]
+    return tuple(dict.fromkeys([*raw, *map(unquote, raw)]))
+
+
+class Quoted:
+    """A stream on which every text is data; consoles of rich, which quote for themselves, write to the stream below."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.rich_proxied_file = stream  # the name by which rich finds the stream below
+
+    def write(self, text: str) -> int:
+        """Write a text, quoted; return its length."""
+        self.rich_proxied_file.write(lines(text))
+        return len(text)
+
+    def writelines(self, texts: Any) -> None:
+        """Write texts, quoted."""
+        for text in texts:
+            self.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextlib.contextmanager
+def quoted_streams() -> Iterator[None]:
+    """Quote everything that is printed, by libraries and tracebacks too."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Quoted(before[0]), Quoted(before[1])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
