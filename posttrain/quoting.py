@@ -151,7 +151,7 @@ class Quoted:
 def quoted_streams() -> Iterator[None]:
     """Quote everything that is printed, by libraries and tracebacks too."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Quoted(before[0]), Quoted(before[1])  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Quoted(before[0]), Quoted(before[1])
     try:
         yield
     finally:

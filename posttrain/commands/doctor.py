@@ -38,6 +38,8 @@ def main(words: list[str]) -> int:
     """
     host = plugins.load()
     plan = make_plan(compose(host, words), host)
+    for line in plan.shadows:
+        print(line)
     environment.prepare()
     step = _core(plan)
     base = resolve_base(plan.model)

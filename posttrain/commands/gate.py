@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,8 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
     flags = {"--update-baseline": "update_baseline=true"}
     composition = compose(host, [flags.get(word, word) for word in words], "gate")
     config, problems = composition.config, list(composition.problems)
+    for line in composition.shadows:
+        print(line, file=sys.stderr)
     with shipped_resolvers():
         problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
         if problems:

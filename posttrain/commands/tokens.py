@@ -47,6 +47,8 @@ def main(words: list[str]) -> int:
     plan = make_plan(compose(host, [word for word in words if word != ALL]), host)
     environment.prepare()
     page = Page(DataConsole(soft_wrap=True), _tokenizer(plan))
+    for line in plan.shadows:
+        page.console.print(styled(line))
     for step in plan.steps:
         if isinstance(step.config, FineTuneConfig):
             page.show(step, step.config, None if ALL in words else COUNTED)
@@ -63,7 +65,7 @@ def _tokenizer(plan: Plan) -> Any:
 class Page:
     """The output of the command, on one console with one tokenizer."""
 
-    console: Console
+    console: DataConsole
     tokenizer: Any
 
     def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:

@@ -318,17 +318,17 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def check_interpolations(config: DictConfig) -> None:
+def check_interpolations(config: DictConfig, name: str) -> None:
     """Raise BadInput for values that refer to themselves, or that grow beyond all bounds when they are resolved."""
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    expansion = _Expansion(raw)
+    expansion = _Expansion(raw, name)
     references = characters = 0
     for path in [(str(key),) for key in raw]:
         more_references, more_characters = expansion.size(path, ())
         references, characters = references + more_references, characters + more_characters
         if references > MOST_RESOLVED or characters > MOST_RESOLVED_CHARACTERS:
             what = "grows beyond all bounds when its interpolations are resolved"
-            reject(f"recipe: {path[0]}", what, "Write the values themselves")
+            reject(f"{name}: {path[0]}", what, "Write the values themselves")
 
 
 @dataclass
@@ -336,13 +336,15 @@ class _Expansion:
     """The size of values with their interpolations resolved, found without resolving any."""
 
     raw: Any
+    name: str
+    """Name of the recipe or gate."""
     known: dict[tuple[str, ...], tuple[int, int]] = field(default_factory=dict)
 
     def size(self, path: tuple[str, ...], above: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
         """Return the number of interpolations to resolve in the value at ``path``, and of its characters."""
         if path in self.known:
             return self.known[path]
-        where = f"recipe: {shown_key('.'.join(path))}"
+        where = f"{self.name}: {shown_key('.'.join(path))}"
         if path in above:
             reject(where, "refers to itself", "Write the value itself")
         if len(above) > MOST_DEPTH:
