@@ -40,6 +40,9 @@ FOREIGN = (
 OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
 """Texts of errors about memory in torch, CUDA and cuBLAS."""
 
+MOST_WHERE = 1000
+"""Characters of a place that a message shows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -53,7 +56,10 @@ class Problem:
     """The fix: the nearest valid name, the options, a command."""
 
     def __str__(self) -> str:
-        return f"{one_line(self.where)}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
+        place = one_line(self.where)
+        if len(place) > MOST_WHERE:
+            place = f"{place[: MOST_WHERE // 2]}...{place[-MOST_WHERE // 4 :]}"
+        return f"{place}: {self.what}" + (f"\n    {self.fix}" if self.fix else "")
 
 
 class PosttrainError(Exception):

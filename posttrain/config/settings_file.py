@@ -297,8 +297,9 @@ def check_words(words: Sequence[str]) -> None:
         group, _, place = key.lstrip("+~").partition("@")
         if is_secret(key.lstrip("+~"), word.partition("=")[2]):
             problems.append(Problem(where=shown_key(key), what=SECRET, fix="Give it in the environment"))
-        elif len(word) > MOST_CHARACTERS:
-            problems.append(Problem(where=where, what=f"is longer than {MOST_CHARACTERS:,} characters"))
+        elif len(word) > MOST_CHARACTERS or len(key) > MOST_KEY:
+            what = f"is longer than {MOST_CHARACTERS:,} characters, or its key than {MOST_KEY}"
+            problems.append(Problem(where=where, what=what))
         elif _depth(word) > MOST_DEPTH:
             problems.append(Problem(where=where, what=f"holds brackets within brackets, {MOST_DEPTH} deep"))
         elif re.split(r"[/.]", group)[0] == HYDRA or HYDRA in re.split(r"[/.:]", place):

@@ -67,7 +67,7 @@ INTO_HYDRA = {
     "option of hydra": (defaults("- override /hydra/job_logging: stdout"), []),
     "option of hydra without override": (defaults("- /hydra/job_logging@hydra.job_logging: stdout"), []),
     "another launcher": (defaults("- override /hydra/launcher: basic"), []),
-    "key": (HEAD + BODY + "hydra: {job_logging: {version: 1}}\n", []),
+    "key": (HEAD + BODY + "hydra: {job_logging: {version: 2}}\n", []),
     "key with quotes": (HEAD + BODY + '"hydra": {searchpath: [file:///tmp]}\n', []),
     "dotted key": (HEAD + BODY + "hydra.run.dir: x\n", []),
     "key of an own model": (HEAD + BODY, ["model=root", "--config-dir", "own"]),
@@ -95,7 +95,7 @@ def own(working_folder: Path) -> None:
     write(LOGGING, "logging", "own/model")
     write("path: a/b\nhydra: {verbose: true}\n", "root", "own/model")
     write("# @package hydra.job_logging\n" + LOGGING, "header", "own/model")
-    write("# @package _global_\nhydra:\n  job_logging: {version: 1}\n", "header2", "own/model")
+    write("# @package _global_\nhydra:\n  job_logging: {version: 2}\n", "header2", "own/model")
 
 
 @pytest.mark.parametrize("way", INTO_HYDRA)
@@ -319,7 +319,6 @@ WORDS = {
     "a long value": "sft.data=" + "x" * 100_000,
     "a long name of a file": "sft.data=" + "x" * 5000,
     "a long path": "model.path=" + "x/" * 4000,
-    "a long output root": "output_root=" + "x" * 5000,
     "a long key": "x" * 5000 + "=1",
     "brackets": "sft.data=" + "[" * 900 + "]" * 900,
     "braces": "sft.data=" + "{a:" * 900 + "1" + "}" * 900,
@@ -332,10 +331,16 @@ WORDS = {
 
 
 @pytest.mark.parametrize("what", WORDS)
-def test_a_hostile_word_is_named(host: Host, what: str) -> None:
+def test_a_hostile_word_is_named(what: str, capfd: pytest.CaptureFixture[str]) -> None:
     write(HEAD + BODY, "elsewhere", ".")
     write(HEAD + BODY)
-    assert "hunter2222" not in rejected(host, "recipe=mine", WORDS[what])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", "recipe=mine", WORDS[what]])
+    shown = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert len(shown) < 2000
+    assert "Traceback" not in shown
+    assert "hunter2222" not in shown
 
 
 ATOMS = st.sampled_from(
@@ -344,7 +349,7 @@ ATOMS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(pieces=st.lists(ATOMS, max_size=14), quoted=st.booleans())
 def test_no_value_of_a_recipe_reads_the_environment_or_crashes(
     host: Host, pieces: list[str], quoted: bool, tmp_path_factory: pytest.TempPathFactory
