@@ -89,7 +89,7 @@ class Page:
         if held:
             self.console.print(f"{len(held):,} different records are set aside for the eval loss by eval_share")
         for line in (*describe_unread(found), *renderer.describe_unread(found)):
-            self.console.print(f"warning: {line}", markup=False)
+            self.console.print(styled(f"warning: {line}"))
         if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 
