@@ -93,7 +93,7 @@ def answer(words: list[str]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print an error of the machine (memory, the disk, a path) as ours, or a bug with its traceback; return the code."""
+    """Print an error of the machine (memory, disk, path) as ours, a bug with its traceback; return the exit code."""
     known: PosttrainError | None = None
     if is_out_of_memory(error):
         known = OutOfMemory(error)
