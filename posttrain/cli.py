@@ -20,6 +20,7 @@ from posttrain.errors import (
     is_out_of_memory,
     nearest,
 )
+from posttrain.host import consent
 from posttrain.quoting import SECRET, is_secret, quoted_streams, redacted
 from posttrain.version import __version__
 
@@ -42,6 +43,7 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                from the runs
   posttrain new-plugin NAME                    write a package with a stage of your own, its tests and its recipe
 
+  --trust-tasks      let task files of your own run their code, and tasks with run_code: true the model's programs
   --json             with plan and list: print JSON
   --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
   output_root=DIR    with leaderboard and ledger: the folder of runs (./runs by default)
@@ -78,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def answer(words: list[str]) -> int:
     """Run one command, print its errors, and return its documented exit code."""
     try:
-        code = dispatch(words)
+        with consent.given_by(words):
+            code = dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe went away, as with "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,7 @@ from posttrain.config.settings_file import (
     shown_key,
 )
 from posttrain.errors import BadInput, Problem, reject
+from posttrain.host import consent
 from posttrain.host.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "regression"}
@@ -101,6 +102,7 @@ def sweep(host: Host, words: Sequence[str]) -> list[list[str]]:
     overrides, own = _own_folders(words)
     check_words(overrides)
     folders = [word for folder in own for word in ("--config-dir", str(folder))]
+    folders += [word for word in words if word == consent.FLAG]
     with _hydra(host, own):
         try:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -170,12 +172,14 @@ def _own_settings(node: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _own_folders(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Separate overrides from the folders of ``--config-dir DIR``. Raises BadInput for one that does not exist."""
+    """Separate overrides from our own flags, with the folders of ``--config-dir DIR``. Raises BadInput for a wrong one."""
     remaining: list[str] = []
     folders: list[Path] = []
     waiting = iter(words)
     for word in waiting:
         flag, given, value = word.partition("=")
+        if word == consent.FLAG:  # the caller's command line gives it, and no configuration
+            continue
         if flag not in CONFIG_DIR:
             remaining.append(word)
             continue

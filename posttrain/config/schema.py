@@ -203,7 +203,7 @@ class GateTask:
     num_fewshot: int | None = None
     """Examples in the prompt; by default the task's own number."""
     run_code: bool = False
-    """Permission to run programs of the model on this machine: only where they can do no harm."""
+    """Permission to run programs of the model on this machine; in a recipe, the user has to give it as well."""
     chat: bool | None = None
     """Prompts in the chat template; by default true for tasks that generate, false for log-likelihoods."""
 

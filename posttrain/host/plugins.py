@@ -24,7 +24,7 @@ import pluggy
 from posttrain import hookspecs
 from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
-from posttrain.host import activity
+from posttrain.host import activity, consent
 from posttrain.host.activity import Activity
 from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, guarded
 from posttrain.host.process_state import ProcessState
@@ -315,7 +315,9 @@ def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registere
     """Ask a plugin everything it registers. Raises PluginFailed when one part of it cannot be used."""
     stages, settings = (ask(host.manager, plugin, hook) for hook in ("register_stages", "register_settings"))
     folders = ask_folders(host.manager, plugin, "register_config")
-    tasks = find_tasks(ask_folders(host.manager, plugin, "register_eval_tasks"))
+    task_folders = ask_folders(host.manager, plugin, "register_eval_tasks")
+    tasks = find_tasks(task_folders)
+    consent.ship(task_folders)
     for stage in stages:
         check_stage(host, stage)
         with guard.calling(SETTINGS):

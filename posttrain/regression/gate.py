@@ -27,7 +27,7 @@ from posttrain.regression.baseline import (
 from posttrain.regression.candidate import Candidate, read_candidate, require_same_ground
 from posttrain.run.display import Display, EvaluationProgress
 from posttrain.run.job import plain
-from posttrain.scoring.catalogue import task_digests
+from posttrain.scoring.code import task_digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from posttrain.plan import Plan, Step
 from posttrain.run.directory import RunDirectory, StageState
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
-from posttrain.scoring.catalogue import task_digests
+from posttrain.scoring.code import task_digests
 
 PACKAGES = (
     "posttrain", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "lm_eval",

@@ -6,15 +6,21 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from posttrain.data.files import FORMATS
-from posttrain.digests import file_digests
 
+MOST_BYTES = 250_000
+"""Bytes of a task file."""
+MOST_VALUES = 100_000
+"""Values of a task file, those of its anchors counted wherever they are repeated."""
+MOST_INCLUDES = 50
 EVALUATED = ("test_split", "validation_split", "training_split")
 """Splits in lm-eval's order of preference: it scores the first one of a task."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ ]*:[ ]*["']?([\w.:-]+)["']?[ ]*\r?$""", re.MULTILINE)
@@ -47,27 +53,86 @@ def is_path(reference: str) -> bool:
     return reference.endswith((".yaml", ".yml"))
 
 
+@dataclass(frozen=True)
+class TaskFile:
+    """One YAML file of a task, with its own settings: data files as absolute paths, without its includes."""
+
+    path: Path
+    settings: dict[str, Any]
+
+
 def read_task_file(path: Path) -> dict[str, Any]:
     """Return the settings of a task file and of its includes, with data files as absolute paths.
 
     Raises OSError, ValueError, TypeError or yaml.YAMLError when a file cannot be read.
     """
-    return _read(path.expanduser().resolve(), ())
+    return merge(read_files(path))
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+def merge(files: Iterable[TaskFile]) -> dict[str, Any]:
+    """Return the settings of a task from those of its files, in the order of ``read_files``."""
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged |= file.settings
+    return merged
+
+
+def read_files(path: Path) -> list[TaskFile]:
+    """Return a task file after all that it includes. No function is imported. Raises as read_task_file does."""
+    return list(_read(path.expanduser().resolve(), ()))
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> Iterator[TaskFile]:
     if path in including:
         raise ValueError(f"{path} includes itself")
-    with path.open("rb") as stream:
-        settings = yaml.load(stream, Loader=_Loader)
-    if not isinstance(settings, dict):
+    if len(including) > MOST_INCLUDES:
+        raise ValueError(f"{path} is included through more than {MOST_INCLUDES} files")
+    settings = _parse(path)
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise TypeError(f"{path} holds no settings")
     _resolve_data_files(settings, path.parent)
     includes = settings.pop("include", [])
-    merged: dict[str, Any] = {}
     for include in includes if isinstance(includes, list) else [includes]:
-        merged.update(_read((path.parent / include).resolve(), (*including, path)))
-    return {**merged, **settings}
+        if not isinstance(include, str):
+            raise TypeError(f"{path} includes {include!r}, which is no path")
+        yield from _read((path.parent / include).resolve(), (*including, path))
+    yield TaskFile(path, settings)
+
+
+def _parse(path: Path) -> Any:
+    """Return the content of a YAML file, which may be hostile: a pipe, huge, nested without end, or a bomb of anchors.
+
+    Raises OSError, ValueError or yaml.YAMLError.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    with path.open("rb") as stream:
+        text = stream.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of values below a node, repeated ones as often as they are repeated. Raises ValueError."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_VALUES + 1  # while it is counted: an anchor within itself never ends
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        flat = [child for item in children for child in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_check_nodes(child, sizes) for child in flat)
+    if sizes[id(node)] > MOST_VALUES:
+        raise ValueError(f"its anchors repeat more than {MOST_VALUES:,} values")
+    return sizes[id(node)]
 
 
 def _resolve_data_files(settings: dict[str, Any], folder: Path) -> None:
@@ -88,9 +153,10 @@ def _resolve(value: Any, folder: Path) -> Any:
     return value if not isinstance(value, str) or "://" in value else str(folder / value)
 
 
-def local_data_files(settings: Mapping[str, Any]) -> list[Path]:
+def data_files(settings: Mapping[str, Any]) -> list[Path]:
     """Return the data files named one by one in a task: no URLs, no patterns."""
-    return [Path(file) for file in _leaves((settings.get("dataset_kwargs") or {}).get("data_files"))]
+    arguments = settings.get("dataset_kwargs")
+    return [Path(file) for file in _leaves(arguments.get("data_files"))] if isinstance(arguments, dict) else []
 
 
 def _leaves(value: Any) -> list[str]:
@@ -148,31 +214,3 @@ def documents_from(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "test_split": split,
         "fewshot_split": split,
     }
-
-
-def task_digests(reference: str, data: str | None) -> dict[str, str]:
-    """Return the SHA-256 of every file of a task: its YAML files, functions and data, and ``data``, its documents.
-
-    A registered task belongs to the installed lm-eval, whose version is recorded; of its files only ``data`` counts.
-    """
-    files = _files(Path(reference).expanduser().resolve()) if is_path(reference) else []
-    documents = {"documents": Path(data).expanduser()} if data is not None else {}
-    return file_digests({path.name: path for path in files} | documents)
-
-
-def _files(path: Path) -> list[Path]:
-    """List a task file, its includes, its data and the modules of its functions."""
-    with path.open("rb") as stream:
-        settings = yaml.load(stream, Loader=_Loader)
-    includes = settings.get("include", [])
-    included = [path.parent / name for name in (includes if isinstance(includes, list) else [includes])]
-    modules = {path.parent / f"{name.rpartition('.')[0]}.py" for name in _functions(settings)}
-    _resolve_data_files(settings, path.parent)
-    return [path, *(file for name in included for file in _files(name)), *sorted(modules), *local_data_files(settings)]
-
-
-def _functions(value: Any) -> list[Function]:
-    if isinstance(value, Function):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [function for item in values for function in _functions(item)]

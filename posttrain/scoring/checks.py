@@ -12,7 +12,9 @@ import yaml
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
 from posttrain.errors import BadInput, Problem, nearest, suggest
-from posttrain.scoring.catalogue import Function, is_path, local_data_files, read_task_file, registered_tasks
+from posttrain.host import consent
+from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
+from posttrain.scoring.code import check_consent
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
@@ -85,6 +87,7 @@ def _check_file(where: str, path: Path, task: GateTask) -> Iterator[Problem]:
 def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> Iterator[Problem]:
     try:
         settings = read_task_file(path)
+        problems = list(check_consent(f"{where}.task", path)) if local else []
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         yield Problem(where=f"{where}.task", what=f"{path} cannot be read: {error}")
         return
@@ -96,11 +99,12 @@ def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> I
         )
     if isinstance(settings.get("task"), list):
         return
-    if settings.get("unsafe_code") and not task.run_code:
-        yield unsafe_code(where)
+    yield from problems
+    if settings.get("unsafe_code"):
+        yield from check_programs(where, task)
     yield from _check_metric(where, settings, task)
     yield from check_filter(where, _filters(settings), task)
-    for file in local_data_files(settings) if local and task.data is None else ():
+    for file in data_files(settings) if local and task.data is None else ():
         if not file.exists():
             yield Problem(where=f"{where}.task", what=f"{path} reads {file}, which does not exist")
 
@@ -123,10 +127,17 @@ def unknown_metric(where: str, metrics: Mapping[str, Any], task: GateTask) -> Pr
     )
 
 
-def unsafe_code(where: str) -> Problem:
-    """Report a task that runs programs written by the model, without permission to do so."""
-    fix = "In a container without network, set run_code: true on the task; elsewhere choose another task"
-    return Problem(where=f"{where}.run_code", what="the task runs programs that the model writes", fix=fix)
+def check_programs(where: str, task: GateTask) -> Iterator[Problem]:
+    """Report a task that runs programs written by the model, without permission by recipe and user to do so."""
+    entry = where.removeprefix("tasks.")
+    what, setting = "the task runs programs that the model writes", f"{where}.run_code"
+    if not task.run_code:
+        fix = "In a container without network, set run_code: true on the task; elsewhere choose another task"
+        yield Problem(where=setting, what=what, fix=fix)
+    elif not consent.may_run_programs(entry, task.task or entry):
+        fix = f"In a container without network, add {consent.FLAG} to the command, or the line run_code "
+        fix += f"{task.task or entry} to {consent.file()}: a recipe alone cannot allow it"
+        yield Problem(where=setting, what=what, fix=fix)
 
 
 def unsupported_aggregation(where: str, task: GateTask) -> Problem:

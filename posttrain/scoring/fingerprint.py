@@ -11,16 +11,45 @@ import functools
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.digests import digest_of, file_digest
+from posttrain.scoring.catalogue import is_path, read_files
+from posttrain.scoring.code import fingerprint, is_library, named_by
 
 LIBRARIES = ("posttrain", "lm_eval", "transformers", "torch", "peft")
 
 _ELSEWHERE = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata", "task", "task_alias", "tag"}
 """Names and places. The hashes of the questions cover the documents found there."""
+
+
+def code_behind(leaves: Sequence[Any], reference: str) -> dict[str, Any]:
+    """Return the fingerprint of all code of loaded lm-eval tasks: their functions', their classes', their helpers'.
+
+    ``reference`` is the name or the file of the task. Empty for a task without code of its own.
+    """
+    roots = {path for leaf in leaves for path in _sources([vars(leaf.config), type(leaf)])}
+    if is_path(reference):
+        roots |= named_by(read_files(Path(reference)))
+    own = {path for path in roots if not is_library(path)}
+    return fingerprint(own) if own else {}
+
+
+def _sources(value: Any) -> Iterator[Path]:
+    """Yield the files of the functions and classes in a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _sources(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _sources(vars(value))
+    elif isinstance(value, functools.partial):
+        yield from _sources([value.func, value.args, value.keywords])
+    elif callable(value) and (file := _file(value)) is not None:
+        yield file
 
 
 def task_settings(config: Any) -> Any:
@@ -44,13 +73,21 @@ def _plain(value: Any) -> Any:
 
 
 def _source(function: Any) -> dict[str, str]:
-    """Return a function's name and the hash of its whole file: its helpers count as well."""
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:
-        file = inspect.getsourcefile(type(function))
+    """Return a function's name and the hash of its whole file."""
+    file = _file(function)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return {"function": name, "source": file_digest(Path(file)) if file else ""}
+    return {"function": name, "source": file_digest(file) if file else ""}
+
+
+def _file(function: Any) -> Path | None:
+    """Return the file of a function, of a class, or of the class of an object that can be called."""
+    for found in (function, type(function)):
+        try:
+            file = inspect.getsourcefile(found)
+        except TypeError:
+            continue
+        return Path(file).resolve() if file and Path(file).is_file() else None
+    return None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -122,7 +122,8 @@ def _total(task: GateTask, settings: Mapping[str, Any]) -> int | None:
     if task.data is not None:
         return _count([task.data])
     split = next((settings[key] for key in EVALUATED if settings.get(key)), None)
-    files = (settings.get("dataset_kwargs") or {}).get("data_files")
+    arguments = settings.get("dataset_kwargs")
+    files = arguments.get("data_files") if isinstance(arguments, Mapping) else None
     if isinstance(files, Mapping):
         files = files.get(split)
     return _count([files] if isinstance(files, str) else files or [])
@@ -146,6 +147,7 @@ def _direction(task: GateTask, settings: Mapping[str, Any]) -> bool:
     """Return the direction given by the recipe, else by the task's file, else True: right answers are better."""
     if task.higher_is_better is not None:
         return task.higher_is_better
-    entries = settings.get("metric_list") or []
-    declared = [entry.get("higher_is_better", True) for entry in entries if entry.get("metric") == task.metric]
+    entries = settings.get("metric_list")
+    listed = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    declared = [entry.get("higher_is_better", True) for entry in listed if entry.get("metric") == task.metric]
     return bool(declared[0]) if declared else True

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem, reject
-from posttrain.scoring.fingerprint import task_settings
+from posttrain.scoring.fingerprint import code_behind, task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
 from posttrain.scoring.questions import PreparedTask, Question
@@ -58,7 +58,7 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
         leaves=leaves,
         filters=shared_filters(leaves),
         questions=questions,
-        settings=[task_settings(leaf.config) for leaf in leaves],
+        settings=[*(task_settings(leaf.config) for leaf in leaves), code_behind(leaves, task.task or name)],
     )
 
 

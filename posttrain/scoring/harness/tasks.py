@@ -13,13 +13,15 @@ from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
 from posttrain.errors import BadInput, PosttrainError, Problem
-from posttrain.scoring.catalogue import documents_from, is_path, read_task_file, registered_tasks, tasks_folder
+from posttrain.host import consent
+from posttrain.scoring import code
+from posttrain.scoring.catalogue import documents_from, is_path, merge, read_files, registered_tasks, tasks_folder
 from posttrain.scoring.checks import (
     check_cluster,
     check_direction,
     check_filter,
+    check_programs,
     unknown_metric,
-    unsafe_code,
     unsupported_aggregation,
 )
 from posttrain.scoring.harness.examples import OtherExamples
@@ -47,11 +49,11 @@ def preflight(tasks: Mapping[str, GateTask]) -> None:
 def load_leaves(name: str, task: GateTask) -> list[Any]:
     """Return the lm-eval tasks of a gate's task. Raises BadInput when one cannot be loaded or compared."""
     reference = task.task or name
-    if task.run_code:
+    if task.run_code and consent.may_run_programs(name, reference):
         os.environ[CODE_EVAL] = "1"
     try:
         with quiet(), muted():
-            leaves = _load(reference, task.data)
+            leaves = _load(f"tasks.{name}", reference, task.data)
     except PosttrainError:
         raise
     except Exception as error:  # task files run functions and data scripts of their own: any exception is possible
@@ -69,8 +71,10 @@ def load_leaves(name: str, task: GateTask) -> list[Any]:
     return leaves
 
 
-def _load(reference: str, data: str | None) -> list[Any]:
+def _load(where: str, reference: str, data: str | None) -> list[Any]:
     if is_path(reference):
+        if problems := list(code.check_consent(where, Path(reference))):
+            raise BadInput(problems)
         return _load_file(Path(reference), data)
     if data is not None:
         return _load_file(registered_tasks()[reference], data)
@@ -79,9 +83,13 @@ def _load(reference: str, data: str | None) -> list[Any]:
 
 def _load_file(path: Path, data: str | None) -> list[Any]:
     """Load the task of a YAML file, with data files relative to that file, or with the documents of ``data``."""
-    path = path.expanduser().resolve()
-    settings = read_task_file(path)
+    files = read_files(path)
+    path, settings = files[-1].path, merge(files)
     override: dict[str, Any] = {"include": str(path)}
+    if not code.find_code(files):
+        override = settings  # lm-eval's own reader, which runs code, sees nothing that was not looked at
+    elif not code.is_shipped(path):
+        code.forget(code.files_behind(files))
     if data is not None:
         override |= documents_from(settings, Path(data).expanduser().resolve())
     elif arguments := settings.get("dataset_kwargs"):
@@ -132,8 +140,8 @@ def _unloadable(name: str, reference: str, error: Exception) -> Problem:
 
 def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
     """Report the reasons why a loaded task cannot be scored or compared."""
-    if getattr(leaf, "UNSAFE_CODE", False) and not task.run_code:
-        yield unsafe_code(where)
+    if getattr(leaf, "UNSAFE_CODE", False):
+        yield from check_programs(where, task)
     if getattr(leaf, "MULTIMODAL", False):
         yield Problem(where=where, what=f"{leaf.task_name} needs more than text", fix="Choose another task")
     aggregation = leaf.aggregation()
