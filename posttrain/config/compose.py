@@ -172,7 +172,7 @@ def _own_settings(node: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _own_folders(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Separate overrides from our own flags, with the folders of ``--config-dir DIR``. Raises BadInput for a wrong one."""
+    """Return overrides without our own flags, and the folders of ``--config-dir``. Raises BadInput for a wrong one."""
     remaining: list[str] = []
     folders: list[Path] = []
     waiting = iter(words)
