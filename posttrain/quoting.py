@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import IO, Any
-from urllib.parse import unquote
 
 SECRET = "holds a password, a key or a token, which would be written into records and reports"
 HIDDEN = "***"
@@ -22,7 +21,7 @@ REPLACED = 0xFFFD
 INVISIBLE = (
     *range(0x80, 0xA0),  # control characters of eight bits: 0x9b begins a sequence as ESC [ does
     0xAD, 0x61C, 0x180E, *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070),
-    0xFEFF, *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000), *range(0xE0000, 0xE0080),
+    0xFEFF, *range(0xFFF9, 0xFFFC), 0xFFFE, 0xFFFF, *range(0xD800, 0xE000), *range(0xE0000, 0xE0080),
 )  # fmt: skip
 """Characters without a glyph: those that control, reorder, join or separate, and halves of surrogate pairs."""
 LINES: Mapping[int, int] = {
@@ -32,29 +31,29 @@ LINES: Mapping[int, int] = {
 }
 """Glyphs for the characters that a terminal obeys or hides, one column each; line breaks and tabs stay."""
 ONE_LINE: Mapping[int, int] = {**LINES, 0x09: 0x20, 0x0A: 0x240A}
-NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that no XML document can hold."""
 
 SECRET_NAME = re.compile(
-    r"(?i)(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)"
-    r"(token|secret|passw(or)?d|passphrase|credentials?|api_?key|access_?key(_id)?|private_?key|secret_?key)$"
+    r"(?i)((^|(api|access|auth|hf|hub|bearer|session|refresh|security|login|github|gitlab|wandb)_)token|secret|"
+    r"passw(or)?d|passphrase|credentials?|api_?key|access_?key(_id)?|private_?key|secret_?key)$"
 )
-"""The end of a key or variable whose value is a secret."""
+"""The end of a key or variable whose value is a secret; a bos_token is none."""
 SECRET_VARIABLE = re.compile(
-    r"(?i)(token|secret|passw|passphrase|credential|api_?key|access_?key|private_?key|_key$|_pat$|_dsn$|_auth$)"
+    r"(?i)(token(?!i[sz]|s)|secret|passw|passphrase|credential|api_?key|access_?key|private_?key|_key$|_pat$|_dsn$|_auth$)"
 )
+"""The name of a variable of the environment whose value is a secret."""
+NO_SECRET = ("", "true", "false", "null", "none")
 SHORTEST = 8
 """Characters of the shortest value of a variable that is taken for a secret: shorter ones occur by chance."""
 IN_TEXT = (
-    (re.compile(r"(?<=://)[^\s/]*@"), f"{HIDDEN}@"),
-    (re.compile(r"(?<![\w./-])[\w.+-]+:[^\s/@:'\"]+@(?=[\w-]+(\.[\w-]+)+)"), f"{HIDDEN}@"),
+    (r"(?<=://)[^\s/]*@", f"{HIDDEN}@"),
+    (r"(?<![\w./-])[\w.+-]+:[^\s/@:'\"]+@(?=[\w-]+(\.[\w-]+)+)", f"{HIDDEN}@"),
     (
-        re.compile(r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|signature|passw(?:or)?d|api_?key|credential)|sig|key)=)[^&\s'\"]+"),
+        r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|signature|passw(?:or)?d|api_?key|credential)|sig|key)=)[^&\s'\"]+",
         rf"\1{HIDDEN}",
     ),
-    (re.compile(r"\b(hf|gh[opsur]|glpat|xox[a-z]|github_pat|wandb_v\d)[_-][A-Za-z0-9_-]{16,}"), HIDDEN),
-    (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}|\b(AKIA|ASIA)[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"), HIDDEN),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(-----END|$)"), HIDDEN),
+    (r"\b(hf|gh[opsur]|glpat|xox[a-z]|github_pat|wandb_v\d)[_-][A-Za-z0-9_-]{16,}", HIDDEN),
+    (r"\bsk-[A-Za-z0-9_-]{16,}|\b(AKIA|ASIA)[A-Z0-9]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+", HIDDEN),
+    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(-----END|$)", HIDDEN),
 )  # fmt: skip
 """Secrets that are known by their form: user information of a URL, signed queries, tokens of services."""
 MARKDOWN = str.maketrans({"\\": "\\\\", "`": "\\`", "*": "\\*", "<": "&lt;", "&": "&amp;"})
@@ -82,8 +81,8 @@ def cell(text: str) -> str:
 
 
 def document(text: str) -> str:
-    """Return a text for a document that keeps its lines, such as XML or HTML."""
-    return NOT_XML.sub("\ufffd", lines(text))
+    """Return a text for a document that keeps its lines and cannot hold control characters, such as XML or HTML."""
+    return lines(text)
 
 
 def redacted(text: str) -> str:
@@ -93,14 +92,15 @@ def redacted(text: str) -> str:
             text = text.replace(secret, HIDDEN)
     if any(mark in text for mark in ("@", "_", "-", "=", "AKIA", "ASIA", "eyJ")):
         for pattern, instead in IN_TEXT:
-            text = pattern.sub(instead, text)
+            text = re.sub(pattern, instead, text)  # compiled when the first text needs it: help and lists need none
     return text
 
 
 def is_secret(key: str, value: str) -> bool:
     """Return True when a setting would write a secret into every record of a run."""
-    leaf = key.rpartition(".")[2]
-    return bool(value) and (SECRET_NAME.search(leaf) is not None or redacted(value) != value)
+    if value.lower() in NO_SECRET:
+        return False
+    return SECRET_NAME.search(key.rpartition(".")[2]) is not None or redacted(value) != value
 
 
 def _known_secrets() -> Iterator[str]:
@@ -122,6 +122,8 @@ def _names_secret(name: str) -> bool:
 
 @cache
 def _passwords(url: str) -> tuple[str, ...]:
+    from urllib.parse import unquote
+
     found = re.findall(r"://([^\s/@:]*):?([^\s/@]*)@", url)
     raw = [part for parts in found for part in parts if len(part) >= SHORTEST]
     return tuple(dict.fromkeys([*raw, *map(unquote, raw)]))

@@ -87,7 +87,8 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
     _require_shipped(config.hydra, PRIMARY[choice])
     choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
     plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != HYDRA])
-    check_interpolations(plain, f"{choice} {choices.get(choice)}")
+    raw: Any = OmegaConf.to_container(plain, resolve=False)
+    check_interpolations(raw, f"{choice} {choices.get(choice)}")
     return Composition(
         recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
         tracker=choices.get("tracker", "none"), shadows=tuple(sources.shadows(choices)), problems=problems,

@@ -34,6 +34,8 @@ MOST_RESOLVED = 5_000
 MOST_RESOLVED_CHARACTERS = 1_000_000
 RESOLVERS = ("shipped",)
 """Resolvers that files and words may use."""
+GROUPS = ("recipe", "gate", "model", "variant", "tracker", "stage", "settings")
+"""Groups of options, each a folder."""
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FAULTS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
@@ -64,6 +66,8 @@ class Reading:
             reject(str(path), "must be a mapping of keys to values", "See recipes/quickstart.yaml")
         raw: Any = OmegaConf.to_container(config, resolve=False)
         _reject_code(path, raw)
+        if name.startswith("recipe/"):  # alone, it is measured before Hydra may resolve any of it
+            check_interpolations(raw, str(path))
         self._include(path, name, raw.get("defaults"))
         return config, _package(path, text)
 
@@ -196,9 +200,16 @@ def _entry(path: Path, entry: Any) -> tuple[str, list[str]]:
     if not isinstance(key, str) or not all(isinstance(each, str) for each in values):
         what = f"{shown(entry)} is no entry of a list of defaults"
         reject(f"{path}: defaults", what, "Write - /GROUP@PLACE: NAME, such as - /gate@sft.gate: none")
+    if any(leads_elsewhere(each) for each in (key.split()[-1:] or [""])[0].split("@")[:1] + values):
+        reject(f"{path}: defaults: {shown(entry)}", "leads out of the folders of recipes and options", "Give a name")
     if HYDRA in re.split(r"[\s/@.:]+", key):
         reject(f"{path}: defaults: {shown(key)}", "a recipe is data and sets nothing of Hydra's", "Remove the entry")
     return key, values
+
+
+def leads_elsewhere(option: str) -> bool:
+    """Return True for the name of an option that is a path to another folder."""
+    return not {"", ".", ".."}.isdisjoint(option.removeprefix("/").split("/"))
 
 
 def _included(name: str, key: str, values: list[str]) -> Iterator[str]:
@@ -302,6 +313,8 @@ def check_words(words: Sequence[str]) -> None:
             problems.append(Problem(where=where, what=what))
         elif _depth(word) > MOST_DEPTH:
             problems.append(Problem(where=where, what=f"holds brackets within brackets, {MOST_DEPTH} deep"))
+        elif ("@" in key or group in GROUPS) and leads_elsewhere(f"{group}/{word.partition('=')[2] or 'none'}"):
+            problems.append(Problem(where=where, what="leads out of the folders of options", fix="Give a name"))
         elif re.split(r"[/.]", group)[0] == HYDRA or HYDRA in re.split(r"[/.:]", place):
             what = "sets something of Hydra's own, which a pipeline does not use"
             problems.append(Problem(where=where, what=what, fix="Leave it out"))
@@ -319,9 +332,8 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def check_interpolations(config: DictConfig, name: str) -> None:
+def check_interpolations(raw: Mapping[Any, Any], name: str) -> None:
     """Raise BadInput for values that refer to themselves, or that grow beyond all bounds when they are resolved."""
-    raw: Any = OmegaConf.to_container(config, resolve=False)
     expansion = _Expansion(raw, name)
     references = characters = 0
     for path in [(str(key),) for key in raw]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from posttrain import cli
-from posttrain.quoting import redacted
+from posttrain.quoting import is_secret, redacted
 from tests.support.fakes import GATES, Script, scripted_host, write_project
 
 VARIABLES = (
@@ -216,6 +216,18 @@ def test_a_killed_run_leaves_no_secret(canaries: list[str], working_folder: Path
 )  # fmt: skip
 def test_plain_texts_stay_as_they_are(text: str) -> None:
     assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.template_variables.bos_token", "<s>"), ("use_auth_token", "true"), ("sft.max_tokens", "10000000"),
+     ("model.added_tokens", "[<call>]"), ("data.revision", "0123456789012345678901234567890123456789")],
+)  # fmt: skip
+def test_plain_settings_are_no_secrets(key: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKENIZER", "organisation/model")
+    monkeypatch.setenv("MAX_TOKENS", value)
+    assert not is_secret(key, value)
+    assert not is_secret("model.path", "organisation/model")
 
 
 @pytest.fixture(autouse=True)

@@ -126,6 +126,21 @@ def test_hydras_settings_are_compared_with_those_that_ship(
     assert "hydra" in message
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["- /gate@sft.gate: ../../{}", "- /model: ../{}", "- ../{}", "- /{}", "- //{}", "- /recipe/../../{}",
+     "- /recipe@data: [../{}]", "- /__pycache__/../{}"],
+)  # fmt: skip
+def test_no_entry_of_the_defaults_leads_out_of_the_folders(host: Host, entry: str, working_folder: Path) -> None:
+    elsewhere = write("path: elsewhere/elsewhere\n", "elsewhere", ".")
+    up = "../" * 20 + str(elsewhere.absolute()).removesuffix(".yaml").removeprefix("/")
+    for path in (up, "elsewhere", str(elsewhere.absolute()).removesuffix(".yaml")):
+        write(defaults(entry.format(path)))
+        assert "elsewhere/elsewhere" not in rejected(host, "recipe=mine")
+    assert rejected(host, "recipe=quickstart", f"model={up}", "stages=[sft]")
+    assert rejected(host, "recipe=quickstart", f"gate@sft.gate={up}")
+
+
 def test_every_source_of_settings_is_checked(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = "path: a/b\nchat_template: ${oc.env:HOME}\n"
     write(bad, "theirs", "own/model")
@@ -385,6 +400,19 @@ def test_the_settings_of_hydra_that_ship_are_found_without_the_files_of_others(h
     write("path: a/b\n", "quickstart", "own/model")
     assert plan(host, "recipe=mine", "--config-dir", "own").recipe == "mine"
     assert composing._shipped_settings("config")["job_logging.version"] == 1
+
+
+def test_variables_of_hydra_change_nothing(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "this.is.no.module")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    write(HEAD + BODY)
+    assert plan(host, "recipe=mine").recipe == "mine"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["-m", "recipe=mien", "seed=1,2"])
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.count("error: recipe=mien: no recipe named 'mien'") == 1
 
 
 def test_a_file_that_hides_another_one_is_named(host: Host) -> None:
