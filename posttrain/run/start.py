@@ -19,6 +19,7 @@ from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
 
 NEVER = "never judged"
+TOLD = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
 SETTING = "start_from_unpromoted"
 
 
@@ -32,6 +33,13 @@ class Standing:
     """The deciding figures with the verdict's file; the reason for which there is none."""
     below: tuple[str, ...] = ()
     """Artifacts below it that no gate passed."""
+
+    @property
+    def doubt(self) -> str | None:
+        """What speaks against building on the artifact; None when it is promoted."""
+        if self.state == "pass":
+            return f"stands on what no gate passed: {'; '.join(self.below)}" if self.below else None
+        return f"is {TOLD[self.state]}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +85,9 @@ def _problems(plan: Plan, artifact: Artifact) -> Sequence[Problem]:
         what = f"the artifact is stacked on {list(artifact.manifest.lineage)}, not on SFT"
         return [Problem(where=where, what=what, fix="Give an artifact stacked on SFT")]
     standing = find_standing(artifact, plan.output_root)
-    if plan.start_from_unpromoted or (standing.state == "pass" and not standing.below):
+    if plan.start_from_unpromoted or standing.doubt is None:
         return []
-    told = {"fail": "failed by its gate", "undecided": "left undecided by its gate", "pass": "passed by its gate"}
-    what = f"the artifact {artifact.named} is {told.get(standing.state, standing.state)}: {standing.reason}"
-    if standing.below:
-        what = f"the artifact {artifact.named} stands on what no gate passed: {'; '.join(standing.below)}"
+    what = f"the artifact {artifact.named} {standing.doubt}"
     fix = f"Give a promoted artifact, or set {SETTING}=true: the verdict of every stage then says what it stands on"
     return [Problem(where=where, what=what, fix=fix)]
 

@@ -170,3 +170,16 @@ def test_a_failure_of_posttrain_gate_counts_too(project: Path) -> None:
     (folder / "verdict.json").write_text(json.dumps(values | {"state": "fail", "reason": "worse than v1"}))
     with pytest.raises(BadInput, match=r"failed by its gate: worse than v1 \(.*strict-0123456789ab"):
         run_recipe(Script(), "stages=[dpo]", f"start_from={sft}")
+
+
+@pytest.mark.parametrize("state", ["pass", "fail"])
+def test_what_no_gate_passed_is_not_merged_in_silence(
+    state: VerdictState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.model import merging
+
+    sft = judged_sft(state)
+    made = merging.Merge(artifact=verify(sft), exact=0.0, published=0.0, limit=0.0)
+    monkeypatch.setattr(merging, "merge", lambda artifact, base, output: made)
+    assert main("merge", str(sft), "merged") == 0
+    assert ("is failed by its gate" in capsys.readouterr().out) is (state == "fail")
