@@ -31,8 +31,11 @@ class GateProgress(Protocol):
     def note(self, text: str) -> None:
         """Show one line to the user."""
 
-    def advance(self, system: str, task: str, done: int, total: int) -> None:
-        """Report that ``system`` has answered ``done`` of the ``total`` documents of ``task``."""
+    def advance(self, system: str, task: str, done: int, total: int, tokens: int = 0) -> None:
+        """Report that ``system`` has answered ``done`` of the ``total`` documents of ``task``.
+
+        ``tokens`` counts the tokens read or written for the next documents, in batches that take long.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

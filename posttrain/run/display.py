@@ -155,15 +155,18 @@ class EvaluationProgress:
         self._ticker: Ticker | None = None
         self._current: tuple[str, str] | None = None
 
-    def advance(self, system: str, task: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` documents of a task, scored for one system."""
+    def advance(self, system: str, task: str, done: int, total: int, tokens: int = 0) -> None:
+        """Show ``done`` of ``total`` documents of a task, scored for one system, and the tokens for the next ones."""
         activity.sign_of_life()
         if (system, task) != self._current:
             self.stop()
             self._current, self._ticker = (system, task), Ticker(self._display, self._stage, "gate")
             self._ticker.start(total)
         assert self._ticker is not None
-        self._ticker.advance(done, total, f"{task} {system}")
+        if tokens:
+            self._ticker.begin_part(done, total, f"{task} {system}  {tokens:,} tokens")
+        else:
+            self._ticker.advance(done, total, f"{task} {system}")
 
     def note(self, text: str) -> None:
         """Show one line."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +13,9 @@ import yaml
 
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
-from posttrain.errors import BadInput, Problem, nearest, suggest
+from posttrain.errors import BadInput, PosttrainError, Problem, nearest, suggest
 from posttrain.host import consent
+from posttrain.host.guard import DISK_ERRORS
 from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
 from posttrain.scoring.code import check_consent
 
@@ -22,6 +25,43 @@ if TYPE_CHECKING:
 
 NO_FILTER = "none"
 """lm-eval's name for the filter of a task without a filter_list."""
+
+
+_NLTK = re.compile(r"Resource\s+\S*?([A-Za-z]\w+)\S*\s+not found")
+_COLOUR = re.compile(r"\x1b\[\d*m")
+_PIP = re.compile(r"pip install [\w .\[\]-]+")
+
+
+def cure(error: BaseException) -> str:
+    """Return how to get what a task lacks on this machine; empty for a fault of another kind."""
+    text = _COLOUR.sub("", str(error))
+    if isinstance(error, LookupError) and (resource := _NLTK.search(text)):
+        return f"python -m nltk.downloader {resource[1]}"
+    if isinstance(error, ImportError) and (command := _PIP.search(text)):
+        return command[0].strip()
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"pip install {error.name.partition('.')[0]}"
+    return ""
+
+
+def in_short(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message that holds words."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if re.search(r"\w", line)]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def blaming(where: str) -> Iterator[None]:
+    """Raise BadInput at ``where`` for whatever a task's own functions raise."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # no fault of the task
+            raise
+        fix = cure(error) or "Mend the task's functions or its documents, or choose another task"
+        raise BadInput(Problem(where=where, what=f"the task cannot be scored: {in_short(error)}", fix=fix)) from error
 
 
 def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:

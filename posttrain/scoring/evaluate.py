@@ -18,6 +18,7 @@ from posttrain.gate.verdict import is_settled, plan_looks
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
 from posttrain.scoring.checks import read_clusters
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
+from posttrain.scoring.harness.rehearsal import rehearse_task
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.responder import Responder, Transformers
 from posttrain.scoring.harness.scoring import answer, recall
@@ -40,6 +41,8 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
     tokenizer = loading.tokenizer(request.systems["candidate"])
     with seeded(request.gate.seed):
         tasks = [prepare_task(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
+    for task in tasks:
+        rehearse_task(task)
     scorecard = Scorecard(
         rows=(),
         higher_is_better={task.name: task.higher_is_better for task in tasks},

@@ -36,14 +36,15 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 
 @hookimpl
 def check_gate(step: Step) -> Sequence[Problem]:
-    """Load the tasks as scoring will: their data must exist, and their metric be a mean over documents."""
+    """Load the tasks as scoring will, and score invented answers: nothing may be missing after the training."""
     from posttrain.errors import BadInput
+    from posttrain.scoring.harness.rehearsal import rehearse
     from posttrain.scoring.harness.tasks import preflight
 
     if not step.gate.enabled:
         return []
     try:
-        preflight(step.tasks)
+        rehearse(step.tasks, preflight(step.tasks))
     except BadInput as error:
         return [replace(problem, where=f"{step.name}.gate.{problem.where}") for problem in error.problems]
     return []

@@ -300,7 +300,7 @@ class Fatal(Log):
     def __post_init__(self) -> None:
         self.last = len(self.asked) + self.more
 
-    def advance(self, system: str, task: str, done: int, total: int) -> None:
+    def advance(self, system: str, task: str, done: int, total: int, tokens: int = 0) -> None:
         if len(self.asked) == self.last:
             raise Killed
 

@@ -46,12 +46,16 @@ class Log:
 
     notes: list[str] = field(default_factory=list)
     steps: list[tuple[str, str, int, int]] = field(default_factory=list)
+    tokens: list[tuple[str, str, int, int, int]] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def advance(self, system: str, task: str, done: int, total: int) -> None:
-        self.steps.append((system, task, done, total))
+    def advance(self, system: str, task: str, done: int, total: int, tokens: int = 0) -> None:
+        if tokens:
+            self.tokens.append((system, task, done, total, tokens))
+        else:
+            self.steps.append((system, task, done, total))
 
 
 def write_adapters(root: Path) -> Path:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem, reject
+from posttrain.scoring.checks import blaming
 from posttrain.scoring.fingerprint import code_behind, task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
@@ -49,8 +51,32 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
     """
     leaves = load_leaves(name, task)
     with quiet():
-        documents = [list(leaf.eval_docs) for leaf in leaves]
+        with blaming(f"tasks.{name}"):
+            documents = [list(leaf.eval_docs) for leaf in leaves]
         questions = _questions(name, task, tokenizer, seed, leaves, documents)
+    return _prepared(name, task, leaves, questions)
+
+
+def prepare_first(name: str, task: GateTask, leaves: Sequence[Any], first: int, more: int) -> PreparedTask:
+    """Build the requests of the ``more`` first documents of loaded tasks as plain texts, without any tokenizer.
+
+    Only those of the ``first`` ones show examples; there must be enough of these for all.
+    """
+    questions, where = [], f"tasks.{name}"
+    for leaf in leaves:
+        with blaming(where):
+            documents = list(islice(leaf.eval_docs, max(1, more // len(leaves))))
+        shots = leaf.config.num_fewshot or 0
+        if shots and not isinstance(leaf.doc_to_text(documents[0]), list):
+            leaf.sampler.check(documents, shots)
+        for doc_id, doc in enumerate(documents):
+            if doc_id == max(1, first // len(leaves)):
+                leaf.set_config("num_fewshot", 0)  # they would take most of the time
+            questions.append(_question(where, leaf, doc_id, doc, None))
+    return _prepared(name, task, leaves, questions)
+
+
+def _prepared(name: str, task: GateTask, leaves: Sequence[Any], questions: Sequence[Question]) -> PreparedTask:
     return PreparedTask(
         name=name,
         metric=task.metric,
@@ -121,6 +147,12 @@ class _Chats:
 
 
 def _question(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -> Question:
+    """Build the requests of a document. Raises BadInput with the document for whatever the task's functions raise."""
+    with blaming(f"{where}, document {doc_id}"):
+        return _build(where, leaf, doc_id, doc, chats)
+
+
+def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -> Question:
     requests = leaf.construct_requests(
         doc=doc,
         ctx=_context(where, leaf, doc, chats),
@@ -183,7 +215,7 @@ def _context(where: str, leaf: Any, doc: Any, chats: _Chats | None) -> Any:
             reject(
                 f"{where}.num_fewshot", "the task asks in whole conversations, which take no examples", "Leave it out"
             )
-        plain = "\n\n".join(message["content"] for message in messages) + "\n\n"
+        plain = "\n\n".join(str(message.get("content") or "") for message in messages) + "\n\n"
         return plain if chats is None else chats(messages)
     if shots:
         leaf.sampler.ask(doc)

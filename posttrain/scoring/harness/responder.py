@@ -8,7 +8,8 @@ lm_eval scores a NaN as a wrong answer: a diverged model would look merely bad.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
 
 
+REPORT_SECONDS = 2.0
+"""Seconds between two reports about tokens."""
+
+
 class Responder:
     """Mixin for lm_eval's models: answers to a gate's requests, checked."""
 
@@ -34,12 +39,18 @@ class Responder:
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self._report: Callable[[int], None] = lambda tokens: None
+        self._tokens, self._reported = 0, 0.0
         self._written: dict[str, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
-    def respond(self, requests: Sequence[Any], where: str) -> None:
-        """Answer requests in place. Raises ArtifactDamaged naming ``where`` when an output is not finite."""
+    def respond(self, requests: Sequence[Any], where: str, report: Callable[[int], None]) -> None:
+        """Answer requests in place. Raises ArtifactDamaged naming ``where`` when an output is not finite.
+
+        Every few seconds ``report`` is told the number of tokens read and written so far.
+        """
         sound = True
+        self._report, self._tokens, self._reported = report, 0, time.monotonic()
         for kind in dict.fromkeys(request.request_type for request in requests):
             asked = [request for request in requests if request.request_type == kind]
             repeated = [request for request in asked for _ in range(request.repeats or 1)]
@@ -51,6 +62,13 @@ class Responder:
                 sound = sound and (isinstance(likelihood, str) or math.isfinite(likelihood))
         if not (sound and self.finite()):
             raise ArtifactDamaged(f"{where}: the model's output is not finite; its weights hold NaN or infinity")
+
+    def count(self, tokens: int) -> None:
+        """Count tokens as they are read or written, and report them every few seconds."""
+        self._tokens += tokens
+        if (now := time.monotonic()) - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._report(self._tokens)
 
     def forget(self) -> None:
         """Forget the generated texts, because another system answers next."""
@@ -119,12 +137,18 @@ class TransformersResponder(Responder, HFLM):
         self.cut += sum(len(context) + len(choice) > self.max_length + 1 for _, context, choice in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
 
+    def _model_call(self, inps: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits_BTV: torch.Tensor = super()._model_call(inps, **options)
+        self.count(inps.numel())
+        return logits_BTV
+
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         return super()._model_generate(context, max_length, stop, logits_processor=[self._watch], **options)
 
     def _watch(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         # Accumulated on the device and read once per block: a read at every token would stall the device. The maximum
         # is NaN or infinite whenever one of the logits is, except for -inf, which masks tokens on purpose.
+        self.count(len(ids_BT))
         self._unsound |= ~torch.isfinite(logits_BV.amax(dim=-1)).all()
         return logits_BV
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from lm_eval.api.metrics import mean
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate.spec import DocumentScore
 from posttrain.scoring.cache import Blocks
+from posttrain.scoring.checks import blaming
 from posttrain.scoring.harness.responder import Responder
 from posttrain.scoring.isolation import seeded
 from posttrain.scoring.questions import PreparedTask, Question
@@ -25,19 +28,20 @@ def answer(
     system: str,
     digest: str,
     seed: int,
-    report: Callable[[int, int], None],
+    report: Callable[..., None],
 ) -> list[DocumentScore]:
     """Put every question to a system and score it.
 
     A block is a batch of documents in the order of ``task.ordered``. Each is kept in ``blocks`` as soon as it is
-    answered, and kept blocks are not asked again. ``report(done, total)`` is called after each block. Raises
-    ArtifactDamaged when a log-likelihood, a logit or a score is not finite, BadInput when the task gives no number.
+    answered, and kept blocks are not asked again. ``report(done, total)`` is called after each block, and every few
+    seconds within one, with its tokens so far. Raises ArtifactDamaged when a log-likelihood, a logit or a score is not
+    finite, BadInput when the task's own functions fail or give no number.
     """
     kept, total = blocks.read(), len(task.questions)
     for index, requests in enumerate(_split(task, blocks.size)):
         if not _restore(requests, kept.get(index)):
             with seeded(seed + index):  # by block, so that a resumed evaluation samples the same texts
-                responder.respond(requests, f"{system}, {task.name}")
+                responder.respond(requests, f"{system}, {task.name}", partial(report, index * blocks.size, total))
             blocks.add(index, [request.resps for request in requests])
         report(min((index + 1) * blocks.size, total), total)
     return _scores(task, system, digest)
@@ -62,10 +66,24 @@ def _split(task: PreparedTask, size: int) -> list[list[Any]]:
 def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
     """Return one row per filter and document, from the answers in the requests."""
     for leaf in task.leaves:
-        if requests := [item for question in task.questions if question.leaf is leaf for item in question.requests]:
+        apply_filters(leaf, [item for item in task.questions if item.leaf is leaf], f"{system}, {task.name}")
+    return [_score(task, question, name, system, digest) for name in task.filters for question in task.questions]
+
+
+def apply_filters(leaf: Any, questions: Sequence[Question], where: str) -> None:
+    """Filter the answers in the requests of questions. Raises BadInput, with the first document that a filter fails."""
+    requests = [request for question in questions for request in question.requests]
+    if not requests:
+        return
+    try:
+        with blaming(where):
             for ensemble in leaf._filters:
                 ensemble.apply(requests)
-    return [_score(task, question, name, system, digest) for name in task.filters for question in task.questions]
+    except BadInput:
+        if len(questions) > 1:  # a filter sees all documents at once: find the one
+            for question in questions:
+                apply_filters(leaf, [question], f"{where}, document {question.doc_id}")
+        raise
 
 
 def _restore(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
@@ -79,20 +97,7 @@ def _restore(requests: Sequence[Any], answers: Sequence[Any] | None) -> bool:
 
 
 def _score(task: PreparedTask, question: Question, name: str, system: str, digest: str) -> DocumentScore:
-    results = question.leaf.process_results(
-        question.doc, [request.filtered_resps[name] for request in question.requests]
-    )
-    aggregation = question.leaf.aggregation()
-    metrics = {
-        metric: float(value)
-        for metric, value in results.items()
-        if aggregation.get(metric) is mean and isinstance(value, (numbers.Real, np.bool_))
-    }
     where = f"{system}, {task.name}, document {question.doc_id}"
-    if task.metric not in metrics:
-        raise BadInput(Problem(where=where, what=f"the task gives no number for {task.metric}"))
-    if unsound := [metric for metric, value in metrics.items() if not math.isfinite(value)]:
-        raise ArtifactDamaged(f"{where}: {', '.join(unsound)} is not a finite number")
     return DocumentScore(
         system=system,
         digest=digest,
@@ -102,10 +107,31 @@ def _score(task: PreparedTask, question: Question, name: str, system: str, diges
         document_hash=question.document_hash,
         request_hash=question.request_hash,
         target_hash=question.target_hash,
-        metrics=metrics,
+        metrics=measure(task, question, name, where),
         response=_response(question),
         target=question.target,
     )
+
+
+def measure(task: PreparedTask, question: Question, name: str, where: str) -> dict[str, float]:
+    """Return the metrics of a filtered answer that are means over documents.
+
+    Raises BadInput when the task's own functions fail or give no number, ArtifactDamaged when one is not finite.
+    """
+    with blaming(where):
+        given = [request.filtered_resps[name] for request in question.requests]
+        results = question.leaf.process_results(copy.deepcopy(question.doc), given)
+        aggregation = question.leaf.aggregation()
+        metrics = {
+            metric: float(value)
+            for metric, value in results.items()
+            if aggregation.get(metric) is mean and isinstance(value, (numbers.Real, np.bool_))
+        }
+    if task.metric not in metrics:
+        raise BadInput(Problem(where=where, what=f"the task gives no number for {task.metric}"))
+    if unsound := [metric for metric, value in metrics.items() if not math.isfinite(value)]:
+        raise ArtifactDamaged(f"{where}: {', '.join(unsound)} is not a finite number")
+    return metrics
 
 
 def _response(question: Question) -> str:

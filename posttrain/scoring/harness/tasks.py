@@ -21,6 +21,8 @@ from posttrain.scoring.checks import (
     check_direction,
     check_filter,
     check_programs,
+    cure,
+    in_short,
     unknown_metric,
     unsupported_aggregation,
 )
@@ -34,16 +36,18 @@ CODE_EVAL = "HF_ALLOW_CODE_EVAL"
 """Variable required by the library that runs programs written by the model."""
 
 
-def preflight(tasks: Mapping[str, GateTask]) -> None:
+def preflight(tasks: Mapping[str, GateTask]) -> dict[str, list[Any]]:
     """Load every task as scoring will. Raises BadInput with the problems of all tasks."""
     problems: list[Problem] = []
+    loaded = {}
     for name, task in tasks.items():
         try:
-            load_leaves(name, task)
+            loaded[name] = load_leaves(name, task)
         except BadInput as error:
             problems += error.problems
     if problems:
         raise BadInput(problems)
+    return loaded
 
 
 def load_leaves(name: str, task: GateTask) -> list[Any]:
@@ -130,11 +134,11 @@ def _has_members(settings: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
 
 
 def _unloadable(name: str, reference: str, error: Exception) -> Problem:
-    cause = str(error).strip().splitlines()
     return Problem(
         where=f"tasks.{name}",
-        what=f"lm-eval cannot load {reference}: {type(error).__name__}: {cause[0] if cause else 'no message'}",
-        fix="Check that its data are on this machine or reachable, and that its file is a valid lm-eval task",
+        what=f"lm-eval cannot load {reference}: {in_short(error)}",
+        fix=cure(error)
+        or "Check that its data are on this machine or reachable, and that its file is a valid lm-eval task",
     )
 
 
