@@ -13,9 +13,9 @@ import yaml
 
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
+from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, suggest
 from posttrain.host import consent
-from posttrain.host.guard import DISK_ERRORS
 from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
 from posttrain.scoring.code import check_consent
 
