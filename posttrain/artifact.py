@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.chat_template import check_template, template_digest
+from posttrain.chat_template import DATE, check_template, template_digest, today, variables_of
 from posttrain.digests import digest_of, file_digests
 from posttrain.disk import sync, write_synced
 from posttrain.errors import ArtifactDamaged
@@ -26,7 +26,7 @@ QUANTIZATION = "quantization_config.json"
 """File beside an adapter: the quantisation of the weights under it, in the format of transformers."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of pickled files: reading one can run any code."""
-OPTIONAL = ("merge", "plugin_settings")
+OPTIONAL = ("merge", "plugin_settings", "template_variables")
 """Fields left out of a manifest when they are None."""
 
 
@@ -56,6 +56,22 @@ class ModelSource:
     """``nf4`` when the weights are quantised on loading, because the adapter was trained on quantised weights."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens missing from the weights; each gets an embedding row on loading."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the template's variables in every rendering; ``date`` is the day that it prints."""
+    content_digest: str = ""
+    """SHA-256 of a base without these values."""
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ModelSource:
+        """Return a base rendered with these values of the template's variables; they are part of its digest."""
+        content = self.content_digest or self.digest
+        digest = digest_of({"content": content, "template_variables": dict(variables)}) if variables else content
+        return replace(self, template_variables=dict(variables), digest=digest, content_digest=content)
+
+    def dated(self, day: str | None = None) -> ModelSource:
+        """Return a base whose template prints ``day``, or today; the same base when the day is set, or not printed."""
+        if DATE in self.template_variables or DATE not in variables_of(self.chat_template):
+            return self
+        return self.with_variables({**self.template_variables, DATE: day or today()})
 
     @property
     def weights(self) -> tuple[str, str | None, tuple[str, ...]]:
@@ -83,6 +99,8 @@ class Pins:
     """Text of the template."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens beyond those of the base."""
+    template_variables: Mapping[str, Any] | None = None
+    """Values of the template's variables; None when the recipe may choose them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +151,8 @@ class Manifest:
     """Adapter, quantisation and measured differences, for weights merged from an adapter."""
     plugin_settings: Mapping[str, Any] | None = None
     """Settings of plugins shaping the data, by name; None when there are none."""
+    template_variables: Mapping[str, Any] | None = None
+    """Values of the template's variables, with the day that it prints; None when there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values, without the hashes of files."""
@@ -150,7 +170,11 @@ class Manifest:
             given["base"] = BaseWeights(name=str(values["base"]["name"]), digest=str(values["base"]["digest"]))
             for name in ("plugins", "lineage", "added_tokens"):
                 given[name] = tuple(map(str, values[name]))
-            return cls(**given | {name: values.get(name) for name in OPTIONAL})
+            optional = {name: values.get(name) for name in OPTIONAL}
+            for name, value in optional.items():
+                if not isinstance(value, Mapping | None):
+                    raise TypeError(name)
+            return cls(**given | optional)
         except (KeyError, TypeError) as error:
             raise ArtifactDamaged(f"{path} is damaged: it lacks or misstates {error}") from None
 
@@ -168,8 +192,14 @@ class Artifact:
 
     @property
     def pins(self) -> Pins:
-        """Chat template and added tokens for loading its base."""
-        return Pins(path=self.path, chat_template=self.manifest.chat_template, added_tokens=self.manifest.added_tokens)
+        """Chat template with its variables, and added tokens, for loading its base."""
+        made = self.manifest
+        return Pins(
+            path=self.path,
+            chat_template=made.chat_template,
+            added_tokens=made.added_tokens,
+            template_variables=made.template_variables or {},
+        )
 
     @property
     def is_adapter(self) -> bool:
@@ -204,6 +234,7 @@ class Artifact:
             lineage=self.manifest.lineage,
             quantization=self.manifest.quantization,
             added_tokens=self.manifest.added_tokens if adapter else (),
+            template_variables=base.template_variables,
         )
 
 

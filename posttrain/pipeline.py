@@ -41,8 +41,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     interrupts = Interrupts(display.announce)
     with interrupts.installed():
         start = read_start(plan)
-        base = resolve_base(plan.model, None if start is None else start.artifact.pins)
-        parent, unpromoted = (base, ()) if start is None else (start.artifact.source(base), start.unpromoted)
+        undated = resolve_base(plan.model, None if start is None else start.artifact.pins, dated=False)
+        parent, unpromoted = (undated, ()) if start is None else (start.artifact.source(undated), start.unpromoted)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):
@@ -50,6 +50,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             display.console.print(styled(("posttrain", "bold"), f" {plan.recipe} ─► {path}"))
             for line in plan.shadows:
                 display.console.print(styled(line))
+            # The day has no part in the run's name: on another day the same command resumes this run, with its day.
+            base = directory.pin_day(undated)
+            parent = base if start is None else start.artifact.source(base)
             jobs = [
                 Job(
                     plan=plan, step=step, host=host, run=directory, base=base, data_digest=digests[step.name],

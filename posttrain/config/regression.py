@@ -18,6 +18,8 @@ class BaseSettings:
     """Commit of the hub repository."""
     chat_template: str | None = None
     """Jinja file of the chat template, for an adapter and a base without one."""
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, for anything but an artifact; ``date`` is the day it prints, by default today."""
     dtype: Dtype | None = None
     """Number format; by default that of the artifact's training, else float32 for a float32 base, else bfloat16."""
 

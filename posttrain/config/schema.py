@@ -126,6 +126,8 @@ class ModelConfig:
     """Commit of the hub repository; a branch name is resolved to its commit."""
     chat_template: str | None = None
     """Jinja file in place of the tokenizer's chat template; needed for a tokenizer without one."""
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking; ``date`` is the day it prints, by default the run's."""
     added_tokens: list[str] = field(default_factory=list)
     """Special tokens to add to the base and train, such as those of a new chat template."""
     dtype: Dtype = Dtype.bfloat16

@@ -49,7 +49,8 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
     A plugin with settings that Hydra cannot represent is left out.
     """
     store = ConfigStore.instance()
-    store.store(name="regression_schema", node=RegressionConfig)
+    regression = OmegaConf.structured(RegressionConfig)
+    store.store(name="regression_schema", node=regression)
     variant: dict[str, dict[str, str]] = {}
     _store_settings(store, host, variant)
     plugin_folders = [folder for folders in host.folders.values() for folder in folders]
@@ -59,6 +60,8 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
             store.store(group="stage", name=kind, node=_stage_settings(stage, variant))
     own = {name: host.settings[name].config for name in host.own_nodes()}
     typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
+    for node in (regression.model, typed["model"]):
+        OmegaConf.set_struct(node.template_variables, value=False)  # its keys are the template's
     store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant}))
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf, RecipeSearchPath.named = conf[1:], list(named)

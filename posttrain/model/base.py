@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource, Pins
-from posttrain.chat_template import template_diff, template_in_config
+from posttrain.chat_template import template_diff, template_in_config, variable_problems
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
@@ -38,13 +38,14 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
-def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
+def resolve_base(model: ModelConfig, pins: Pins | None = None, *, dated: bool = True) -> ModelSource:
     """Return the base model of a recipe, with the SHA-256 of its weights, configuration, tokenizer and template.
 
-    With the ``pins`` of an adapter, template and added tokens are the adapter's.
+    With the ``pins`` of an adapter, template, its variables and added tokens are the adapter's. A template that
+    prints the day prints today's, unless the variables give another; with ``dated=False`` the day is left open.
 
-    Raises BadInput when it is missing, damaged or pickled, runs code, or has no chat template, and when the recipe
-    gives another template or other tokens than the pinned ones.
+    Raises BadInput when it is missing, damaged or pickled, runs code, or has no chat template, when the recipe gives
+    another template or other tokens than the pinned ones, or a variable that the template does not read.
     """
     folder = _folder(model)
     check_places(folder)
@@ -54,7 +55,7 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
     added = tuple(model.added_tokens) if pins is None else _pinned_tokens(model, pins)
     model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
     tokenizer = file_digests(_present(folder, TOKENIZER_FILES))
-    return ModelSource(
+    source = ModelSource(
         name="base",
         model=folder,
         adapter=None,
@@ -66,7 +67,8 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None) -> ModelSource:
         base=model.path,
         model_digest=model_digest,
         added_tokens=added,
-    )
+    ).with_variables(_variables(model, template, pins))
+    return source.dated() if dated else source
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -98,6 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(Problem(where=str(path), what="it is damaged: not a JSON object", fix="Copy the model again"))
     return value
+
+
+def check_variables(model: ModelConfig) -> list[Problem]:
+    """Report variables that the template of a recipe does not read; none while its model is not on this machine."""
+    folder = Path(model.path).expanduser()
+    if not model.template_variables or not folder.is_dir():
+        return []
+    try:
+        return variable_problems(model.template_variables, _chat_template(model, folder))
+    except BadInput as error:
+        return list(error.problems)
 
 
 def check_folder(model: ModelConfig) -> Problem | None:
@@ -243,6 +256,22 @@ def _pinned_tokens(model: ModelConfig, pins: Pins) -> tuple[str, ...]:
         what = f"{pins.path} was trained with {list(pins.added_tokens)}, not with {model.added_tokens}"
         raise BadInput(Problem(where="model.added_tokens", what=what, fix="Leave out model.added_tokens"))
     return pins.added_tokens
+
+
+def _variables(model: ModelConfig, template: str, pins: Pins | None) -> dict[str, Any]:
+    """Return the values of the template's variables: the pinned ones, or those of the recipe."""
+    given = dict(model.template_variables)
+    if pins is not None and pins.template_variables is not None:
+        pinned = dict(pins.template_variables)
+        other = [name for name in given if name not in pinned or pinned[name] != given[name]]
+        if other:
+            what = f"{pins.path} was trained with {pinned or 'none'}, not with {other[0]}: {given[other[0]]}"
+            fix = "Leave out model.template_variables: evaluation and later stages use the artifact's own"
+            raise BadInput(Problem(where="model.template_variables", what=what, fix=fix))
+        return pinned
+    if problems := variable_problems(given, template):
+        raise BadInput(problems)
+    return given
 
 
 def _read_template(where: str, path: Path) -> str:

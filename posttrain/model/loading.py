@@ -9,6 +9,7 @@ given format; the others are held in it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from posttrain.artifact import ModelSource
+from posttrain.chat_template import render_pinned
 from posttrain.config.schema import LoraSettings
 from posttrain.errors import FOREIGN, BadInput, Problem, brief, reject
 from posttrain.model.added_tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, reject_known
@@ -42,10 +44,17 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with its pinned chat template, the added tokens, and an existing token for padding."""
+    """Load the tokenizer with its pinned chat template, the added tokens, and an existing token for padding.
+
+    The values of the template's variables are part of every rendering by it.
+    """
     tokenizer = load_stored_tokenizer(source)
     add_tokens(tokenizer, source.added_tokens)
     tokenizer.chat_template = source.chat_template
+    if source.template_variables:
+        pinned = functools.partial(render_pinned, tokenizer.apply_chat_template, source.template_variables)
+        # On the tokenizer itself: lm_eval, trl and plugins render by it without knowing of any variable.
+        vars(tokenizer)["apply_chat_template"] = pinned
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((token for token in PADDING if token in vocabulary), tokenizer.eos_token)

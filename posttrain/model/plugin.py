@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
     """Report a missing model directory or chat template, and a missing package of the method."""
-    from posttrain.model.base import check_folder
+    from posttrain.model.base import check_folder, check_variables
     from posttrain.model.quantisation import check_bitsandbytes
 
     found = [check_folder(plan.model)]
@@ -30,6 +30,8 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
     template = plan.model.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         problems.append(Problem(where="model.chat_template", what=f"there is no file {template}"))
+    elif plan.start_from is None:
+        problems += check_variables(plan.model)
     return problems + _token_problems(plan.model.added_tokens)
 
 

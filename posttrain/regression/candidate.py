@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.artifact import MANIFEST, ModelSource, Pins, quantization_of, verify
-from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
+from posttrain.chat_template import DATE, TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
 from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
@@ -35,8 +35,10 @@ class Candidate:
     """True when it is an artifact: publishing proved that it computes something else than its parent."""
 
 
-def read_candidate(path: Path, model: BaseSettings) -> Candidate:
+def read_candidate(path: Path, model: BaseSettings, day: str | None = None) -> Candidate:
     """Read the adapter or model in ``path`` and find its base; ``model`` overrides the base's settings.
+
+    ``day`` is printed by the template of anything but an artifact, today by default.
 
     Raises ArtifactDamaged when an artifact or its base does not match the manifest, BadInput for anything else.
     """
@@ -47,14 +49,14 @@ def read_candidate(path: Path, model: BaseSettings) -> Candidate:
         fix = f"Did you mean {path.parent / close}?" if close else "Give the directory of an adapter or a model"
         raise BadInput(Problem(where=str(path), what="there is no such directory", fix=fix))
     if (path / MANIFEST).exists():
-        return _artifact(path, model)
+        return _artifact(path, model, day)
     if (path / ADAPTER_CONFIG).exists():
-        return _adapter(path, model)
-    return _weights(path, model)
+        return _adapter(path, model, day)
+    return _weights(path, model, day)
 
 
 def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
-    """Raise BadInput unless the candidate and the baseline share one base and one chat template."""
+    """Raise BadInput unless the candidate and the baseline share one base and one chat template with its variables."""
     problems = []
     if candidate.base.model_digest != baseline.base.model_digest:
         what = f"is based on {baseline.base.base}, but {candidate.path} on {candidate.base.base}: other weights"
@@ -63,13 +65,18 @@ def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
         difference = template_diff(baseline.source.chat_template, candidate.source.chat_template)
         what = f"has another chat template than {candidate.path}:\n{difference}"
         problems.append(Problem(where=str(baseline.path), what=what, fix="Compare adapters of one template"))
+    # All are asked in the candidate's words, so the day of the baseline's training does not matter.
+    then, now = ({**each.source.template_variables, DATE: None} for each in (baseline, candidate))
+    if then != now:
+        what = f"has other template variables than {candidate.path}: {then}, not {now}"
+        problems.append(Problem(where=str(baseline.path), what=what, fix="Compare adapters of the same variables"))
     if problems:
         raise BadInput(problems)
 
 
-def _artifact(path: Path, model: BaseSettings) -> Candidate:
+def _artifact(path: Path, model: BaseSettings, day: str | None) -> Candidate:
     artifact = verify(path)
-    base = _base(path, model, artifact.manifest.base.name, artifact.pins)
+    base = _base(path, model, artifact.manifest.base.name, artifact.pins).dated(day)
     return Candidate(
         path=path,
         source=artifact.source(base),
@@ -79,14 +86,14 @@ def _artifact(path: Path, model: BaseSettings) -> Candidate:
     )
 
 
-def _adapter(path: Path, model: BaseSettings) -> Candidate:
+def _adapter(path: Path, model: BaseSettings, day: str | None) -> Candidate:
     config = read_json(path / ADAPTER_CONFIG)
     weights = path / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = any(path.glob(pattern) for pattern in PICKLED)
         what = f"holds no {ADAPTER_WEIGHTS}" + (", and pickled weights are not read" if pickled else "")
         raise BadInput(Problem(where=str(path), what=what, fix="Save the adapter with safe_serialization=True"))
-    base = _base(path, model, config.get("base_model_name_or_path"), _own_template(path))
+    base = _base(path, model, config.get("base_model_name_or_path"), _own_template(path)).dated(day)
     tokenizer = path if _brings_tokenizer(path) else base.tokenizer
     digest = digest_of(
         {
@@ -97,12 +104,13 @@ def _adapter(path: Path, model: BaseSettings) -> Candidate:
         }
     )
     source = replace(
-        base, name=path.name, adapter=path, tokenizer=tokenizer, digest=digest, quantization=quantization_of(path)
-    )
+        base, name=path.name, adapter=path, tokenizer=tokenizer, digest=digest, content_digest=digest,
+        quantization=quantization_of(path),
+    ).with_variables(base.template_variables)  # fmt: skip
     return Candidate(path=path, source=source, base=base, dtype=_dtype(model, base), verified=False)
 
 
-def _weights(path: Path, model: BaseSettings) -> Candidate:
+def _weights(path: Path, model: BaseSettings, day: str | None) -> Candidate:
     if not (path / "config.json").is_file():
         what = "holds no artifact, no adapter and no full weights"
         raise BadInput(Problem(where=str(path), what=what, fix="Give the directory of an adapter or a model"))
@@ -112,10 +120,11 @@ def _weights(path: Path, model: BaseSettings) -> Candidate:
             Problem(where=str(path), what=what, fix="Give the base to compare with: model.path=DIR or a hub name")
         )
     own = _own_template(path)
-    base = _base(path, model, None, own)
+    base = _base(path, model, None, own).dated(day)
     template = None if own is not None else model.chat_template
     pinned = own or Pins(path=path, chat_template=base.chat_template)
-    source = resolve_base(ModelConfig(path=str(path), chat_template=template), pinned)
+    config = ModelConfig(path=str(path), chat_template=template, template_variables=model.template_variables)
+    source = resolve_base(config, pinned, dated=False).dated(day)
     return Candidate(
         path=path, source=replace(source, name=path.name), base=base, dtype=_dtype(model, source), verified=False
     )
@@ -127,9 +136,14 @@ def _base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -
     if not isinstance(chosen, str) or not chosen:
         what = "does not name its base"
         raise BadInput(Problem(where=str(path), what=what, fix="Give the base: model.path=DIR or a hub name"))
-    config = ModelConfig(path=chosen, revision=model.revision, chat_template=model.chat_template)
+    config = ModelConfig(
+        path=chosen,
+        revision=model.revision,
+        chat_template=model.chat_template,
+        template_variables=model.template_variables,
+    )
     try:
-        return resolve_base(config, pinned)
+        return resolve_base(config, pinned, dated=False)
     except BadInput as error:
         if model.path is not None:
             raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import ledger
 from posttrain.artifact import BaseWeights, ModelSource
+from posttrain.chat_template import DATE
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
 from posttrain.digests import digest_of, file_digest
@@ -59,7 +60,11 @@ def judge_adapter(
     ArtifactDamaged when it is an artifact that its manifest does not match.
     """
     ledger.check(Path(settings.output_root))
-    candidate = read_candidate(Path(settings.adapter), settings.model)
+    file = _baseline_file(settings)
+    committed = None if file is None else read_baseline(file)
+    # Scores of another day are compared on that day's prompts.
+    day = None if committed is None else committed.asked.get("template_variables", {}).get(DATE)
+    candidate = read_candidate(Path(settings.adapter), settings.model, day)
     adapter = _read_baseline_adapter(settings, candidate)
     # torch is imported only now: every mistake found so far costs no wait
     from posttrain.regression.changes import require_change, require_same_tokenizer, require_tokenizer
@@ -68,8 +73,8 @@ def judge_adapter(
     if adapter is not None:
         require_same_tokenizer(tokenizer, adapter)
     conditions = _conditions(settings, candidate, tokenizer)
-    if (file := _baseline_file(settings)) is not None:
-        require_same_asked(file, read_baseline(file), conditions)
+    if file is not None and committed is not None:
+        require_same_asked(file, committed, conditions)
     # an artifact was checked for a change when it was published
     if not candidate.verified:
         require_change(candidate)
@@ -81,7 +86,7 @@ def _read_baseline_adapter(settings: RegressionConfig, candidate: Candidate) -> 
     if settings.baseline is None or is_scores(settings.baseline):
         return None
     base = replace(settings.model, path=str(candidate.base.model), revision=None)
-    adapter = read_candidate(Path(settings.baseline), base)
+    adapter = read_candidate(Path(settings.baseline), base, candidate.base.template_variables.get(DATE))
     require_same_ground(candidate, adapter)
     return adapter
 
@@ -98,7 +103,9 @@ def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: Pre
     from posttrain.model.loading import default_device
     from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
 
+    variables = candidate.source.template_variables
     return {
+        **({"template_variables": dict(variables)} if variables else {}),
         "base": candidate.base.model_digest,
         "chat_template": hashlib.sha256(candidate.source.chat_template.encode()).hexdigest(),
         "tokenizer": tokenizer_digest(tokenizer),

@@ -15,6 +15,8 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
+from posttrain.artifact import ModelSource
+from posttrain.chat_template import DATE
 from posttrain.disk import replace_text
 from posttrain.errors import Problem, RunLocked
 from posttrain.host import activity
@@ -65,6 +67,8 @@ class RunState:
     """Words of the newest command to run or resume it."""
     started: str | None = None
     """Time of the first start, in UTC."""
+    date: str | None = None
+    """Day that the chat template prints, pinned by the first start; None when it prints none."""
     state: str = "running"
     """running, done, warned (complete, after a verdict that was no pass), gate_failed, undecided, interrupted or
     failed."""
@@ -94,6 +98,13 @@ class RunDirectory:
         folder = self.path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def pin_day(self, base: ModelSource) -> ModelSource:
+        """Return the base with the day that its template prints: that of the run's first start, for every later one."""
+        dated = base.dated(self.state.date)
+        self.state.date = dated.template_variables.get(DATE)
+        self.save()
+        return dated
 
     def save(self) -> None:
         """Write run.json in one step."""
@@ -142,7 +153,9 @@ def _state(path: Path, plan: Plan) -> RunState:
     former.end("interrupted")  # the lock is ours, so a writer it still calls running is gone
     known = {stage.name: stage for stage in former.stages}
     stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]
-    return RunState(recipe=plan.recipe, command=["posttrain", *plan.words], started=former.started, stages=stages)
+    return RunState(
+        recipe=plan.recipe, command=["posttrain", *plan.words], started=former.started, date=former.date, stages=stages
+    )
 
 
 def _now() -> str:

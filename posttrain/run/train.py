@@ -127,6 +127,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         data_digest=job.data_digest,
         chat_template=parent.chat_template,
         added_tokens=job.base.added_tokens,
+        template_variables=job.base.template_variables or None,
         fingerprint=fingerprint,
         config={key: value for key, value in plain(job.step.config).items() if key != "gate"},
         seed=job.step.seed,

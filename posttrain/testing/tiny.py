@@ -107,6 +107,7 @@ def tiny_manifest(base: ModelSource, output: Path, **fields: Any) -> Manifest:
         stage="sft", kind="sft", plugin="posttrain", plugins=(), recipe="tiny",
         base=BaseWeights(name=base.base, digest=base.model_digest), parent_digest=base.digest, lineage=("sft",),
         data_digest="", chat_template=base.chat_template, added_tokens=base.added_tokens, fingerprint="", config={},
+        template_variables=base.template_variables or None,
         seed=0, dtype="float32", quantization=quantization_of(output), versions={}, metrics={},
     )  # fmt: skip
     return replace(made, **fields)
