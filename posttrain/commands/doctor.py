@@ -11,7 +11,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.compose import compose
 from posttrain.config.schema import Method
 from posttrain.data.reading import read_source
-from posttrain.data.records import Conversation, Text
+from posttrain.data.records import Document
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput, Problem, ProofFailed
 from posttrain.host import plugins
@@ -64,14 +64,17 @@ def _core(plan: Plan) -> Step:
 def _documents(step: Step, base: ModelSource) -> list[Rendered]:
     """Render the first records of every source. Raises ProofFailed for a mask that cannot be read back."""
     from posttrain.model.loading import load_tokenizer
+    from posttrain.sft.examples import rows_of
 
     tokenizer = load_tokenizer(base)
     renderer = ChatRenderer(tokenizer)
-    last_only = step.config.train_on is TrainOn.last  # type: ignore[attr-defined]
+    train_on: TrainOn = step.config.train_on  # type: ignore[attr-defined]
+    last_only = train_on is not TrainOn.all
     documents = []
     for source in step.sources:
-        for record in islice(read_source(source, step.stage.records), READ):
-            if isinstance(record, Conversation | Text):
+        read = [each for each in islice(read_source(source, step.stage.records), READ) if isinstance(each, Document)]
+        for each in read:
+            for record in rows_of(each, train_on):
                 documents.append(renderer.document(record, last_only=last_only))
                 if fault := mask_fault(record, documents[-1], tokenizer, last_only=last_only):
                     raise ProofFailed(f"the mask of {record.where} is wrong: {fault}")

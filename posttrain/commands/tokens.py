@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise, starmap
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from posttrain.engine.config import FineTuneConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.examples import Example, mix_rows, render, split_eval
+from posttrain.sft.examples import mix_rows, render, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
 from posttrain.tokens.shares import SourceShare
@@ -73,8 +73,7 @@ class Page:
         sources = [_limited(source, count) for source in step.sources]
         found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
         renderer = ChatRenderer(self.tokenizer)
-        rendered = zip(found, render(found, renderer, config), strict=True)
-        trained, held = split_eval(list(starmap(Example, rendered)), config.eval_share, step.seed)
+        trained, held = split_eval(render(found, renderer, config), config.eval_share, step.seed)
         for origin, group in groupby(trained, key=lambda example: example.record.origin):
             self._rule(f"{step.name}: {origin.path}")
             for example in list(group)[:SHOWN]:

@@ -123,6 +123,25 @@ def occurs_in(word: Any, text: str) -> bool:
     return any(spelling in text for spelling in (str(word), *spellings))
 
 
+def core_of(message: Message) -> str:
+    """Return the part of a message to find in the text: its content, or the name of the first function it calls."""
+    calls = called_functions(message)
+    return str(calls[0]["name"] if calls else message["content"]).strip()
+
+
+def with_content(message: Message, sentinel: str) -> Message:
+    """Return the message with ``sentinel`` in place of its core."""
+    return rename_call(message, sentinel) if called_functions(message) else {**message, "content": sentinel}
+
+
+def is_written(message: Message, text: str) -> bool:
+    """Return whether ``text`` holds a message; of an answer only its calls, since earlier thoughts may be dropped."""
+    if message["role"] == "assistant":
+        return all(call["name"] in text for call in called_functions(message))
+    content = message["content"].strip()
+    return content in text or (message["role"] == "tool" and occurs_in(content, text))
+
+
 def _read_call(call: Any, where: str, name: str) -> dict[str, Any]:
     if not isinstance(call, Mapping):
         reject(where, f"{name} must be an object, not {shown(call)}")

@@ -18,6 +18,7 @@ class TrainOn(Enum):
     """Trained assistant turns."""
 
     all = "all"
+    each = "each"
     last = "last"
 
 
@@ -32,7 +33,7 @@ class FineTuneConfig(StageConfig):
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
     """Optimizer steps between two measurements of the eval loss; once per epoch when absent."""
     train_on: TrainOn = TrainOn.all
-    """Trained turns: all assistant turns, or the last of each conversation."""
+    """Trained turns: all assistant turns; each in a row of its own, as it is asked for; or the last of each record."""
     lr: float = number(MISSING, least=0)
     """Peak learning rate."""
     epochs: int = number(2, least=1)

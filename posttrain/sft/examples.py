@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from posttrain.data.records import Conversation, Document, Text
+from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.engine.evaluation import Evaluation
 from posttrain.errors import BadInput, Problem
@@ -25,6 +25,8 @@ class Example:
 
     record: Document
     rendered: Rendered
+    last_row: Rendered | None = None
+    """The last row of its conversation with train_on=each, which makes a row of each answer."""
 
     @property
     def declines(self) -> bool:
@@ -35,6 +37,11 @@ class Example:
     def ids(self) -> tuple[int, ...]:
         """The tokens: examples with equal ids are equal to the model."""
         return tuple(self.rendered.ids)
+
+    @property
+    def conversation(self) -> tuple[int, ...]:
+        """The tokens of the whole record: rows of one conversation have equal ones."""
+        return tuple((self.last_row or self.rendered).ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +58,41 @@ class Mixture:
         yield from self.packing.counts.notes()
 
 
-def render(records: Sequence[Document], renderer: ChatRenderer, config: FineTuneConfig) -> list[Rendered]:
-    """Return the records as token ids, with the mask of the trained ones."""
-    last_only = config.train_on is TrainOn.last
-    return [renderer.document(record, last_only=last_only) for record in records]
+def render(records: Sequence[Document], renderer: ChatRenderer, config: FineTuneConfig) -> list[Example]:
+    """Return the records as token ids, with the mask of the trained ones; several for a record with train_on=each."""
+    last_only = config.train_on is not TrainOn.all
+    examples: list[Example] = []
+    for record in records:
+        rows = rows_of(record, config.train_on)
+        rendered = [renderer.document(row, last_only=last_only) for row in rows]
+        examples += [Example(row, document, rendered[-1]) for row, document in zip(rows, rendered, strict=True)]
+    return examples
+
+
+def rows_of(record: Document, train_on: TrainOn) -> list[Document]:
+    """Return the record; with train_on=each, a conversation for each trained answer, which is its last turn.
+
+    Templates may write a turn differently once others follow. Here each answer follows the prompt that asks for it,
+    and is trained once: a token weighs what it weighs with train_on=all.
+    """
+    if train_on is not TrainOn.each or isinstance(record, Text):
+        return [record]
+    said = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
+    return [
+        replace(record, messages=(*map(_as_context, record.messages[:index]), record.messages[index]))
+        for index in said
+        if record.messages[index].get("train", True)
+    ]
+
+
+def _as_context(message: Message) -> Message:
+    return {**message, "train": False} if message["role"] == "assistant" else message
 
 
 def render_examples(records: Sequence[Document], tokenizer: Any, config: FineTuneConfig) -> list[Example]:
     """Render ``records`` and read each mask back; raises BadInput for a record that fails either."""
-    last_only = config.train_on is TrainOn.last
-    rendered = render(records, ChatRenderer(tokenizer), config)
-    examples = [Example(record, document) for record, document in zip(records, rendered, strict=True)]
+    last_only = config.train_on is not TrainOn.all
+    examples = render(records, ChatRenderer(tokenizer), config)
     for each in examples:
         if isinstance(each.record, Text):
             continue  # every token is trained, and a tokenizer may be unable to spell every character of a raw text
@@ -74,19 +105,21 @@ def render_examples(records: Sequence[Document], tokenizer: Any, config: FineTun
 def split_eval(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Split ``examples`` into those to train and a seeded ``share`` for the eval loss.
 
-    Equal examples stay on one side, or trained records would be measured; each is measured once.
-    Raises BadInput when nothing is left to train.
+    Equal examples stay on one side, or trained records would be measured, and so do all rows of a conversation; each
+    is measured once. Raises BadInput when nothing is left to train.
     """
     if share == 0:
         return list(examples), []
-    distinct = {example.ids: example for example in examples}
+    distinct = {example.conversation for example in examples}
     count = max(1, round(share * len(distinct)))
     if count == len(distinct):
         what = f"takes all of {count} different records, and leaves none to train"
         raise BadInput(Problem(where="eval_share", what=what, fix="Lower eval_share, or give eval_data"))
     chosen = set(random.Random(f"eval/{seed}").sample(sorted(distinct), count))
-    trained = [example for example in examples if example.ids not in chosen]
-    return trained, [example for ids, example in distinct.items() if ids in chosen]
+    trained = [example for example in examples if example.conversation not in chosen]
+    measured = {example.ids: example for example in examples if example.conversation in chosen}
+    also = {example.ids for example in trained}  # two conversations may begin with one question and one answer
+    return trained, [example for ids, example in measured.items() if ids not in also]
 
 
 def count_shared(trained: Iterable[Example], eval_examples: Iterable[Example]) -> int:

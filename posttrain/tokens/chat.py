@@ -118,6 +118,7 @@ class ChatRenderer:
         if last_only and answers:
             answers = answers[-1:]
             record = replace(record, messages=record.messages[: answers[0] + 1])
+        record = self._template.adapt(record)
         text = self._template.render(record)
         self._template.check(record, text)
         trained = [index for index in answers if record.messages[index].get("train", True)]
@@ -141,6 +142,7 @@ class ChatRenderer:
         Raises:
             BadInput: As ``conversation`` does; or the text does not begin with the prompt, or ends with it.
         """
+        record = self._template.adapt(record)
         text = self._template.render(record)
         self._template.check(record, text)
         span = self._template.find_answer(record, len(record.messages) - 1, text)
@@ -186,6 +188,7 @@ class ChatRenderer:
 
     def _completion(self, record: Preference, side: Sequence[Message]) -> tuple[list[int], list[int]]:
         chat = Conversation(messages=(*record.prompt, *side), where=record.where, tools=record.tools)
+        chat = self._template.adapt(chat)
         text = self._template.render(chat)
         self._template.check(chat, text)
         answer = self._template.find_answer(chat, len(chat.messages) - 1, text)

@@ -18,15 +18,26 @@ form in a template; their span must equal the one in a conversation of nothing e
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
-from posttrain.data.calls import called_functions, disguise_calls, occurs_in, rename_call, tool_names, words
+from posttrain.data.calls import (
+    called_functions,
+    core_of,
+    disguise_calls,
+    is_written,
+    occurs_in,
+    tool_names,
+    with_content,
+    words,
+)  # fmt: skip
 from posttrain.data.records import OUR_KEYS, Conversation, Message
 from posttrain.errors import reject
+from posttrain.tokens.dialect import CallDialect
 from posttrain.tokens.time_limit import time_limit
 
 SECONDS = 5
@@ -64,7 +75,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _END_OF_THOUGHT = "</think>"
 
 _OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
-_ONLY_LAST = "Train the last turn only (train_on=last), or mark this one train: false, or use another chat template"
+_NOT_ALL = "Make a row of each answer (train_on=each), train the last one only (train_on=last) or mark this train: false"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,9 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         source: str = tokenizer.get_chat_template()
+        self._dialect = CallDialect(lambda messages: self._write(messages, "model.chat_template"))
+        self.adapt = self._dialect.adapt
+        """Gives a conversation the ids of calls that the template needs."""
         self._visible = _MARKER.sub(_make_visible, source)
         self._marked = self._visible != source
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -102,22 +116,26 @@ class Template:
         Raises:
             BadInput: The template fails, takes too long or writes too much.
         """
-        messages = [{key: value for key, value in message.items() if key not in OUR_KEYS} for message in chat.messages]
+        messages = [self._dialect.spell(message) for message in chat.messages]
         tools = [dict(tool) for tool in chat.tools] or None
-        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": template, "tools": tools}
+        return self._write(messages, chat.where, add_generation_prompt=prompt, chat_template=template, tools=tools)
+
+    def _write(self, listed: Sequence[Message], where: str, tools: Any = None, **options: Any) -> str:
+        """Return the text of messages as they are."""
+        messages = [{key: value for key, value in message.items() if key not in OUR_KEYS} for message in listed]
         try:
             with time_limit(SECONDS):
-                text = str(self._tokenizer.apply_chat_template(messages, **options))
+                text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **options))
             text.encode()
         except TimeoutError:
-            reject(chat.where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
+            reject(where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
         except _FAILURES as error:
             why = str(error) or type(error).__name__
-            reject(chat.where, f"the chat template cannot render the conversation: {why}", _OTHER_TEMPLATE)
+            reject(where, f"the chat template cannot render the conversation: {why}", _OTHER_TEMPLATE)
         if len(text) > SIZE and len(text) > SIZE_PER_CHARACTER * sum(
             len(str(word)) for word in words([messages, tools])
         ):
-            reject(chat.where, f"the chat template writes {len(text):,} characters for it", _OTHER_TEMPLATE)
+            reject(where, f"the chat template writes {len(text):,} characters for it", _OTHER_TEMPLATE)
         return text
 
     def check(self, chat: Conversation, text: str) -> None:
@@ -127,7 +145,7 @@ class Template:
             reject(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
         for turn, message in enumerate(chat.messages, start=1):
             self._check_special(message, f"turn {turn} ({message['role']})", chat.where)
-            if not _is_written(message, text) or not self._has_own_place(chat, turn - 1):
+            if not is_written(message, text) or not self._has_own_place(chat, turn - 1):
                 what = f"the chat template leaves out or rewrites turn {turn} ({message['role']})"
                 reject(chat.where, what, _OTHER_TEMPLATE)
         if chat.tools:
@@ -149,7 +167,7 @@ class Template:
             alone and (message["role"] == "tool" or len(message["content"]) >= _SHORT)
         ):
             return True
-        changed = (*chat.messages[:index], _with_content(message, _SENTINELS[0]), *chat.messages[index + 1 :])
+        changed = (*chat.messages[:index], with_content(message, _SENTINELS[0]), *chat.messages[index + 1 :])
         return _SENTINELS[0] in self.render(replace(chat, messages=changed))
 
     def _check_special(self, value: Any, name: str, where: str) -> None:
@@ -178,7 +196,7 @@ class Template:
         start, end = answer.start + moved, answer.end + moved
         if content is None or start < 0 or text[start:end] != asked[answer.start : answer.end]:
             why = "the template writes it differently once other turns follow"
-            _reject_span(chat.where, answer.turn, why, _ONLY_LAST)
+            _reject_span(chat.where, answer.turn, why, _NOT_ALL)
         return replace(answer, start=start, content=content, content_end=answer.content_end + moved, end=end)
 
     def _find_last(self, chat: Conversation, text: str) -> AnswerSpan:
@@ -194,7 +212,7 @@ class Template:
         if called_functions(message):
             answer = self._find_calls(chat, text, before, len(prompt))
         else:
-            verbatim = self._find_verbatim(text, before, len(prompt), _core(message), turn)
+            verbatim = self._find_verbatim(text, before, len(prompt), core_of(message), turn)
             answer = verbatim or self._find_after_lead(chat, text, len(prompt))
         left_out = next((key for key in _THOUGHTS if str(message.get(key) or "").strip() not in text[before:]), None)
         if left_out:
@@ -222,7 +240,7 @@ class Template:
 
     def _find_after_lead(self, chat: Conversation, text: str, start: int) -> AnswerSpan:
         """Return the span if the template begins the answer with a lead of its own, such as an empty thought."""
-        turn, core, where = len(chat.messages), _core(chat.messages[-1]), chat.where
+        turn, core, where = len(chat.messages), core_of(chat.messages[-1]), chat.where
         content = self._find_content(chat, turn - 1, text)
         if content is None or content < start:
             _reject_span(where, turn, "the text does not hold its content unchanged")
@@ -241,30 +259,39 @@ class Template:
         return AnswerSpan(turn, start, content, content + len(core), end)
 
     def _find_calls(self, chat: Conversation, text: str, before: int, start: int) -> AnswerSpan:
-        """Return the span of a message with calls of tools: from the prompt to the stop token of any answer.
+        """Return the span of a message with calls of tools: from the prompt to a stop token.
 
         Templates write calls as JSON, XML or code, so there is no text to compare the span with. Instead it must hold
         every word of the calls, and every word invented in their place; and it must not depend on the conversation.
         """
         turn, message, where = len(chat.messages), chat.messages[-1], chat.where
         name = self._find_content(chat, turn - 1, text)
-        stop = text.find(self._closing, start)
+        other, new_words = disguise_calls(message)
+        disguised = self._render_alone(chat, other)
+        closing = self._closing_of_calls(disguised)
+        stop = text.find(closing, start)
         if name is None or not start <= name < stop:
-            _reject_span(where, turn, f"its calls are not between the generation prompt and {self._closing}")
-        span = text[start : stop + len(self._closing)]
+            _reject_span(where, turn, f"its calls are not between the generation prompt and {closing}")
+        span = text[start : stop + len(closing)]
         said = [word for call in called_functions(message) for word in (call["name"], *words(call["arguments"]))]
         missing = [word for word in said if not occurs_in(word, span)]
         if missing or message["content"].strip() not in text[before:stop]:
             lost = _short(str(missing[0])) if missing else "its content"
             _reject_span(where, turn, f"{lost} is missing from the text of the turn")
         # Real words such as 1 or "a" occur by chance, as in the history of the chat; invented ones do not.
-        other, new_words = disguise_calls(message)
-        shown = self._render_alone(chat, other).partition(self._closing)[0]
+        shown = disguised.partition(closing)[0]
         if not all(word in shown for word in new_words):
             _reject_span(where, turn, "the template does not write all of its calls")
         if not self._render_alone(chat, message).startswith(span):
             _reject_span(where, turn, "its calls are written differently in another conversation")
         return AnswerSpan(turn, start, name, len(text[:stop].rstrip()), start + len(span))
+
+    def _closing_of_calls(self, alone: str) -> str:
+        """Return the stop token at the end of calls: that of answers, or the special token that ends ``alone``."""
+        found = list(self.control.finditer(alone))
+        if self._closing in alone or not found or alone[found[-1].end() :].strip():
+            return self._closing
+        return found[-1][0]
 
     def _render_alone(self, chat: Conversation, message: Message) -> str:
         """Return the text after the generation prompt with ``message`` as the only answer; empty if none begins it."""
@@ -276,14 +303,14 @@ class Template:
         """Find where the content of turn ``index`` begins: after the part independent of it."""
         earlier, message, later = chat.messages[:index], chat.messages[index], chat.messages[index + 1 :]
         one, other = (
-            self.render(replace(chat, messages=(*earlier, _with_content(message, sentinel), *later)))
+            self.render(replace(chat, messages=(*earlier, with_content(message, sentinel), *later)))
             for sentinel in _SENTINELS
         )
         before = _before_sentinel(one, other)
         if before is None or not text.startswith(before):
             return None
         content = _skip_space(text, len(before))
-        return content if text.startswith(_core(message), content) else None
+        return content if text.startswith(core_of(message), content) else None
 
     def _lead(self, chat: Conversation) -> str:
         """Return the text between generation prompt and content in any conversation.
@@ -293,7 +320,7 @@ class Template:
         earlier = replace(chat, messages=(_QUESTION,))
         prompt, bare = (self.render(earlier, prompt=add) for add in (True, False))
         one, other = (
-            self.render(replace(chat, messages=(_QUESTION, _with_content(chat.messages[-1], sentinel))))
+            self.render(replace(chat, messages=(_QUESTION, with_content(chat.messages[-1], sentinel))))
             for sentinel in _SENTINELS
         )
         before = _before_sentinel(one, other) or ""
@@ -339,24 +366,6 @@ class Template:
         if not (before <= start <= latest and answer.content_end <= end <= _skip_space(text, answer.end)):
             _reject_span(chat.where, answer.turn, f"{{% generation %}} marks {_short(text[start:end])} instead")
         return replace(answer, start=max(start, answer.start))
-
-
-def _core(message: Message) -> str:
-    """Return the part of a message to find in the text: its content, or the name of the first function it calls."""
-    calls = called_functions(message)
-    return str(calls[0]["name"] if calls else message["content"]).strip()
-
-
-def _with_content(message: Message, sentinel: str) -> Message:
-    return rename_call(message, sentinel) if called_functions(message) else {**message, "content": sentinel}
-
-
-def _is_written(message: Message, text: str) -> bool:
-    """Return whether ``text`` holds a message; of an answer only its calls, since earlier thoughts may be dropped."""
-    if message["role"] == "assistant":
-        return all(call["name"] in text for call in called_functions(message))
-    content = message["content"].strip()
-    return content in text or (message["role"] == "tool" and occurs_in(content, text))
 
 
 def _make_visible(tag: re.Match[str]) -> str:
