@@ -75,7 +75,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _END_OF_THOUGHT = "</think>"
 
 _OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
-_NOT_ALL = "Make a row of each answer (train_on=each), train the last one only (train_on=last) or mark this train: false"
+_NOT_ALL = "Make a row of each answer (train_on=each), train the last one only (train_on=last), or mark it train: false"
 
 
 @dataclass(frozen=True, slots=True)
