@@ -36,7 +36,7 @@ def reasons(report: RunReport) -> list[tuple[str, str]]:
 
 def remarks(stage: StageState) -> list[str]:
     """Return the remarks on a stage: its origin, what is not promoted below it, its eval loss, and its warnings."""
-    origin = [f"linked from {stage.origin}, not trained again"] if stage.origin else []
+    origin = [f"linked from {stage.origin}, not trained again"] if stage.origin and stage.digest else []
     below = [f"stands on what no gate passed: {'; '.join(stage.unpromoted)}"] if stage.unpromoted else []
     eval_loss = [] if stage.eval_loss is None else [f"eval loss {stage.eval_loss:.4f}"]
     return [*origin, *below, *eval_loss, *stage.warnings]

@@ -53,8 +53,8 @@ class StageState:
     """Problems reported by the stage without stopping."""
 
     def reset(self) -> None:
-        """Forget everything but the time spent: the stage is yet to run."""
-        fresh = StageState(name=self.name, kind=self.kind, seconds=self.seconds)
+        """Forget all but the time spent, and the origin of what may still lie there: the stage is yet to run."""
+        fresh = StageState(name=self.name, kind=self.kind, seconds=self.seconds, origin=self.origin)
         vars(self).update(vars(fresh))
 
 

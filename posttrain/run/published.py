@@ -29,6 +29,8 @@ DRAFT = ".draft"
 EVIDENCE = ("verdict.json", "scorecard.jsonl", "questions.jsonl")
 """Files of a stage about its present artifact."""
 CURVES = "metrics.jsonl"
+ORIGIN = "origin"
+"""File of what was set aside: the place it was linked from, empty when the run trained it."""
 
 
 def find_published(job: Job, parent: ModelSource, fingerprint: str) -> Artifact | None:
@@ -75,6 +77,7 @@ def set_aside(job: Job, digest: str, reason: str) -> None:
     # The artifact is renamed last: until then the stage still has it, and a kill in between costs at most a look at
     # its cached scores.
     (evidence / CURVES).write_text("".join(f"{line}\n" for line in log.lines()), encoding="utf-8")
+    (evidence / ORIGIN).write_text(job.entry.origin or "", encoding="utf-8")
     for file in EVIDENCE:
         with contextlib.suppress(FileNotFoundError):
             (job.folder / file).replace(evidence / file)
@@ -99,6 +102,7 @@ def _restore(job: Job, found: Path) -> Artifact:
     for file in EVIDENCE:
         with contextlib.suppress(FileNotFoundError):
             (evidence / file).replace(job.folder / file)
+    job.entry.origin = next(iter(_lines(evidence / ORIGIN)), None)
     path = found.rename(job.folder / ARTIFACT)
     sync(job.folder)
     shutil.rmtree(evidence, ignore_errors=True)
@@ -123,9 +127,10 @@ class _Linked:
         self._require_same_origin(artifact, parent)
         check_output(draft, parent)
         MetricsLog(job.run.path / CURVES, job.name).replace(self._curves())
+        job.entry.origin = str(self.found.relative_to(job.plan.output_root))
+        job.run.save()  # before it has its name: after a kill in between, the run does not claim to have trained it
         path = draft.rename(job.folder / ARTIFACT)
         sync(job.folder)
-        job.entry.origin = str(self.found.relative_to(job.plan.output_root))
         job.display.line(
             job.name, "train", f"linked from {job.entry.origin}: {artifact.digest[:12]}, not trained again"
         )

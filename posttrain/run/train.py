@@ -47,7 +47,7 @@ def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
             _describe(job, parent, existing)
         return existing
     job.entry.reset()
-    job.entry.state, job.entry.parent_digest = "running", parent.digest
+    job.entry.state, job.entry.parent_digest, job.entry.origin = "running", parent.digest, None
     job.run.save()
     with _named_failures(job):
         artifact = _run_stage(job, parent, records, fingerprint)

@@ -206,6 +206,28 @@ def test_two_runs_at_once_do_not_break_each_other() -> None:
     assert third.trained == ["dpo"]
 
 
+def test_only_what_is_found_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        run_recipe(Script(), "stages=[sft]", f"seed={seed}")
+    hashed: list[Path] = []
+    monkeypatch.setattr("posttrain.run.published.verify", lambda path: hashed.append(path) or verify(path))
+    run_recipe(Script(), "seed=1", "dpo.gate.enabled=false")
+    assert [path.name for path in hashed] == [".draft"]
+
+
+def test_a_kill_before_the_state_is_written_leaves_the_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_recipe(Script(), "stages=[sft]")
+
+    def die(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("posttrain.run.train._describe", die)
+        with pytest.raises(Killed):
+            run_recipe(Script())
+    assert stages(run_recipe(Script()))["sft"]["origin"] == f"{first.path.name}/stages/sft/artifact"
+
+
 # --- One run under several policies -----------------------------------------------------------------------------------
 
 FAILING = (
@@ -285,3 +307,12 @@ def test_a_stage_yet_to_come_is_not_called_promoted_while_its_parent_is_made_ane
     script.during_training = look
     run_recipe(script, *words, "dpo.gate.on_fail=warn")
     assert seen == {"dpo2": "pending", "dpo3": "running"}
+
+
+def test_what_was_linked_replaced_and_brought_back_still_names_its_origin() -> None:
+    first, _ = under("rollback")
+    more = (*FAILING, "+stage@dpo3=dpo", "dpo3.data=pairs.jsonl", "dpo3.lr=2e-4", "dpo3.gate.enabled=false")
+    for policy in ("rollback", "warn", "rollback"):
+        run = run_recipe(failing_dpo(), *more, f"dpo.gate.on_fail={policy}")
+        origin = stages(run)["dpo2"]["origin"]
+        assert origin == (None if policy == "warn" else f"{first.path.name}/stages/dpo2/artifact")
