@@ -19,6 +19,7 @@ from posttrain.chat_template import DATE, check_template, template_digest, today
 from posttrain.digests import digest_of, file_digests
 from posttrain.disk import sync, write_synced
 from posttrain.errors import ArtifactDamaged
+from posttrain.saved import as_kind, read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -104,6 +105,14 @@ class Pins:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file in ``manifest.json``."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Lineage and figures of an artifact.
 
@@ -165,18 +174,8 @@ class Manifest:
 
         Raises ArtifactDamaged when a field is missing or its value has another type.
         """
-        try:
-            given = {field.name: values[field.name] for field in fields(cls) if field.name not in OPTIONAL}
-            given["base"] = BaseWeights(name=str(values["base"]["name"]), digest=str(values["base"]["digest"]))
-            for name in ("plugins", "lineage", "added_tokens"):
-                given[name] = tuple(map(str, values[name]))
-            optional = {name: values.get(name) for name in OPTIONAL}
-            for name, value in optional.items():
-                if not isinstance(value, Mapping | None):
-                    raise TypeError(name)
-            return cls(**given | optional)
-        except (KeyError, TypeError) as error:
-            raise ArtifactDamaged(f"{path} is damaged: it lacks or misstates {error}") from None
+        given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return as_kind(cls, given, str(path))
 
 
 @dataclass(frozen=True)
@@ -310,8 +309,8 @@ def quantization_of(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["bnb_4bit_quant_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(read_json(path)["bnb_4bit_quant_type"])
+    except (KeyError, TypeError) as error:
         raise ArtifactDamaged(f"{path} describes no quantisation: {error!r}") from None
 
 
@@ -321,19 +320,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Reads the manifest alone; check_files reads the files in it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        claimed = manifest["digest"]
-        actual = digest_of({key: value for key, value in manifest.items() if key != "digest"})
-        files, version = manifest["files"], manifest["format"]
+        manifest = as_kind(dict, read_json(path / MANIFEST), str(path / MANIFEST))
     except FileNotFoundError:
         raise ArtifactDamaged(f"{path} is not an artifact: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ArtifactDamaged(f"{path / MANIFEST} is damaged: {error}") from None
+    if missing := [name for name in ("digest", "files", "format") if name not in manifest]:
+        raise ArtifactDamaged(f"{path / MANIFEST} is damaged: it lacks {', '.join(missing)}")
+    claimed, files, version = manifest["digest"], manifest["files"], manifest["format"]
+    actual = digest_of({key: value for key, value in manifest.items() if key != "digest"})
     if version != FORMAT:
         raise ArtifactDamaged(f"{path / MANIFEST} has format {version}; this version reads {FORMAT}")
-    if claimed != actual or not isinstance(files, dict):
+    if claimed != actual:
         raise ArtifactDamaged(f"{path / MANIFEST} is damaged: its content does not match its digest")
-    return dict(manifest)
+    as_kind(dict[str, FileEntry], files, str(path / MANIFEST))
+    return manifest
 
 
 def _content(folder: Path) -> dict[str, Path]:

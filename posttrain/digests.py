@@ -5,15 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 def canonical(value: Any) -> str:
-    """Return ``value`` as JSON with sorted keys and no spaces: equal values give equal texts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """Return ``value`` as JSON with sorted keys and no spaces: equal values give equal texts.
+
+    Half of a surrogate pair, which no encoding holds, is written as its escape.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def digest_of(value: Any) -> str:

@@ -24,27 +24,39 @@ ERRORS: Mapping[VerdictState, type[PosttrainError]] = {"fail": GateFailed, "unde
 """Errors of the verdicts that stop a command."""
 
 
-def ask_gate(host: Host, request: GateRequest, progress: GateProgress) -> tuple[Scorecard, Verdict]:
-    """Score the systems of a request and decide about its candidate."""
-    scorecard = score_systems(host, request, progress)
-    return scorecard, decide_candidate(host, request, scorecard)
+HOOKS = ("evaluate_artifact", "judge_artifact")
+"""Hooks behind a verdict."""
 
 
-def score_systems(host: Host, request: GateRequest, progress: GateProgress) -> Scorecard:
-    """Score every system of a request. Raises PluginFailed when no plugin answers with a scorecard."""
-    scorecard = host.hook.evaluate_artifact(request=request, progress=progress)
+def score_systems(host: Host, request: GateRequest, progress: GateProgress) -> tuple[Scorecard, tuple[str, ...]]:
+    """Score every system of a request; return the scores and the plugins behind them.
+
+    Raises PluginFailed when no plugin answers with a scorecard.
+    """
+    scorecard, scored_by = host.ask_first("evaluate_artifact", request=request, progress=progress)
     # The guard checks plain hooks; this also covers no answer at all, and wrappers.
     if not isinstance(scorecard, Scorecard):
         raise PluginFailed(f"{request.stage}: the gate scored {scorecard!r}, which is not a scorecard: never a pass")
-    return scorecard
+    return scorecard, scored_by
 
 
-def decide_candidate(host: Host, request: GateRequest, scorecard: Scorecard) -> Verdict:
-    """Decide about the candidate of a request. Raises PluginFailed when no plugin answers with a verdict."""
-    verdict = host.hook.judge_artifact(request=request, scorecard=scorecard)
+def decide_candidate(
+    host: Host, request: GateRequest, scorecard: Scorecard, scored_by: tuple[str, ...] = ()
+) -> Verdict:
+    """Decide about the candidate of a request; ``scored_by`` are the plugins behind its scores.
+
+    Raises PluginFailed when no plugin answers with a verdict.
+    """
+    verdict, judged_by = host.ask_first("judge_artifact", request=request, scorecard=scorecard)
     if not isinstance(verdict, Verdict):
         raise PluginFailed(f"{request.stage}: the gate answered {verdict!r}, which is not a verdict: never a pass")
-    return replace(verdict, gated=verdict.gated and request.gate.enabled, unpromoted=request.unpromoted)
+    return replace(
+        verdict,
+        gated=verdict.gated and request.gate.enabled,
+        unpromoted=request.unpromoted,
+        scored_by=scored_by,
+        judged_by=judged_by,
+    )
 
 
 def state_of(verdict: Verdict) -> str:

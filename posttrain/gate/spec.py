@@ -173,3 +173,9 @@ class Verdict:
     """The deciding figures in plain words."""
     unpromoted: tuple[str, ...] = ()
     """Artifacts below the judged one that no gate passed, each with its verdict. Filled in."""
+    notes: tuple[str, ...] = ()
+    """Remarks about what the decision is worth; each is shown wherever the verdict is."""
+    scored_by: tuple[str, ...] = ()
+    """Plugins that scored, with their versions: the one that answered, then those that wrapped it. Filled in."""
+    judged_by: tuple[str, ...] = ()
+    """The same for the decision. Filled in."""

@@ -7,16 +7,11 @@ exceeds ``-max_drop``; a limit passes when the bound of the candidate's own scor
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.schema import Sequential
-from posttrain.disk import replace_text
-from posttrain.errors import ArtifactDamaged
 from posttrain.gate.comparison import Comparison, Decision, decide, list_comparisons
 from posttrain.gate.evidence import Mean
 from posttrain.gate.matching import match_scores
@@ -64,36 +59,27 @@ def is_settled(request: GateRequest, scorecard: Scorecard) -> bool:
     return any(decision.hopeless for decision in decisions)
 
 
-def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """Return the verdict as JSON values, in the form of verdict.json."""
-    return {
-        "state": verdict.state,
-        "gated": verdict.gated,
-        "reason": verdict.reason,
-        "unpromoted": list(verdict.unpromoted),
-        "tasks": [asdict(task) for task in verdict.tasks],
-    }
+def join(verdicts: Sequence[Verdict]) -> Verdict:
+    """Join verdicts about one candidate into one, in the worst of their states."""
+    first = verdicts[0]
+    state = worst(verdict.state for verdict in verdicts)
+    deciding = dict.fromkeys(verdict.reason for verdict in verdicts if verdict.state == state)
+    return Verdict(
+        state=state,
+        gated=first.gated,
+        tasks=tuple(task for verdict in verdicts for task in verdict.tasks),
+        reason="; ".join(deciding),
+        unpromoted=first.unpromoted,
+        notes=tuple(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)),
+        scored_by=first.scored_by,
+        judged_by=first.judged_by,
+    )
 
 
-def write_verdict(path: Path, verdict: Verdict, **more: str) -> None:
-    """Write a verdict.json in one step; ``more`` are further keys of the file."""
-    replace_text(path, json.dumps({**verdict_json(verdict), **more}, indent=2) + "\n")
-
-
-def read_verdict(path: Path) -> Verdict:
-    """Read a verdict.json. Raises ArtifactDamaged when the file does not hold a verdict."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tasks = tuple(TaskVerdict(**task) for task in record["tasks"])
-        numbers = [value for task in tasks for value in asdict(task).values() if isinstance(value, float | int)]
-        if not all(math.isfinite(number) for number in numbers):
-            raise ValueError("a figure is not finite")
-        return Verdict(
-            state=record["state"], gated=record["gated"], tasks=tasks, reason=record["reason"],
-            unpromoted=tuple(record["unpromoted"]),
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactDamaged(f"{path} does not hold a verdict: {error}") from None
+def verdict_json(verdict: Verdict, *, decision_only: bool = False) -> dict[str, Any]:
+    """Return the verdict as JSON values, in the form of verdict.json; or the decision without its remarks."""
+    values = asdict(verdict)
+    return {key: values[key] for key in ("state", "gated", "reason", "tasks")} if decision_only else values
 
 
 def _decide_all(request: GateRequest, scorecard: Scorecard) -> tuple[list[Comparison], list[Decision]]:

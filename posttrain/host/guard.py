@@ -13,6 +13,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pluggy
+
+from posttrain import hookspecs
 from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem, is_out_of_memory
 from posttrain.host import activity
@@ -153,6 +156,55 @@ class Guard:
 
     def _failed(self, hook: str, what: str) -> PluginFailed:
         return PluginFailed(f"plugin {self.plugin} ({self.origin}) in {hook}: {what}")
+
+
+class _Traced:
+    """One implementation of a hook, as a plugin."""
+
+    def __init__(self, hook: str, function: Callable[..., Any], *, wrapper: bool) -> None:
+        setattr(self, hook, hookspecs.hookimpl(wrapper=wrapper)(function))
+
+
+def ask_traced(
+    hook: str, implementations: Iterable[tuple[pluggy.HookImpl, str]], arguments: Mapping[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """Call a hook of the first result in these implementations, each with its plugin's name.
+
+    Return the answer, and the names behind it: the plugin that answered, then those that wrapped it.
+    """
+    behind: list[str] = []
+    manager = pluggy.PluginManager("posttrain")
+    manager.add_hookspecs(hookspecs)
+    for implementation, name in implementations:
+        trace = _trace_wrapper if implementation.wrapper else _trace
+        function = trace(implementation.function, name, behind)
+        manager.register(_Traced(hook, function, wrapper=implementation.wrapper))
+    answer = getattr(manager.hook, hook)(**arguments)
+    return answer, tuple(behind)
+
+
+def _trace(function: Callable[..., Any], name: str, behind: list[str]) -> Callable[..., Any]:
+    """Return ``function``, which adds ``name`` to ``behind`` when it answers."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        if (answer := function(*arguments)) is not None:
+            behind.append(name)
+        return answer
+
+    return call
+
+
+def _trace_wrapper(function: Callable[..., Any], name: str, behind: list[str]) -> Callable[..., Any]:
+    """Return ``function``, a wrapper, which adds ``name`` to ``behind`` at its end."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Generator[None, Any, Any]:
+        answer = yield from function(*arguments)
+        behind.append(name)
+        return answer
+
+    return call
 
 
 class _Ended(Exception):

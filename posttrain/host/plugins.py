@@ -26,7 +26,7 @@ from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
 from posttrain.host import activity, consent
 from posttrain.host.activity import Activity
-from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, guarded
+from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, ask_traced, guarded
 from posttrain.host.process_state import ProcessState
 from posttrain.host.registration import (
     RECIPES,
@@ -158,6 +158,29 @@ class Host:
         names |= {self.owner(name).name for name, settings in self.settings.items() if settings.shapes_data}
         found = [self.plugins[name] for name in names if name in self.plugins]
         return sorted(f"{info.name} ({info.origin})" for info in found if not info.is_ours)
+
+    def ask_first(self, hook: str, **arguments: Any) -> tuple[Any, tuple[str, ...]]:
+        """Call a hook of the first result; return the answer and the plugins behind it, with their versions.
+
+        The plugin that answered comes first, then those that wrapped it.
+        """
+        found = [
+            (each, self._label(each.plugin_name, each.plugin)) for each in getattr(self.hook, hook).get_hookimpls()
+        ]
+        return ask_traced(hook, found, arguments)
+
+    def answerers(self, *hooks: str) -> list[str]:
+        """Return the plugins with an implementation of these hooks, with their versions."""
+        found = [each for hook in hooks for each in getattr(self.hook, hook).get_hookimpls()]
+        return sorted({self._label(each.plugin_name, each.plugin) for each in found})
+
+    def _label(self, name: str, plugin: object) -> str:
+        """Return a plugin with its version, or posttrain itself; its type when it has no name of its own."""
+        name = self.listeners.get(name, name)
+        info = self.plugins.get(name)
+        if info is None:
+            return f"{type(plugin).__module__}.{type(plugin).__qualname__}" if name == str(id(plugin)) else name
+        return CORE_ORIGIN if info.origin == BUILT_IN else f"{info.name} ({info.origin})"
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from posttrain.errors import Interrupted, PluginFailed, PosttrainError, RunLocked, explain
+from posttrain.errors import ArtifactDamaged, Interrupted, PluginFailed, PosttrainError, RunLocked, explain
 from posttrain.host import activity
 from posttrain.host.activity import SIZE, Activity, Report
 
@@ -164,7 +164,7 @@ def _explain(error: PosttrainError, report: Report) -> int:
         try:
             with contextlib.suppress(RunLocked):  # another process has resumed it
                 end(report.run, "interrupted" if isinstance(error, Interrupted) else "failed")
-        except (OSError, ValueError, TypeError) as fault:
+        except (OSError, ArtifactDamaged) as fault:
             print(f"the end of the run could not be recorded: {fault}", file=sys.stderr)
     return code
 

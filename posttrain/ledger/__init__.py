@@ -15,11 +15,22 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from posttrain.errors import ArtifactDamaged
 from posttrain.ledger import history
-from posttrain.ledger.chain import Row, link
+from posttrain.ledger.chain import Row, changed, faults, link
 from posttrain.ledger.history import GATES
 from posttrain.ledger.lift import Judgement, Lift, same_finding
-from posttrain.ledger.store import append, last_finding, last_row, ledger_path, reading, rows_in, writing
+from posttrain.ledger.store import (
+    append,
+    last_finding,
+    last_row,
+    ledger_path,
+    raw_rows,
+    reading,
+    rows_ever,
+    rows_in,
+    writing,
+)
 
 __all__ = ["GATES", "Judgement", "Lift", "Row", "check", "lifts", "record"]
 
@@ -53,10 +64,16 @@ def record(root: Path, folder: Path, judgement: Judgement) -> None:
 
 
 def lifts(root: Path) -> list[Row]:
-    """Return every recorded lift, oldest first; none when there is no ledger."""
-    if not ledger_path(root).exists():
+    """Return every recorded lift, oldest first; none when there is no ledger.
+
+    Raises ArtifactDamaged naming the rows that were changed after they were written.
+    """
+    path = ledger_path(root)
+    if not path.exists() or (path.stat().st_size == 0 and not history.histories(root)):
         return []
     with reading(root) as connection:
+        if found := faults(raw_rows(connection), rows_ever(connection)):
+            raise changed(path, found)
         return rows_in(connection)
 
 
@@ -65,8 +82,15 @@ def _time_after(last: Row | None) -> str:
     # A rebuild sorts the copies by time. Times that only ever grow give it the order in which the rows were written.
     now = datetime.now(UTC)
     if last is not None:
-        now = max(now, datetime.fromisoformat(last.lift.recorded_at) + timedelta(microseconds=1))
+        now = max(now, _time_of(last) + timedelta(microseconds=1))
     return now.isoformat(timespec="microseconds")
+
+
+def _time_of(row: Row) -> datetime:
+    try:
+        return datetime.fromisoformat(row.lift.recorded_at).astimezone(UTC)
+    except ValueError:
+        raise ArtifactDamaged(f"row {row.seq} of the ledger was changed: {row.lift.recorded_at} is no time") from None
 
 
 def _user() -> str:

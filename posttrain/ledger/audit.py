@@ -10,12 +10,9 @@ from typing import Any
 from posttrain.artifact import MANIFEST, Manifest, read_manifest
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.ledger import history
-from posttrain.ledger.chain import Row, faults, link
+from posttrain.ledger.chain import Row, changed, faults, link
 from posttrain.ledger.lift import Lift
 from posttrain.ledger.store import append, clear, ledger_path, raw_rows, reading, rows_ever, writing
-
-MOST_FAULTS = 10
-"""Faults listed in a message."""
 
 Key = tuple[Any, ...]
 
@@ -38,9 +35,7 @@ def verify(root: Path) -> list[dict[str, Any]]:
         records, ever = raw_rows(connection), rows_ever(connection)
         found = faults(records, ever) or list(_disagreements(root, records))
     if found:
-        more = f"\n  and {len(found) - MOST_FAULTS} more" if len(found) > MOST_FAULTS else ""
-        listed = "".join(f"\n  {fault}" for fault in found[:MOST_FAULTS])
-        raise ArtifactDamaged(f"{ledger_path(root)} was changed after it was written:{listed}{more}")
+        raise changed(ledger_path(root), found)
     return records
 
 

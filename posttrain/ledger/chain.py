@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from posttrain.digests import digest_of
+from posttrain.errors import ArtifactDamaged
 from posttrain.ledger.lift import KINDS, Lift
 
+MOST_FAULTS = 10
+"""Faults listed in a message."""
 START = ""
 """The previous hash of the first row."""
 
@@ -64,6 +68,13 @@ def faults(records: Sequence[Mapping[str, Any]], ever: int) -> list[str]:
     if seq != ever:
         found.append(f"the chain ends with row {seq}, but {ever} rows were written")
     return found
+
+
+def changed(path: Path, found: Sequence[str]) -> ArtifactDamaged:
+    """Return the error for a ledger with these faults."""
+    more = f"\n  and {len(found) - MOST_FAULTS} more" if len(found) > MOST_FAULTS else ""
+    listed = "".join(f"\n  {fault}" for fault in found[:MOST_FAULTS])
+    return ArtifactDamaged(f"{path} was changed after it was written:{listed}{more}")
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from posttrain.digests import canonical
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.ledger.lift import Lift, lift_from_json, same_finding
+from posttrain.saved import lines_of, parse_json, read_text
 
 HISTORY = "lifts.jsonl"
 GATES = "gates"
@@ -20,7 +21,7 @@ GATES = "gates"
 def add(folder: Path, finding: Sequence[Lift]) -> None:
     """Write a finding at the end, in place of an equal last one."""
     path = folder / HISTORY
-    findings = read(path) if path.exists() else []
+    findings = read(path) if os.path.lexists(path) else []
     if findings and same_finding(findings[-1], finding):
         findings = findings[:-1]
     lines = [canonical(asdict(lift)) for each in [*findings, finding] for lift in each]
@@ -30,9 +31,11 @@ def add(folder: Path, finding: Sequence[Lift]) -> None:
 def read(path: Path) -> list[list[Lift]]:
     """Read the findings of a stage, oldest first; raise ArtifactDamaged naming the first line that is no lift."""
     findings: list[list[Lift]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    if not (text := read_text(path)).strip():
+        raise ArtifactDamaged(f"{path} is empty: every recorded lift of its stage is missing")
+    for number, line in enumerate(lines_of(text), start=1):
         try:
-            lift = lift_from_json(json.loads(line)) if line else None
+            lift = lift_from_json(parse_json(line, f"{path}:{number}")) if line else None
         except ValueError as error:
             raise ArtifactDamaged(f"{path}:{number} is not a lift: {error}") from None
         if lift is None:
@@ -46,7 +49,8 @@ def read(path: Path) -> list[list[Lift]]:
 
 def histories(root: Path) -> list[Path]:
     """Return the history of every stage of every run below ``root``, and of every gate about an adapter."""
-    return sorted([*root.glob(f"*/stages/*/{HISTORY}"), *root.glob(f"{GATES}/*/{HISTORY}")])
+    folders = [*root.glob("*/stages/*"), *root.glob(f"{GATES}/*")]
+    return sorted(path for folder in folders if os.path.lexists(path := folder / HISTORY))
 
 
 def folder_of(root: Path, run: str, stage: str) -> Path:

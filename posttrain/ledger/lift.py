@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.artifact import BaseWeights
 from posttrain.errors import PluginFailed
 from posttrain.gate.spec import TaskVerdict, Verdict
+from posttrain.saved import TYPE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +59,33 @@ class Lift:
     """Verdict of the whole gate: pass, fail or undecided."""
     unpromoted: str
     """Artifacts below the judged one that no gate passed, each with its verdict; empty when all are promoted."""
+    scored_by: str
+    """Plugins behind the scores, with their versions."""
+    judged_by: str
+    """Plugins behind the verdict, with their versions."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError when a value is not of its type."""
-        # SQLite would give an integer back as a float where a float belongs, with another hash than was written.
+        """Take the value that SQLite gives back for each value; raise ValueError when it cannot hold one."""
+        # The row's hash covers what is read back. SQLite has no negative zero, no half of a surrogate pair, and gives
+        # an integer back as a float where a float belongs.
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS[field.name]
             if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-                raise ValueError(f"{field.name} is {value!r}, not {KIND_NAMES[kind]}")
+                raise ValueError(f"{field.name} is {value!r}, not {TYPE_NAMES[kind]}")
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{field.name} is {value}, beyond {LARGEST}")
+            if isinstance(value, float):
+                object.__setattr__(self, field.name, value + 0.0)
+            if isinstance(value, str):
+                object.__setattr__(self, field.name, value.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 KINDS: dict[str, type] = {
     field.name: {"str": str, "int": int, "float": float, "bool": bool}[str(field.type)] for field in fields(Lift)
 }
 """Type of every field of a Lift."""
-KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+LARGEST = 2**63 - 1
+"""Largest integer of SQLite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +110,11 @@ class Judgement:
             "stage": self.stage, "lineage": ">".join(self.lineage), "base_model": self.base.name,
             "base": self.base.digest, "parent": self.parent, "artifact": self.artifact,
             "verdict": self.verdict.state, "unpromoted": "; ".join(self.verdict.unpromoted),
+            "scored_by": ", ".join(self.verdict.scored_by), "judged_by": ", ".join(self.verdict.judged_by),
         }  # fmt: skip
         try:
             return [Lift(**shared, **_figures(task)) for task in self.verdict.tasks]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise PluginFailed(f"the verdict about {self.stage} cannot be recorded: {error}") from None
 
 

@@ -13,12 +13,14 @@ from urllib.parse import quote
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PosttrainError, Problem
 from posttrain.ledger.chain import Row
 from posttrain.ledger.lift import KINDS, Lift
+from posttrain.saved import require_file
 
 LEDGER = "ledger.sqlite"
 FORMAT = 2
 """Format of the table, kept as SQLite's user_version."""
 WAIT_SECONDS = 60
 """Longest wait for another writer."""
+REBUILD = "posttrain ledger rebuild makes it again from its runs"
 TYPES = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL"}
 COLUMNS = ("seq", *KINDS, "previous", "hash")
 SCHEMA = (
@@ -50,6 +52,8 @@ def writing(root: Path) -> Iterator[sqlite3.Connection]:
 @contextlib.contextmanager
 def reading(root: Path) -> Iterator[sqlite3.Connection]:
     """Open one transaction for reading an existing ledger; it sees one state of it throughout."""
+    if ledger_path(root).stat().st_size == 0:
+        raise ArtifactDamaged(f"{ledger_path(root)} is empty. {REBUILD}")
     with _transaction(ledger_path(root), "rw", "BEGIN") as connection:
         _prepare(connection, ledger_path(root))
         yield connection
@@ -102,6 +106,7 @@ def clear(connection: sqlite3.Connection) -> None:
 def _transaction(path: Path, mode: str, begin: str) -> Iterator[sqlite3.Connection]:
     # A URI because its mode keeps a reader from creating an empty ledger. Without an isolation level Python begins no
     # transaction of its own, so that BEGIN and COMMIT stand here and nowhere else.
+    require_file(path)  # SQLite would wait for a pipe for ever
     address = f"file:{quote(str(path.absolute()))}?mode={mode}"
     try:
         connection = sqlite3.connect(address, uri=True, timeout=WAIT_SECONDS, isolation_level=None)
@@ -129,7 +134,9 @@ def _explain(error: sqlite3.Error, path: Path) -> PosttrainError | None:
     if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Interrupted(f"{path}: another process has kept it locked for {WAIT_SECONDS:g} seconds")
     if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return ArtifactDamaged(f"{path} is damaged: {error}. posttrain ledger rebuild makes it again from its runs")
+        return ArtifactDamaged(f"{path} is damaged: {error}. {REBUILD}")
+    if kind == sqlite3.SQLITE_ERROR:  # no such table or column: the statements here are right for a ledger
+        return ArtifactDamaged(f"{path} is no ledger: {error}. Move it away; {REBUILD}")
     if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         fix = "Give this user the right to write it and its directory"
         return BadInput(Problem(where=str(path), what=f"cannot be opened: {error}", fix=fix))

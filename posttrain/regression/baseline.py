@@ -14,7 +14,6 @@ A document holds its number, a hash of document, requests and target, the base's
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import replace_text
-from posttrain.errors import BadInput, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate.spec import DocumentScore, Scorecard
+from posttrain.saved import as_kind, plain, read_json
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
@@ -46,7 +46,24 @@ class Baseline:
     """Content digest of the adapter."""
     asked: Mapping[str, Any]
     """Conditions of all scores: base, template, tokenizer, number format, device, versions."""
-    tasks: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Entry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Scores of one task."""
+
+    metric: str
+    filter: str | None
+    higher_is_better: bool
+    settings: str
+    """SHA-256 over how the task asks and scores."""
+    base: float
+    """Mean score of the base."""
+    score: float
+    """Mean score of the adapter."""
+    documents: Sequence[tuple[int, str, float, float]]
+    """Number, hash, the base's score and the adapter's."""
 
 
 def make_baseline(
@@ -61,28 +78,51 @@ def make_baseline(
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write a baseline in one step: keys in order, a line per document."""
-    record = {"format": FORMAT, **vars(baseline)}
+    record = {"format": FORMAT, **plain(baseline)}
     record["sha256"] = digest_of(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, _lines(record) + "\n")
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read a baseline file. Raises BadInput when it is missing, or was changed after it was written."""
+    """Read a baseline file.
+
+    Raises BadInput when there is none or its format is another one, ArtifactDamaged when it is no baseline or was
+    changed after it was written.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        claimed = record.pop("sha256")
-        version = record.pop("format")
-        if version != FORMAT:
-            raise BadInput(Problem(where=str(path), what=f"has format {version}, not {FORMAT}", fix=UPDATE))
-        if digest_of({"format": version, **record}) != claimed:
-            raise BadInput(Problem(where=str(path), what="was changed after it was written", fix=UPDATE))
-        return Baseline(**record)
+        record = as_kind(dict, read_json(path), str(path))
     except FileNotFoundError:
         fix = "--update-baseline writes it from an adapter that passes against its base"
         raise BadInput(Problem(where=str(path), what="no such baseline", fix=fix)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(Problem(where=str(path), what=f"is no baseline: {error}", fix=UPDATE)) from None
+    version, claimed = record.pop("format", None), record.pop("sha256", None)
+    if type(version) is int and version != FORMAT:
+        raise BadInput(Problem(where=str(path), what=f"has format {version}, not {FORMAT}", fix=UPDATE))
+    if version is None or claimed is None:
+        raise ArtifactDamaged(f"{path} is no baseline; {UPDATE}")
+    if digest_of({"format": version, **record}) != claimed:
+        raise ArtifactDamaged(f"{path} was changed after it was written; {UPDATE}")
+    baseline = as_kind(Baseline, record, str(path))
+    for name, entry in baseline.tasks.items():
+        if what := _contradiction(entry):
+            raise ArtifactDamaged(f"{path} is damaged: {name}: {what}; {UPDATE}")
+    return baseline
+
+
+def _contradiction(entry: Entry) -> str | None:
+    """Return the contradiction between the documents of a task and the rest of it; None without one."""
+    ids = [document[0] for document in entry.documents]
+    if len(ids) != len(set(ids)):
+        return "a document has two scores"
+    of_base, of_adapter = [document[2] for document in entry.documents], [document[3] for document in entry.documents]
+    for name, scores, stated in (("base", of_base, entry.base), ("score", of_adapter, entry.score)):
+        if (found := _mean(scores)) != stated:
+            return f"{name} is {stated}, but its documents have the mean {found}"
+    return None
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return round(fmean(scores), 6) if scores else 0.0
 
 
 def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any]) -> None:
@@ -112,7 +152,7 @@ def add_baseline(
         if what := _difference(entry, name, task, candidate, scorecard):
             problems.append(Problem(where=f"{path}: {name}", what=what, fix=f"The task changed; {UPDATE}"))
         elif entry is not None:
-            for doc_id, _, base_score, score in entry["documents"]:
+            for doc_id, _, base_score, score in entry.documents:
                 rows.append(_row(candidate[doc_id], "base", task.metric, base_score, base))
                 rows.append(_row(candidate[doc_id], "parent", task.metric, score, baseline.digest))
     if problems:
@@ -121,7 +161,7 @@ def add_baseline(
 
 
 def _difference(
-    entry: Mapping[str, Any] | None,
+    entry: Entry | None,
     name: str,
     task: GateTask,
     candidate: Mapping[int, DocumentScore],
@@ -130,18 +170,15 @@ def _difference(
     """Return the first difference between a task of the baseline and the candidate's; None without one."""
     if entry is None:
         return "the baseline has no scores of this task"
-    now = _entry_head(name, task, candidate, scorecard)
-    for key, value in now.items():
-        if entry.get(key) != value:
-            return f"another {key}: {_shown(entry.get(key))} then, {_shown(value)} now"
-    hashes = {doc_id: hashed for doc_id, hashed, _, _ in entry["documents"]}
+    for key, value in _entry_head(name, task, candidate, scorecard).items():
+        then = getattr(entry, key)
+        if then != value:
+            return f"another {key}: {_shown(then)} then, {_shown(value)} now"
+    hashes = {doc_id: hashed for doc_id, hashed, _, _ in entry.documents}
     asked = {doc_id: _hash(row) for doc_id, row in candidate.items()}
     differing = [doc_id for doc_id in sorted(hashes.keys() | asked.keys()) if hashes.get(doc_id) != asked.get(doc_id)]
     if differing:
         return f"{len(differing)} of its documents are other ones or are asked in other words, such as {differing[0]}"
-    scores = [score for document in entry["documents"] for score in document[2:]]
-    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-        return "a score is not a finite number"
     return None
 
 
@@ -160,17 +197,17 @@ def _system(name: str, task: GateTask, scorecard: Scorecard, system: str) -> dic
 
 def _entry(
     name: str, task: GateTask, rows: Mapping[int, tuple[DocumentScore, DocumentScore]], scorecard: Scorecard
-) -> dict[str, Any]:
+) -> Entry:
     documents = [
-        [doc_id, _hash(row), base.metrics[task.metric], row.metrics[task.metric]]
+        (doc_id, _hash(row), float(base.metrics[task.metric]), float(row.metrics[task.metric]))
         for doc_id, (base, row) in rows.items()
     ]
-    head = _entry_head(name, task, {doc_id: row for doc_id, (_, row) in rows.items()}, scorecard)
-    means = {
-        "base": round(fmean(base.metrics[task.metric] for base, _ in rows.values()), 6),
-        "score": round(fmean(row.metrics[task.metric] for _, row in rows.values()), 6),
-    }
-    return {**head, **means, "documents": documents}
+    return Entry(
+        **_entry_head(name, task, {doc_id: row for doc_id, (_, row) in rows.items()}, scorecard),
+        base=_mean([document[2] for document in documents]),
+        score=_mean([document[3] for document in documents]),
+        documents=documents,
+    )
 
 
 def _entry_head(name: str, task: GateTask, rows: Mapping[int, DocumentScore], scorecard: Scorecard) -> dict[str, Any]:

@@ -6,6 +6,7 @@ for anything else the base comes from adapter_config.json, or from the user.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def read_candidate(path: Path, model: BaseSettings, day: str | None = None) -> C
         close = nearest(path.name, siblings)
         fix = f"Did you mean {path.parent / close}?" if close else "Give the directory of an adapter or a model"
         raise BadInput(Problem(where=str(path), what="there is no such directory", fix=fix))
-    if (path / MANIFEST).exists():
+    if os.path.lexists(path / MANIFEST):
         return _artifact(path, model, day)
     if (path / ADAPTER_CONFIG).exists():
         return _adapter(path, model, day)

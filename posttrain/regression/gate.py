@@ -15,8 +15,8 @@ from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
 from posttrain.digests import digest_of, file_digest
 from posttrain.gate.procedure import decide_candidate, score_systems
-from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict, worst
-from posttrain.gate.verdict import write_verdict
+from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
+from posttrain.gate.verdict import join
 from posttrain.host.plugins import Host
 from posttrain.regression.baseline import (
     add_baseline,
@@ -27,7 +27,8 @@ from posttrain.regression.baseline import (
 )
 from posttrain.regression.candidate import Candidate, read_candidate, require_same_ground
 from posttrain.run.display import Display, EvaluationProgress
-from posttrain.run.job import plain
+from posttrain.run.verdict import VERDICT, write_verdict
+from posttrain.saved import plain
 from posttrain.scoring.code import task_digests
 
 if TYPE_CHECKING:
@@ -137,22 +138,25 @@ class _Regression:
         baseline = None if adapter is None else adapter.source
         request = self._request(systems if baseline is None else {**systems, "parent": baseline})
         request.scorecard.parent.mkdir(parents=True, exist_ok=True)
+        request.scorecard.with_name(VERDICT).unlink(missing_ok=True)  # it rests on scores that are about to change
         if file is None:
-            scorecard = self._score(request)
+            scorecard, scored_by = self._score(request)
         else:  # the file holds the base's scores, too: only the candidate is asked
             committed = read_baseline(file)
             baseline = replace(self.candidate.source, name=file.name, digest=committed.digest)
             alone = replace(request, systems={"candidate": self.candidate.source})
-            scorecard = add_baseline(file, committed, self.tasks, self._score(alone), self.candidate.base.digest)
-        verdict = self._decide(request, scorecard, baseline)
+            scores, scored_by = self._score(alone)
+            scorecard = add_baseline(file, committed, self.tasks, scores, self.candidate.base.digest)
+        requests = self._requests(request, baseline)
+        verdict = join([decide_candidate(self.host, asked, scorecard, scored_by) for asked in requests])
         folder = request.scorecard.parent
-        write_verdict(folder / "verdict.json", verdict, artifact=self.candidate.source.digest)
+        write_verdict(folder / VERDICT, verdict, requests, scorecard)
         ledger.record(Path(self.settings.output_root), folder, self._judgement(folder, verdict, baseline))
         if self.settings.update_baseline:
             self._update_baseline(verdict, scorecard)
         return Outcome(candidate=self.candidate, verdict=verdict, folder=folder, rows=scorecard.rows)
 
-    def _score(self, request: GateRequest) -> Scorecard:
+    def _score(self, request: GateRequest) -> tuple[Scorecard, tuple[str, ...]]:
         progress = EvaluationProgress(self.display, "gate")
         try:
             return score_systems(self.host, request, progress)
@@ -188,10 +192,10 @@ class _Regression:
         }
         return f"{Path(self.name).name}-{digest_of(content)[:12]}"
 
-    def _decide(self, request: GateRequest, scorecard: Scorecard, baseline: ModelSource | None) -> Verdict:
-        """Decide by the gate's own roles against the base, and with every task as a guard against the baseline."""
+    def _requests(self, request: GateRequest, baseline: ModelSource | None) -> list[GateRequest]:
+        """Return the gate's own roles against the base, and every task as a guard against the baseline."""
         if baseline is None:
-            return decide_candidate(self.host, request, scorecard)
+            return [request]
         compared = replace(request, systems={**request.systems, "parent": baseline})
         over_base = replace(compared, gate=replace(request.gate, against=["base"]))
         over_baseline = replace(
@@ -199,7 +203,7 @@ class _Regression:
             gate=replace(request.gate, against=["parent"]),
             tasks={name: replace(task, role=Role.guard) for name, task in request.tasks.items()},
         )
-        return _join(*(decide_candidate(self.host, asked, scorecard) for asked in (over_base, over_baseline)))
+        return [over_base, over_baseline]
 
     def _judgement(self, folder: Path, verdict: Verdict, baseline: ModelSource | None) -> ledger.Judgement:
         """Return the verdict in the ledger's form; the lineage of a foreign adapter is its kind alone."""
@@ -223,10 +227,3 @@ class _Regression:
             return
         write_baseline(path, make_baseline(self.name, self.settings.adapter, self.conditions, self.tasks, scorecard))
         self.display.line("gate", "", f"wrote {path}")
-
-
-def _join(one: Verdict, other: Verdict) -> Verdict:
-    """Join two verdicts into one, in the worse state of the two."""
-    state = worst([one.state, other.state])
-    deciding = dict.fromkeys(verdict.reason for verdict in (one, other) if verdict.state == state)
-    return Verdict(state=state, gated=one.gated, tasks=(*one.tasks, *other.tasks), reason="; ".join(deciding))

@@ -7,8 +7,8 @@ from pathlib import Path
 from posttrain.disk import replace_text
 
 
-def write(path: Path) -> None:
-    """Write report.md, report.html and junit.xml into the directory of a run."""
+def write(path: Path) -> list[str]:
+    """Write report.md, report.html and junit.xml into the directory of a run; return the damage found in it."""
     from posttrain.report.junit import junit
     from posttrain.report.page import page
     from posttrain.report.run import read_report
@@ -18,6 +18,7 @@ def write(path: Path) -> None:
     for name, text in (("report.md", markdown(report)), ("report.html", page(report)), ("junit.xml", junit(report))):
         # A model may have written half a surrogate pair, which no encoding holds.
         replace_text(path / name, text.encode("utf-8", "replace").decode("utf-8"))
+    return [stage.damage for stage in report.stages if stage.damage is not None]
 
 
 def show(path: Path) -> None:

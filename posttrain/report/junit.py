@@ -45,7 +45,9 @@ def junit_error(name: str, error: PosttrainError) -> str:
 
 
 def _cases(report: RunReport, stage: StageReport) -> Iterable[Case]:
-    if stage.error is not None:
+    if stage.damage is not None:
+        yield Case(name="stage", outcome="error", kind="ArtifactDamaged", message=stage.damage)
+    elif stage.error is not None:
         yield Case(name="stage", outcome="error", kind="PluginFailed", message=stage.error)
     elif stage.verdict is not None and stage.verdict.tasks:
         yield from map(_case, stage.verdict.tasks)
@@ -85,14 +87,24 @@ def _document(name: str, suites: Sequence[tuple[StageReport | None, list[Case]]]
         suite = ElementTree.SubElement(root, "testsuite", {"name": document(title), **_counts(cases)})
         if stage is not None and stage.entry.seconds is not None:
             suite.set("time", str(stage.entry.seconds))
-        if evidence is not None:
-            properties = ElementTree.SubElement(suite, "properties")
-            ElementTree.SubElement(properties, "property", name="evidence", value=document(evidence))
+        _add_properties(suite, evidence, None if stage is None else stage.verdict)
         for case in cases:
             _append(suite, title, case)
     ElementTree.indent(root)
     text: str = ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _add_properties(suite: ElementTree.Element, evidence: str | None, verdict: Verdict | None) -> None:
+    """Add the folder of the evidence, who scored, who judged, and the notes of a verdict."""
+    named: dict[str, Sequence[str]] = {} if evidence is None else {"evidence": (evidence,)}
+    if verdict is not None:
+        named |= {"scored_by": verdict.scored_by, "judged_by": verdict.judged_by, "note": verdict.notes}
+    if any(named.values()):
+        properties = ElementTree.SubElement(suite, "properties")
+        for name, values in named.items():
+            for value in values:
+                ElementTree.SubElement(properties, "property", name=name, value=document(value))
 
 
 def _append(suite: ElementTree.Element, title: str, case: Case) -> None:

@@ -20,12 +20,13 @@ from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
 from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
-from posttrain.report.table import remarks
+from posttrain.report.table import behind, remarks
+from posttrain.saved import read_text
 
 TONES = {
     "pass": "good", "promoted": "good", "done": "good",
     "fail": "bad", "gate_failed": "bad", "failed": "bad",
-    "undecided": "warn", "interrupted": "warn", "warned": "warn", "unpromoted": "warn",
+    "undecided": "warn", "interrupted": "warn", "warned": "warn", "unpromoted": "warn", "damaged": "bad",
 }  # fmt: skip
 """Colour of a state; others have none."""
 ENDINGS = {
@@ -95,6 +96,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
         "documents": documents,
         "prompts": prompts,
         "remarks": remarks(stage.entry),
+        "behind": "" if stage.verdict is None else behind(stage.verdict),
         "missing": [*stage.missing, *missing],
     }
 
@@ -134,5 +136,7 @@ def _versions(stages: Sequence[StageReport]) -> Mapping[str, Any]:
 
 def _recipe(report: RunReport) -> str:
     """Return the resolved recipe, or an empty text when the file is missing."""
-    path = report.path / "recipe.yaml"
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        return read_text(report.path / "recipe.yaml", errors="replace")
+    except (FileNotFoundError, ArtifactDamaged):
+        return ""

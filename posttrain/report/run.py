@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import MANIFEST
-from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.artifact import read_manifest
+from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore, Verdict
-from posttrain.gate.verdict import read_verdict
-from posttrain.run.directory import RunState, StageState, read_state
+from posttrain.run.directory import RunState, StageState, artifact_of, read_state, true_ending, true_stage
+from posttrain.run.verdict import KeptVerdict
+from posttrain.saved import read_text
 from posttrain.scoring.scorecard import read_questions, read_scorecard
 
 LARGEST = 1e100
@@ -34,6 +35,8 @@ class StageReport:
     """The last line of a plugin's error, when one failed."""
     missing: tuple[str, ...] = ()
     """Parts not shown, each with the reason."""
+    damage: str | None = None
+    """Damage to the manifest, to the verdict or to its scores, with the file's path."""
 
     @property
     def name(self) -> str:
@@ -65,34 +68,39 @@ class RunReport:
 
 
 def read_report(path: Path) -> RunReport:
-    """Read the run in ``path``, finished or not; raise BadInput when run.json is missing or unreadable."""
-    try:
-        run = read_state(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"is not the state of a run: {error}"
-        raise BadInput(Problem(where=str(path / "run.json"), what=what, fix="Run its recipe again")) from None
+    """Read the run in ``path``, finished or not, as its manifests and verdicts have it.
+
+    What is damaged is left out and named in the stage. Raises ArtifactDamaged when run.json is damaged.
+    """
+    recorded = read_state(path)
     metrics = _metrics(path / "metrics.jsonl")
-    stages = tuple(_stage(path, stage, metrics.get(stage.name, {})) for stage in run.stages)
-    return RunReport(path=path, run=run, stages=stages)
+    found = [_stage(path, entry, metrics.get(entry.name, {})) for entry in recorded.stages]
+    state = true_ending(recorded.state, [kept for _, kept in found])
+    run = replace(recorded, state=state, stages=[stage.entry for stage, _ in found])
+    return RunReport(path=path, run=run, stages=tuple(stage for stage, _ in found))
 
 
-def _stage(path: Path, entry: StageState, metrics: Metrics) -> StageReport:
-    folder = path / "stages" / entry.name
-    missing = []
-    verdict, manifest = None, {}
+def _stage(path: Path, entry: StageState, metrics: Metrics) -> tuple[StageReport, KeptVerdict | None]:
+    missing: list[str] = []
+    kept, manifest, claimed, damage = None, {}, entry.verdict, None
     try:
-        verdict = read_verdict(folder / "verdict.json") if entry.verdict is not None else None
-    except (OSError, ArtifactDamaged) as error:
-        missing.append(f"the verdict: {explain_missing(error)}")
-    try:
-        manifest = _manifest(path / entry.artifact / MANIFEST) if entry.artifact is not None else {}
-    except (OSError, ValueError) as error:
-        missing.append(f"the manifest: {explain_missing(error)}")
+        artifact = artifact_of(path, entry)
+        manifest = read_manifest(artifact) if artifact is not None else {}
+        entry, kept = true_stage(path, entry)
+    except ArtifactDamaged as error:
+        damage = str(error)
+        missing.append(damage)
+        entry = replace(entry, state="damaged", verdict=None)
+    if claimed is not None and kept is None and damage is None:
+        missing.append("the verdict: there is none about this artifact, or its scores are missing")
     if not metrics and entry.digest is not None:
         missing.append("the curves: metrics.jsonl holds no step of this stage")
-    return StageReport(
-        entry=entry, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(folder), missing=tuple(missing)
-    )
+    verdict = None if kept is None else kept.verdict
+    report = StageReport(
+        entry=entry, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(path / "stages" / entry.name),
+        missing=tuple(missing), damage=damage,
+    )  # fmt: skip
+    return report, kept
 
 
 def explain_missing(error: Exception) -> str:
@@ -100,19 +108,11 @@ def explain_missing(error: Exception) -> str:
     return f"there is no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else str(error)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest without verifying the artifact: a report shows a damaged one, too."""
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} holds no manifest")
-    return manifest
-
-
 def _error(folder: Path) -> str | None:
     """Return the last line of error.txt, which a failed plugin leaves."""
     try:
-        lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
+        lines = read_text(folder / "error.txt", errors="replace").strip().splitlines()
+    except (OSError, ArtifactDamaged):
         return None
     return lines[-1] if lines else None
 
@@ -120,9 +120,11 @@ def _error(folder: Path) -> str | None:
 def _metrics(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Read every finite number of metrics.jsonl by stage and metric; skip lines torn by a kill."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    if not path.exists():
+    try:
+        text = read_text(path, errors="replace")
+    except (FileNotFoundError, ArtifactDamaged):
         return found
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         row = _parse(line)
         for name, value in row.items():
             if name != "step" and _is_number(value):
@@ -133,7 +135,7 @@ def _metrics(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
 def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     complete = isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
     return row if complete else {}

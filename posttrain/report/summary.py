@@ -8,7 +8,7 @@ from posttrain.gate.spec import DocumentScore
 from posttrain.quoting import one_line
 from posttrain.report.documents import TaskChanges, changed_documents
 from posttrain.report.run import RunReport
-from posttrain.report.table import COLUMNS, reasons, table_rows
+from posttrain.report.table import COLUMNS, judges, reasons, table_rows
 
 MOST_BYTES = 60_000
 """Size of a summary: a comment on GitHub holds 65,536 characters, the summary of a job a megabyte."""
@@ -36,7 +36,7 @@ def summary(report: RunReport, rows: Sequence[DocumentScore]) -> str:
     for row in table_rows(report):
         cells = dict(zip(COLUMNS, row, strict=True))
         lines.append(f"| {' | '.join(_inline(cells[column]) for column in SUMMARY_COLUMNS)} |")
-    lines += ["", *(f"- {_inline(reason)}" for _, reason in reasons(report)), ""]
+    lines += ["", *(f"- {_inline(text)}" for _, text in (*reasons(report), *judges(report))), ""]
     lines += [f"Evidence: {_inline(report.path.name)}", ""]
     tasks = [task for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks]
     for changes in changed_documents(tasks, rows):

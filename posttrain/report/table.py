@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from posttrain.gate.spec import TaskVerdict
+from posttrain.gate.spec import TaskVerdict, Verdict
 from posttrain.quoting import cell
 from posttrain.quoting import markdown as inline
 from posttrain.report.run import RunReport, StageReport
@@ -32,6 +33,25 @@ def table_rows(report: RunReport) -> list[tuple[str, ...]]:
 def reasons(report: RunReport) -> list[tuple[str, str]]:
     """Return the name of every judged stage, and the reason of its verdict."""
     return [(stage.name, stage.verdict.reason) for stage in report.stages if stage.verdict is not None]
+
+
+def behind(verdict: Verdict) -> str:
+    """Say who scored and who judged, with versions."""
+    return f"scored by {_listed(verdict.scored_by)}; judged by {_listed(verdict.judged_by)}"
+
+
+def judges(report: RunReport) -> list[tuple[str, str]]:
+    """Return the name of every judged stage with the notes of its verdict and who is behind it."""
+    return [
+        (stage.name, text)
+        for stage in report.stages
+        if stage.verdict is not None
+        for text in (*stage.verdict.notes, behind(stage.verdict))
+    ]
+
+
+def _listed(plugins: Sequence[str]) -> str:
+    return ", ".join(plugins) or "nobody known"
 
 
 def remarks(stage: StageState) -> list[str]:
@@ -89,6 +109,8 @@ def print_table(report: RunReport, console: Console) -> None:
     console.print(table)
     for stage, reason in reasons(report):
         console.print(styled((stage, "bold"), f": {reason}"))
+    for stage, text in judges(report):
+        console.print(styled((f"{stage}: {text}", "dim")))
     for entry in report.run.stages:
         for remark in remarks(entry):
             console.print(styled((entry.name, "yellow"), f": {remark}"))
@@ -105,7 +127,7 @@ def markdown(report: RunReport) -> str:
         "|" + "|".join("---" for _ in COLUMNS) + "|",
         *("| " + " | ".join(map(cell, row)) + " |" for row in table_rows(report)),
         "",
-        *(f"- **{inline(stage)}**: {inline(reason)}" for stage, reason in reasons(report)),
+        *(f"- **{inline(stage)}**: {inline(text)}" for stage, text in (*reasons(report), *judges(report))),
         *(f"- **{inline(entry.name)}**: {inline(remark)}" for entry in report.run.stages for remark in remarks(entry)),
         "",
         "| stage | kind | state | artifact | digest | parent digest |",

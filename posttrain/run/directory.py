@@ -7,21 +7,28 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from omegaconf import OmegaConf
 
-from posttrain.artifact import ModelSource
+from posttrain.artifact import MANIFEST, Manifest, ModelSource, read_manifest
 from posttrain.chat_template import DATE
+from posttrain.config.schema import OnFail
 from posttrain.disk import replace_text
 from posttrain.errors import Problem, RunLocked
+from posttrain.gate.procedure import STATES, WARNED, policy_for, state_of
 from posttrain.host import activity
 from posttrain.plan import Plan
 from posttrain.quoting import redacted
+from posttrain.run.verdict import SCORECARD, VERDICT, KeptVerdict, confirmed_verdict
+from posttrain.saved import as_kind, read_as
+
+UNFINISHED = ("running", "interrupted", "failed")
+"""States of a stage and of a run that no artifact and no verdict tells."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +67,7 @@ class StageState:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Content of run.json."""
+    """Content of run.json: for scripts and people. Manifests and verdicts have the truth about artifacts."""
 
     recipe: str
     command: list[str] = field(default_factory=list)
@@ -130,8 +137,8 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
 def end(path: Path, state: str) -> None:
     """Record the end of the run in ``path``, in place of its dead writer.
 
-    Raises RunLocked when another process has resumed it; OSError, ValueError or TypeError when run.json cannot be read
-    or written.
+    Raises RunLocked when another process has resumed it; OSError or ArtifactDamaged when run.json cannot be read or
+    written.
     """
     with (path / ".lock").open("a+") as lock:
         _lock(lock, path)
@@ -142,14 +149,86 @@ def end(path: Path, state: str) -> None:
 
 
 def read_state(path: Path) -> RunState:
-    """Read the state in the run.json of ``path``."""
-    raw = json.loads((path / "run.json").read_text())
-    return RunState(**{**raw, "stages": [StageState(**stage) for stage in raw["stages"]]})
+    """Read the run.json of ``path``; raise ArtifactDamaged when it does not hold the state of a run."""
+    return read_as(RunState, path / "run.json")
+
+
+def true_state(path: Path) -> RunState:
+    """Return the state of the run in ``path`` as its artifacts and verdicts have it.
+
+    What run.json says about them is for scripts to read, and is not believed here. Raises ArtifactDamaged when
+    run.json, a manifest or a verdict is damaged.
+    """
+    recorded = read_state(path)
+    judged = [true_stage(path, entry) for entry in recorded.stages]
+    return replace(
+        recorded,
+        state=true_ending(recorded.state, [kept for _, kept in judged]),
+        stages=[entry for entry, _ in judged],
+    )
+
+
+def true_stage(path: Path, entry: StageState) -> tuple[StageState, KeptVerdict | None]:
+    """Return a stage's entry as its manifest and its verdict have it, with the verdict about this very artifact."""
+    folder = path / "stages" / entry.name
+    artifact = artifact_of(path, entry)
+    if artifact is None:
+        found = StageState(name=entry.name, kind=entry.kind, seconds=entry.seconds, parent_digest=entry.parent_digest)
+        return replace(found, state=entry.state if entry.state in UNFINISHED else "pending"), None
+    values = read_manifest(artifact)
+    kept = None
+    if all(os.path.lexists(folder / name) for name in (VERDICT, SCORECARD)):
+        kept = confirmed_verdict(folder / VERDICT)
+    if kept is not None and kept.artifact != values["digest"]:
+        kept = None
+    found = replace(entry, state=entry.state if entry.state in UNFINISHED else "trained", verdict=None, unpromoted=[])
+    if kept is not None:
+        verdict = kept.verdict
+        found.state, found.verdict, found.unpromoted = state_of(verdict), verdict.state, list(verdict.unpromoted)
+    _describe(found, artifact, path, Manifest.from_json(values, artifact / MANIFEST), values["digest"])
+    return found, kept
+
+
+def artifact_of(path: Path, entry: StageState) -> Path | None:
+    """Return the folder of a stage's artifact; None before it is published."""
+    own = path / "stages" / entry.name / "artifact"
+    return own if os.path.lexists(own / MANIFEST) else None
+
+
+def _describe(entry: StageState, artifact: Path, run: Path, manifest: Manifest, digest: str) -> None:
+    """Write into a stage's entry what its artifact says."""
+    entry.artifact, entry.digest, entry.parent_digest = os.path.relpath(artifact, run), digest, manifest.parent_digest
+    entry.tokens = manifest.metrics.get("tokens")
+    entry.eval_loss = manifest.metrics.get("eval_loss")
+    entry.warnings = manifest.metrics.get("warnings", [])
+    as_kind(StageState, asdict(entry), str(artifact / MANIFEST))
+
+
+def true_ending(recorded: str, judged: Sequence[KeptVerdict | None]) -> str:
+    """Return the state of a run: the recorded one, unless it is an answer of the gates that their verdicts lack."""
+    if recorded not in ("done", WARNED, *STATES.values()):
+        return recorded
+    went_on = False
+    for number, kept in enumerate(judged):
+        policy = None if kept is None else policy_for(kept.basis.asked[0].gate, kept.verdict.state)
+        if kept is not None and _stops(policy, kept, is_last=number == len(judged) - 1):
+            return STATES[kept.verdict.state]
+        went_on = went_on or policy is OnFail.warn
+    if None in judged:
+        return "interrupted"
+    return WARNED if went_on else "done"
+
+
+def _stops(policy: OnFail | None, kept: KeptVerdict, *, is_last: bool) -> bool:
+    """Return whether a run ends at a verdict: there is nothing to roll back to under the first stage on a base."""
+    on_base = "parent" not in kept.basis.asked[0].systems
+    return policy is OnFail.stop or (policy is OnFail.rollback and on_base and not is_last)
 
 
 def _state(path: Path, plan: Plan) -> RunState:
     """Return the state of a new or resumed run; known stages keep theirs."""
-    former = read_state(path) if (path / "run.json").exists() else RunState(recipe=plan.recipe, started=_now())
+    known_run = os.path.lexists(path / "run.json")
+    former = true_state(path) if known_run else RunState(recipe=plan.recipe, started=_now())
     former.end("interrupted")  # the lock is ours, so a writer it still calls running is gone
     known = {stage.name: stage for stage in former.stages}
     stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]

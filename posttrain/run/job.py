@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import StageConfig
 from posttrain.data.reading import data_digest
 from posttrain.digests import digest_of
+from posttrain.gate.procedure import HOOKS
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, Step
 from posttrain.run.directory import RunDirectory, StageState
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
+from posttrain.saved import plain
 from posttrain.scoring.code import task_digests
 
 PACKAGES = (
@@ -70,13 +70,14 @@ class Job:
         return digest_of({**content, "plugins": shapers} if shapers else content)
 
     def gate_digest(self, systems: Mapping[str, ModelSource], unpromoted: Sequence[str]) -> str:
-        """Return the digest of everything the verdict depends on: the gate, its tasks' files, the systems."""
+        """Return the digest of everything the verdict depends on: the gate, its tasks' files, the systems, the code."""
         return digest_of(
             {
                 "gate": plain(self.step.gate),
                 "files": {name: task_digests(task.task or name, task.data) for name, task in self.step.tasks.items()},
                 "systems": {role: system.digest for role, system in systems.items()},
                 "unpromoted": list(unpromoted),
+                "plugins": self.host.answerers(*HOOKS),
                 "versions": versions(),
             }
         )
@@ -121,11 +122,6 @@ def shaping_settings(plan: Plan) -> dict[str, Any]:
     return {"plugin_settings": found} if found else {}
 
 
-def plain(config: StageConfig | Any) -> dict[str, Any]:
-    """Return a settings dataclass as plain JSON values."""
-    return dict(asdict(config, dict_factory=lambda items: {key: _plain_value(value) for key, value in items}))
-
-
 def versions() -> dict[str, str]:
     """Return the versions of PACKAGES, as far as they are installed."""
     found = {}
@@ -133,9 +129,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain_value(item) for key, item in value.items()}
-    return value.value if isinstance(value, Enum) else value

@@ -1,17 +1,18 @@
-"""From a published artifact to its verdict; an existing verdict about the same question is reused."""
+"""From a published artifact to its verdict; a kept verdict about the same question is confirmed by its scores."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.errors import BadInput
-from posttrain.gate.procedure import ask_gate
+from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import GateRequest, Verdict
-from posttrain.gate.verdict import read_verdict, write_verdict
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
+from posttrain.run.verdict import SCORECARD, VERDICT, read_verdict, write_verdict
 
 
 def check_gates(jobs: Sequence[Job]) -> None:
@@ -26,28 +27,39 @@ def check_gates(jobs: Sequence[Job]) -> None:
 
 
 def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...] = ()) -> Verdict:
-    """Judge an artifact by its gate. The published files are scored, not the trainer's memory."""
-    systems = _systems(job, parent, artifact)
-    key = job.gate_digest(systems, unpromoted)
-    if (existing := _read_existing(job, key)) is not None:
+    """Judge an artifact by its gate. The published files are scored, not the trainer's memory.
+
+    A kept verdict about the same question is made again from its scores. Raises ArtifactDamaged when that gives another
+    decision, or when the verdict or its scores are not what was written.
+    """
+    request = _request(job, parent, artifact, unpromoted)
+    key = job.gate_digest(request.systems, unpromoted)
+    path = job.folder / VERDICT
+    if (existing := _confirm_kept(job, request, path, key)) is not None:
         return existing
-    request = GateRequest(
+    # Before the new scores replace those that it rests on: a kill in between leaves no verdict, never a false one.
+    path.unlink(missing_ok=True)
+    progress = EvaluationProgress(job.display, job.name)
+    try:
+        scorecard, scored_by = score_systems(job.host, request, progress)
+        verdict = decide_candidate(job.host, request, scorecard, scored_by)
+    finally:
+        progress.stop()
+    write_verdict(path, verdict, [request], scorecard, key)
+    return verdict
+
+
+def _request(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...]) -> GateRequest:
+    return GateRequest(
         stage=job.name,
         gate=job.step.gate,
         tasks=job.step.tasks,
-        systems=systems,
+        systems=_systems(job, parent, artifact),
         dtype=job.plan.model.dtype.value,
         cache=job.plan.output_root / "cache",
-        scorecard=job.folder / "scorecard.jsonl",
+        scorecard=job.folder / SCORECARD,
         unpromoted=unpromoted,
     )
-    progress = EvaluationProgress(job.display, job.name)
-    try:
-        _, verdict = ask_gate(job.host, request, progress)
-    finally:
-        progress.stop()
-    write_verdict(job.folder / "verdict.json", verdict, gate_digest=key, artifact=artifact.digest)
-    return verdict
 
 
 def _systems(job: Job, parent: ModelSource, artifact: Artifact) -> dict[str, ModelSource]:
@@ -58,10 +70,20 @@ def _systems(job: Job, parent: ModelSource, artifact: Artifact) -> dict[str, Mod
     return systems
 
 
-def _read_existing(job: Job, key: str) -> Verdict | None:
-    """Return the verdict in the stage's folder; None unless it is about the same gate and the same systems."""
-    path = job.folder / "verdict.json"
-    if not path.exists():
+def _confirm_kept(job: Job, request: GateRequest, path: Path, key: str) -> Verdict | None:
+    """Return the verdict in ``path`` when its scores give it again; None for another question, or without scores."""
+    if not os.path.lexists(path):
         return None
-    record = json.loads(path.read_text())
-    return read_verdict(path) if record.get("gate_digest") == key else None
+    kept = read_verdict(path)
+    if kept.gate_digest != key or not os.path.lexists(request.scorecard):
+        return None
+    scorecard = kept.scorecard()
+    derived = decide_candidate(job.host, request, scorecard, kept.verdict.scored_by)
+    if derived == kept.verdict:
+        return derived
+    if kept.is_cores:
+        raise kept.differs(derived)
+    # The code of a plugin may change without its version. Its present answer to the same scores counts.
+    job.display.line(job.name, "gate", f"judged again: {', '.join(derived.judged_by)} decides otherwise than it did")
+    write_verdict(path, derived, [request], scorecard, key)
+    return derived

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.disk import naming, replace_text
+from posttrain.saved import lines_of, read_text
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,11 @@ class MetricsLog:
 
     def lines(self) -> list[str]:
         """Return the stage's lines, those cut off by a kill left out."""
-        if not self.path.exists():
-            return []
-        rows = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [line for line in rows if self._is_of_stage(line)]
+        return [line for line in self._all() if self._is_of_stage(line)]
 
     def replace(self, lines: Sequence[str]) -> None:
         """Put ``lines`` in place of the stage's lines, in one step."""
-        former = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        former = self._all()
         others = [line for line in former if self._is_kept(line, 0)]
         if lines or former:
             replace_text(self.path, "".join(f"{line}\n" for line in [*others, *lines]))
@@ -42,21 +40,26 @@ class MetricsLog:
 
         A stage that resumes logs the steps after its checkpoint again; each step is in the file once.
         """
-        if not self.path.exists():
-            return
-        rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if self._is_kept(line, done_steps)]
-        replace_text(self.path, "".join(f"{row}\n" for row in rows))
+        if former := self._all():
+            rows = [line for line in former if self._is_kept(line, done_steps)]
+            replace_text(self.path, "".join(f"{row}\n" for row in rows))
+
+    def _all(self) -> list[str]:
+        try:
+            return lines_of(read_text(self.path, errors="replace"))
+        except FileNotFoundError:
+            return []
 
     def _is_of_stage(self, line: str) -> bool:
         try:
             return bool(json.loads(line)["stage"] == self.stage)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _is_kept(self, line: str, done_steps: int) -> bool:
         try:
             row = json.loads(line)
-        except ValueError:  # cut off by a kill
+            # Step 0 holds measurements before the first step; without a checkpoint they are made again.
+            return bool(row["stage"] != self.stage or (done_steps and row["step"] <= done_steps))
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut off by a kill, or no line of ours
             return False
-        # Step 0 holds measurements before the first step; without a checkpoint they are made again.
-        return bool(row["stage"] != self.stage or (done_steps and row["step"] <= done_steps))

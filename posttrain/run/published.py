@@ -17,16 +17,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain.artifact import MANIFEST, Artifact, ModelSource, verify
 from posttrain.disk import sync
 from posttrain.errors import ArtifactDamaged
 from posttrain.run.job import Job
 from posttrain.run.metrics import MetricsLog
+from posttrain.run.verdict import SCORECARD, VERDICT
+from posttrain.saved import as_kind, lines_of, read_json, read_text
 
 ARTIFACT = "artifact"
 DRAFT = ".draft"
-EVIDENCE = ("verdict.json", "scorecard.jsonl", "questions.jsonl")
+EVIDENCE = (VERDICT, SCORECARD, "questions.jsonl")
 """Files of a stage about its present artifact."""
 CURVES = "metrics.jsonl"
 ORIGIN = "origin"
@@ -178,11 +181,9 @@ def _manifest_of(folder: Path) -> dict[str, str]:
     """Return the texts of a manifest, unverified; raise ArtifactDamaged when it cannot be read."""
     path = folder / MANIFEST
     try:
-        if not path.is_file():  # a pipe would never end
-            raise ValueError("it is no file")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = as_kind(dict[str, Any], read_json(path), str(path))
         return {"digest": str(values["digest"]), "fingerprint": str(values["fingerprint"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, KeyError) as error:
         raise ArtifactDamaged(f"{path} cannot be read: {error}") from None
 
 
@@ -217,6 +218,6 @@ def _link(found: Path, draft: Path) -> None:
 def _lines(path: Path) -> list[str]:
     """Return the lines of a file; none when it is missing."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return lines_of(read_text(path, errors="replace"))
     except FileNotFoundError:
         return []

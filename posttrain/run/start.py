@@ -6,7 +6,6 @@ folder has none: what cannot be shown was never judged.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 from posttrain.artifact import MANIFEST, Artifact, Manifest, read_manifest, verify
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate.spec import Verdict
-from posttrain.gate.verdict import read_verdict
 from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
+from posttrain.run.verdict import VERDICT, confirmed_verdict
 
 NEVER = "never judged"
 TOLD = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
@@ -111,13 +110,14 @@ def find_standing(artifact: Artifact, root: Path) -> Standing:
 
 def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing]:
     """Yield what the verdicts in these folders say, as far as they are about the artifact."""
-    for path in (folder / "verdict.json" for folder in folders):
+    for path in (folder / VERDICT for folder in folders):
         try:
-            if json.loads(path.read_text(encoding="utf-8")).get("artifact") == artifact.digest:
-                yield _standing(read_verdict(path), path)
+            kept = confirmed_verdict(path)
+            if kept.artifact == artifact.digest:
+                yield _standing(kept.verdict, path)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (ArtifactDamaged, OSError, ValueError) as error:
+        except ArtifactDamaged as error:
             yield Standing(state=NEVER, reason=f"its verdict cannot be believed: {error}")
 
 

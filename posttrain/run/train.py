@@ -21,8 +21,9 @@ from posttrain.host.process_state import ProcessState
 from posttrain.plan import Step
 from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
-from posttrain.run.job import Job, plain, records_digest, shaping_settings, versions
+from posttrain.run.job import Job, records_digest, shaping_settings, versions
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
+from posttrain.saved import plain
 
 
 @dataclass(frozen=True, kw_only=True)

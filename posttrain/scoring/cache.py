@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import append_synced, replace_text
-from posttrain.scoring.scorecard import lines_of, row_from_json, row_line
+from posttrain.saved import lines_of, read_text
+from posttrain.scoring.scorecard import row_from_json, row_line
 
 if TYPE_CHECKING:
     from posttrain.gate.spec import DocumentScore
@@ -39,7 +40,7 @@ class ScoreCache:
     def read(self, key: str, asked: Asked, filters: Sequence[str]) -> list[DocumentScore] | None:
         """Return the rows under ``key``, or None when there are none. Raises ValueError when they cannot be trusted."""
         try:
-            text = self._path(key).read_text(encoding="utf-8")
+            text = read_text(self._path(key))
         except FileNotFoundError:
             return None
         head, _, body = text.partition("\n")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
+from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import is_settled, plan_looks
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
@@ -152,7 +153,7 @@ class _Session:
         task = self._task(name)
         try:
             return self._cache.read(key, task.asked, task.filters)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ArtifactDamaged) as error:
             self._progress.note(f"cached scores of {system} on {name} are not used: {error}")
             return None
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from posttrain.digests import canonical
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore
+from posttrain.saved import lines_of, parse_json, read_lines, read_text
 
 if TYPE_CHECKING:
     from posttrain.scoring.questions import PreparedTask
@@ -22,17 +22,27 @@ _FIELDS = {field.name for field in fields(DocumentScore)}
 _KINDS = {"doc_id": int, "metrics": dict}
 
 
+def scorecard_text(rows: Iterable[DocumentScore]) -> str:
+    """Return rows as the text of a scorecard."""
+    return "".join(f"{row_line(row)}\n" for row in rows)
+
+
 def write_scorecard(path: Path, rows: Iterable[DocumentScore]) -> None:
     """Write rows atomically: a reader sees the old file or the new one, never a part."""
-    replace_text(path, "".join(f"{row_line(row)}\n" for row in rows))
+    replace_text(path, scorecard_text(rows))
 
 
 def read_scorecard(path: Path) -> list[DocumentScore]:
     """Return the rows of a scorecard. Raises ArtifactDamaged naming the first bad line."""
+    return parse_scorecard(read_text(path), path)
+
+
+def parse_scorecard(text: str, path: Path) -> list[DocumentScore]:
+    """Return the rows in the text of a scorecard; ``path`` names it in errors, as ``read_scorecard`` does."""
     rows = []
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         try:
-            rows.append(row_from_json(json.loads(line)))
+            rows.append(row_from_json(parse_json(line, f"{path}:{number}")))
         except ValueError as error:
             raise ArtifactDamaged(f"{path}:{number} is not a score: {error}") from None
     return rows
@@ -50,19 +60,16 @@ def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
 
 def read_questions(path: Path) -> dict[tuple[str, int], str]:
     """Return the end of every prompt by task and document. Raises ArtifactDamaged naming the first bad line."""
-    prompts = {}
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8")), start=1):
-        try:
-            row = json.loads(line)
-            prompts[str(row["task"]), int(row["doc_id"])] = str(row["prompt"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactDamaged(f"{path}:{number} is not a question: {error}") from None
-    return prompts
+    return {(question.task, question.doc_id): question.prompt for question in read_lines(_Question, path)}
 
 
-def lines_of(text: str) -> list[str]:
-    """Split a JSONL text at newlines only: ``splitlines`` would also split at U+2028 inside a JSON string."""
-    return text.removesuffix("\n").split("\n") if text else []
+@dataclass(frozen=True)
+class _Question:
+    """A line of questions.jsonl."""
+
+    task: str
+    doc_id: int
+    prompt: str
 
 
 def row_line(row: DocumentScore) -> str:
@@ -75,6 +82,8 @@ def row_from_json(value: Any) -> DocumentScore:
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise ValueError("it does not have the fields of a score")
     wrong = [name for name in sorted(_FIELDS) if not isinstance(value[name], _KINDS.get(name, str))]
+    if not wrong:
+        wrong = [f"metrics.{key}" for key, score in value["metrics"].items() if type(score) not in (int, float)]
     if wrong:
         raise ValueError(f"wrong type of {', '.join(wrong)}")
     return DocumentScore(**value)

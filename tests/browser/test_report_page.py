@@ -16,6 +16,7 @@ from posttrain import report
 from posttrain.gate.spec import DocumentScore
 from posttrain.scoring.scorecard import write_scorecard
 from tests.support.fakes import Script, only_run, run_recipe, write_project
+from tests.support.judgements import sign_verdict
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = "apt-get install -y chromium"
@@ -77,6 +78,7 @@ def page(working_folder: Path) -> Path:
         for doc_id in range(8)
     ]  # fmt: skip
     write_scorecard(run / "stages/sft/scorecard.jsonl", rows)
+    sign_verdict(run / "stages/sft")
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"recipe": f"mine {LONG}", "command": ["posttrain", LONG]}))
     report.write(run)
@@ -90,7 +92,7 @@ def spell_out(verdict: Path) -> None:
     bounds = {"lift": 20.66, "low": 17.27, "high": 24.25, "bootstrap_low": 17.07, "bootstrap_high": 24.02}
     for task in content["tasks"]:
         task |= long | bounds | {"method": "Student's t, corrected for skewness"}
-    verdict.write_text(json.dumps(content))
+    sign_verdict(verdict.parent, tasks=content["tasks"])
 
 
 def dom(browser: str, page: Path, profile: Path) -> str:

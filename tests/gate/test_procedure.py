@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pluggy
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from posttrain import hookspecs
 from posttrain.config.schema import GateConfig, OnFail
 from posttrain.errors import GateFailed, GateUndecided, PluginFailed
-from posttrain.gate.procedure import ask_gate, policy_for, verdict_error
+from posttrain.gate.procedure import decide_candidate, policy_for, score_systems, verdict_error
 from posttrain.gate.spec import Scorecard, Verdict
 from posttrain.hookspecs import hookimpl
 from posttrain.host.plugins import Host
@@ -42,11 +43,14 @@ def ask(scorecard: object, verdict: object) -> tuple[Scorecard, Verdict]:
     manager = pluggy.PluginManager("posttrain")
     manager.add_hookspecs(hookspecs)
     manager.register(Answers(scorecard, verdict))
-    return ask_gate(Host(manager), gates.request(), Log())
+    host = Host(manager)
+    scores, scored_by = score_systems(host, gates.request(), Log())
+    return scores, decide_candidate(host, gates.request(), scores, scored_by)
 
 
 def test_a_gate_scores_and_decides() -> None:
-    assert ask(CARD, PASS) == (CARD, PASS)
+    by = ("tests.gate.test_procedure.Answers",)
+    assert ask(CARD, PASS) == (CARD, replace(PASS, scored_by=by, judged_by=by))
 
 
 @pytest.mark.parametrize("answer", [None, "pass", True, object()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,11 @@ from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import Scorecard, TaskVerdict, Verdict
 from posttrain.gate.statistics import exact_share_bounds, holm, tango_bounds
-from posttrain.gate.verdict import judge, read_verdict, verdict_json
+from posttrain.gate.verdict import judge
+from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.ledger import Judgement
 from posttrain.report.intervals import intervals
+from posttrain.run.verdict import confirmed_verdict, write_verdict
 from tests.support.gates import GUARD, LIFT, binary, card_of, decide, paired_scores, request, request_of, rows
 
 LIMIT = GateTask(role=Role.limit, metric="acc", threshold=0.9)
@@ -255,9 +256,10 @@ def test_reports_and_ledger_take_every_kind_of_comparison(tmp_path: Path) -> Non
         "loss": {"base": loss.tolist(), "candidate": (loss - generator.normal(1, 1, 400)).tolist()}
     }
     card = card_of(scores, higher_is_better={**dict.fromkeys(tasks, True), "loss": False})
-    verdict = judge(request_of(tasks, pooled_max_drop=0.02), card)
-    (tmp_path / "verdict.json").write_text(json.dumps(verdict_json(verdict), allow_nan=False))
-    assert read_verdict(tmp_path / "verdict.json") == verdict
+    asked = request_of(tasks, pooled_max_drop=0.02)
+    verdict = replace(judge(asked, card), judged_by=(CORE_ORIGIN,))
+    write_verdict(tmp_path / "verdict.json", verdict, [asked], card)
+    assert confirmed_verdict(tmp_path / "verdict.json").verdict == verdict
     shown = {line.task.task: line.note for line in intervals(verdict.tasks)}
     assert shown["limit"] == "Clopper and Pearson's exact interval"
     assert shown["first"].startswith("Tango's score interval; > +")

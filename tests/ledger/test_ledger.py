@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -17,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PluginFailed, PosttrainError
-from posttrain.ledger import Lift, check, lifts, store
+from posttrain.ledger import Lift, check, lifts, record, store
 from posttrain.ledger.audit import rebuild, verify
 from posttrain.ledger.chain import faults, link
 from posttrain.ledger.lift import KINDS
 from posttrain.ledger.store import raw_rows
 from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_recipe, write_project
-from tests.support.judgements import ROOT, add
+from tests.support.judgements import ROOT, add, judgement, task_verdict
 
 
 def edit(*statements: str) -> None:
@@ -242,7 +243,7 @@ def test_a_torn_copy_is_named_by_file_and_line(line: str) -> None:
     add("first")
     path = ROOT / "first/stages/sft/lifts.jsonl"
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ArtifactDamaged, match=r"lifts\.jsonl:3 is not a lift"):
+    with pytest.raises(ArtifactDamaged, match=r"lifts\.jsonl:3 is (not a lift|damaged)"):
         rebuild(ROOT)
 
 
@@ -389,14 +390,84 @@ def test_a_ledger_of_another_format_is_rejected(version: int) -> None:
     ROOT.mkdir()
     edit("CREATE TABLE lifts (artifact TEXT)", f"PRAGMA user_version = {version}")
     for call in (add, lambda: lifts(ROOT), lambda: rebuild(ROOT), lambda: verify(ROOT), lambda: check(ROOT)):
-        with pytest.raises(BadInput, match=f"its format is {version}, not 1"):
+        with pytest.raises(BadInput, match=f"its format is {version}, not 2"):
             call()
 
 
-def test_a_place_that_cannot_be_opened_is_bad_input() -> None:
-    (ROOT / "ledger.sqlite").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"runs/ledger\.sqlite: cannot be opened"):
-        check(ROOT)
+def put_foreign(path: Path, kind: str) -> None:
+    """Put something else in the place of a ledger that has recorded a run."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "empty":
+        path.touch()
+    else:
+        edit("CREATE TABLE lifts (artifact TEXT)", f"PRAGMA user_version = {store.FORMAT}")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "empty", "other table"])
+@pytest.mark.parametrize("words", [("leaderboard",), ("ledger", "export"), ("ledger", "verify")])
+def test_what_is_no_ledger_is_damaged(kind: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    add("first")
+    put_foreign(ROOT / "ledger.sqlite", kind)
+    assert main(*words) == 5
+    assert "runs/ledger.sqlite" in capsys.readouterr().err
+
+
+NUMBERS = st.one_of(
+    st.sampled_from([-0.0, 0.0, 5e-324, -5e-324, 1e308, -1.7976931348623157e308, 1e-300, 2.0**53, -1.0, 0.1, 1e22]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(-(2**70), 2**70),
+)
+TEXTS = st.one_of(
+    st.sampled_from(["", "\ud800", "a\udfffb", "\u2028", "\u2029", "\x85", "\r\n", "\0", "'", "%s"]),
+    st.text(st.characters(), max_size=9),  # half surrogate pairs among them
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    numbers=st.fixed_dictionaries(
+        dict.fromkeys(("base", "parent", "candidate", "lift", "low", "high", "threshold"), NUMBERS)
+    ),
+    n=st.integers(-(2**63) + 1, 2**63 - 1),
+    up=st.booleans(),
+    texts=st.fixed_dictionaries(dict.fromkeys(("task", "metric", "filter", "questions", "role", "against"), TEXTS)),
+    name=TEXTS,
+)
+def test_whatever_a_row_holds_an_untouched_ledger_verifies(
+    numbers: dict[str, float], n: int, up: bool, texts: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    task = replace(task_verdict("pass"), n=n, higher_is_better=up, **numbers, **texts)  # type: ignore[arg-type]
+    given = judgement()
+    verdict = replace(given.verdict, tasks=(task,), scored_by=(name,), judged_by=(name, name))
+    given = replace(given, recipe=name, base=replace(given.base, name=name), verdict=verdict)
+    folder = root / given.run / "stages" / given.stage
+    folder.mkdir(parents=True)
+    record(root, folder, given)
+    record(root, folder, given)
+    assert len(verify(root)) == 1
+    assert rebuild(root) == (1, 0)
+    assert len(verify(root)) == 1
+
+
+@pytest.mark.parametrize("figures", [{"n": 2**63}, {"n": -(2**63)}, {"n": None}, {"lift": 10**400}, {"metric": b"x"}])
+def test_a_value_that_no_ledger_holds_is_the_plugins_fault(figures: dict[str, Any]) -> None:
+    with pytest.raises(PluginFailed, match="the verdict about sft cannot be recorded"):
+        add(**figures)
+    assert lifts(ROOT) == []
+
+
+def test_a_changed_row_is_no_entry_of_the_leaderboard(capsys: pytest.CaptureFixture[str]) -> None:
+    add("first", state="fail")
+    edit("UPDATE lifts SET verdict = 'pass', candidate_score = 1.0")
+    assert main("leaderboard") == 5
+    captured = capsys.readouterr()
+    assert "ledger.sqlite was changed after it was written" in captured.err
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize("figures", [{"lift": float("nan")}, {"n": 1.5}, {"metric": None}, {"low": "much"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from posttrain import cli
 from posttrain.config.schema import GateTask, Role
 from posttrain.digests import digest_of
-from posttrain.errors import BadInput
+from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.gate.spec import Scorecard
 from posttrain.regression.baseline import add_baseline, read_baseline, require_same_asked
 from posttrain.scoring.scorecard import read_scorecard
@@ -264,7 +265,9 @@ def test_the_adapter_of_a_baseline_passes_and_is_asked_alone(gate: Gate, committ
     assert gate("good", f"baseline={committed}", "junit=junit.xml") == 0
     assert cases() == {"lift quiz against base": "passed", "guard quiz against parent": "passed"}
     (card,) = Path("runs/gates").glob("*/scorecard.jsonl")
-    assert {row.system for row in read_scorecard(card)} == {"candidate"}
+    said = {row.system: row.response for row in read_scorecard(card)}
+    assert [said[system] for system in ("base", "parent")] == ["", ""]  # a baseline holds scores, and no answers
+    assert said["candidate"]
 
 
 def test_an_adapter_that_is_worse_than_the_baseline_is_refused(
@@ -297,6 +300,10 @@ def changed(committed: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """A baseline with a sound hash that says something else."""
     record = json.loads(committed.read_text())
     change(record)
+    for entry in record["tasks"].values():
+        for name, column in (("base", 2), ("score", 3)):
+            scores = [document[column] for document in entry["documents"] if isinstance(document[column], float)]
+            entry[name] = round(sum(scores) / len(scores), 6)
     del record["sha256"]
     Path("mine.json").write_text(json.dumps({**record, "sha256": digest_of(record)}))
 
@@ -311,7 +318,6 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "settings": (lambda record: record["tasks"]["quiz"].update(settings="1"), "another settings"),
     "missing": (lambda record: record["tasks"]["quiz"]["documents"].pop(), "1 of its documents are other ones"),
     "document": (lambda record: record["tasks"]["quiz"]["documents"][3].__setitem__(1, "x"), "such as 3"),
-    "number": (lambda record: record["tasks"]["quiz"]["documents"][3].__setitem__(3, "x"), "not a finite number"),
     "format": (lambda record: record.update(format=0), "has format 0, not 1"),
 }
 
@@ -321,7 +327,7 @@ def candidate(material: Path, committed: Path) -> Scorecard:
     """The scores that the baseline was made from, but for those of its base."""
     (file,) = (material / "runs" / "gates").glob("*/scorecard.jsonl")
     rows = tuple(row for row in read_scorecard(file) if row.system == "candidate")
-    settings = {"quiz": read_baseline(committed).tasks["quiz"]["settings"]}
+    settings = {"quiz": read_baseline(committed).tasks["quiz"].settings}
     return Scorecard(rows=rows, higher_is_better={"quiz": True}, settings=settings)
 
 
@@ -351,13 +357,65 @@ def test_scores_that_cannot_be_compared_are_refused(committed: Path, candidate: 
     assert "--update-baseline" in str(caught.value)
 
 
-def test_an_edited_score_is_found(gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def edited(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: text.replace(old, new, 1)
+
+
+def signed(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
+    """A change by somebody who makes the hash anew."""
+
+    def apply(text: str) -> str:
+        record = json.loads(text)
+        del record["sha256"]
+        change(record)
+        return json.dumps({**record, "sha256": digest_of(record)})
+
+    return apply
+
+
+DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
+    "score": (edited(",1.0]", ",0.0]"), "was changed after it was written"),
+    "mean": (edited('"score": 1.0', '"score": 0.9'), "was changed after it was written"),
+    "digest": (edited('"digest": "', '"digest": "0'), "was changed after it was written"),
+    "signed score": (
+        signed(lambda record: record["tasks"]["quiz"]["documents"][3].__setitem__(3, 0.0)),
+        "quiz: score is 1.0, but its documents have the mean 0.979167",
+    ),
+    "signed twice": (
+        signed(lambda record: record["tasks"]["quiz"]["documents"].append(record["tasks"]["quiz"]["documents"][0])),
+        "quiz: a document has two scores",
+    ),
+    "number": (
+        signed(lambda record: record["tasks"]["quiz"]["documents"][3].__setitem__(3, "x")),
+        "tasks.quiz.documents[3][3] is 'x', not a finite number",
+    ),
+    "short row": (
+        signed(lambda record: record["tasks"]["quiz"]["documents"].__setitem__(3, [1])), "documents[3] has 1 items",
+    ),
+    "no documents": (
+        signed(lambda record: record["tasks"]["quiz"].update(documents=5)), "documents is 5, not a list",
+    ),
+    "other keys": (signed(lambda record: record.update(more=1)), "has the unknown 'more'"),
+    "empty": (lambda text: "", "it is empty"),
+    "torn": (lambda text: text[:200], "is damaged"),
+    "list": (lambda text: "[]", "is [], not a mapping"),
+    "foreign": (lambda text: '{"scores": 1}', "is no baseline"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_baseline_that_is_not_what_was_written_is_damaged(committed: Path, name: str) -> None:
+    change, complaint = DAMAGED[name]
+    Path("mine.json").write_text(change(committed.read_text()))
+    with pytest.raises(ArtifactDamaged, match=re.escape(complaint)) as caught:
+        read_baseline(Path("mine.json"))
+    assert "mine.json" in str(caught.value)
+
+
+def test_an_edited_baseline_ends_the_gate(gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.json").write_text(committed.read_text().replace(",1.0]", ",0.0]", 1))
-    assert gate("good", "baseline=mine.json") == 2
-    assert "was changed after it was written" in capsys.readouterr().err
-    Path("mine.json").write_text("[]")
-    assert gate("good", "baseline=mine.json") == 2
-    assert "is no baseline" in capsys.readouterr().err
+    assert gate("good", "baseline=mine.json") == 5
+    assert "mine.json was changed after it was written" in capsys.readouterr().err
 
 
 def test_another_batch_size_is_another_question(

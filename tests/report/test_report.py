@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from posttrain import report
 from posttrain.context import StageContext
-from posttrain.errors import BadInput, GateFailed, Interrupted, PluginFailed
+from posttrain.errors import GateFailed, Interrupted, PluginFailed
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.report.curves import marks, thin
 from posttrain.report.page import page
@@ -27,7 +27,7 @@ from posttrain.run.directory import RunState, StageState
 from posttrain.scoring.scorecard import write_scorecard
 from tests.support.command import main
 from tests.support.fakes import GATES, Script, only_run, run_recipe, write_project
-from tests.support.judgements import task_verdict
+from tests.support.judgements import sign_verdict, task_verdict
 from tests.support.pages import Page, read_page
 
 HOSTILE = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>"\'{{ 7 * 7 }} \ud800 \u202e'
@@ -62,7 +62,7 @@ def change(path: Path, **values: Any) -> None:
 def set_tasks(run: Path, stage: str, **figures: Any) -> None:
     """Let a stage's verdict hold one task with these figures."""
     task = replace(task_verdict("pass"), **figures)
-    change(run / "stages" / stage / "verdict.json", tasks=[vars(task)])
+    sign_verdict(run / "stages" / stage, tasks=[vars(task)])
 
 
 def answers(run: Path, stage: str, scores: Mapping[str, list[float]], text: str = "") -> None:
@@ -78,6 +78,7 @@ def answers(run: Path, stage: str, scores: Mapping[str, list[float]], text: str 
     path = run / "stages" / stage / "scorecard.jsonl"
     write_scorecard(path, rows)
     path.write_text(path.read_text().replace("says", f"says {json.dumps(text)[1:-1]}"))
+    sign_verdict(path.parent)
 
 
 def markdown_of(run: Path, **figures: float) -> str:
@@ -105,6 +106,7 @@ def test_a_report_can_be_made_of_a_run_that_has_not_ended(run: Path) -> None:
     state = json.loads((run / "run.json").read_text())
     state["stages"][1] |= {"state": "pending", "verdict": None, "seconds": None, "tokens": None}
     (run / "run.json").write_text(json.dumps(state))
+    shutil.rmtree(run / "stages/dpo")
     shown = written(run)
     assert "| dpo |  |  |  |  |  | pending |  |  |" in (run / "report.md").read_text()
     assert "Not judged: the stage is pending." in shown.words
@@ -251,7 +253,7 @@ def test_documents_that_got_worse_and_better_stand_side_by_side(run: Path, highe
 def test_what_models_and_data_wrote_cannot_act(run: Path) -> None:
     set_tasks(run, "sft", task="some", metric="acc")
     answers(run, "sft", {"base": [1.0], "candidate": [0.0]}, HOSTILE)
-    change(run / "stages/sft/verdict.json", reason=HOSTILE)
+    sign_verdict(run / "stages/sft", reason=HOSTILE)
     change(run / "run.json", recipe=HOSTILE)
     (run / "recipe.yaml").write_text("note: '</pre><script>alert(1)</script>'")
     shown = written(run)
@@ -287,29 +289,21 @@ def test_long_answers_are_cut_and_say_so(run: Path) -> None:
     assert len((run / "report.html").read_text()) < 60_000
 
 
-DAMAGE = {
-    "no verdict": ("stages/sft/verdict.json", None, "Not in this report: the verdict:"),
-    "torn verdict": ("stages/sft/verdict.json", '{"state": "pa', "does not hold a verdict"),
-    "odd verdict": ("stages/sft/verdict.json", '{"state": "pass", "tasks": [{}]}', "does not hold a verdict"),
-    "no manifest": ("stages/sft/artifact/manifest.json", None, "Not in this report: the manifest:"),
-    "torn manifest": ("stages/sft/artifact/manifest.json", "{", "Not in this report: the manifest:"),
-    "odd manifest": ("stages/sft/artifact/manifest.json", '{"base": 1, "metrics": [], "config": 2}', "sft unknown"),
+MISSING = {
+    "no verdict": ("stages/sft/verdict.json", None, "Not in this report: the verdict: there is none"),
     "odd metrics": (
         "metrics.jsonl", f'{{"stage": "sft", "step": 1, "loss": 1{"0" * 400}, "lr": true}}\n[]\n3', "holds no step",
     ),
-    "empty manifest": ("stages/sft/artifact/manifest.json", "{}", "Lineage base"),
     "no metrics": ("metrics.jsonl", None, "metrics.jsonl holds no step of this stage"),
     "metrics of zeros": ("metrics.jsonl", "\0" * 100, "metrics.jsonl holds no step of this stage"),
-    "no scorecard": ("stages/sft/scorecard.jsonl", None, "Not in this report: the answers:"),
-    "torn scorecard": ("stages/sft/scorecard.jsonl", "{", "is not a score"),
-    "torn questions": ("stages/sft/questions.jsonl", "{", "is not a question"),
+    "torn questions": ("stages/sft/questions.jsonl", "{", "questions.jsonl:1 is damaged"),
     "no recipe": ("recipe.yaml", None, "Reproduce"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("case", MISSING)
 def test_what_is_missing_is_said_and_the_rest_is_shown(run: Path, case: str) -> None:
-    name, content, expected = DAMAGE[case]
+    name, content, expected = MISSING[case]
     answers(run, "sft", {"base": [1.0], "candidate": [0.0]})
     (run / name).unlink(missing_ok=True)
     if content is not None:
@@ -317,13 +311,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(run: Path, case: str) -> 
     words = written(run).words
     assert expected in words
     assert "dpo promoted dpo is a pass" in words
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"stages": []}', '{"recipe": "mine", "state": "done", "stages": [1]}'])
-def test_a_directory_whose_state_cannot_be_read_is_refused_by_name(run: Path, content: str) -> None:
-    (run / "run.json").write_text(content)
-    with pytest.raises(BadInput, match=r"run\.json"):
-        report.write(run)
+    assert main("report", str(run)) == 0
 
 
 @pytest.mark.parametrize(
@@ -396,16 +384,19 @@ def test_a_stage_without_a_gate_says_so(working_folder: Path) -> None:
     write_project(working_folder)
     script = Script()
     run_recipe(script, "stages=[sft]")
-    change(only_run() / "stages/sft/verdict.json", tasks=[], gated=False, reason="the recipe switched this gate off")
+    sign_verdict(only_run() / "stages/sft", tasks=[], gated=False, reason="the recipe switched this gate off")
     assert "Promoted without evaluation: the recipe switched this gate off." in written(only_run()).words
 
 
-def test_warnings_and_the_eval_loss_are_in_every_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = json.loads((run / "run.json").read_text())
-    state["stages"][0] |= {"warnings": ["the loss [sft] rises again after step 3"], "eval_loss": 1.25}
-    change(run / "run.json", stages=state["stages"])
+def test_warnings_and_the_eval_loss_are_in_every_report(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(working_folder)
+    script, warning = Script(), "the loss [sft] rises again after step 3"
+    script.during_training = lambda context: context.metrics.update(warnings=[warning], eval_loss=1.25)
+    run = run_recipe(script, "stages=[sft]").path
     page_words = written(run).words
     report.show(run)
     for text in (page_words, (run / "report.md").read_text(), capsys.readouterr().out):
         assert "eval loss 1.2500" in text
-        assert "the loss [sft] rises again after step 3" in text
+        assert warning in text

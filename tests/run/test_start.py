@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from posttrain.report.leaderboard import boards
 from posttrain.report.run import read_report
 from tests.support.command import main
 from tests.support.fakes import GATES, Script, run_json, run_recipe, scripted_host, write_project
+from tests.support.judgements import sign_verdict
 
 
 @pytest.fixture(autouse=True)
@@ -166,8 +166,9 @@ def test_a_failure_of_posttrain_gate_counts_too(project: Path) -> None:
     sft = judged_sft("pass")
     folder = Path("runs/gates/strict-0123456789ab")
     folder.mkdir(parents=True)
-    values: dict[str, Any] = json.loads((sft.parent / "verdict.json").read_text())
-    (folder / "verdict.json").write_text(json.dumps(values | {"state": "fail", "reason": "worse than v1"}))
+    for name in ("verdict.json", "scorecard.jsonl"):
+        shutil.copy(sft.parent / name, folder)
+    sign_verdict(folder, state="fail", reason="worse than v1")
     with pytest.raises(BadInput, match=r"failed by its gate: worse than v1 \(.*strict-0123456789ab"):
         run_recipe(Script(), "stages=[dpo]", f"start_from={sft}")
 

@@ -74,12 +74,12 @@ class Script:
 
     @hookimpl
     def evaluate_artifact(self, request: GateRequest) -> Scorecard:
+        self.judged.append(request.stage)
         self.during_evaluation(request)
         return Scorecard(rows=(), higher_is_better={})
 
     @hookimpl
     def judge_artifact(self, request: GateRequest) -> Verdict:
-        self.judged.append(request.stage)
         state = self.verdicts.get(request.stage, "pass")
         return Verdict(state=state, gated=True, tasks=(task_verdict(state),), reason=f"{request.stage} is a {state}")
 
