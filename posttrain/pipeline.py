@@ -53,6 +53,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             # The day has no part in the run's name: on another day the same command resumes this run, with its day.
             base = directory.pin_day(undated)
             parent = base if start is None else start.artifact.source(base)
+            if base.template_variables:
+                display.console.print(styled(f"variables of the chat template: {dict(base.template_variables)}"))
             jobs = [
                 Job(
                     plan=plan, step=step, host=host, run=directory, base=base, data_digest=digests[step.name],

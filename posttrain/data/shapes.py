@@ -29,6 +29,9 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 _WEIGHTS = ("sample_weight", "example_weight", *(key for key in TRAIN_MARKS if key != "loss"))
 """Keys of a record by which tools weigh it."""
 
+_JUDGEMENTS = ("label", "kto_tag")
+"""Keys of a record that judge its answer."""
+
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
 SERVES = {
     "conversations": CHATS,
@@ -113,9 +116,10 @@ def _listed(shape: str) -> str:
 
 def _reject_bad_answer(row: RawRow, where: str) -> None:
     # Feedback data marks bad answers by label: false. Trained as conversations they would be taught.
-    if read_mark(dict(row).get("label")) is not None and not row.get("label"):
-        what = "label is false: the answer was judged bad, and this stage would teach it"
-        reject(where, what, "Remove such records, or set the key aside with columns: {judged: label}")
+    for key in _JUDGEMENTS:
+        if read_mark(dict(row).get(key)) is not None and not row.get(key):
+            what = f"{key} is false: the answer was judged bad, and this stage would teach it"
+            reject(where, what, f"Remove such records, or set the key aside with columns: {{judged: {key}}}")
 
 
 def _reject_weight(row: RawRow, where: str) -> None:

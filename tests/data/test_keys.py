@@ -124,11 +124,12 @@ def test_what_is_no_text_is_rejected(row: dict[str, Any], shape: str, key: str) 
 
 
 @pytest.mark.parametrize("label", [False, 0])
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize("row", SFT)
-def test_answers_judged_bad_are_not_taught(row: dict[str, Any], label: Any) -> None:
-    assert "the answer was judged bad" in rejection({**row, "label": label})
-    assert read({**row, "label": not label}).unread == ()
-    assert read({**row, "label": "towns"}).unread == ("label",)
+def test_answers_judged_bad_are_not_taught(row: dict[str, Any], key: str, label: Any) -> None:
+    assert "the answer was judged bad" in rejection({**row, key: label})
+    assert read({**row, key: not label}).unread == ()
+    assert read({**row, key: "towns"}).unread == (key,)
 
 
 @pytest.mark.parametrize(("row", "shape"), ALL)
