@@ -77,12 +77,12 @@ def rows_of(record: Document, train_on: TrainOn) -> list[Document]:
     """
     if train_on is not TrainOn.each or isinstance(record, Text):
         return [record]
-    said = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
-    return [
-        replace(record, messages=(*map(_as_context, record.messages[:index]), record.messages[index]))
-        for index in said
-        if record.messages[index].get("train", True)
+    rows: list[Document] = [
+        replace(record, messages=(*map(_as_context, record.messages[:index]), message))
+        for index, message in enumerate(record.messages)
+        if message["role"] == "assistant" and message.get("train", True)
     ]
+    return rows or [record]  # counted as one without a trained token
 
 
 def _as_context(message: Message) -> Message:

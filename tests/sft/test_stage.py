@@ -72,7 +72,7 @@ def test_records_without_a_trained_token_are_refused_before_training(base: Model
     assert stage.progress.started == (0, 0)
 
 
-def test_the_last_turn_alone_can_be_trained(base: ModelSource, tmp_path: Path) -> None:
+def test_the_last_turn_alone_or_each_in_a_row_can_be_trained(base: ModelSource, tmp_path: Path) -> None:
     talks = [replace(record, messages=record.messages * 2) for record in conversations(2)]
     mute = replace(talks[0], messages=(*talks[0].messages[:3], {**talks[0].messages[3], "train": False}))
     trained = {}
@@ -81,7 +81,8 @@ def test_the_last_turn_alone_can_be_trained(base: ModelSource, tmp_path: Path) -
         run(stage)
         trained[train_on] = (stage.metrics["epoch_trained_tokens"], stage.metrics["untrained"])
     answers = trained[TrainOn.last][0]
-    assert trained == {TrainOn.last: (answers, 1), TrainOn.all: (2 * answers + answers // 2, 0)}
+    every = (2 * answers + answers // 2, 0)
+    assert trained == {TrainOn.last: (answers, 1), TrainOn.all: every, TrainOn.each: every}
 
 
 def test_tokens_that_the_model_does_not_know_are_rejected(base: ModelSource, tmp_path: Path) -> None:

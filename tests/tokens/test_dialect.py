@@ -190,7 +190,9 @@ def test_each_trains_the_tokens_of_all_where_the_template_keeps_turns() -> None:
     chat = record(user("Hi"), said("Hello"), user("And?"), said("No", train=False), user("Hm"), said("So."))
     [whole] = trained(tokenizer, chat)
     assert [run for [run] in trained(tokenizer, chat, "each")] == whole == ["Hello<|im_end|>", "So.<|im_end|>"]
-    assert rows_of(record(user("Hi"), said("No", train=False)), TrainOn.each) == []
+    untrained = record(user("Hi"), said("No", train=False))
+    assert rows_of(untrained, TrainOn.each) == [untrained]
+    assert trained(tokenizer, untrained, "each") == [[]]
 
 
 def test_rows_of_a_conversation_are_set_aside_together() -> None:
