@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from posttrain.quoting import lines, one_line
+from posttrain.quoting import Quoted, lines, one_line
 
 
 class DataConsole(Console):
@@ -17,6 +17,16 @@ class DataConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream of the terminal itself, below the one that quotes."""
+        stream = super().file
+        return stream.below if isinstance(stream, Quoted) else stream
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text as it will be shown, quoted before its width is measured."""

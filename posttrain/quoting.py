@@ -130,14 +130,14 @@ def _passwords(url: str) -> tuple[str, ...]:
 
 
 class Quoted:
-    """A stream on which every text is data; consoles of rich, which quote for themselves, write to the stream below."""
+    """A stream on which every text is data; our console, which quotes for itself, writes to the stream below."""
 
     def __init__(self, stream: IO[str]) -> None:
-        self.rich_proxied_file = stream  # the name by which rich finds the stream below
+        self.below = stream
 
     def write(self, text: str) -> int:
         """Write a text, quoted; return its length."""
-        self.rich_proxied_file.write(lines(text))
+        self.below.write(lines(text))
         return len(text)
 
     def writelines(self, texts: Any) -> None:
@@ -146,7 +146,7 @@ class Quoted:
             self.write(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.rich_proxied_file, name)
+        return getattr(self.below, name)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class Display:
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False), TimeRemainingColumn(),
             console=self.console, transient=True, disable=not self.console.is_terminal,
+            redirect_stdout=False, redirect_stderr=False,  # it would obey the colours and links in what others print
         )  # fmt: skip
 
 

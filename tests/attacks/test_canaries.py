@@ -112,7 +112,7 @@ def test_no_ending_leaves_a_secret_of_the_environment(
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     shown = capfd.readouterr()
-    assert caught.value.code in ENDINGS[ending]
+    assert caught.value.code in ENDINGS[ending], shown.err
     assert leaks(canaries, Path.cwd(), shown.out, shown.err) == []
     if ending not in ("bad input",):
         assert list(Path("runs").rglob("run.json")), "the ending left a run to search"
