@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +117,13 @@ class StageContext:
     def save(self, model: Any) -> None:
         """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.
 
-        Saves its logits on a few tokens, too: before publishing, the pipeline reloads the result and compares.
+        Saves its logits on a few tokens, too: before publishing, the pipeline reloads the result and compares. What
+        training reached, by kind of matrix, goes into ``metrics``.
         """
         from posttrain.model.probe import leave_probe
         from posttrain.model.saving import save_model
+        from posttrain.model.targets import measure_reach
 
+        self.metrics["reach"] = [asdict(each) for each in measure_reach(model)]
         save_model(model, self.parent, self.output, self.dtype)
         leave_probe(model, self.parent, self.output)

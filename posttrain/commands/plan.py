@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import GateConfig, GateTask, Sequential
+from posttrain.config.schema import GateConfig, GateTask, Method, Sequential
 from posttrain.data.mixing import count_records
+from posttrain.errors import BadInput
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
+from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
+
+EXPERTS = "experts"
+Kinds = Mapping[str, Mapping[str, int]]
+"""Weights of the stored matrices by kind and name."""
 
 
 def main(words: list[str]) -> int:
@@ -34,6 +42,7 @@ def main(words: list[str]) -> int:
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
     """Return the plan for scripts: the stages in running order and the resolved recipe."""
+    stored = _stored(plan)
     stages = [
         {
             "name": step.name,
@@ -43,7 +52,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "data": [source.path for source in step.sources],
             "gate": sorted(step.tasks),
             "power": _power_json(step),
-            "advice": _advice(step),
+            "advice": _advice(step, stored),
         }
         for step in plan.steps
     ]
@@ -59,19 +68,70 @@ def _power_json(step: Step) -> dict[str, Any]:
 def _text(plan: Plan, config: DictConfig) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
-    lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", ""]
+    stored = _stored(plan)
+    lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored), ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
         lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
+        lines += [f"  reach  {line}" for line in _reach(step, stored)]
         lines += [f"  gate   {line}" for line in _gate(step)]
-        lines += [f"  advice {line}" for line in _advice(step)]
+        lines += [f"  advice {line}" for line in _advice(step, stored)]
         lines += [""]
     return lines[:-1]
 
 
-def _advice(step: Step) -> list[str]:
-    return [f"{step.name}.{line}" for line in step.config.advice(count_records(step.sources))]
+def _advice(step: Step, stored: Kinds) -> list[str]:
+    lines = [f"{step.name}.{line}" for line in step.config.advice(count_records(step.sources))]
+    experts = sum(stored.get(EXPERTS, {}).values())
+    if experts and _method(step) is Method.qlora:
+        share = experts / _total(stored)
+        fused = "where the architecture fuses them, they stay in 16 bits: bitsandbytes quantises linear layers alone"
+        lines.append(f"{step.name}.method: {share:.1%} of the weights are experts; {fused}")
+    return lines
+
+
+def _stored(plan: Plan) -> Kinds:
+    """Return the weights of a model in a local folder, by kind and name; nothing for others and damaged ones."""
+    folder = Path(plan.model.path).expanduser()
+    try:
+        return stored_kinds(folder) if folder.is_dir() else {}
+    except BadInput:  # a run says what is wrong with it
+        return {}
+
+
+def _weights(stored: Kinds) -> list[str]:
+    total = _total(stored)
+    shares = [f"{kind} {sum(weights.values()) / total:.1%}" for kind, weights in sorted(stored.items())]
+    return [f"weights  {total:,} in matrices: {', '.join(shares)}"] if total else []
+
+
+def _reach(step: Step, stored: Kinds) -> list[str]:
+    """Return the share of the weights under the adapter of a stage that has settings for one."""
+    targets = getattr(getattr(step.config, "lora", None), "target_modules", None)
+    if targets is None or not stored or _method(step) is Method.full:
+        return []
+    kinds = {kind: stored[kind] for kind in ("linear layers", EXPERTS) if kind in stored}
+    if isinstance(targets, str):
+        reached, what = sum(map(_size, kinds.values())), f"{targets}: {' and '.join(kinds)}"
+    else:
+        ends = tuple(f".{target}{end}" for target in targets for end in ("", ".weight"))
+        weights = [size for kind in kinds.values() for name, size in kind.items() if f".{name}".endswith(ends)]
+        reached, what = sum(weights), f"{', '.join(targets)}: {len(weights):,} matrices"
+    return [f"{what}, {reached / _total(stored):.1%} of the weights"]
+
+
+def _method(step: Step) -> Method | None:
+    found = getattr(step.config, "method", None)
+    return found if isinstance(found, Method) else None
+
+
+def _size(weights: Mapping[str, int]) -> int:
+    return sum(weights.values())
+
+
+def _total(stored: Kinds) -> int:
+    return sum(map(_size, stored.values()))
 
 
 def _source_note(source: Any) -> str:

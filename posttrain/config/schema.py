@@ -149,7 +149,8 @@ class LoraSettings:
     dora: bool = False
     """Length of every row of a weight trained apart from its direction (arXiv:2402.09353): slower, for low ranks."""
     target_modules: Any = "all-linear"
-    """all-linear (every linear layer but the output projection) or a list of module names."""
+    """all-linear (every linear map of the language model but the output projection; experts and routers, too) or a list
+    of names of layers and experts, or their ends."""
 
 
 @dataclass(kw_only=True)

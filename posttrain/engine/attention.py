@@ -23,6 +23,7 @@ from posttrain.engine.fused import fuse
 from posttrain.engine.loss import OutputHead
 from posttrain.errors import FOREIGN, brief, reject
 from posttrain.model.probe import set_attention
+from posttrain.model.targets import text_decoder
 
 KERNEL = "posttrain_kernel"
 """Attribute of a model: the name of its installed kernel. The configuration may name another, see ``set_attention``."""
@@ -59,6 +60,22 @@ def install(model: PreTrainedModel | PeftModel, packing: bool = True) -> Choice:
     return Choice(kernel=kernels.ALONE, passed_over=tuple(passed))
 
 
+def rehearse(model: PreTrainedModel | PeftModel) -> None:
+    """Take a gradient through ``model`` on the documents of the proof, and drop it; random numbers stay as they were.
+
+    Raises BadInput, naming the architecture, when its code cannot be trained.
+    """
+    causal = causal_model(model)
+    try:
+        with torch.random.fork_rng():
+            packed_hidden(causal, torch.cat(_documents(causal), 1), PROBED).float().square().mean().backward()
+    except FOREIGN as error:
+        what = f"{type(causal).__name__} cannot be trained with these settings: {brief(error)}"
+        reject("model.path", what, "Try gradient_checkpointing=false, another lora.target_modules, or another model")
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
 def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Return last hidden states [T, D] of documents of ``lengths`` tokens, one after another in ``ids_BT`` [1, T]."""
     kernel = getattr(causal, KERNEL, causal.config._attn_implementation)
@@ -80,16 +97,21 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _hidden(causal: PreTrainedModel, **inputs: Any) -> torch.Tensor:
-    hidden_TD: torch.Tensor = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+    hidden_TD: torch.Tensor = text_decoder(causal)(**inputs, use_cache=False).last_hidden_state[0]
     return hidden_TD
+
+
+def _documents(causal: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the documents of the proof, each [1, T]."""
+    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (1, size), generator=generator).to(causal.device) for size in PROBED]
 
 
 def _plain_logits(model: PreTrainedModel | PeftModel) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return the documents of the proof, each [1, T], and their logits [T, V] by the model's own forward pass."""
     causal = causal_model(model)
-    vocabulary = causal.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(vocabulary, (1, size), generator=generator).to(causal.device) for size in PROBED]
+    ids = _documents(causal)
     try:
         return ids, torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0] for ids_BT in ids]).float()
     except FOREIGN as error:

@@ -45,7 +45,7 @@ class FineTuneConfig(StageConfig):
     overlong: Overlong = Overlong.truncate
     """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""
     packing: bool = True
-    """Fill rows with several conversations, none of which sees another."""
+    """Fill rows with several conversations, none of which sees another; off for models that cannot do it."""
     per_device_batch_size: int = number(1, least=1)
     """Rows in one forward pass."""
     gradient_accumulation: int = number(16, least=1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +26,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.digests import digest_of
-from posttrain.engine.attention import causal_model, install
+from posttrain.engine.attention import causal_model, install, rehearse
 from posttrain.engine.batches import RowOrder
 from posttrain.engine.checkpoint import CheckpointFolder, Position, capture, restore
 from posttrain.engine.config import FineTuneConfig
@@ -57,6 +57,8 @@ class Training:
     checkpoints: Path
     evaluation: Evaluation
     """Measures the eval loss, without a trace in the training."""
+    without_gradient: dict[str, int] = field(default_factory=dict, init=False)
+    """Parameters that were to be trained, but never got a gradient, with their sizes; filled in by ``run``."""
 
     def run(self) -> Position:
         """Train to the end, from the newest checkpoint if there is one.
@@ -82,6 +84,10 @@ class Training:
             while position.step < self.order.total:
                 position = self._step(position.step + 1, optimizer)
                 self._save_or_stop(position, saved, optimizer)
+        # AdamW keeps averages of those alone that got one
+        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        idle = {name: each.numel() for name, each in trained.items() if not optimizer.state.get(each)}
+        self.without_gradient.update(idle)
         return position
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
@@ -126,6 +132,7 @@ class Training:
                 self._recompute_activations()
             self.model.train()
             try:
+                rehearse(self.model)
                 yield
             finally:
                 unfuse(self.model)

@@ -6,7 +6,9 @@ Imports neither torch nor transformers: a plan names the exact bytes of its star
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ TOKENIZER_FILES = (
 )
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+STORED = {
+    "outside the language model": re.compile(r"vision|visual|image|audio|multi_modal"),
+    "experts": re.compile(r"\bexperts\b|block_sparse_moe\.(in|out)put_linear"),
+    "embeddings": re.compile(r"embed|lm_head|\bwte\b|\bwpe\b"),
+}
+"""Kinds of stored matrices by their names, the first that fits; all others are linear layers."""
 HUB_PATTERNS = ["*.safetensors", WEIGHTS_INDEX, *MODEL_FILES, *TOKENIZER_FILES]
 
 
@@ -85,6 +93,24 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         _check_header(path)
     return files
+
+
+def stored_kinds(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the weights in the matrices of ``folder`` by kind and name, from the headers of its files alone.
+
+    Kinds go by the names of the field's architectures. Raises BadInput as ``weight_files`` does.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, dict[str, int]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                shape = file.get_slice(name).get_shape()
+                if len(shape) >= 2 and not name.endswith("bias"):
+                    kind = next((kind for kind, pattern in STORED.items() if pattern.search(name)), "linear layers")
+                    found.setdefault(kind, {})[name] = prod(shape)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,12 +82,21 @@ class Anatomy:
     causal: PreTrainedModel
     prefixes: tuple[str, ...]
     """Names of the modules that text passes: the decoder and the output projection."""
+    towers: tuple[str, ...]
+    """Names of the models for pictures or sound within the decoder."""
 
     @classmethod
     def of(cls, causal: PreTrainedModel) -> Anatomy:
         """Return the anatomy of a model, with or without adapters."""
-        parts = (causal.get_decoder(), causal.get_output_embeddings())
-        return cls(causal, tuple(f"{name}." if name else "" for name, each in causal.named_modules() if each in parts))
+        decoder = text_decoder(causal)
+        parts = (decoder, causal.get_output_embeddings())
+        inside = [name for name, each in causal.named_modules() if each in parts]
+        towers = [
+            name
+            for name, each in causal.named_modules()
+            if isinstance(each, PreTrainedModel) and each.config not in (causal.config, causal.config.get_text_config())
+        ]
+        return cls(causal, *(tuple(f"{name}." if name else "" for name in names) for names in (inside, towers)))
 
     def linear_layers(self) -> dict[str, torch.nn.Module]:
         """Return every linear layer but the output projection, by name."""
@@ -100,12 +110,12 @@ class Anatomy:
         return [
             name
             for name, weight in self.causal.named_parameters()
-            if weight.ndim == dimensions.get(self.kind(name, weight)) and not isinstance(self._owner(name), LAYERS)
+            if weight.ndim == dimensions.get(self.kind(name, weight)) and not self._is_layer(self._owner(name))
         ]
 
     def is_inside(self, name: str) -> bool:
         """Return true when text passes the module or weight ``name``."""
-        return f"{name}.".startswith(self.prefixes)
+        return f"{name}.".startswith(self.prefixes) and not f"{name}.".startswith(self.towers)
 
     def kind(self, name: str, weight: torch.Tensor) -> str:
         """Return the kind of a weight."""
@@ -122,12 +132,20 @@ class Anatomy:
         return LINEAR if isinstance(owner, LAYERS) else OTHER
 
     def takes_adapter(self, name: str) -> bool:
-        """Return true unless peft gives the layer ``name`` of this architecture no adapter."""
+        """Return true unless peft gives the layer ``name`` of this architecture no adapter of a layer."""
+        if name in self.own_forwards:
+            return False
         try:  # fused kernels of Mamba read some weights past the adapter
             _check_lora_target_modules_mamba(LoraConfig(), self.causal, name.rpartition(".")[2])
         except ValueError:
             return False
         return True
+
+    @cached_property
+    def own_forwards(self) -> set[str]:
+        """Names of linear layers with another result than a product: the routers of Llama 4 and Phi."""
+        modules = self.causal.named_modules()
+        return {name for name, each in modules if isinstance(each, LAYERS) and not self._is_layer(each)}
 
     def rewritten(self, modules: str | Sequence[str]) -> tuple[str | set[str], set[str]]:
         """Return the target modules and parameters that peft makes of ``modules``."""
@@ -139,9 +157,21 @@ class Anatomy:
         left = config.target_modules
         return left if isinstance(left, str) else set(left or ()), set(config.target_parameters or ())
 
+    def _is_layer(self, module: torch.nn.Module) -> bool:
+        return isinstance(module, LAYERS) and "Router" not in type(module).__name__
+
     def _owner(self, name: str) -> torch.nn.Module:
         owner: torch.nn.Module = self.causal.get_submodule(name.rpartition(".")[0])
         return owner
+
+
+def text_decoder(causal: PreTrainedModel) -> torch.nn.Module:
+    """Return the part of ``causal`` that turns tokens into hidden states."""
+    decoder: torch.nn.Module = causal.get_decoder()
+    if decoder not in (causal, causal.get_output_embeddings()):
+        return decoder
+    # get_decoder goes by names: ModernBERT's output projection is called ``decoder``, and Llama 4's decoder is not
+    return next((part for part in causal.children() if isinstance(part, PreTrainedModel)), decoder)
 
 
 def resolve_targets(model: PreTrainedModel, lora: LoraSettings) -> Targets:
@@ -159,9 +189,9 @@ def resolve_targets(model: PreTrainedModel, lora: LoraSettings) -> Targets:
         given = list(lora.target_modules)
         renamed = [target for target in given if target not in anatomy.rewritten(given)[0]]
         _check_names(anatomy, given, linear, [*bare, *renamed])
-        wanted = [name for name in linear if _matches(given, name) and anatomy.is_inside(name)]
+        wanted = [n for n in linear if _matches(given, n) and anatomy.is_inside(n) and n not in anatomy.own_forwards]
         parameters = [name for name in bare if _matches(given, name, name.removesuffix(".weight"))]
-        modules = _own_modules(given, renamed, linear, wanted)
+        modules = _own_modules(given, renamed, [name for name in linear if anatomy.takes_adapter(name)], wanted)
     left, renamed_parameters = anatomy.rewritten(modules)
     parameters = [name for name in parameters if not _matches(renamed_parameters, name)]
     for name in wanted:
@@ -249,7 +279,7 @@ def _check_names(anatomy: Anatomy, given: Sequence[str], linear: Iterable[str], 
             what = f"{target} is the output projection, which takes no adapter"
         elif not fits and not _matches([target], *others):
             what = f"no linear layer of the model is called {target}"
-        elif not anatomy.takes_adapter(target):
+        elif not anatomy.takes_adapter(target) and not _matches([target], *others):
             what = f"{target} of {type(anatomy.causal).__name__} takes no adapter: Mamba's kernels would read past it"
         elif fits and not any(anatomy.is_inside(name) for name in fits):
             what = f"{target} is outside the language model, and text never enters it"

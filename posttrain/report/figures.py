@@ -59,7 +59,25 @@ def data_figures(stage: StageReport) -> list[tuple[str, str]]:
         for key, value in figures.items()
         if key not in DERIVED and isinstance(value, int | float | str)
     ]
-    return [*_lengths(stage), *shown]
+    return [*_lengths(stage), *shown, *_reach(figures.get("reach"))]
+
+
+def _reach(kinds: Any) -> list[tuple[str, str]]:
+    """Return the matrices that training reached, a line for each kind, with the share of the weights of all kinds."""
+    keys = ("matrices", "weights", "trained_matrices", "trained_weights", "four_bit_weights")
+    known = [kind for kind in kinds if all(isinstance(kind.get(key), int) for key in keys)] if _is_table(kinds) else []
+    total = sum(kind["weights"] for kind in known)
+    lines = []
+    for kind in known:
+        shares = [f"{kind['trained_weights'] / total:.1%} of all weights"] if total else []
+        shares += [f"{kind['four_bit_weights'] / kind['weights']:.0%} in 4 bits"] if kind["four_bit_weights"] else []
+        counts = f"{kind['trained_matrices']:,} of {kind['matrices']:,}"
+        lines.append((f"trained {kind.get('kind')}", ", ".join([counts, *shares])))
+    return lines
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _lengths(stage: StageReport) -> list[tuple[str, str]]:

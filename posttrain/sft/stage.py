@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from peft import PeftModel
@@ -74,7 +74,10 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     for line in reach_faults(reach, getattr(getattr(config, "lora", None), "target_modules", None)):
         context.warn(line)
     position = training.run()
-    context.metrics["reach"] = [asdict(each) for each in reach]
+    if idle := training.without_gradient:
+        context.metrics["without_gradient"] = weights = sum(idle.values())
+        what = f"{len(idle):,} parameters ({weights:,} weights) never got a gradient, such as {min(idle)}"
+        context.warn(f"{what}: the model computes nothing of the trained text with them, and they stay as they were")
     context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
     context.metrics["sources"] = [share.figures() for share in mixed.shares]
     for line in evaluation.warnings():

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
 from posttrain.engine import attention_kernels as kernels
-from posttrain.engine.attention import install, packed_hidden
+from posttrain.engine.attention import install, packed_hidden, rehearse
 from posttrain.engine.attention_kernels import Documents, Kernel, document_attention
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.errors import BadInput
+from posttrain.model.targets import text_decoder
 from tests.support.architectures import tiny_model
 from tests.support.tiny import VOCABULARY, tiny_llama
 
@@ -94,13 +95,13 @@ def test_installing_keeps_the_training_mode() -> None:
 
 # --- Architectures ----------------------------------------------------------------------------------------------------
 
-UNPACKABLE = ("bloom", "falcon_alibi", "mamba", "qwen3_next")
-"""Positions counted from a mask of two dimensions, or a state from token to token."""
+UNPACKABLE = ("bloom", "falcon_alibi", "llama4_text", "mamba", "qwen3_next")
+"""Positions counted from a mask of two dimensions, attention in chunks, or a state from token to token."""
 
 
 def alone(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     parts = [
-        model.get_decoder()(input_ids=part, use_cache=False).last_hidden_state[0] for part in ids.split(lengths, 1)
+        text_decoder(model)(input_ids=part, use_cache=False).last_hidden_state[0] for part in ids.split(lengths, 1)
     ]
     return torch.cat(parts)
 
@@ -177,3 +178,25 @@ def test_a_model_that_needs_more_than_text_is_rejected_by_name(monkeypatch: pyte
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(BadInput, match="LlamaForCausalLM cannot be run on text alone: TypeError: missing pixel_values"):
         install(model, packing=False)
+
+
+def test_a_model_whose_code_cannot_be_trained_is_rejected_before_the_first_step() -> None:
+    model = tiny_llama()
+    embed = model.model.layers[0].forward
+
+    def in_place(hidden: torch.Tensor, **rest: Any) -> Any:
+        return embed(model.model.layers[0].input_layernorm.weight.add_(0.0) * hidden, **rest)
+
+    install(model)
+    model.model.layers[0].forward = in_place
+    with pytest.raises(BadInput, match="LlamaForCausalLM cannot be trained with these settings: RuntimeError: a leaf"):
+        rehearse(model)
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    model, state = copy.deepcopy(PACKED).train(), torch.get_rng_state()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rehearse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

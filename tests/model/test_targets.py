@@ -32,7 +32,7 @@ def adapted(model: PeftModel) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["bloom", "falcon", "gpt2", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"]
+    "name", ["bloom", "falcon", "gpt2", "gpt_oss", "llama4_text", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"]
 )
 def test_all_linear_is_every_linear_map_of_the_language_model(name: str) -> None:
     found = reach(adapter(tiny_model(name)))
@@ -78,6 +78,7 @@ def test_mamba_keeps_the_layers_that_peft_gives_no_adapter_and_says_so() -> None
         ("gpt2", ["attn.c_proj"], {"attn.c_proj"}),
         ("gpt2", ["transformer.h.1.mlp.c_fc"], {"transformer.h.1.mlp.c_fc"}),
         ("gpt_oss", ["q_proj", "down_proj"], {"q_proj", "mlp.experts"}),
+        ("llama4_text", ["router", "q_proj"], {"router", "q_proj"}),
         ("gpt_oss", ["experts.gate_up_proj"], {"mlp.experts"}),
         ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"], {"q_proj", "mlp.experts", "experts.base_layer"}),
         ("qwen2_moe", ["shared_expert.down_proj"], {"shared_expert.down_proj"}),

@@ -21,6 +21,7 @@ from posttrain.context import StageContext
 from posttrain.errors import GateFailed, Interrupted, PluginFailed
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.report.curves import marks, thin
+from posttrain.report.figures import data_figures
 from posttrain.report.page import page
 from posttrain.report.run import RunReport, StageReport
 from posttrain.run.directory import RunState, StageState
@@ -400,3 +401,17 @@ def test_warnings_and_the_eval_loss_are_in_every_report(
     for text in (page_words, (run / "report.md").read_text(), capsys.readouterr().out):
         assert "eval loss 1.2500" in text
         assert warning in text
+
+
+def test_what_training_reached_is_a_line_for_each_kind_of_matrix() -> None:
+    counts = {"weights": 600, "trained_matrices": 2, "trained_weights": 300, "four_bit_weights": 150, "matrices": 4}
+    whole = {"kind": "embeddings", **dict.fromkeys(counts, 0), "matrices": 1, "weights": 400}
+    stage = StageReport(
+        entry=StageState(name="sft", kind="sft"),
+        manifest={"metrics": {"reach": [{"kind": "experts", **counts}, whole, {"kind": "foreign"}]}},
+    )
+    assert data_figures(stage) == [
+        ("trained experts", "2 of 4, 30.0% of all weights, 25% in 4 bits"),
+        ("trained embeddings", "0 of 1, 0.0% of all weights"),
+    ]
+    assert data_figures(replace(stage, manifest={"metrics": {"reach": "everything"}})) == [("reach", "everything")]

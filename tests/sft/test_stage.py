@@ -14,10 +14,13 @@ from posttrain.config.schema import Method
 from posttrain.engine.config import TrainOn
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.model.checks import check_output
+from posttrain.model.merging import merge
+from posttrain.model.reloading import check_reloaded
 from posttrain.sft.plugin import register_stages
 from posttrain.sft.stage import run
+from tests.support.architectures import tiny_model
 from tests.support.sft import context, conversations
-from tests.support.tiny import base_source, tiny_llama, write_base
+from tests.support.tiny import base_source, published, tiny_llama, tiny_tokenizer, write_base
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,38 @@ def test_the_stage_is_registered_with_its_config_and_entry() -> None:
     module, _, function = stage.run.partition(":")
     assert (stage.name, stage.parent, stage.records) == ("sft", "base", "documents")
     assert getattr(sys.modules[module], function) is run
+
+
+def write_architecture(folder: Path, name: str) -> ModelSource:
+    """Write a model of the architecture ``name``, with our tokenizer."""
+    tiny_model(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return base_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"), [("gpt_oss", True), ("qwen2_moe", True), ("gpt2", True), ("falcon_alibi", False)]
+)
+def test_an_adapter_on_every_kind_of_layer_is_saved_reloaded_and_merged(
+    tmp_path: Path, name: str, packing: bool
+) -> None:
+    base = write_architecture(tmp_path / "base", name)
+    stage = context(base, tmp_path, method=Method.lora, packing=packing, gradient_checkpointing=True)
+    run(stage)
+    reach = {each["kind"]: each for each in stage.metrics["reach"]}
+    assert reach["linear layers"]["trained_weights"] == reach["linear layers"]["weights"] > 0
+    assert "without_gradient" not in stage.metrics
+    check_output(stage.output, base)
+    check_reloaded(stage.output, base, "float32")
+    artifact = published(stage.output, base, tmp_path / "artifact")
+    assert merge(artifact, base, tmp_path / "merged").published < 1e-5
+
+
+def test_an_adapter_past_which_the_model_reads_is_named(tmp_path: Path) -> None:
+    stage = context(write_architecture(tmp_path / "base", "mamba"), tmp_path, method=Method.lora, packing=False)
+    run(stage)
+    assert stage.metrics["without_gradient"] > 0
+    (idle,) = [line for line in stage.metrics["warnings"] if "never got a gradient" in line]
+    assert "mixer.dt_proj.lora_A" in idle
+    (left,) = [line for line in stage.metrics["warnings"] if "all-linear reaches" in line]
+    assert "2 of 8 linear layers" in left

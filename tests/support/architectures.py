@@ -19,6 +19,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "falcon_alibi": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "llama4_text": {
+        **GROUPED, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48,
+        "attention_chunk_size": 8,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
     "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},

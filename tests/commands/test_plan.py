@@ -1,0 +1,70 @@
+"""What ``posttrain plan`` says of a model before it is loaded: its weights by kind, and the share under an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.architectures import tiny_model
+from tests.support.command import main
+from tests.support.tiny import tiny_tokenizer
+
+RECIPE = """\
+defaults: [/stage@sft: sft, /gate@sft.gate: none, _self_]
+model: {path: base, dtype: float32}
+sft: {data: train.jsonl, sequence_length: 96}
+"""
+
+
+@pytest.fixture
+def project(working_folder: Path) -> Path:
+    (working_folder / "recipes").mkdir()
+    (working_folder / "recipes" / "mine.yaml").write_text(RECIPE)
+    (working_folder / "train.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2"}))
+    tiny_model("gpt_oss").save_pretrained(working_folder / "base")
+    tiny_tokenizer().save_pretrained(working_folder / "base")
+    return working_folder
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main("plan", "recipe=mine", *words) == 0
+    return capsys.readouterr().out
+
+
+def test_weights_are_shown_by_kind_and_the_adapter_with_its_share(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = tiny_model("gpt_oss")
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias")}
+    experts = sum(size for name, size in matrices.items() if "experts" in name)
+    text = plan(capsys)
+    assert f"weights  {sum(matrices.values()):,} in matrices:" in text
+    assert f"experts {experts / sum(matrices.values()):.1%}" in text
+    assert "reach  all-linear: linear layers and experts" in text
+    attention = sum(size for name, size in matrices.items() if name.endswith(("q_proj.weight", "v_proj.weight")))
+    named = plan(capsys, "sft.lora.target_modules=[q_proj,v_proj]")
+    assert f"reach  q_proj, v_proj: 4 matrices, {attention / sum(matrices.values()):.1%} of the weights" in named
+    assert "reach" not in plan(capsys, "variant=full")
+
+
+def test_experts_that_four_bits_leave_out_are_advised_of(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "% of the weights are experts; where the architecture fuses them" in plan(capsys, "variant=qlora")
+    (stage,) = json.loads(plan(capsys, "variant=qlora", "--json"))["stages"]
+    assert any("are experts" in line for line in stage["advice"])
+    assert "are experts" not in plan(capsys)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "hub"])
+def test_a_model_that_cannot_be_read_yet_is_no_obstacle(
+    project: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    weights = project / "base" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "missing":
+        weights.unlink()
+    text = plan(capsys, *(["model.path=some/model"] if damage == "hub" else []))
+    assert "weights " not in text
