@@ -42,7 +42,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     with interrupts.installed():
         start = read_start(plan)
         undated = resolve_base(plan.model, None if start is None else start.artifact.pins, dated=False)
-        parent, unpromoted = (undated, ()) if start is None else (start.artifact.source(undated), start.unpromoted)
+        parent, unpromoted = (undated, ()) if start is None else (_check_start(start.artifact, undated), start.unpromoted)
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):
@@ -78,6 +78,15 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
                     _withdraw(jobs[number + 1 :], job.name, verdict)
                     raise
     return directory
+
+
+def _check_start(start: Artifact, base: ModelSource) -> ModelSource:
+    """Return the source of the artifact under the first stage. Raises ArtifactDamaged when its weights are unsound."""
+    from posttrain.model.checks import check_output
+
+    source = start.source(base)
+    check_output(start.path, base)  # its manifest may have been written again; its tensors are compared on loading
+    return source
 
 
 def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:

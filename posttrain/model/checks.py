@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,13 @@ def check_output(output: Path, parent: ModelSource) -> None:
 
 
 def _check_adapter(output: Path, parent: ModelSource) -> None:
+    file, config = output / ADAPTER_WEIGHTS, _adapter_config(output)
     with _tensors(output, ADAPTER_WEIGHTS) as tensors:
-        _check_finite(output, tensors)
-        _check_pairs(output, tensors)
-        # lora_A starts at random, so it shows nothing. DoRA's magnitudes and added tokens do not start at 0 either:
-        # for those, the logits are compared after reloading.
-        others = [name for name in tensors if ".lora_A." not in name]
-        if not any(torch.count_nonzero(_read(tensors, name)) for name in others):
+        _check_finite(file, tensors)
+        _check_pairs(file, tensors, config)
+        if config["lora_alpha"] == 0 or not _adds(tensors):
             raise ArtifactDamaged(
-                f"{output}: the adapter changes nothing: every lora_B is zero; was the learning rate 0?"
+                f"{file}: the adapter changes nothing: every lora_B times lora_A is zero; was the learning rate 0?"
             )
         if parent.adapter is not None:
             with _tensors(parent.adapter, ADAPTER_WEIGHTS) as before:
@@ -84,46 +82,64 @@ def _read(tensors: dict[str, Any], name: str) -> torch.Tensor:
     return tensor
 
 
-def _check_finite(output: Path, tensors: dict[str, Any]) -> None:
+def _check_finite(path: Path, tensors: dict[str, Any]) -> None:
     if not tensors:
-        raise ArtifactDamaged(f"{output} holds no weights: its safetensors file is empty")
+        raise ArtifactDamaged(f"{path} holds no weights: its safetensors file is empty")
     for name in tensors:
         if not torch.isfinite(_read(tensors, name)).all():
-            raise ArtifactDamaged(f"{output}: weight {name} holds NaN or infinity")
+            raise ArtifactDamaged(f"{path}: weight {name} holds NaN or infinity")
 
 
-def _check_pairs(output: Path, tensors: dict[str, Any]) -> None:
-    config = _adapter_config(output)
+def _adds(tensors: dict[str, Any]) -> bool:
+    """Return True when the product of a pair is not zero, or a tensor beside the pairs.
+
+    DoRA's lengths and added tokens do not start at 0, so they show nothing: for those, logits are compared.
+    """
+    if not is_low_rank(tensors):
+        return any(torch.count_nonzero(_read(tensors, name)) for name in tensors if ".lora_A." not in name)
+    halves = [name.replace(".lora_A.", ".lora_{}.") for name in tensors if ".lora_A." in name]
+    pairs = ((_read(tensors, name.format("B")), _read(tensors, name.format("A"))) for name in halves)
+    return any(torch.count_nonzero(b @ a) for b, a in pairs)
+
+
+def is_low_rank(names: Iterable[str]) -> bool:
+    """Return True when the tensors of an adapter are pairs of lora_A and lora_B, and nothing else."""
+    return all(map(LORA_KEY.fullmatch, names))
+
+
+def _check_pairs(file: Path, tensors: dict[str, Any], config: Mapping[str, Any]) -> None:
     pairs: dict[str, dict[str, list[int]]] = {}
     for name in tensors:
         if match := LORA_KEY.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["half"]] = tensors[name].get_slice(name).get_shape()
     if not pairs:
-        raise ArtifactDamaged(f"{output}: the adapter holds no lora_A and lora_B weights")
+        raise ArtifactDamaged(f"{file}: the adapter holds no lora_A and lora_B weights")
     for module, shapes in pairs.items():
         if set(shapes) != {"A", "B"}:
-            raise ArtifactDamaged(f"{output}: the adapter holds only lora_{next(iter(shapes))} for {module}")
+            raise ArtifactDamaged(f"{file}: the adapter holds only lora_{next(iter(shapes))} for {module}")
         if shapes["A"][0] != shapes["B"][1]:
             raise ArtifactDamaged(
-                f"{output}: lora_A and lora_B of {module} have ranks {shapes['A'][0]} and {shapes['B'][1]}"
+                f"{file}: lora_A and lora_B of {module} have ranks {shapes['A'][0]} and {shapes['B'][1]}"
             )
         experts = (
             shapes["A"][0] // config["r"] if config["target_parameters"] else 1
         )  # peft stacks those of a parameter
         if not config["rank_pattern"] and shapes["A"][0] != config["r"] * experts:
-            raise ArtifactDamaged(
-                f"{output}: {module} has rank {shapes['A'][0]}, adapter_config.json says {config['r']}"
-            )
+            raise ArtifactDamaged(f"{file}: {module} has rank {shapes['A'][0]}, adapter_config.json says {config['r']}")
     targets = config["target_modules"] if isinstance(config["target_modules"], list) else []
     for target in targets:
         if not any(f".{module}".endswith(f".{target}") for module in pairs):
-            raise ArtifactDamaged(f"{output}: the adapter holds no weights for its target module {target}")
+            raise ArtifactDamaged(f"{file}: the adapter holds no weights for its target module {target}")
 
 
 def _adapter_config(output: Path) -> dict[str, Any]:
     try:
         config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
-        found = {"r": config["r"], "target_modules": config["target_modules"]}
+        found = {
+            "r": config["r"],
+            "target_modules": config["target_modules"],
+            "lora_alpha": config.get("lora_alpha", 8),
+        }
         found |= {"rank_pattern": config.get("rank_pattern"), "modules_to_save": config.get("modules_to_save")}
         found["target_parameters"] = config.get("target_parameters")
     except (OSError, ValueError, KeyError, TypeError) as error:

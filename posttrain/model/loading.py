@@ -10,12 +10,14 @@ given format; the others are held in it.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -23,9 +25,16 @@ from transformers.utils import logging
 from posttrain.artifact import ModelSource
 from posttrain.chat_template import render_pinned
 from posttrain.config.schema import LoraSettings
-from posttrain.errors import FOREIGN, BadInput, Problem, brief, reject
-from posttrain.model.added_tokens import add_embeddings, add_tokens, embedding_layers, fold_token_rows, reject_known
-from posttrain.model.base import weight_files
+from posttrain.errors import FOREIGN, ArtifactDamaged, BadInput, Problem, brief, reject
+from posttrain.model.added_tokens import (
+    DELTA,
+    add_embeddings,
+    add_tokens,
+    embedding_layers,
+    fold_token_rows,
+    reject_known,
+)
+from posttrain.model.base import ADAPTER_WEIGHTS, weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
 from posttrain.model.targets import WHERE, resolve_targets
 
@@ -70,8 +79,36 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
     """Load the model for inference, in evaluation mode, with its adapter if it has one."""
     model = _load_weights(source, dtype)
     if source.adapter is not None:
-        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER)
+        model = attach(model, source.adapter)
     return model.eval()
+
+
+def attach(model: PreTrainedModel, adapter: Path, **options: Any) -> PeftModel:
+    """Put the adapter in the folder ``adapter`` on ``model``, which may change its weights; ``options`` are peft's.
+
+    The same numbers are drawn every time: fast PiSSA takes the base apart with random ones. Raises ArtifactDamaged
+    when a tensor of the adapter is missing or has no place: peft would leave it out in silence.
+    """
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.simplefilter("ignore")  # peft warns of what is checked below
+        adapted: PeftModel = PeftModel.from_pretrained(model, adapter, adapter_name=ADAPTER, **options)
+    _check_whole(adapted, adapter)
+    return adapted
+
+
+def _check_whole(model: PeftModel, adapter: Path) -> None:
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        found = {name for name in file.keys() if not name.endswith(DELTA)}  # noqa: SIM118  safe_open is no mapping
+    own, whole = (
+        set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=embeddings))
+        for embeddings in (False, True)
+    )
+    own = {name for name in own if not name.endswith(DELTA)}  # rows of tokens may be folded into the weights
+    for names, what in ((own - found, "lacks"), (found - whole, "has no place for")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ArtifactDamaged(f"{adapter / ADAPTER_WEIGHTS}: the adapter {what} {min(names)}{more}")
 
 
 def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
@@ -83,7 +120,7 @@ def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftMod
     model = _load_weights(source, "float32" if source.adapter is None else dtype)
     if source.adapter is not None:
         config = fold_token_rows(model, source.adapter)
-        model = PeftModel.from_pretrained(model, source.adapter, adapter_name=ADAPTER, is_trainable=True, config=config)
+        model = attach(model, source.adapter, is_trainable=True, config=config)
     check_finite(model, source)
     return model
 

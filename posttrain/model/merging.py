@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.artifact import Artifact, Manifest, ModelSource, publish
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
-from posttrain.model.loading import ADAPTER, added_token_ids, load_model, load_tokenizer
+from posttrain.model.loading import added_token_ids, attach, load_model, load_tokenizer
 from posttrain.model.probe import difference, logits, random_ids
 from posttrain.model.quantisation import dequantise
+from posttrain.model.reloading import check_published
 from posttrain.model.saving import save_model
 
 EXACT = 1e-4
@@ -56,6 +56,7 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
     Raises ArtifactDamaged, and publishes nothing, when the merged weights compute other logits than the adapter.
     """
     source, dtype = artifact.source(base), artifact.manifest.dtype
+    check_published(artifact.path, base, dtype)
     limit = MERGED_LIMITS[dtype]
     prompts = _prompts(source)
     expected = _logits(load_model(source, dtype), prompts)
@@ -81,8 +82,9 @@ def _merge_weights(source: ModelSource, dtype: str, prompts: Sequence[torch.Tens
 
     Compared in float32 first: there a wrong merge cannot hide behind the rounding to bfloat16.
     """
+    assert source.adapter is not None
     plain = dequantise(load_model(replace(source, adapter=None), dtype)).float()
-    adapted = PeftModel.from_pretrained(plain, source.adapter, adapter_name=ADAPTER).eval()
+    adapted = attach(plain, source.adapter).eval()
     expected = _logits(adapted, prompts)
     model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return model, difference(_logits(model, prompts), expected)

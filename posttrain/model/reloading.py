@@ -14,15 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.artifact import ModelSource, quantization_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.base import ADAPTER_WEIGHTS
-from posttrain.model.loading import ADAPTER, added_token_ids, load_model
-from posttrain.model.probe import Probe, difference, logits
+from posttrain.model.checks import check_output, is_low_rank
+from posttrain.model.loading import ADAPTER, added_token_ids, attach, load_model
+from posttrain.model.probe import Probe, difference, logits, random_ids
 
 RELOADED_LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
 """Largest difference from the logits in memory, relative to their spread; without patched kernels there is none."""
@@ -60,6 +61,28 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
         )
 
 
+def check_published(path: Path, base: ModelSource, dtype: str) -> None:
+    """Raise ArtifactDamaged when the weights of a published artifact are no sound, changed model on ``base``.
+
+    A manifest shows that nobody changed a file since it was written, not who wrote it: an artifact signed by another
+    hand is checked as any adapter is.
+    """
+    check_output(path, base)
+    if not (path / "adapter_config.json").exists():
+        return
+    names = check_names(path, base, embeddings=True)
+    if not is_low_rank(names):
+        source = _saved_source(path, base)
+        if torch.equal(*probe_both(source, base, dtype, random_ids(base_rows(base), added_token_ids(base)))):
+            raise ArtifactDamaged(f"{path}: the adapter changes nothing: its logits are those of {base.base}")
+
+
+def base_rows(base: ModelSource) -> int:
+    """Return the number of tokens in the configuration of ``base``."""
+    rows: int = AutoConfig.from_pretrained(base.model).get_text_config().vocab_size
+    return rows
+
+
 def check_tensors(output: Path, parent: ModelSource) -> None:
     """Raise ArtifactDamaged naming the first tensor of an adapter to be missing, not implied, or not in float32."""
     for name, kind in sorted(check_names(output, parent).items()):
@@ -85,10 +108,12 @@ def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> 
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ArtifactDamaged(f"{output}: the adapter {what} {min(names)}{more}")
+            raise ArtifactDamaged(f"{output / ADAPTER_WEIGHTS}: the adapter {what} {min(names)}{more}")
     for name, (shape, _) in sorted(found.items()):
         if shape != allowed[name]:
-            raise ArtifactDamaged(f"{output}: {name} has shape {shape}, but {allowed[name]} on {parent.base}")
+            raise ArtifactDamaged(
+                f"{output / ADAPTER_WEIGHTS}: {name} has shape {shape}, but {allowed[name]} on {parent.base}"
+            )
     return {name: kind for name, (_, kind) in found.items()}
 
 
@@ -115,11 +140,14 @@ def _saved_source(output: Path, parent: ModelSource) -> ModelSource:
 def probe_both(
     source: ModelSource, parent: ModelSource, dtype: str, ids_1T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits [T, V] of the saved model and of its parent, on weights quantised alike."""
-    model = load_model(source, dtype)
-    found_TV = logits(model, ids_1T)
-    if isinstance(model, PeftModel) and parent.adapter is None:
-        with model.disable_adapter():
-            return found_TV, logits(model, ids_1T)
+    """Return the logits [T, V] of the saved model and of its parent, on weights quantised alike.
+
+    The parent is asked before the adapter is put on it: adapters may change the weights under them for good.
+    """
+    parent = replace(parent, quantization=source.quantization)
+    model = load_model(parent, dtype)
+    parents_TV = logits(model, ids_1T)
+    if source.adapter is not None and parent.adapter is None and source.weights == parent.weights:
+        return logits(attach(model, source.adapter).eval(), ids_1T), parents_TV
     del model
-    return found_TV, logits(load_model(replace(parent, quantization=source.quantization), dtype), ids_1T)
+    return logits(load_model(source, dtype), ids_1T), parents_TV

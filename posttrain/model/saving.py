@@ -21,15 +21,18 @@ from posttrain.artifact import ModelSource
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
 from posttrain.model.added_tokens import add_tokens, token_rows
 from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES, read_json
-from posttrain.model.loading import ADAPTER, DTYPES, load_stored_tokenizer
+from posttrain.model.loading import ADAPTER, DTYPES, load_stored_tokenizer, load_tokenizer
 from posttrain.model.quantisation import save_quantisation
+from posttrain.tokens.chat import answer_ends
 
+GENERATION_CONFIG = "generation_config.json"
 SHARD_SIZE = "5GB"
 
 
 def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path, dtype: str) -> None:
-    """Write the adapter ``default`` (in float32) or the full weights (in ``dtype``), and the parent's tokenizer.
+    """Write the adapter ``default`` (in float32) or the full weights (in ``dtype``), ready to be served.
 
+    Beside them stand the parent's tokenizer, its template, and its generation settings with the template's stop tokens.
     The base under an adapter is recorded as ``parent.base``. Full weights are rounded to ``dtype`` in place, to keep
     the model in memory equal to the one on disk.
     """
@@ -37,6 +40,7 @@ def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: 
         _save_adapter(model, parent, output)
     else:
         _save_weights(model, parent, output, dtype)
+    _save_generation(model, parent, output)
     _copy_tokenizer(parent, output)
 
 
@@ -78,9 +82,24 @@ def _save_weights(model: PreTrainedModel, parent: ModelSource, output: Path, dty
         parameter.data = parameter.data.to(DTYPES[dtype])
     with disk_errors(output):
         model.save_pretrained(output, max_shard_size=SHARD_SIZE)
-    generation = parent.model / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, output / generation.name)
+
+
+def _save_generation(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path) -> None:
+    """Write the generation settings of the weights, which also end at the stop tokens of the chat template.
+
+    An adapter has them too: whoever serves it finds the end of its answers.
+    """
+    own = parent.model / GENERATION_CONFIG
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    values = read_json(own) if own.is_file() else causal.generation_config.to_diff_dict()
+    ends = values.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if missing := [end for end in answer_ends(load_tokenizer(parent)) if end not in known]:
+        values["eos_token_id"] = [*known, *missing] if known or len(missing) > 1 else missing[0]
+    elif own.is_file():
+        shutil.copyfile(own, output / GENERATION_CONFIG)
+        return
+    (output / GENERATION_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(parent: ModelSource, output: Path) -> None:

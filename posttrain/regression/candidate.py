@@ -33,7 +33,7 @@ class Candidate:
     base: ModelSource
     dtype: str
     verified: bool
-    """True when it is an artifact: publishing proved that it computes something else than its parent."""
+    """True when it is an artifact whose files are those of its manifest."""
 
 
 def read_candidate(path: Path, model: BaseSettings, day: str | None = None) -> Candidate:

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from posttrain.artifact import ModelSource
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, Problem
 from posttrain.model.loading import load_tokenizer
 from posttrain.model.probe import random_ids
-from posttrain.model.reloading import check_names, probe_both
+from posttrain.model.reloading import base_rows, check_names, check_published, probe_both
 from posttrain.regression.candidate import ADAPTER_WEIGHTS, Candidate
 from posttrain.scoring.fingerprint import tokenizer_digest
 
@@ -29,7 +28,7 @@ def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
     if moved:
         what = f"its tokenizer is not that of {candidate.base.base}: {moved[0]!r} has another id, or none"
         raise BadInput(Problem(where=str(candidate.path), what=what, fix="Give the base that it was trained on"))
-    rows = AutoConfig.from_pretrained(candidate.base.model).get_text_config().vocab_size
+    rows = base_rows(candidate.base)
     beyond = sorted(ids.keys() - known.keys() - set(candidate.base.added_tokens), key=ids.__getitem__)
     if any(ids[token] >= rows for token in beyond):
         what = f"its tokenizer adds {', '.join(beyond)}, which {candidate.base.base} has no embeddings for"
@@ -46,14 +45,20 @@ def require_same_tokenizer(own: PreTrainedTokenizerBase, baseline: Candidate) ->
 
 
 def require_change(candidate: Candidate) -> None:
-    """Raise GateFailed when the candidate computes the same as its base, ArtifactDamaged when it does not fit it."""
+    """Raise GateFailed when the candidate computes the same as its base, ArtifactDamaged when it does not fit it.
+
+    An artifact that changes nothing is damaged: publishing would have found it.
+    """
     source, base = candidate.source, candidate.base
+    if candidate.verified:
+        check_published(candidate.path, base, candidate.dtype)
+        return
     if source.adapter is not None:
         if cause := _zeros(source.adapter):
             raise GateFailed(f"{candidate.path} changes nothing: {cause}")
         if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
             check_names(source.adapter, base, embeddings=True)
-    found_TV, expected_TV = probe_both(source, base, candidate.dtype, random_ids(_vocabulary(base)))
+    found_TV, expected_TV = probe_both(source, base, candidate.dtype, random_ids(base_rows(base)))
     if not torch.isfinite(found_TV).all():
         raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
     if torch.equal(found_TV, expected_TV):
@@ -76,8 +81,3 @@ def _zeros(adapter: Path) -> str | None:
 def _any(file: object, name: str) -> bool:
     tensor: torch.Tensor = file.get_tensor(name)  # type: ignore[attr-defined]
     return bool(torch.count_nonzero(tensor))
-
-
-def _vocabulary(base: ModelSource) -> int:
-    size: int = AutoConfig.from_pretrained(base.model).get_text_config().vocab_size
-    return size

@@ -76,9 +76,7 @@ def judge_adapter(
     conditions = _conditions(settings, candidate, tokenizer)
     if file is not None and committed is not None:
         require_same_asked(file, committed, conditions)
-    # an artifact was checked for a change when it was published
-    if not candidate.verified:
-        require_change(candidate)
+    require_change(candidate)
     return _Regression(name, settings, tasks, host, display, candidate, conditions).judge(adapter, file)
 
 

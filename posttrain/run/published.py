@@ -40,19 +40,22 @@ def find_published(job: Job, parent: ModelSource, fingerprint: str) -> Artifact 
     """Return the stage's artifact when it was made before: here, or in any run below the output root.
 
     Sets an artifact of other settings or another parent aside. Raises ArtifactDamaged when the stage's own does not
-    match its manifest: it is never silently trained again.
+    match its manifest, or holds unsound weights: it is never silently trained again.
     """
+    from posttrain.model.checks import check_output
+
     path = job.folder / ARTIFACT
     if path.exists():
         artifact = verify(path)
         if artifact.manifest.fingerprint == fingerprint:
+            check_output(path, parent)  # its manifest may have been written again
             job.display.line(job.name, "train", f"already done: {artifact.digest[:12]}")
             return artifact
         set_aside(job, artifact.digest, "another parent, or other versions")
     shutil.rmtree(job.folder / DRAFT, ignore_errors=True)  # half of the output of a killed attempt
     for found in _with_fingerprint(job, fingerprint):
         with _skipping_damaged(job, found):
-            return _restore(job, found) if found.parent == job.folder else _Linked(job, found).take(parent)
+            return _restore(job, parent, found) if found.parent == job.folder else _Linked(job, found).take(parent)
     return None
 
 
@@ -97,9 +100,12 @@ def _free_name(folder: Path, name: str) -> str:
     return next(each for each in names if not (folder / f"{ARTIFACT}.{each}").exists())
 
 
-def _restore(job: Job, found: Path) -> Artifact:
+def _restore(job: Job, parent: ModelSource, found: Path) -> Artifact:
     """Bring back an artifact that this stage has set aside, with its verdict, scores and curves."""
+    from posttrain.model.checks import check_output
+
     artifact = verify(found)
+    check_output(found, parent)
     evidence = found.with_name(found.name.replace(ARTIFACT, "evidence", 1))
     MetricsLog(job.run.path / CURVES, job.name).replace(_lines(evidence / CURVES))
     for file in EVIDENCE:

@@ -97,6 +97,7 @@ class _Session:
                 **content,
                 system=source.digest,
                 settings=task.settings,
+                ends=task.ends,
                 questions=[[doc_id, *hashes] for doc_id, hashes in task.asked.items()],
             )
             for system, source in request.systems.items()
@@ -106,6 +107,7 @@ class _Session:
             (system, task.name): score_key(
                 **content,
                 system=source.digest,
+                ends=task.ends,
                 requests=[[question.request_hash, *question.repeats] for question in task.ordered],
             )
             for system, source in request.systems.items()

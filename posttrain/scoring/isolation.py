@@ -11,7 +11,7 @@ import io
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -89,16 +89,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_generation(model: Any, eos_token_id: int | None) -> Iterator[None]:
-    """Generate by the task's settings; of the model's own, keep only the end tokens.
+def plain_generation(model: Any, ends: Iterable[int | None]) -> Iterator[None]:
+    """Generate by the task's settings, up to ``ends``; of the model's own, keep only the end tokens.
 
     A sampling temperature or a repetition penalty in generation_config.json would otherwise change the scores.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({end for end in (*ends, eos_token_id) if end is not None})
-    inner.generation_config = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=ends or None)
+    owns = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stops = sorted({end for end in (*owns, *ends) if end is not None})
+    inner.generation_config = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=stops or None)
     try:
         yield
     finally:

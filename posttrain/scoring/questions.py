@@ -52,6 +52,8 @@ class PreparedTask:
     leaves: Sequence[Any]
     filters: Sequence[str]
     questions: Sequence[Question]
+    ends: Sequence[int]
+    """Tokens that end a generated answer beside the model's own: those of the chat template, in a chat."""
     settings: Any
     """Fingerprint of the tasks' settings as JSON values: no paths, with hashes of their functions' source."""
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
 
 from posttrain.artifact import ModelSource
+from posttrain.model.loading import attach
 from posttrain.scoring.isolation import evaluating
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types to read the bits of numbers by, by their bytes; bytes for all others."""
 
 
 @dataclass(frozen=True)
@@ -33,35 +39,54 @@ def group_by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, Model
 
 
 class SharedWeights:
-    """One base model with the adapter of every system on it."""
+    """Weights on which several systems stand, each of them alone.
+
+    An adapter is put on a copy of the modules, which shares the weights. Some adapters write into these all the same
+    when they are loaded: PiSSA and OLoRA leave a remainder, trained biases replace the base's. So nobody answers before
+    the weights are shown to be those of the file, bit by bit, and weights that are not are loaded again.
+    """
 
     def __init__(self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading) -> None:
-        self._systems = systems
-        weights = replace(next(iter(systems.values())), adapter=None)
-        self._model = loading.model(weights, dtype)
-        for name, source in systems.items():
-            if source.adapter is not None:
-                self._attach(name, source.adapter)
-
-    def _attach(self, name: str, adapter: Path) -> None:
-        if isinstance(self._model, PeftModel):
-            self._model.load_adapter(adapter, adapter_name=name)
-        else:
-            self._model = PeftModel.from_pretrained(self._model, adapter, adapter_name=name)
+        self._systems, self._dtype, self._loading = systems, dtype, loading
+        self._source = replace(next(iter(systems.values())), adapter=None)
+        self._model, self._bits = self._load()
 
     @contextlib.contextmanager
     def speaking_as(self, name: str) -> Iterator[Any]:
-        """Hand out the model as system ``name``, in evaluation mode."""
-        with evaluating(self._model), self._adapter(name):
-            yield self._model
+        """Hand out the model of system ``name``, in evaluation mode: its own, as if it were loaded alone."""
+        weights, adapter = self._untouched(), self._systems[name].adapter
+        model = weights if adapter is None else attach(_twin(weights), adapter)
+        with evaluating(model):
+            yield model
 
-    @contextlib.contextmanager
-    def _adapter(self, name: str) -> Iterator[None]:
-        if not isinstance(self._model, PeftModel):
-            yield
-        elif self._systems[name].adapter is None:
-            with self._model.disable_adapter():
-                yield
-        else:
-            self._model.set_adapter(name, inference_mode=True)  # else peft would make it trainable
-            yield
+    def _untouched(self) -> Any:
+        """Return the weights as loaded, without an adapter; load them again when one has changed them."""
+        if self._bits != _bits(self._model):
+            del self._model
+            gc.collect()  # a model may hang in a circle, and both would not fit
+            self._model, self._bits = self._load()
+        return self._model
+
+    def _load(self) -> tuple[Any, list[int]]:
+        model = self._loading.model(self._source, self._dtype)
+        return model, _bits(model)
+
+
+def _twin(model: torch.nn.Module) -> Any:
+    """Return a copy of every module, configuration and hook of ``model`` on the same weights and buffers."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    scales = [tensor.quant_state for tensor in _tensors(model) if hasattr(tensor, "quant_state")]
+    return copy.deepcopy(model, shared | {id(scale): scale for scale in scales})
+
+
+def _bits(model: torch.nn.Module) -> list[int]:
+    """Return the sum of the bits of every weight and buffer, read as integers: one changed number changes it."""
+    return [int(_integers(tensor.detach()).sum(dtype=torch.int64)) for tensor in _tensors(model)]
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(INTEGERS.get(tensor.element_size(), torch.uint8))
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())

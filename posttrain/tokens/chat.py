@@ -6,6 +6,7 @@ those characters.
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,6 +23,23 @@ _READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
 """Keys of a message that are read, or without meaning in a template that leaves them out."""
 _PROBED = 3
 """Records by which the template is tried for each key."""
+
+_QUESTION = {"role": "user", "content": "What is this called?"}
+_ANSWER = {"role": "assistant", "content": "This is called a lamp."}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "lamp"}}}],
+}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look up a word.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+"""A conversation that any template can render, to see the tokens that end its turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +286,21 @@ def _whole(record: Conversation | Preference | Feedback) -> Conversation:
         return record
     answer = record.chosen if isinstance(record, Preference) else record.completion
     return Conversation(messages=(*record.prompt, *answer), where=record.where, tools=record.tools)
+
+
+def answer_ends(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that end an answer and a call of tools in the tokenizer's chat template.
+
+    Only proven ones: none where the template's answers cannot be trained.
+    """
+    ends: list[int] = []
+    with contextlib.suppress(BadInput):
+        renderer = ChatRenderer(tokenizer)
+        for turn, tools in ((_ANSWER, ()), (_CALL, (_TOOL,))):
+            with contextlib.suppress(BadInput):
+                shown = renderer.conversation(Conversation(messages=(_QUESTION, turn), tools=tools, where="template"))
+                ends.append([token for token, trained in zip(shown.ids, shown.mask, strict=True) if trained][-1])
+    return list(dict.fromkeys(ends))
 
 
 def without_space(text: str) -> str:

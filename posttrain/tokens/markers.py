@@ -15,7 +15,7 @@ SEEN = 16
 
 
 def family_faults(tokenizer: Any, documents: Sequence[Rendered], ends: Iterable[int | None]) -> list[str]:
-    """Return a line for markers without a token of their own, and one for a stop token that ends no generation.
+    """Return lines for markers without a token of their own, and for a stop token at which the base does not stop.
 
     Args:
         tokenizer: The tokenizer of the model.
@@ -34,6 +34,6 @@ def family_faults(tokenizer: Any, documents: Sequence[Rendered], ends: Iterable[
     trained = [token for token, is_trained in zip(documents[0].ids, documents[0].mask, strict=True) if is_trained]
     if trained and not {tokenizer.eos_token_id, *ends} & set(trained):
         stop = tokenizer.convert_ids_to_tokens(trained[-1])
-        what = f"answers end with {stop}, but generation does not stop there and will run on"
-        faults.append(f"model.chat_template: {what}. Add its id to eos_token_id in the model's generation_config.json")
+        what = f"answers end with {stop}, at which the base does not stop generating"
+        faults.append(f"model.chat_template: {what}. Gates do; serve the artifact with its generation_config.json")
     return faults

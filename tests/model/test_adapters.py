@@ -169,6 +169,27 @@ def test_full_weights_keep_the_parents_generation_settings(base: ModelSource, ou
     assert (output / "generation_config.json").read_text() == settings
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [({"eos_token_id": [3, 9]}, [3, 9, 0]), ({"eos_token_id": 3}, [3, 0]), ({"top_k": 5}, 0), (None, [3, 0])],
+)
+def test_whoever_serves_the_result_stops_where_its_answers_end(
+    base: ModelSource, output: Path, tmp_path: Path, full: bool, settings: dict[str, Any] | None, ends: Any
+) -> None:
+    shutil.copytree(base.model, tmp_path / "own")
+    generation = tmp_path / "own" / "generation_config.json"
+    generation.unlink()
+    if settings is not None:
+        generation.write_text(json.dumps(settings))
+    source = replace(base_source(tmp_path / "own"), chat_template=TEMPLATE.replace("<|end|>", "<|system|>"))
+    model = load_model(source, "float32")
+    save_model(model if full else new_adapter(model, LoraSettings(r=4), seed=0), source, output, "float32")
+    found = json.loads((output / "generation_config.json").read_text())
+    assert {**found, **(settings or {}), "eos_token_id": ends} == found
+    assert AutoTokenizer.from_pretrained(output).convert_ids_to_tokens(0) == "<|system|>"
+
+
 def test_the_tokenizer_and_its_pinned_template_travel_along(base: ModelSource, output: Path) -> None:
     source = replace(base, chat_template=TEMPLATE + "{# pinned #}")
     save_model(load_trainable(source, "float32"), source, output, "float32")

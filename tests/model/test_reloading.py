@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain.artifact import ModelSource
+from posttrain.artifact import ModelSource, verify
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.context import StageContext
 from posttrain.errors import ArtifactDamaged, PluginFailed
 from posttrain.model.checks import check_output
 from posttrain.model.loading import load_model, load_trainable
 from posttrain.model.probe import PROBE, leave_probe, logits
-from posttrain.model.reloading import check_reloaded
+from posttrain.model.reloading import check_published, check_reloaded
 from posttrain.run.plugin import run_stage
 from posttrain.sft.plugin import register_stages
 from posttrain.sft.stage import run
@@ -169,7 +169,7 @@ def truncate(output: Path) -> None:
 
 OTHER_MODEL = "is not the one that was trained"
 IN_FILE: dict[str, tuple[Callable[[Tensors], Tensors | None], str]] = {
-    "every B is zero": (lambda t: (zero(t), drop(t, "delta"))[0], "every lora_B is zero"),
+    "every B is zero": (lambda t: (zero(t), drop(t, "delta"))[0], "every lora_B times lora_A is zero"),
     "every B is zero beside rows of tokens": (zero, OTHER_MODEL),
     "a module missing": (lambda t: drop(t, "0.mlp.up_proj"), r"no weights for its target module \S+0\.mlp\.up_proj"),
     "rows of tokens missing": (lambda t: drop(t, "delta"), r"lacks \S+lm_head\.token_adapter\S+ and 1 more"),
@@ -225,6 +225,43 @@ def test_another_configuration_than_the_trained_one_is_named(
     configure(output, **changes)
     with pytest.raises(ArtifactDamaged, match=message):
         check(output, base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "damage", "message"),
+    [
+        *(
+            ({}, *IN_FILE[name])
+            for name, (_, message) in IN_FILE.items()
+            if message not in (OTHER_MODEL, "is saved as F16")
+        ),
+        *((changes, None, message) for changes, message in IN_CONFIGURATION.values() if message != OTHER_MODEL),
+        ({}, lambda t: (fill(t, "lora_A", 0.0), drop(t, "delta"))[0], "every lora_B times lora_A is zero"),
+        ({"lora_alpha": 0}, None, "changes nothing"),
+    ],
+)
+def test_an_artifact_signed_again_is_checked_as_any_adapter(
+    base: ModelSource,
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    changes: dict[str, object],
+    damage: Any,
+    message: str,
+) -> None:
+    output = saved("lora")
+    configure(output, **changes)
+    edit(output, damage or (lambda t: None))
+    signed = published(output, base, tmp_path / "artifact")
+    assert verify(signed.path).digest == signed.digest
+    with pytest.raises(ArtifactDamaged, match=message):
+        check_published(signed.path, base, "float32")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_sound_artifact_is_accepted(
+    base: ModelSource, saved: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    check_published(published(saved(name), base, tmp_path / "artifact").path, base, "float32")
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -186,6 +186,11 @@ def test_scores_of_another_backend_are_no_baseline(material: Path, capsys: pytes
         ({"added_tokens": ("<|new|>",)}, {}, "added tokens"),
         ({}, {"use_dora": True}, "DoRA"),
         ({}, {"modules_to_save": ["lm_head"]}, "whole copies of layers"),
+        ({}, {"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 initialisation"),
+        ({}, {"bias": "lora_only"}, "trained biases"),
+        ({}, {"layer_replication": [[0, 2], [0, 2]]}, "repeated layers"),
+        ({}, {"trainable_token_indices": [5]}, "added tokens"),
+        ({}, {"peft_type": "LOHA"}, "another form than LoRA"),
     ],
 )
 def test_parts_of_an_adapter_unknown_to_vllm_are_rejected(

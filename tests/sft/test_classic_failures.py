@@ -150,9 +150,9 @@ def test_a_template_on_the_tokenizer_of_its_family_has_no_fault(template: str) -
     assert faults(tokenizer, tokenizer.convert_tokens_to_ids(stops[template])) == []
 
 
-def test_a_stop_token_that_generation_runs_over_is_named() -> None:
+def test_a_stop_token_at_which_the_base_does_not_stop_is_named() -> None:
     (fault,) = faults(make_tokenizer(LLAMA3), None)
-    assert "answers end with <|eot_id|>, but generation does not stop there" in fault
+    assert "answers end with <|eot_id|>, at which the base does not stop generating" in fault
 
 
 def test_the_shipped_template_ends_answers_where_its_base_stops() -> None:
@@ -171,7 +171,7 @@ def test_the_shipped_template_ends_answers_where_its_base_stops() -> None:
         (TEMPLATE.replace("] }}|>", "] }}|><|im_sep|>").replace("assistant|>", "assistant|><|im_sep|>"), "<|im_sep|>"),
         (
             TEMPLATE.replace("<|end|>", "<|system|>"),
-            "answers end with <|system|>, but generation does not stop",
+            "answers end with <|system|>, at which the base does not stop",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.records import Conversation, Preference
 from posttrain.errors import BadInput
-from posttrain.tokens.chat import ChatRenderer, Rendered
+from posttrain.tokens.chat import ChatRenderer, Rendered, answer_ends
 from tests.support.chat_templates import (
     ALPACA,
     ALWAYS_ASSISTANT,
@@ -48,6 +48,24 @@ def chat(*contents: str, system: str | None = None) -> Conversation:
     turns = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(contents)]
     head = [{"role": "system", "content": system}] if system is not None else []
     return Conversation(messages=(*head, *turns), where="data.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("template", "stops"),
+    [
+        (CHATML, ["<|im_end|>"]),
+        (LLAMA3, ["<|eot_id|>"]),
+        (MISTRAL, ["</s>"]),
+        (GEMMA, ["<end_of_turn>"]),
+        (MARKED, ["<|im_end|>"]),
+        (THINKING, ["<|im_end|>"]),
+        (PLAIN, []),
+        (NO_GENERATION_PROMPT, []),
+    ],
+)
+def test_answers_end_at_the_proven_stop_token(template: str, stops: list[str]) -> None:
+    tokenizer = make_tokenizer(template)
+    assert tokenizer.convert_ids_to_tokens(answer_ends(tokenizer)) == stops
 
 
 def trained(rendered: Rendered) -> list[str]:

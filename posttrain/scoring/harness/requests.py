@@ -27,7 +27,7 @@ from posttrain.scoring.fingerprint import code_behind, task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
 from posttrain.scoring.questions import PreparedTask, Question
-from posttrain.tokens.chat import ChatRenderer, RenderedAnswer
+from posttrain.tokens.chat import ChatRenderer, RenderedAnswer, answer_ends
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
@@ -84,6 +84,7 @@ def _prepared(name: str, task: GateTask, leaves: Sequence[Any], questions: Seque
         leaves=leaves,
         filters=shared_filters(leaves),
         questions=questions,
+        ends=[] if task.chat is False else answer_ends(tokenizer),
         settings=[*(task_settings(leaf.config) for leaf in leaves), code_behind(leaves, task.task or name)],
     )
 

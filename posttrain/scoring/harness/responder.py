@@ -41,15 +41,19 @@ class Responder:
         super().__init__(**settings)
         self._report: Callable[[int], None] = lambda tokens: None
         self._tokens, self._reported = 0, 0.0
+        self.ends: list[int] = []
         self._written: dict[str, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
-    def respond(self, requests: Sequence[Any], where: str, report: Callable[[int], None]) -> None:
-        """Answer requests in place. Raises ArtifactDamaged naming ``where`` when an output is not finite.
+    def respond(
+        self, requests: Sequence[Any], ends: Sequence[int], where: str, report: Callable[[int], None]
+    ) -> None:
+        """Answer requests in place; beside the model's own end tokens, ``ends`` end a text.
 
-        Every few seconds ``report`` is told the number of tokens read and written so far.
+        Every few seconds ``report`` is told the number of tokens read and written so far. Raises ArtifactDamaged
+        naming ``where`` when an output is not finite.
         """
-        sound = True
+        sound, self.ends = True, list(ends)
         self._report, self._tokens, self._reported = report, 0, time.monotonic()
         for kind in dict.fromkeys(request.request_type for request in requests):
             asked = [request for request in requests if request.request_type == kind]
@@ -83,7 +87,7 @@ class Responder:
         # Repeats are generated every time: a task asks for them because sampled texts differ.
         if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
             return list(getattr(self, kind)(list(requests), disable_tqdm=True))
-        keys = [digest_of([kind, *request.args]) for request in requests]
+        keys = [digest_of([kind, self.ends, *request.args]) for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._written}
         if new:
             texts = getattr(self, kind)(list(new.values()), disable_tqdm=True)
@@ -120,6 +124,11 @@ class TransformersResponder(Responder, HFLM):
         with tied_already(model):
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self._unsound = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Generate by the task's settings alone, up to the model's, the tokenizer's or the task's end tokens."""
+        with plain_generation(self.model, [self.tokenizer.eos_token_id, *self.ends]):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def finite(self) -> bool:
         """Return True when every logit of the generated texts was finite."""
@@ -164,7 +173,6 @@ class Transformers:
 
     @contextmanager
     def responding_as(self, system: str) -> Iterator[Responder]:
-        """Hand out the model to answer as ``system``, generating by the task's settings."""
-        end = getattr(self._tokenizer, "eos_token_id", None)
-        with self._weights.speaking_as(system) as model, plain_generation(model, end):
+        """Hand out the model to answer as ``system``."""
+        with self._weights.speaking_as(system) as model:
             yield TransformersResponder(model, self._tokenizer, self._batch_size)

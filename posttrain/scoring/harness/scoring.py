@@ -41,7 +41,8 @@ def answer(
     for index, requests in enumerate(_split(task, blocks.size)):
         if not _restore(requests, kept.get(index)):
             with seeded(seed + index):  # by block, so that a resumed evaluation samples the same texts
-                responder.respond(requests, f"{system}, {task.name}", partial(report, index * blocks.size, total))
+                where, tell = f"{system}, {task.name}", partial(report, index * blocks.size, total)
+                responder.respond(requests, task.ends, where, tell)
             blocks.add(index, [request.resps for request in requests])
         report(min((index + 1) * blocks.size, total), total)
     return _scores(task, system, digest)

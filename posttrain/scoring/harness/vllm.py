@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.vllm_causallms import VLLM
 from vllm.lora.request import LoRARequest
@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks of vLLM."""
+KEEPING = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations, other than peft's own, that leave the base's weights as they are."""
 
 
 class VllmResponder(Responder, VLLM):
     """A model in vLLM. It hides the logits of generated texts: only likelihoods are checked to be finite."""
+
+    def modify_gen_kwargs(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str], int]:
+        """Return lm_eval's settings of a generation, with the task's end tokens."""
+        settings, until, room = super().modify_gen_kwargs(*args, **kwargs)
+        return {**settings, "stop_token_ids": self.ends}, until, room
 
 
 class Vllm:
@@ -62,11 +69,17 @@ class Vllm:
 def _rank(source: ModelSource, adapter: Path) -> int:
     """Return the largest rank of an adapter. Raises BadInput when vLLM would apply only part of it, in silence."""
     config = read_json(adapter / "adapter_config.json")
+    initialisation = config.get("init_lora_weights", True)
     lacking = {
+        "another form than LoRA": config.get("peft_type", "LORA") != "LORA",
         "quantised weights": source.quantization is not None,
-        "added tokens": bool(source.added_tokens),
+        "added tokens": bool(source.added_tokens or config.get("trainable_token_indices")),
         "DoRA": bool(config.get("use_dora")),
         "whole copies of layers": bool(config.get("modules_to_save")),
+        "trained biases": config.get("bias", "none") != "none" or bool(config.get("lora_bias")),
+        "repeated layers": bool(config.get("layer_replication")),
+        # peft takes such an adapter's start out of the base's weights when it loads the two
+        f"{initialisation} initialisation": isinstance(initialisation, str) and initialisation not in KEEPING,
     }
     if missing := [what for what, given in lacking.items() if given]:
         what = f"it has {' and '.join(missing)}, which gates cannot score with vLLM"
