@@ -57,6 +57,9 @@ class ModelSource:
     """``nf4`` when the weights are quantised on loading, because the adapter was trained on quantised weights."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens missing from the weights; each gets an embedding row on loading."""
+    rows: int | None = None
+    """Rows of the embeddings, where an adapter of another tool brings more or fewer than the weights have; else None.
+    Beside such an adapter, the base reads the other tokens as the mean of its own."""
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     """Values of the template's variables in every rendering; ``date`` is the day that it prints."""
     content_digest: str = ""

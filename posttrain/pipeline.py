@@ -42,7 +42,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     with interrupts.installed():
         start = read_start(plan)
         undated = resolve_base(plan.model, None if start is None else start.artifact.pins, dated=False)
-        parent, unpromoted = (undated, ()) if start is None else (_check_start(start.artifact, undated), start.unpromoted)
+        parent, unpromoted = (
+            (undated, ()) if start is None else (_check_start(start.artifact, undated), start.unpromoted)
+        )
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):

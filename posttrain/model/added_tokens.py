@@ -10,19 +10,25 @@ larger. Full fine-tuning trains the rows with all other weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import AddedToken
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import BadInput, Problem
 from posttrain.model.base import ADAPTER_WEIGHTS
 
 DELTA = "token_adapter.trainable_tokens_delta"
+UNWRITTEN = -1e4
+"""Logit of a token that a model cannot write: far below any other, and finite."""
 PREFIX = "base_model.model."
 """peft's prefix of a module's name."""
 
@@ -75,6 +81,56 @@ def fold_token_rows(model: PreTrainedModel, adapter: Path) -> LoraConfig:
             weight[config.trainable_token_indices[layer]] = rows.to(weight)
     config.trainable_token_indices = None
     return config
+
+
+def fit_rows(model: PreTrainedModel, rows: int) -> None:
+    """Give the embeddings of ``model`` as many rows as an adapter brings, in weights of their own.
+
+    The new ones are the mean of the known: they matter only where the adapter does not bring its own.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied, known = head is not None and head.weight is embeddings.weight, embeddings.weight.shape[0]
+    for layer in embedding_layers(model).values():  # transformers would write into weights shared with another model
+        layer.weight = torch.nn.Parameter(layer.get_parameter("weight").detach().clone(), requires_grad=False)
+    if tied:
+        head.weight = embeddings.weight
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    if rows > known:
+        add_embeddings(model, range(known, rows))
+
+
+def read_rows(model: PreTrainedModel, rows: int) -> None:
+    """Let ``model`` read tokens up to ``rows`` as the mean of those it knows, and never write them.
+
+    What it gives the known ones stays the same to the last bit.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight_VD = embeddings.get_parameter("weight").detach()
+    missing = rows - weight_VD.shape[0]
+    if missing > 0:
+        mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
+        embeddings.weight = torch.nn.Parameter(torch.cat([weight_VD, mean_1D.repeat(missing, 1)]), requires_grad=False)
+        head.register_forward_hook(lambda _head, _hidden, logits_BTV: pad(logits_BTV, (0, missing), value=UNWRITTEN))
+
+
+def brought_rows(adapter: Path, model: PreTrainedModel) -> tuple[int, set[int]] | None:
+    """Return the rows of the embeddings that an adapter brings for ``model``, and the ids of those it holds.
+
+    None when it brings none beyond the known rows, and leaves none out.
+    """
+    layers = {module: name for name, module in model.named_modules()}
+    known = model.get_input_embeddings().weight.shape[0]
+    names = [layers[layer] for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        kept = set(file.keys())
+        whole = [f"{PREFIX}{name}{part}.weight" for name in names for part in ("", ".base_layer")]
+        saved = {name: file.get_slice(name).get_shape()[0] for name in whole if name in kept}
+    if saved:
+        rows = max(saved.values())
+        return (rows, set(range(rows))) if rows != known else None
+    indices = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
+    held = set(indices if isinstance(indices, list) else chain.from_iterable((indices or {}).values()))
+    return (max(held) + 1, held | set(range(known))) if held and max(held) >= known else None
 
 
 def reject_known(tokens: Sequence[str], stored: PreTrainedTokenizerBase, embeddings: int) -> None:

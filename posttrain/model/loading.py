@@ -31,6 +31,7 @@ from posttrain.model.added_tokens import (
     add_embeddings,
     add_tokens,
     embedding_layers,
+    fit_rows,
     fold_token_rows,
     reject_known,
 )
@@ -79,16 +80,20 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
     """Load the model for inference, in evaluation mode, with its adapter if it has one."""
     model = _load_weights(source, dtype)
     if source.adapter is not None:
-        model = attach(model, source.adapter)
+        model = attach(model, source.adapter, source.rows)
     return model.eval()
 
 
-def attach(model: PreTrainedModel, adapter: Path, **options: Any) -> PeftModel:
+def attach(model: PreTrainedModel, adapter: Path, rows: int | None = None, **options: Any) -> PeftModel:
     """Put the adapter in the folder ``adapter`` on ``model``, which may change its weights; ``options`` are peft's.
+
+    ``rows`` are those of the embeddings that the adapter was trained with, where the model has others.
 
     The same numbers are drawn every time: fast PiSSA takes the base apart with random ones. Raises ArtifactDamaged
     when a tensor of the adapter is missing or has no place: peft would leave it out in silence.
     """
+    if rows is not None:
+        fit_rows(model, rows)
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         warnings.simplefilter("ignore")  # peft warns of what is checked below

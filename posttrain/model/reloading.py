@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.artifact import ModelSource, quantization_of
 from posttrain.errors import ArtifactDamaged
@@ -122,13 +122,21 @@ def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False)
     config = LoraConfig.from_pretrained(output)
     config.base_model_name_or_path = None  # peft warns unless it is the model's name; a model on meta has none
     added = added_token_ids(parent)
+    model = empty_model(parent)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(parent.model))
-        if added and max(added) >= model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
+        known = model.get_input_embeddings().weight.shape[0]
+        if (rows := parent.rows or max([known, *(number + 1 for number in added)])) != known:
+            model.resize_token_embeddings(rows, mean_resizing=False)
         adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     state = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=embeddings)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def empty_model(base: ModelSource) -> PreTrainedModel:
+    """Return the model of ``base`` without weights, to see its layers."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.model))
+    return model
 
 
 def _saved_source(output: Path, parent: ModelSource) -> ModelSource:
@@ -148,6 +156,6 @@ def probe_both(
     model = load_model(parent, dtype)
     parents_TV = logits(model, ids_1T)
     if source.adapter is not None and parent.adapter is None and source.weights == parent.weights:
-        return logits(attach(model, source.adapter).eval(), ids_1T), parents_TV
+        return logits(attach(model, source.adapter, source.rows).eval(), ids_1T), parents_TV
     del model
     return logits(load_model(source, dtype), ids_1T), parents_TV

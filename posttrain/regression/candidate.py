@@ -34,6 +34,8 @@ class Candidate:
     dtype: str
     verified: bool
     """True when it is an artifact whose files are those of its manifest."""
+    held: frozenset[int] = frozenset()
+    """Ids of the tokens with embeddings in the adapter or the base, where the adapter brings some; else empty."""
 
 
 def read_candidate(path: Path, model: BaseSettings, day: str | None = None) -> Candidate:

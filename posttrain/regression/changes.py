@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,32 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, Problem
+from posttrain.model.added_tokens import brought_rows
 from posttrain.model.loading import load_tokenizer
 from posttrain.model.probe import random_ids
-from posttrain.model.reloading import base_rows, check_names, check_published, probe_both
+from posttrain.model.reloading import base_rows, check_names, check_published, empty_model, probe_both
 from posttrain.regression.candidate import ADAPTER_WEIGHTS, Candidate
 from posttrain.scoring.fingerprint import tokenizer_digest
+
+
+def with_brought_rows(candidate: Candidate) -> Candidate:
+    """Return the candidate with as many embedding rows as its adapter brings: other tools save whole embeddings.
+
+    The base beside it knows the other tokens by their place alone.
+    """
+    adapter = candidate.source.adapter
+    if adapter is None or candidate.verified:
+        return candidate
+    brought = brought_rows(adapter, empty_model(candidate.base))
+    if brought is None:
+        return candidate
+    rows, held = brought
+    return replace(
+        candidate,
+        source=replace(candidate.source, rows=rows),
+        base=replace(candidate.base, rows=rows),
+        held=frozenset(held),
+    )
 
 
 def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
@@ -28,11 +50,11 @@ def require_tokenizer(candidate: Candidate) -> PreTrainedTokenizerBase:
     if moved:
         what = f"its tokenizer is not that of {candidate.base.base}: {moved[0]!r} has another id, or none"
         raise BadInput(Problem(where=str(candidate.path), what=what, fix="Give the base that it was trained on"))
-    rows = base_rows(candidate.base)
+    held = candidate.held or range(base_rows(candidate.base))
     beyond = sorted(ids.keys() - known.keys() - set(candidate.base.added_tokens), key=ids.__getitem__)
-    if any(ids[token] >= rows for token in beyond):
-        what = f"its tokenizer adds {', '.join(beyond)}, which {candidate.base.base} has no embeddings for"
-        fix = "Only artifacts bring the rows of added tokens: train it with model.added_tokens"
+    if missing := [token for token in beyond if ids[token] not in held]:
+        what = f"its tokenizer adds {', '.join(missing)}, which {candidate.base.base} has no embeddings for, nor has it"
+        fix = "Save them with the adapter: modules_to_save, trainable_token_indices or, here, model.added_tokens"
         raise BadInput(Problem(where=str(candidate.path), what=what, fix=fix))
     return own
 
@@ -57,8 +79,10 @@ def require_change(candidate: Candidate) -> None:
         if cause := _zeros(source.adapter):
             raise GateFailed(f"{candidate.path} changes nothing: {cause}")
         if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
-            check_names(source.adapter, base, embeddings=True)
-    found_TV, expected_TV = probe_both(source, base, candidate.dtype, random_ids(base_rows(base)))
+            check_names(source.adapter, source, embeddings=True)
+    known = base_rows(base)
+    ids_1T = random_ids(min(known, source.rows or known))
+    found_TV, expected_TV = probe_both(source, base, candidate.dtype, ids_1T)
     if not torch.isfinite(found_TV).all():
         raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
     if torch.equal(found_TV, expected_TV):

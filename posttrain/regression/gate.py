@@ -68,15 +68,17 @@ def judge_adapter(
     candidate = read_candidate(Path(settings.adapter), settings.model, day)
     adapter = _read_baseline_adapter(settings, candidate)
     # torch is imported only now: every mistake found so far costs no wait
-    from posttrain.regression.changes import require_change, require_same_tokenizer, require_tokenizer
+    from posttrain.regression import changes
 
-    tokenizer = require_tokenizer(candidate)
+    candidate = changes.with_brought_rows(candidate)
+    adapter = adapter and changes.with_brought_rows(adapter)
+    tokenizer = changes.require_tokenizer(candidate)
     if adapter is not None:
-        require_same_tokenizer(tokenizer, adapter)
+        changes.require_same_tokenizer(tokenizer, adapter)
     conditions = _conditions(settings, candidate, tokenizer)
     if file is not None and committed is not None:
         require_same_asked(file, committed, conditions)
-    require_change(candidate)
+    changes.require_change(candidate)
     return _Regression(name, settings, tasks, host, display, candidate, conditions).judge(adapter, file)
 
 

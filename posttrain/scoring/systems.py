@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from posttrain.artifact import ModelSource
+from posttrain.model.added_tokens import read_rows
 from posttrain.model.loading import attach
 from posttrain.scoring.isolation import evaluating
 
@@ -48,14 +49,19 @@ class SharedWeights:
 
     def __init__(self, systems: Mapping[str, ModelSource], dtype: str, loading: Loading) -> None:
         self._systems, self._dtype, self._loading = systems, dtype, loading
-        self._source = replace(next(iter(systems.values())), adapter=None)
+        self._source = replace(next(iter(systems.values())), adapter=None, rows=None)
         self._model, self._bits = self._load()
 
     @contextlib.contextmanager
     def speaking_as(self, name: str) -> Iterator[Any]:
         """Hand out the model of system ``name``, in evaluation mode: its own, as if it were loaded alone."""
-        weights, adapter = self._untouched(), self._systems[name].adapter
-        model = weights if adapter is None else attach(_twin(weights), adapter)
+        weights, source = self._untouched(), self._systems[name]
+        model = weights
+        if source.adapter is not None:
+            model = attach(_twin(weights), source.adapter, source.rows)
+        elif source.rows is not None:
+            model = _twin(weights)
+            read_rows(model, source.rows)
         with evaluating(model):
             yield model
 

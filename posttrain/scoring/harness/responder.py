@@ -45,9 +45,7 @@ class Responder:
         self._written: dict[str, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
-    def respond(
-        self, requests: Sequence[Any], ends: Sequence[int], where: str, report: Callable[[int], None]
-    ) -> None:
+    def respond(self, requests: Sequence[Any], ends: Sequence[int], where: str, report: Callable[[int], None]) -> None:
         """Answer requests in place; beside the model's own end tokens, ``ends`` end a text.
 
         Every few seconds ``report`` is told the number of tokens read and written so far. Raises ArtifactDamaged

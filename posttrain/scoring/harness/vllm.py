@@ -73,7 +73,7 @@ def _rank(source: ModelSource, adapter: Path) -> int:
     lacking = {
         "another form than LoRA": config.get("peft_type", "LORA") != "LORA",
         "quantised weights": source.quantization is not None,
-        "added tokens": bool(source.added_tokens or config.get("trainable_token_indices")),
+        "added tokens": bool(source.added_tokens or source.rows or config.get("trainable_token_indices")),
         "DoRA": bool(config.get("use_dora")),
         "whole copies of layers": bool(config.get("modules_to_save")),
         "trained biases": config.get("bias", "none") != "none" or bool(config.get("lora_bias")),
