@@ -51,7 +51,7 @@ def test_every_way_to_use_it_names_the_damage(
     sign_again(artifact, DAMAGES[damage])
     named = str(artifact / "adapter_model.safetensors")
     with pytest.raises(ArtifactDamaged, match=named):
-        project.run(tmp_path / "runs", f"start_from={artifact}")
+        project.run(tmp_path / "runs", f"start_from={artifact}", "start_from_unpromoted=true")
     with pytest.raises(ArtifactDamaged, match=named):
         merge(verify(artifact), base_source(project.folder / "base"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,21 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from posttrain.artifact import ModelSource
+from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import GateConfig, Role
+from posttrain.errors import BadInput
 from posttrain.gate.spec import GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.model.probe import logits as probe_logits
 from posttrain.model.probe import random_ids
 from posttrain.model.reloading import probe_both
+from posttrain.regression.candidate import read_candidate
+from posttrain.regression.changes import require_change, require_tokenizer, with_brought_rows
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.systems import Loading, SharedWeights
 from tests.support.adapters import Log
 from tests.support.quizzes import gate_task, write_quizzes
-from tests.support.tiny import TEMPLATE, base_source, tiny_llama, write_base
+from tests.support.tiny import TEMPLATE, base_source, tiny_llama, tiny_tokenizer, write_base
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft says what is unusual about these adapters
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -97,21 +100,24 @@ class Material:
 
     folder: Path
     base: ModelSource
-    seeds: itertools.count[int] = field(default_factory=itertools.count)
 
     def adapter(self, kind: str) -> ModelSource:
         """Return a trained adapter of ``kind``, as peft saves it."""
         path = self.folder / kind
         if not path.exists():
             torch.manual_seed(1)
-            model = get_peft_model(tiny_llama(**BIASES), KINDS[kind]())
-            generator = torch.Generator().manual_seed(2)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            model.save_pretrained(path)
+            _disturb(get_peft_model(tiny_llama(**BIASES), KINDS[kind]())).save_pretrained(path)
         return replace(self.base, name=kind, adapter=path, digest=f"digest of {kind}")
+
+
+def _disturb(model: Any) -> Any:
+    """Change whatever is trained, as training would."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +207,55 @@ def _bigram(folder: Path) -> ModelSource:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", "<|system|>"))
     return base_source(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("known", "rows", "settings"),
+    [
+        (104, 106, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (104, 128, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (104, 106, {"modules_to_save": ["embed_tokens"]}),
+        (104, 106, {}),
+        (128, 106, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ],
+)
+def test_an_adapter_brings_the_embeddings_of_added_tokens(
+    tmp_path: Path, known: int, rows: int, settings: dict[str, Any], tied: bool
+) -> None:
+    """Other tools lengthen the embeddings, or cut spare rows off, and save them whole beside the adapter."""
+    size = {"vocab_size": known, "tie_word_embeddings": tied}
+    base = write_base(tmp_path / "base", **size)
+    tokenizer, model = tiny_tokenizer(), tiny_llama(**size)
+    tokenizer.add_tokens(["<one>", "<two>"], special_tokens=True)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    trained = _disturb(get_peft_model(model, lora(**settings)))
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    candidate = with_brought_rows(read_candidate(tmp_path / "adapter", BaseSettings(path=str(base))))
+    assert len(require_tokenizer(candidate)) == 106
+    require_change(candidate)
+    weights = SharedWeights({"base": candidate.base, "candidate": candidate.source}, "float32", Counting().loading)
+    ids, added = random_ids(104), torch.tensor([[5, 104, 105]])
+    with weights.speaking_as("candidate") as found, torch.no_grad():
+        for given in (ids, added):
+            assert torch.allclose(found(given).logits, trained.eval()(given).logits, atol=1e-5)
+    alone = load_model(base_source(base), "float32")
+    with weights.speaking_as("base") as found, torch.no_grad():
+        assert torch.equal(found(ids).logits[..., :known], alone(ids).logits)
+        assert found(added).logits.isfinite().all()
+        assert (found(ids).logits[..., known:] < -1e3).all()
+
+
+def test_an_adapter_without_the_embeddings_of_its_tokens_is_rejected(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", vocab_size=104)
+    _disturb(get_peft_model(tiny_llama(vocab_size=104), lora())).save_pretrained(tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<one>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    candidate = with_brought_rows(read_candidate(tmp_path / "adapter", BaseSettings(path=str(base))))
+    with pytest.raises(BadInput, match=r"adds <one>, which \S+ has no embeddings for"):
+        require_tokenizer(candidate)
 
 
 def test_a_forward_pass_that_changes_weights_is_noticed(material: Material) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from types import SimpleNamespace
@@ -54,7 +54,9 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
         with blaming(f"tasks.{name}"):
             documents = [list(leaf.eval_docs) for leaf in leaves]
         questions = _questions(name, task, tokenizer, seed, leaves, documents)
-    return _prepared(name, task, leaves, questions)
+    return replace(
+        _prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer)
+    )
 
 
 def prepare_first(name: str, task: GateTask, leaves: Sequence[Any], first: int, more: int) -> PreparedTask:
@@ -84,7 +86,7 @@ def _prepared(name: str, task: GateTask, leaves: Sequence[Any], questions: Seque
         leaves=leaves,
         filters=shared_filters(leaves),
         questions=questions,
-        ends=[] if task.chat is False else answer_ends(tokenizer),
+        ends=[],
         settings=[*(task_settings(leaf.config) for leaf in leaves), code_behind(leaves, task.task or name)],
     )
 
