@@ -54,9 +54,7 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
         with blaming(f"tasks.{name}"):
             documents = [list(leaf.eval_docs) for leaf in leaves]
         questions = _questions(name, task, tokenizer, seed, leaves, documents)
-    return replace(
-        _prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer)
-    )
+    return replace(_prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer))
 
 
 def prepare_first(name: str, task: GateTask, leaves: Sequence[Any], first: int, more: int) -> PreparedTask:
