@@ -251,5 +251,5 @@ def shadows(chosen: Mapping[str, str]) -> list[str]:
             folders = [*RecipeSearchPath.recipes, *folders]
         found = [path for path in (folder / f"{name}.yaml" for folder in folders) if path.exists()]
         if len({path.resolve() for path in found}) > 1:
-            lines.append(f"{group} {name}: {found[0]} is used, not {' or '.join(map(str, found[1:]))}")
+            lines.append(f"{group} {name}: {found[0]} is used and shadows {' and '.join(map(str, found[1:]))}")
     return list(dict.fromkeys(lines))
