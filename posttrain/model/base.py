@@ -12,11 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifact import ModelSource, Pins
+from posttrain.artifact import MANIFEST, ModelSource, Pins
 from posttrain.chat_template import template_diff, template_in_config, variable_problems
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
-from posttrain.errors import BadInput, Problem, nearest
+from posttrain.errors import ArtifactDamaged, BadInput, Problem, nearest
 from posttrain.model.trust import check_places, find_code
 
 WEIGHTS = "model.safetensors"
@@ -53,7 +53,8 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None, *, dated: bool = 
     prints the day prints today's, unless the variables give another; with ``dated=False`` the day is left open.
 
     Raises BadInput when it is missing, damaged or pickled, runs code, or has no chat template, when the recipe gives
-    another template or other tokens than the pinned ones, or a variable that the template does not read.
+    another template or other tokens than the pinned ones, or a variable that the template does not read;
+    ArtifactDamaged when the template does not read a pinned one.
     """
     folder = _folder(model)
     check_places(folder)
@@ -289,6 +290,9 @@ def _variables(model: ModelConfig, template: str, pins: Pins | None) -> dict[str
     given = dict(model.template_variables)
     if pins is not None and pins.template_variables is not None:
         pinned = dict(pins.template_variables)
+        if problems := variable_problems(pinned, template):
+            what = f"{problems[0].where}: {problems[0].what}"
+            raise ArtifactDamaged(f"{pins.path / MANIFEST} is damaged: {what}")
         other = [name for name in given if name not in pinned or pinned[name] != given[name]]
         if other:
             what = f"{pins.path} was trained with {pinned or 'none'}, not with {other[0]}: {given[other[0]]}"

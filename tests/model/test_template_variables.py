@@ -13,13 +13,15 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from posttrain import cli
-from posttrain.artifact import verify
+from posttrain.artifact import Pins, verify
 from posttrain.chat_template import variables_of
 from posttrain.config.regression import BaseSettings
+from posttrain.config.schema import ModelConfig
 from posttrain.context import StageContext
 from posttrain.data.records import Conversation
-from posttrain.errors import BadInput
+from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.gate.spec import GateRequest
+from posttrain.model.base import resolve_base
 from posttrain.model.loading import load_tokenizer
 from posttrain.regression.candidate import read_candidate
 from posttrain.tokens.chat import ChatRenderer
@@ -129,6 +131,14 @@ def test_variables_that_cannot_be_used_are_rejected(
     with pytest.raises(BadInput, match=r"model\.template_variables") as caught:
         base_source(base(tmp_path / "base", template + TEMPLATE), template_variables=variables)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("pinned", [{"chat_template": "x"}, {"messages": []}, {"date": "today"}, {"tokenize": True}])
+def test_variables_of_a_changed_manifest_are_damage(tmp_path: Path, pinned: dict[str, Any]) -> None:
+    folder = base(tmp_path / "base", LLAMA + TEMPLATE)
+    pins = Pins(path=tmp_path, chat_template=LLAMA + TEMPLATE, template_variables=pinned)
+    with pytest.raises(ArtifactDamaged, match=f"template_variables.{next(iter(pinned))}"):
+        resolve_base(ModelConfig(path=str(folder)), pins)
 
 
 class TestRuns:
