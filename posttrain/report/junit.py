@@ -96,10 +96,11 @@ def _document(name: str, suites: Sequence[tuple[StageReport | None, list[Case]]]
 
 
 def _add_properties(suite: ElementTree.Element, evidence: str | None, verdict: Verdict | None) -> None:
-    """Add the folder of the evidence, who scored, who judged, and the notes of a verdict."""
+    """Add the folder of the evidence, who scored, who judged, the notes of a verdict, and what it stands on."""
     named: dict[str, Sequence[str]] = {} if evidence is None else {"evidence": (evidence,)}
     if verdict is not None:
         named |= {"scored_by": verdict.scored_by, "judged_by": verdict.judged_by, "note": verdict.notes}
+        named |= {"unpromoted": verdict.unpromoted}
     if any(named.values()):
         properties = ElementTree.SubElement(suite, "properties")
         for name, values in named.items():

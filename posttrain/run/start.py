@@ -15,7 +15,7 @@ from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.gate.spec import Verdict
 from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
-from posttrain.run.verdict import VERDICT, confirmed_verdict
+from posttrain.run.verdict import VERDICT, confirmed_verdict, read_verdict
 
 NEVER = "never judged"
 TOLD = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
@@ -112,12 +112,13 @@ def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing
     """Yield what the verdicts in these folders say, as far as they are about the artifact."""
     for path in (folder / VERDICT for folder in folders):
         try:
-            kept = confirmed_verdict(path)
-            if kept.artifact == artifact.digest:
-                yield _standing(kept.verdict, path)
+            if read_verdict(path).artifact == artifact.digest:
+                yield _standing(confirmed_verdict(path).verdict, path)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ArtifactDamaged as error:
+            if path.parents[1].name == GATES:  # about whichever adapter
+                continue
             yield Standing(state=NEVER, reason=f"its verdict cannot be believed: {error}")
 
 

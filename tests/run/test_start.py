@@ -82,7 +82,7 @@ def test_what_no_gate_passed_is_no_start_unless_the_recipe_says_so(case: str) ->
     assert (dpo.state, dpo.verdict, dpo.unpromoted) == ("unpromoted", "pass", [below])
     assert json.loads((run.path / "stages/dpo/verdict.json").read_text())["unpromoted"] == [below]
     assert [row.lift.unpromoted for row in ledger.lifts(Path("other_root"))] == [below]
-    for report in ("report.html", "report.md"):
+    for report in ("report.html", "report.md", "junit.xml"):
         assert below in (run.path / report).read_text()
     with pytest.raises(BadInput, match=f"stands on what no gate passed: {below}"):
         run_recipe(script, "stages=[dpo]", f"start_from={run.path}/stages/dpo/artifact", "output_root=third")
