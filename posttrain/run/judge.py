@@ -12,6 +12,7 @@ from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import GateRequest, Verdict
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
+from posttrain.run.published import keep_evidence
 from posttrain.run.verdict import SCORECARD, VERDICT, read_verdict, write_verdict
 
 
@@ -37,6 +38,7 @@ def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: t
     path = job.folder / VERDICT
     if (existing := _confirm_kept(job, request, path, key)) is not None:
         return existing
+    keep_evidence(job)
     # Before the new scores replace those that it rests on: a kill in between leaves no verdict, never a false one.
     path.unlink(missing_ok=True)
     progress = EvaluationProgress(job.display, job.name)

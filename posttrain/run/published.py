@@ -2,7 +2,7 @@
 
     stages/<name>/artifact                what the present recipe gives
     stages/<name>/artifact.<digest>       replaced, never deleted; found again by its fingerprint
-    stages/<name>/evidence.<digest>/      its verdict, scores and curves
+    stages/<name>/evidence.<digest>/      its verdict, scores and curves; or those of another gate about ``artifact``
 
 One is found by the fingerprint in its manifest, which costs a look at every manifest and no hash; that one is then
 verified, byte by byte. From another run its files are linked: either run can be deleted without the other.
@@ -24,7 +24,7 @@ from posttrain.disk import sync
 from posttrain.errors import ArtifactDamaged
 from posttrain.run.job import Job
 from posttrain.run.metrics import MetricsLog
-from posttrain.run.verdict import SCORECARD, VERDICT
+from posttrain.run.verdict import SCORECARD, VERDICT, read_verdict
 from posttrain.saved import as_kind, lines_of, read_json, read_text
 
 ARTIFACT = "artifact"
@@ -92,6 +92,20 @@ def set_aside(job: Job, digest: str, reason: str) -> None:
     log.replace([])
     job.entry.origin = None
     job.display.line(job.name, "train", f"replaced: {digest[:12]}, kept as {ARTIFACT}.{name} ({reason})")
+
+
+def keep_evidence(job: Job) -> None:
+    """Keep a verdict by another gate about the stage's artifact, with its scores, before it is judged anew."""
+    if not (job.folder / VERDICT).exists():
+        return
+    former = read_verdict(job.folder / VERDICT)
+    evidence = job.folder / f"evidence.{former.gate_digest[:12]}"
+    evidence.mkdir(exist_ok=True)
+    for file in reversed(EVIDENCE):  # the verdict last: there is none without its scores
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(job.folder / file, evidence / file)
+    what = f"judged anew by other settings: the former verdict, {former.verdict.state}, is kept in {evidence.name}"
+    job.display.line(job.name, "gate", what)
 
 
 def _free_name(folder: Path, name: str) -> str:

@@ -228,6 +228,16 @@ def test_a_kill_before_the_state_is_written_leaves_the_origin(monkeypatch: pytes
     assert stages(run_recipe(Script()))["sft"]["origin"] == f"{first.path.name}/stages/sft/artifact"
 
 
+def test_a_stage_judged_by_another_gate_of_one_name_keeps_the_evidence_of_the_first() -> None:
+    folder = run_recipe(Script(), "stages=[sft]").path / "stages/sft"
+    before = {name: (folder / name).read_bytes() for name in ("verdict.json", "scorecard.jsonl")}
+    run_recipe(Script(), "stages=[sft]", "sft.gate.tasks.some.min_lift=0.1")
+    assert (folder / "verdict.json").read_bytes() != before["verdict.json"]
+    (kept,) = folder.glob("evidence.*")
+    assert {name: (kept / name).read_bytes() for name in before} == before
+    assert f"the former verdict, pass, is kept in {kept.name}" in log()
+
+
 # --- One run under several policies -----------------------------------------------------------------------------------
 
 FAILING = (
