@@ -41,12 +41,17 @@ def variables_of(template: str) -> frozenset[str]:
 
     Empty when it cannot be parsed: rendering will say so.
     """
-    from jinja2 import Environment, TemplateSyntaxError, meta
+    from jinja2 import Environment, TemplateSyntaxError, pass_context
     from jinja2.ext import loopcontrols
+    from jinja2.meta import TrackingCodeGenerator
 
+    # Nothing of the template is computed: with a finalize of the context and no optimizer, Jinja folds no constants.
+    environment = Environment(extensions=[loopcontrols], finalize=pass_context(lambda _, value: value))
+    generator = TrackingCodeGenerator(environment)
+    generator.optimizer = None
     try:
-        parsed = Environment(extensions=[loopcontrols]).parse(_GENERATION.sub("", template))
-        read = meta.find_undeclared_variables(parsed)
+        generator.visit(environment.parse(_GENERATION.sub("", template)))
+        read = generator.undeclared_identifiers
     except (TemplateSyntaxError, RecursionError):
         return frozenset()
     settable = {name for name in read if name not in SET_BY_US and not name.endswith("_token")}

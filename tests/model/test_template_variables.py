@@ -66,6 +66,7 @@ def base(folder: Path, template: str) -> Path:
         ("{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", set()),
         ("{% for t in tools %}{% break %}{% endfor %}{{ strftime_now('%Y') }}", {"date"}),
         ("{% broken", set()),
+        ("{{ 9 ** 387420489 }}{{ ('a' * 10 ** 10) | length }}{% set a = 'b' * 10 ** 10 %}{{ tone }}", {"tone"}),
         ("{% set ns = namespace(x=dict(a=1)) %}{% for i in range(2) %}{{ ns.x }}{% endfor %}", set()),
     ],
 )
