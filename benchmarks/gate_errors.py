@@ -132,6 +132,7 @@ def comparison(name: str, role: Role, evidence: Evidence, threshold: float) -> C
     return Comparison(
         name=name, metric="acc", filter="none", higher_is_better=True, questions="", role=role, against="base",
         evidence=evidence, threshold=threshold, means={}, fractions=True,
+        documents=evidence.n,
     )  # fmt: skip
 
 

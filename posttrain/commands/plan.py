@@ -15,6 +15,7 @@ from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig, GateTask, Method, Sequential
 from posttrain.data.mixing import count_records
 from posttrain.errors import BadInput
+from posttrain.gate.reasons import weaknesses
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
 from posttrain.model.base import stored_kinds
@@ -52,6 +53,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "data": [source.path for source in step.sources],
             "gate": sorted(step.tasks),
             "power": _power_json(step),
+            "notes": weaknesses(step.gate, step.tasks),
             "advice": _advice(step, stored),
         }
         for step in plan.steps
@@ -160,7 +162,7 @@ def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> lis
 def _gate(step: Step) -> list[str]:
     gate = step.gate
     if not gate.enabled:
-        return ["none: the artifact is promoted unseen"]
+        return ["none: the artifact is promoted unseen", *(f"warning: {each}" for each in weaknesses(gate, {}))]
     policy = f"on fail {gate.on_fail.value}, on undecided {gate.on_undecided.value}"
     head = f"against {' and '.join(gate.against)} at {gate.confidence:.0%} confidence, {policy}"
     if gate.sequential is not Sequential.none:
@@ -171,7 +173,8 @@ def _gate(step: Step) -> list[str]:
     if any(each.chances for each in outlooks):
         shares = " or ".join(f"{share:.0%}" for share in DISCORDANCES)
         lines.append(f"power assuming the two systems disagree on {shares} of the documents")
-    return [head, *lines, *(f"warning: {_warning(each)}" for each in outlooks if each.hopeless)]
+    lines += [f"warning: {_warning(each)}" for each in outlooks if each.hopeless]
+    return [head, *lines, *(f"warning: {weakness}" for weakness in weaknesses(gate, step.tasks))]
 
 
 def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:

@@ -47,6 +47,8 @@ class Comparison:
     """Mean score of every system."""
     fractions: bool
     """True when the scores lie between 0 and 1, so that changes are shown in percentage points."""
+    documents: int
+    """Number of scored documents, equal ones included; the evidence counts distinct ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ def _comparison(
         limit=limit,
         means={system: fmean(found) if found else 0.0 for system, found in task.scores.items()},
         fractions=task.fractions,
+        documents=task.documents,
     )
 
 
@@ -144,11 +147,25 @@ def _pooled(allowed: float, guards: Sequence[TaskScores], system: Comparator) ->
         questions=digest_of([task.questions for task in guards]),
         role=Role.guard,
         against=system,
-        evidence=Pool(parts) if len(parts) == len(guards) else None,
+        evidence=Pool(parts, _correlations(guards)) if len(parts) == len(guards) else None,
         threshold=-allowed,
         means={name: fmean(_share(task, name) for task in guards) for name in guards[0].scores},
         fractions=True,
+        documents=sum(task.documents for task in guards),
     )
+
+
+def _correlations(tasks: Sequence[TaskScores]) -> list[list[float]] | None:
+    """Return the largest correlations that common documents can cause between the means of tasks; None for none."""
+    found = [[1.0 if one is other else _common(one, other) for other in tasks] for one in tasks]
+    return found if any(r for i, row in enumerate(found) for j, r in enumerate(row) if i != j) else None
+
+
+def _common(one: TaskScores, other: TaskScores) -> float:
+    """Return the share of common documents: of n and m documents, c in common correlate the means by c / sqrt(n m)."""
+    sizes = math.sqrt(len(one.scores["candidate"]) * len(other.scores["candidate"]))
+    common = max(len(mine & theirs) for mine, theirs in zip(one.contents, other.contents, strict=True))
+    return min(common / sizes, 1.0) if sizes else 0.0
 
 
 def _share(task: TaskScores, system: str) -> float:

@@ -205,6 +205,8 @@ class Pool:
     """Tasks taken together, each with the same weight."""
 
     parts: Sequence[Evidence]
+    correlations: Sequence[Sequence[float]] | None = None
+    """The largest correlation between the means of two parts, from the documents in both; None for none at all."""
 
     @property
     def n(self) -> int:
@@ -218,8 +220,8 @@ class Pool:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean of independent tasks."""
-        return math.hypot(*(part.standard_error for part in self.parts)) / len(self.parts)
+        """Standard error of the mean of the tasks."""
+        return self._combine([part.standard_error for part in self.parts])
 
     @property
     def method(self) -> str:
@@ -228,21 +230,30 @@ class Pool:
         return f"{count} task{'s' if count > 1 else ''} with equal weight, their bounds combined"
 
     def bounds(self, confidence: float) -> Bounds:
-        """Return bounds from the tasks' own: distances from means to bounds add like independent errors, in squares.
+        """Return bounds from the tasks' own: distances from means to bounds add like errors, in squares.
 
+        Tasks that share documents err together, at most as far as the documents are the same.
         So the care of Tango's interval for few discordant documents reaches the pool. Source: G. Y. Zou, J. Huang, X.
         Zhang, A note on confidence interval estimation for a linear function of binomial proportions, Computational
         Statistics & Data Analysis 53 (2009) 1080-1085.
         """
         found = [(part.mean, part.bounds(confidence)) for part in self.parts]
-        below = math.hypot(*(mean - bounds.low for mean, bounds in found)) / len(found)
-        above = math.hypot(*(bounds.high - mean for mean, bounds in found)) / len(found)
+        below = self._combine([mean - bounds.low for mean, bounds in found])
+        above = self._combine([bounds.high - mean for mean, bounds in found])
         return Bounds(self.mean - below, self.mean + above)
 
     def documents(self, expected: float, threshold: float, confidence: float) -> int:
         """Return the number of documents of all tasks, in today's proportions."""
         needed = _documents(self, expected - threshold, confidence)
         return needed or sum(part.documents(expected, threshold, confidence) for part in self.parts)
+
+    def _combine(self, distances: Sequence[float]) -> float:
+        """Return the error of the mean of the parts from their own errors."""
+        if self.correlations is None:
+            return math.hypot(*distances) / len(distances)
+        pairs = zip(distances, self.correlations, strict=True)
+        squares = (one * other * r for one, row in pairs for other, r in zip(distances, row, strict=True))
+        return math.sqrt(max(math.fsum(squares), 0.0)) / len(distances)
 
 
 def pair_scores(new: Sequence[float], old: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Evidence:

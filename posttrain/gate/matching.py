@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.sequential import portion_size
+from posttrain.gate.sequential import select_portion
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 
 if TYPE_CHECKING:
@@ -33,9 +34,13 @@ class TaskScores:
     questions: str
     """SHA-256 over metric, filter and documents."""
     scores: Mapping[str, Sequence[float]]
-    """By system, over the same documents in the same order."""
+    """By system, over the same documents in the same order. Equal documents are one, with the mean of their scores."""
     clusters: Sequence[str] | None
-    """The source of each document, where the gate asks for it."""
+    """The source of each document, where the gate asks for it or documents resemble each other."""
+    documents: int
+    """Number of scored documents, equal ones included."""
+    contents: tuple[frozenset[str], frozenset[str]]
+    """Hashes of the documents, and of their requests."""
 
     @property
     def fractions(self) -> bool:
@@ -59,16 +64,49 @@ def _match_task(request: GateRequest, scorecard: Scorecard, name: str, task: Gat
     for system, found in rows.items():
         _require_fresh(name, system, found, request.systems[system].digest)
         _require_same_questions(name, system, found, candidate)
-    _require_all(name, len(candidate), scorecard)
+    _require_all(name, len(candidate), scorecard, request.gate.seed)
+    groups = group_equal({doc_id: (row.document_hash, row.request_hash) for doc_id, row in candidate.items()})
     return TaskScores(
         name=name,
         task=task,
         filter=next((row.filter for row in candidate.values()), task.filter or ""),
         higher_is_better=_direction(name, task, scorecard),
         questions=_digest(task, candidate),
-        scores={system: _scores(name, task.metric, found) for system, found in rows.items()},
-        clusters=None if task.cluster is None else _clusters(name, candidate, scorecard),
+        scores={system: _scores(name, task.metric, found, groups) for system, found in rows.items()},
+        clusters=_clusters(name, task, groups, scorecard),
+        documents=len(candidate),
+        contents=(
+            frozenset(row.document_hash for row in candidate.values()),
+            frozenset(row.request_hash for row in candidate.values()),
+        ),
     )
+
+
+def group_equal(keys: Mapping[int, Iterable[str]]) -> list[list[int]]:
+    """Return the documents in groups of equal ones: any key in common makes two equal, and so does a third between.
+
+    Groups and documents are in the order of the documents.
+    """
+    leader: dict[int, int] = {}
+    first: dict[str, int] = {}
+
+    def find(document: int) -> int:
+        while leader[document] != document:
+            leader[document] = document = leader[leader[document]]
+        return document
+
+    for document in sorted(keys):
+        leader[document] = document
+        for place, key in enumerate(keys[document]):
+            if not key:  # a plugin need not know it
+                continue
+            other = find(first.setdefault(f"{place} {key}", document))
+            own = find(document)
+            leader[max(own, other)] = min(own, other)
+    groups: dict[int, list[int]] = {}
+    for document in sorted(keys):
+        groups.setdefault(find(document), []).append(document)
+    return list(groups.values())
 
 
 def _by_task(rows: Iterable[DocumentScore]) -> Table:
@@ -111,24 +149,28 @@ def _require_same_questions(name: str, system: str, rows: Rows, candidate: Rows)
                 raise ArtifactDamaged(f"{name}: {system} and candidate differ in the {what} of document {doc_id}")
 
 
-def _require_all(name: str, found: int, scorecard: Scorecard) -> None:
+def _require_all(name: str, found: int, scorecard: Scorecard, seed: int) -> None:
     """Require all documents of the task or, in a sequential gate, the part that belongs to its look."""
     total = scorecard.documents.get(name)
     if total is None and not scorecard.look.last:
         raise ArtifactDamaged(f"{name}: the scorecard of an early look does not say how many documents there are")
-    expected = found if total is None else portion_size(total, scorecard.look)
+    clusters = scorecard.clusters.get(name)
+    asked = range(total or found) if clusters is None else list(clusters)
+    if total is not None and len(asked) != total:
+        raise ArtifactDamaged(f"{name}: the scorecard names the source of {len(asked):,} documents, not of {total:,}")
+    expected = found if total is None else len(select_portion(asked, scorecard.look, seed, clusters))
     if found != expected:
         raise ArtifactDamaged(f"{name}: {found:,} documents are scored, not {expected:,}")
 
 
-def _scores(name: str, metric: str, rows: Rows) -> list[float]:
-    scores = []
-    for doc_id, row in sorted(rows.items()):
+def _scores(name: str, metric: str, rows: Rows, groups: Sequence[Sequence[int]]) -> list[float]:
+    scores = {}
+    for doc_id, row in rows.items():
         score = row.metrics.get(metric)
         if score is None or not math.isfinite(score):
             raise ArtifactDamaged(f"{name}: {row.system} has no finite {metric} for document {doc_id}")
-        scores.append(float(score))
-    return scores
+        scores[doc_id] = float(score)
+    return [fmean(scores[doc_id] for doc_id in group) if len(group) > 1 else scores[group[0]] for group in groups]
 
 
 def _direction(name: str, task: GateTask, scorecard: Scorecard) -> bool:
@@ -140,12 +182,30 @@ def _direction(name: str, task: GateTask, scorecard: Scorecard) -> bool:
     return found
 
 
-def _clusters(name: str, rows: Rows, scorecard: Scorecard) -> list[str]:
-    sources = scorecard.clusters.get(name, {})
-    missing = next((doc_id for doc_id in sorted(rows) if doc_id not in sources), None)
-    if missing is not None:
+def _clusters(name: str, task: GateTask, groups: Sequence[Sequence[int]], scorecard: Scorecard) -> list[str] | None:
+    """Return the source of each group of equal documents; sources with equal documents are one."""
+    sources = scorecard.clusters.get(name)
+    if sources is None and task.cluster is None:
+        return None
+    missing = next((doc_id for group in groups for doc_id in group if doc_id not in (sources or {})), None)
+    if sources is None or missing is not None:
         raise ArtifactDamaged(f"{name}: the scorecard does not name the source of document {missing}")
-    return [sources[doc_id] for doc_id in sorted(rows)]
+    return merge_sources(groups, sources)
+
+
+def merge_sources(groups: Sequence[Sequence[int]], sources: Mapping[int, str]) -> list[str]:
+    """Return the source of each group of documents, where groups join the sources of their members."""
+    first: dict[str, str] = {}
+
+    def find(source: str) -> str:
+        while first.setdefault(source, source) != source:
+            source = first[source]
+        return source
+
+    for group in groups:
+        for document in group[1:]:
+            first[find(sources[document])] = find(sources[group[0]])
+    return [find(sources[group[0]]) for group in groups]
 
 
 def _digest(task: GateTask, rows: Rows) -> str:

@@ -1,16 +1,25 @@
-"""The reason of a comparison's state, in plain words."""
+"""The reason of a comparison's state in plain words, and what leaves a gate without force."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from posttrain.config.schema import Role
 from posttrain.gate.evidence import Mean
 from posttrain.gate.roles import RULES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from posttrain.config.schema import GateConfig, GateTask
     from posttrain.gate.comparison import Comparison, Decision
     from posttrain.gate.evidence import Evidence
+
+LEAST_CONFIDENCE = 0.8
+"""Confidence below which a gate is named as one that luck passes."""
+LARGE_DROP = 0.5
+"""Allowed loss of a score between 0 and 1 that is named as hardly a demand."""
 
 
 def reason(comparison: Comparison, decision: Decision, confidence: float) -> str:
@@ -67,9 +76,11 @@ class _Words:
     @property
     def _size(self) -> str:
         evidence = self._evidence
+        copies = self._comparison.documents - evidence.n
+        size = f"n = {evidence.n:,}"
         if isinstance(evidence, Mean) and evidence.clusters is not None:
-            return f"n = {evidence.n:,} from {evidence.error.groups:,} sources"
-        return f"n = {evidence.n:,}"
+            size += f" from {evidence.error.groups:,} sources"
+        return f"{size}: {self._comparison.documents:,} documents, {evidence.n:,} distinct" if copies else size
 
     @property
     def _correction(self) -> str:
@@ -114,3 +125,55 @@ class _Words:
 
     def _score(self, value: float) -> str:
         return f"{100 * value:.2f}" if self._comparison.fractions else f"{value:.4g}"
+
+
+def copies(comparison: Comparison) -> str | None:
+    """Return the note that documents of a task are equal; None when each is distinct."""
+    distinct = 0 if comparison.evidence is None else comparison.evidence.n
+    if comparison.documents <= distinct:
+        return None
+    return f"{comparison.name}: {comparison.documents:,} documents, {distinct:,} distinct: equal ones count once"
+
+
+def weaknesses(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[str]:
+    """Return what makes a gate unable to fail an artifact, as far as its settings show."""
+    if not gate.enabled:
+        return ["the gate is switched off: nothing is asked, and everything passes"]
+    found = [] if tasks else ["no task is asked"]
+    if gate.confidence < LEAST_CONFIDENCE:
+        luck = f"luck alone passes up to {1 - gate.confidence:.0%} of what is not better"
+        found.append(f"confidence {gate.confidence:g} is low: {luck}")
+    if gate.pooled_max_drop is not None and gate.pooled_max_drop >= LARGE_DROP:
+        found.append(f"pooled_max_drop {gate.pooled_max_drop:g} allows to lose most of a score between 0 and 1")
+    return found + [f"{name}: {weak}" for name, task in tasks.items() if (weak := _weakness(gate, task))]
+
+
+def _weakness(gate: GateConfig, task: GateTask) -> str | None:
+    """Return why hardly an artifact can fail a task."""
+    drop, limit, higher = gate.allowed_drop(task), task.threshold, task.higher_is_better
+    if task.role is Role.lift and task.min_lift < 0:
+        return f"min_lift {task.min_lift:g} is below 0: a loss passes as a lift"
+    if task.role is Role.guard and drop >= LARGE_DROP:
+        return f"max_drop {drop:g} allows to lose {'all' if drop >= 1 else 'most'} of a score between 0 and 1"
+    if task.role is not Role.limit or limit is None:
+        return None
+    if higher is not False and (limit < 0 or (limit == 0 and higher)):
+        return f"threshold {limit:g}: no score that is a share or a count lies below"
+    if higher is False and limit >= 1:
+        return f"threshold {limit:g}: no score between 0 and 1 lies above"
+    return None
+
+
+def idle(comparison: Comparison) -> str | None:
+    """Return why no candidate can fail a comparison, from what the others scored; None when one can."""
+    if not comparison.fractions:
+        return None
+    if comparison.limit is not None:
+        met = comparison.limit < 0 if comparison.higher_is_better else comparison.limit > 1
+        return f"{comparison.name}: every score meets the threshold {comparison.limit:g}" if met else None
+    allowed, old = -comparison.threshold, comparison.means.get(comparison.against, 0.0)
+    room = old if comparison.higher_is_better else 1 - old
+    if allowed <= 0 or allowed < room:
+        return None
+    asked = f"{comparison.name} against {comparison.against} cannot fail"
+    return f"{asked}: it may lose {100 * allowed:.4g} points, and has {100 * room:.4g} to lose"

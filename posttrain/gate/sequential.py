@@ -66,15 +66,14 @@ def select_portion(
 ) -> set[int]:
     """Select the documents of all looks up to this one: the beginning of a seeded order.
 
-    Documents of one cluster follow each other, so that looks see different clusters.
+    Looks take clusters whole: a part of one would count as evidence of its own, and again with the rest of it.
     """
     groups: dict[Hashable, list[int]] = {}
     for document in sorted(documents):
         groups.setdefault(clusters[document] if clusters else document, []).append(document)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
-    shuffled = [document for group in order for document in group]
-    return set(shuffled[: portion_size(len(shuffled), look)])
+    return {document for group in order[: portion_size(len(order), look)] for document in group}
 
 
 def select_new(
@@ -86,7 +85,7 @@ def select_new(
 
 
 def portion_size(documents: int, look: Look) -> int:
-    """Return the number of documents of all looks up to this one, rounded up."""
+    """Return the number of documents, or of clusters, of all looks up to this one, rounded up."""
     return -(-documents * look.number // look.of)
 
 

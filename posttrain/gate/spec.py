@@ -101,7 +101,7 @@ class Scorecard:
     documents: Mapping[str, int] = field(default_factory=dict)
     """Number of documents of each task, scored or not yet; a scorecard with fewer is rejected."""
     clusters: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """The source of every document, for the tasks whose documents share sources."""
+    """The source of every document, scored or not yet, for the tasks whose documents share sources or questions."""
     look: Look = Look()
     """The look of a sequential gate at these scores."""
 
@@ -128,7 +128,7 @@ class TaskVerdict:
     against: Comparator
     """The other side of the comparison."""
     n: int
-    """Number of compared documents."""
+    """Number of compared documents; equal ones count once."""
     base: float
     """Score of the base."""
     parent: float

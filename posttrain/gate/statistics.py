@@ -99,11 +99,16 @@ def mean_bounds(mean: float, error: MeanError, scale: float, confidence: float) 
 
     Values that are all equal carry no estimate of their variance, and would give an interval without width; it gets
     the width of the score interval without discordant pairs instead, -/+ z^2 / (n + z^2), in units of ``scale``: the
-    largest size that a score has.
+    largest size that a score has. Towards 0 it is wider, the more the larger the value is, up to the score interval of
+    pairs that are all won: however large the gain of a single document, it is not told from 0.
     """
     if error.standard == 0:
         half = equal_half_width(error.groups, confidence) * scale
-        return Bounds(mean - half, mean + half)
+        size = min(abs(mean) / scale, 1.0) if scale > 0 else 0.0
+        won = tango_bounds(error.groups, 0, error.groups, confidence).low
+        towards = (1 - size) * half + size * (1 - won) * scale
+        below, above = (towards, half) if mean > 0 else (half, towards)
+        return Bounds(mean - below, mean + above)
     t, root = _student_quantile(confidence, error.groups - 1), math.sqrt(error.groups)
     below = max(t, root * _unskewed(t / root, error.skewness, error.groups))
     above = max(t, root * _unskewed(t / root, -error.skewness, error.groups))

@@ -15,6 +15,7 @@ from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
 from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, suggest
+from posttrain.gate.matching import group_equal, merge_sources
 from posttrain.host import consent
 from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
 from posttrain.scoring.code import check_consent
@@ -225,15 +226,25 @@ def check_cluster(where: str, task: GateTask, documents: Iterable[Any]) -> Itera
 
 
 def read_clusters(gate: Mapping[str, GateTask], prepared: Iterable[PreparedTask]) -> dict[str, dict[int, str]]:
-    """Return the source of every document, for the tasks with ``cluster``. Raises BadInput when a document has none."""
+    """Return the source of every document, for the tasks with ``cluster`` and those in which questions are equal.
+
+    Equal questions are one source, whatever examples precede them. Raises BadInput when a document has no source.
+    """
     found: dict[str, dict[int, str]] = {}
     for task in prepared:
         field = gate[task.name].cluster
+        equal = group_equal({question.doc_id: question.contents for question in task.questions})
         if field is not None:
             documents = [question.doc for question in task.questions]
             if problems := list(check_cluster(f"tasks.{task.name}", gate[task.name], documents)):
                 raise BadInput(problems)
-            found[task.name] = {question.doc_id: str(question.doc[field]) for question in task.questions}
+            sources = {question.doc_id: str(question.doc[field]) for question in task.questions}
+        elif len(equal) < len(task.questions):
+            sources = {question.doc_id: str(question.doc_id) for question in task.questions}
+        else:
+            continue
+        merged = zip(equal, merge_sources(equal, sources), strict=True)
+        found[task.name] = {doc_id: source for group, source in merged for doc_id in group}
     return found
 
 

@@ -25,6 +25,13 @@ class Question:
     request_hash: str
     target_hash: str
     target: str
+    words: str = ""
+    """Hash of the question without the examples before it: what it asks, and the choices or the text to be judged."""
+
+    @property
+    def contents(self) -> tuple[str, str, str]:
+        """Hashes each of which makes two questions with an equal one the same."""
+        return self.document_hash, self.request_hash, self.words
 
     @property
     def repeats(self) -> list[int]:

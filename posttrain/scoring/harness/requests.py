@@ -177,7 +177,19 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
         target=target_text,
+        words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, requests)]),
     )
+
+
+def _asked(leaf: Any, doc: Any, requests: Sequence[Any]) -> list[Any]:
+    """Return what a document asks, as the task words it, without examples: the question, and what is to be judged."""
+    question = leaf.doc_to_text(doc)
+    question = question.strip() if isinstance(question, str) else question
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        return [question, sorted(map(str, leaf.doc_to_choice(doc)))]
+    if question == "" or leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+        return [request.args for request in requests]
+    return [question, *(request.args[1] for request in requests if leaf.OUTPUT_TYPE == "loglikelihood")]
 
 
 def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -> Any:
