@@ -84,12 +84,12 @@ def test_copies_change_nothing(pairs: list[tuple[int, int]], seed: int) -> None:
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("looks", [1, 5])
 def test_copies_raise_no_false_promotions(binary: bool, looks: int) -> None:
-    """Without a true lift, and with some documents repeated up to forty times, as scraped data has them."""
+    """Without a true lift, and with some documents repeated up to twenty times, as scraped data has them."""
     generator = np.random.default_rng(7)
-    gates, documents, promoted = 150, 60, 0
+    gates, documents, promoted = 100, 40, 0
     asked = request(LIFT, looks=looks, sequential=Sequential.obrien_fleming if looks > 1 else Sequential.none)
     for gate in range(gates):
-        copies = np.minimum(generator.zipf(1.6, documents), 40)
+        copies = np.minimum(generator.zipf(1.6, documents), 20)
         of = np.repeat(np.arange(documents), copies)
         base, candidate = generator.random((2, documents)).round(0 if binary else 6)
         first = np.searchsorted(of, of)
