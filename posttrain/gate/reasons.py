@@ -80,7 +80,7 @@ class _Words:
         size = f"n = {evidence.n:,}"
         if isinstance(evidence, Mean) and evidence.clusters is not None:
             size += f" from {evidence.error.groups:,} sources"
-        return f"{size}: {self._comparison.documents:,} documents, {evidence.n:,} distinct" if copies else size
+        return f"{size} [{self._comparison.documents:,} documents, {evidence.n:,} distinct]" if copies else size
 
     @property
     def _correction(self) -> str:

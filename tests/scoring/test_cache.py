@@ -62,7 +62,14 @@ def test_of_a_long_prompt_the_end_is_kept(tmp_path: Path) -> None:
         for doc_id, prompt in enumerate(prompts)
     ]  # fmt: skip
     task = PreparedTask(
-        name="quiz", metric="acc", higher_is_better=True, leaves=[], filters=[], questions=questions, settings=None
+        name="quiz",
+        metric="acc",
+        higher_is_better=True,
+        leaves=[],
+        filters=[],
+        questions=questions,
+        settings=None,
+        ends=[],
     )
     write_questions(tmp_path / "questions.jsonl", [task])
     found = read_questions(tmp_path / "questions.jsonl")
