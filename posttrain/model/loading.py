@@ -38,6 +38,7 @@ from posttrain.model.added_tokens import (
 from posttrain.model.base import ADAPTER_WEIGHTS, weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
 from posttrain.model.targets import WHERE, resolve_targets
+from posttrain.model.trust import foreign
 
 ADAPTER = "default"
 """Name of the trained adapter: peft's default, the only one copied, saved and reloaded by trainers on their own."""
@@ -189,7 +190,7 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     if source.quantization is not None:  # happens on the device of loading
         quantised["quantization_config"] = quantisation_config(source.quantization, DTYPES[dtype])
         quantised["device_map"] = {"": default_device()}
-    try:
+    with foreign(source.model, "the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.model,
             **quantised,
@@ -199,8 +200,6 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadInput(Problem(where=str(source.model), what=f"the model cannot be loaded: {error}")) from error
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise BadInput(Problem(where=str(source.model), what=f"its weights lack {listed}", fix="Copy the model again"))
@@ -221,7 +220,5 @@ def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
 
 def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer as its files describe it, without added tokens."""
-    try:
+    with foreign(source.tokenizer, "its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(Problem(where=str(source.tokenizer), what=f"its tokenizer cannot be loaded: {error}")) from error

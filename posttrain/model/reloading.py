@@ -24,6 +24,7 @@ from posttrain.model.base import ADAPTER_WEIGHTS
 from posttrain.model.checks import check_output, is_low_rank
 from posttrain.model.loading import ADAPTER, added_token_ids, attach, load_model
 from posttrain.model.probe import Probe, difference, logits, random_ids
+from posttrain.model.trust import PATTERN_SECONDS, foreign
 
 RELOADED_LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
 """Largest difference from the logits in memory, relative to their spread; without patched kernels there is none."""
@@ -119,6 +120,11 @@ def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> 
 
 def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of an adapter's tensors, from its configuration and the base's, without weights."""
+    with foreign(output, "the adapter cannot be attached", PATTERN_SECONDS):
+        return _imply_shapes(output, parent, embeddings)
+
+
+def _imply_shapes(output: Path, parent: ModelSource, embeddings: bool) -> dict[str, tuple[int, ...]]:
     config = LoraConfig.from_pretrained(output)
     config.base_model_name_or_path = None  # peft warns unless it is the model's name; a model on meta has none
     added = added_token_ids(parent)

@@ -1,16 +1,21 @@
-"""Files of models and adapters from strangers: data alone, and in their own folder.
+"""Files of models and adapters from strangers: data alone, in their own folder, and read behind one door.
 
 Configurations have any keys, so known ones cannot be listed. The families of keys that load code, or fetch it, have an
-allow-list each: a value that is not on it is rejected, wherever it is nested. Imports neither torch nor transformers.
+allow-list each: a value that is not on it is rejected, wherever it is nested. Whatever a library raises about such
+files is bad input, with the folder and the architecture. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import BadInput, Problem
+from posttrain.disk import explain_error
+from posttrain.errors import BadInput, PosttrainError, Problem, brief, is_out_of_memory, reject
+from posttrain.tokens.time_limit import time_limit
 
 PRIVATE = frozenset(
     {"_name_or_path", "_commit_hash", "_from_model_config", "_num_labels", "_attn_implementation_autoset"}
@@ -37,8 +42,49 @@ DEFAULTS: Mapping[str, object] = {"megatron_core": "megatron.core"}
 NEVER_EMPTY = frozenset({".json", ".safetensors", ".model"})
 READ = NEVER_EMPTY | {".jinja", ".txt"}
 """Endings of the files that are read."""
+OTHER = "Copy it again, or use another one"
 LONGEST = 10_000
 """Characters of a text in a configuration: a pattern of modules among them is compiled and run."""
+
+
+PATTERN_SECONDS = 20
+"""Seconds of computing for the patterns of an adapter, over the names of a model's modules."""
+
+
+@contextmanager
+def foreign(folder: Path, what: str, seconds: float | None = None) -> Iterator[None]:
+    """Turn whatever a library raises about the files of ``folder`` into BadInput, with the architecture's name.
+
+    ``what`` is the fault in words, as in ``the model cannot be loaded``; ``seconds`` limits the computing. Errors with an exit code of
+    their own pass: ours, those of the disk, and memory that ran out.
+    """
+    try:
+        if seconds is None:
+            yield
+        else:
+            with time_limit(seconds):
+                yield
+    except PosttrainError:
+        raise
+    except TimeoutError:
+        reject(str(folder), f"{what} ({architecture(folder)}) within {seconds:g} s of computing", OTHER)
+    except Exception as error:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and explain_error(error) is not None):
+            raise
+        why = f"{what} ({architecture(folder)}): {brief(error)}"
+        raise BadInput(Problem(where=str(folder), what=why, fix=OTHER)) from error
+
+
+def architecture(folder: Path) -> str:
+    """Return the name of the architecture in ``folder``, as its configuration has it."""
+    for name, keys in (("adapter_config.json", ("peft_type",)), ("config.json", ("architectures", "model_type"))):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = next(config[key] for key in keys if config.get(key))
+            return f"{found[0] if isinstance(found, list) else found}"[:80] + (" adapter" if "peft" in keys[0] else "")
+        except (OSError, ValueError, KeyError, AttributeError, StopIteration, RecursionError):
+            continue
+    return "of unknown architecture"
 
 
 def find_code(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
