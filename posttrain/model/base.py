@@ -36,6 +36,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SPARE_LAYERS = 1000
+"""Layers that a configuration may have beyond its weights; loading names the missing ones."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 STORED = {
     "outside the language model": re.compile(r"vision|visual|image|audio|multi_modal"),
@@ -60,6 +63,7 @@ def resolve_base(model: ModelConfig, pins: Pins | None = None, *, dated: bool = 
     check_places(folder)
     weights = weight_files(folder)
     _check_configs(folder)
+    _check_depth(folder, weights)
     template = _chat_template(model, folder) if pins is None else _pinned_template(model, pins)
     added = tuple(model.added_tokens) if pins is None else _pinned_tokens(model, pins)
     model_digest = digest_of(file_digests(_present(folder, MODEL_FILES) | {path.name: path for path in weights}))
@@ -231,6 +235,23 @@ def _check_header(path: Path) -> None:
             return
     except (SafetensorError, OSError) as error:
         raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
+
+
+def _check_depth(folder: Path, weights: Sequence[Path]) -> None:
+    """Reject a configuration with more layers than the weights have: building a million takes hours and all memory."""
+    from safetensors import safe_open
+
+    config = read_json(folder / "config.json")
+    texts = [config, *(inner for inner in config.values() if isinstance(inner, dict))]
+    claimed = [text[key] for text in texts for key in DEPTHS if type(text.get(key)) is int]
+    deepest = 0
+    for path in weights:
+        with safe_open(path, framework="numpy") as file:
+            numbers = [int(part) for name in file.keys() for part in name.split(".") if part.isdigit()]  # noqa: SIM118
+            deepest = max([deepest, *numbers])
+    if claimed and max(claimed) > deepest + 1 + SPARE_LAYERS:
+        what = f"it has {max(claimed):,} layers, its weights {deepest + 1:,}"
+        raise BadInput(Problem(where=str(folder / "config.json"), what=what, fix="Copy the model again"))
 
 
 def _check_configs(folder: Path) -> None:
