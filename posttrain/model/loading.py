@@ -38,7 +38,7 @@ from posttrain.model.added_tokens import (
 from posttrain.model.base import ADAPTER_WEIGHTS, weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
 from posttrain.model.targets import WHERE, resolve_targets
-from posttrain.model.trust import foreign
+from posttrain.model.trust import check_adapter, foreign
 
 ADAPTER = "default"
 """Name of the trained adapter: peft's default, the only one copied, saved and reloaded by trainers on their own."""
@@ -91,11 +91,14 @@ def attach(model: PreTrainedModel, adapter: Path, rows: int | None = None, **opt
     ``rows`` are those of the embeddings that the adapter was trained with, where the model has others.
 
     The same numbers are drawn every time: fast PiSSA takes the base apart with random ones. Raises ArtifactDamaged
-    when a tensor of the adapter is missing or has no place: peft would leave it out in silence.
+    when a tensor of the adapter is missing or has no place: peft would leave it out in silence; BadInput when peft
+    cannot read it, or when it would load code.
     """
+    check_adapter(adapter)
     if rows is not None:
         fit_rows(model, rows)
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    what = "the adapter cannot be attached"
+    with foreign(adapter, what), torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         warnings.simplefilter("ignore")  # peft warns of what is checked below
         adapted: PeftModel = PeftModel.from_pretrained(model, adapter, adapter_name=ADAPTER, **options)

@@ -24,7 +24,7 @@ from posttrain.model.base import ADAPTER_WEIGHTS
 from posttrain.model.checks import check_output, is_low_rank
 from posttrain.model.loading import ADAPTER, added_token_ids, attach, load_model
 from posttrain.model.probe import Probe, difference, logits, random_ids
-from posttrain.model.trust import PATTERN_SECONDS, foreign
+from posttrain.model.trust import PATTERN_SECONDS, check_adapter, foreign
 
 RELOADED_LIMITS = {"float32": 1e-5, "bfloat16": 0.01}
 """Largest difference from the logits in memory, relative to their spread; without patched kernels there is none."""
@@ -120,6 +120,7 @@ def check_names(output: Path, parent: ModelSource, embeddings: bool = False) -> 
 
 def _implied_shapes(output: Path, parent: ModelSource, embeddings: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of an adapter's tensors, from its configuration and the base's, without weights."""
+    check_adapter(output)
     with foreign(output, "the adapter cannot be attached", PATTERN_SECONDS):
         return _imply_shapes(output, parent, embeddings)
 

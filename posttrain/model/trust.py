@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.disk import explain_error
-from posttrain.errors import BadInput, PosttrainError, Problem, brief, is_out_of_memory, reject
+from posttrain.errors import BadInput, PosttrainError, Problem, brief, first_line, is_out_of_memory, reject
 from posttrain.tokens.time_limit import time_limit
 
 PRIVATE = frozenset(
@@ -121,6 +121,20 @@ def _fault(key: str, value: Any) -> str | None:
     if key.startswith("_") and key not in PRIVATE:
         return "is private to transformers, and can load code by name"
     return CODE.get(key)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise BadInput when the adapter in ``folder`` would load code, or is not made of files of its own."""
+    check_places(folder)
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reject(str(path), f"it is damaged: {first_line(error)}", OTHER)
+    if not isinstance(config, dict):
+        reject(str(path), "it is damaged: not a JSON object", OTHER)
+    if problems := [Problem(where=str(path), what=f"{key} {why}", fix=OTHER) for key, why in find_code(config)]:
+        raise BadInput(problems)
 
 
 def check_places(folder: Path) -> None:

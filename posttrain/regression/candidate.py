@@ -17,6 +17,7 @@ from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
 from posttrain.model.base import PICKLED, TOKENIZER_FILES, read_json, resolve_base
+from posttrain.model.trust import check_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -90,6 +91,7 @@ def _artifact(path: Path, model: BaseSettings, day: str | None) -> Candidate:
 
 
 def _adapter(path: Path, model: BaseSettings, day: str | None) -> Candidate:
+    check_adapter(path)
     config = read_json(path / ADAPTER_CONFIG)
     weights = path / ADAPTER_WEIGHTS
     if not weights.is_file():
