@@ -224,4 +224,6 @@ def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
 def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer as its files describe it, without added tokens."""
     with foreign(source.tokenizer, "its tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+        tokenizer("a b")  # many settings are only read with the first text
+        return tokenizer

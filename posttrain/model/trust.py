@@ -55,8 +55,8 @@ PATTERN_SECONDS = 20
 def foreign(folder: Path, what: str, seconds: float | None = None) -> Iterator[None]:
     """Turn whatever a library raises about the files of ``folder`` into BadInput, with the architecture's name.
 
-    ``what`` is the fault in words, as in ``the model cannot be loaded``; ``seconds`` limits the computing. Errors with an exit code of
-    their own pass: ours, those of the disk, and memory that ran out.
+    ``what`` is the fault in words, as in ``the model cannot be loaded``; ``seconds`` limits the computing. Errors with
+    an exit code of their own pass: ours, those of the disk, and memory that ran out.
     """
     try:
         if seconds is None:
