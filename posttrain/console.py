@@ -26,6 +26,7 @@ class DataConsole(Console):
 
     @file.setter
     def file(self, stream: IO[str]) -> None:
+        """Print to another stream."""
         self._file = stream
 
     def render_str(self, text: str, **options: Any) -> Text:
