@@ -1,5 +1,7 @@
 """The systems of a gate: weights shared by several are loaded once."""
 
+# N = bytes of a weight
+
 from __future__ import annotations
 
 import contextlib
@@ -16,10 +18,6 @@ from posttrain.artifact import ModelSource
 from posttrain.model.added_tokens import read_rows
 from posttrain.model.loading import attach
 from posttrain.scoring.isolation import evaluating
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Types to read the bits of numbers by, by their bytes; bytes for all others."""
-
 
 @dataclass(frozen=True)
 class Loading:
@@ -87,11 +85,14 @@ def _twin(model: torch.nn.Module) -> Any:
 
 def _bits(model: torch.nn.Module) -> list[int]:
     """Return the sum of the bits of every weight and buffer, read as integers: one changed number changes it."""
-    return [int(_integers(tensor.detach()).sum(dtype=torch.int64)) for tensor in _tensors(model)]
+    return [_sum(tensor.detach().reshape(-1).view(torch.uint8)) for tensor in _tensors(model)]
 
 
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(INTEGERS.get(tensor.element_size(), torch.uint8))
+def _sum(bytes_N: torch.Tensor) -> int:
+    whole = len(bytes_N) - len(bytes_N) % 8
+    if bytes_N.storage_offset() % 8:  # cannot be read as integers of eight bytes
+        bytes_N = bytes_N.clone()
+    return int(bytes_N[:whole].view(torch.int64).sum()) + int(bytes_N[whole:].sum())
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
