@@ -19,6 +19,7 @@ from posttrain.model.added_tokens import read_rows
 from posttrain.model.loading import attach
 from posttrain.scoring.isolation import evaluating
 
+
 @dataclass(frozen=True)
 class Loading:
     """Loaders of models and tokenizers, and the device of the models."""
