@@ -124,7 +124,7 @@ def test_a_saved_adapter_holds_no_more_than_it_must(base: ModelSource, output: P
     model = save_adapter(base, output)
     model.add_adapter("ref", model.peft_config["default"])
     save_model(model, base, output, "float32")
-    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     assert set(contents(output)) == {"adapter_model.safetensors", "adapter_config.json"} | tokenizer
     assert not [name for name in load_file(output / "adapter_model.safetensors") if "ref" in name]
 
