@@ -229,6 +229,11 @@ def load(entries: Iterable[EntryPoint] | None = None) -> Host:
     return host
 
 
+def installed_labels() -> list[str]:
+    """Return the plugins of the installed distributions as a host labels them, with their versions."""
+    return [f"{entry.name} ({_distribution(entry)[0]})" for entry in entry_points(group=GROUP)]
+
+
 @dataclass(frozen=True)
 class Choice:
     """The plugins that the user wants."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.gate.spec import TaskVerdict, Verdict
+from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.quoting import cell
 from posttrain.quoting import markdown as inline
 from posttrain.report.run import RunReport, StageReport
@@ -36,8 +37,9 @@ def reasons(report: RunReport) -> list[tuple[str, str]]:
 
 
 def behind(verdict: Verdict) -> str:
-    """Say who scored and who judged, with versions."""
-    return f"scored by {_listed(verdict.scored_by)}; judged by {_listed(verdict.judged_by)}"
+    """Say who scored and who judged, with versions; what a report cannot judge again is said."""
+    again = "" if verdict.judged_by == (CORE_ORIGIN,) else " (a plugin's decision is made again where the run resumes)"
+    return f"scored by {_listed(verdict.scored_by)}; judged by {_listed(verdict.judged_by)}{again}"
 
 
 def judges(report: RunReport) -> list[tuple[str, str]]:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from posttrain.artifact import MANIFEST, Artifact, Manifest, read_manifest, verify
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.gate.spec import Verdict
 from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
-from posttrain.run.verdict import VERDICT, confirmed_verdict, read_verdict
+from posttrain.run.verdict import VERDICT, KeptVerdict, read_verdict
 
 NEVER = "never judged"
 TOLD = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
@@ -112,8 +111,10 @@ def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing
     """Yield what the verdicts in these folders say, as far as they are about the artifact."""
     for path in (folder / VERDICT for folder in folders):
         try:
-            if read_verdict(path).artifact == artifact.digest:
-                yield _standing(confirmed_verdict(path).verdict, path)
+            kept = read_verdict(path)
+            if kept.artifact == artifact.digest:
+                kept.confirm()
+                yield _standing(kept)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ArtifactDamaged as error:
@@ -122,7 +123,11 @@ def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing
             yield Standing(state=NEVER, reason=f"its verdict cannot be believed: {error}")
 
 
-def _standing(verdict: Verdict, path: Path) -> Standing:
+def _standing(kept: KeptVerdict) -> Standing:
+    verdict, path = kept.verdict, kept.path
     if not verdict.gated:
         return Standing(state=NEVER, reason=f"its gate was switched off ({path})", below=verdict.unpromoted)
+    if missing := kept.missing_plugins():
+        reason = f"{', '.join(missing)}, behind its verdict, is not installed ({path})"
+        return Standing(state=NEVER, reason=reason, below=verdict.unpromoted)
     return Standing(state=verdict.state, reason=f"{verdict.reason} ({path})", below=verdict.unpromoted)

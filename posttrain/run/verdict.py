@@ -25,7 +25,7 @@ from posttrain.errors import ArtifactDamaged, PluginFailed
 from posttrain.gate.sequential import Look
 from posttrain.gate.spec import GateRequest, Scorecard, Verdict
 from posttrain.gate.verdict import join, judge, verdict_json
-from posttrain.host.plugins import CORE_ORIGIN
+from posttrain.host.plugins import CORE_ORIGIN, installed_labels
 from posttrain.saved import convert, plain, read_json, read_text, require_file
 from posttrain.scoring.scorecard import parse_scorecard, scorecard_text
 
@@ -122,6 +122,21 @@ class KeptVerdict:
             documents=basis.documents, clusters=basis.clusters, look=basis.look,
         )  # fmt: skip
 
+    def confirm(self) -> None:
+        """Judge the scores again, as ``confirmed_verdict`` does."""
+        scorecard = self.scorecard()
+        if self.is_cores:
+            requests = [asked.request(self.path.with_name(SCORECARD)) for asked in self.basis.asked]
+            derived = join([judge(request, scorecard) for request in requests])
+            if verdict_json(derived, decision_only=True) != verdict_json(self.verdict, decision_only=True):
+                raise self.differs(derived)
+
+    def missing_plugins(self) -> list[str]:
+        """Return the plugins behind the verdict whose entry point is not installed, or in another version."""
+        installed = {CORE_ORIGIN, *installed_labels()}
+        behind = dict.fromkeys((*self.verdict.scored_by, *self.verdict.judged_by))
+        return [label for label in behind if label.endswith(")") and label not in installed]
+
     def differs(self, derived: Verdict) -> ArtifactDamaged:
         """Return the error for a verdict that its scores do not give."""
         told, found = self.verdict.state, derived.state
@@ -175,12 +190,7 @@ def confirmed_verdict(path: Path) -> KeptVerdict:
     otherwise, FileNotFoundError without a file.
     """
     kept = read_verdict(path)
-    scorecard = kept.scorecard()
-    if kept.is_cores:
-        requests = [asked.request(path.with_name(SCORECARD)) for asked in kept.basis.asked]
-        derived = join([judge(request, scorecard) for request in requests])
-        if verdict_json(derived, decision_only=True) != verdict_json(kept.verdict, decision_only=True):
-            raise kept.differs(derived)
+    kept.confirm()
     return kept
 
 

@@ -399,6 +399,14 @@ def test_a_plugin_that_is_gone_or_another_version_is_asked_again(run: Path, monk
     ]  # fmt: skip
 
 
+def test_a_verdict_of_a_plugin_that_is_not_installed_is_no_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lax = installed(monkeypatch, "lax", "1.0", judge_artifact=pass_all)
+    assert run_with([lax], Scores()) == "promoted"
+    start = ("stages=[dpo]", f"start_from={run}/stages/sft/artifact", "output_root=other")
+    with pytest.raises(BadInput, match=r"never judged: lax \(lax-plugin 1.0\), behind its verdict, is not installed"):
+        run_on(host_of(Scores(0.9)), *start)
+
+
 def test_an_edited_verdict_of_a_plugin_is_made_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @hookimpl
     def fail_all(request: GateRequest) -> Verdict:
