@@ -68,18 +68,6 @@ class RenderedPair:
     """Token ids of the rejected answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedAnswer:
-    """A prompt and the answer to it, as training renders them, without the stop token of the answer."""
-
-    prompt: list[int]
-    """Token ids of the prompt."""
-    answer: list[int]
-    """Token ids of the answer: what the template writes before its content too, since the model has to write it."""
-    text: str
-    """The text behind the ids of the answer."""
-
-
 class ChatRenderer:
     """Renderer of conversations by a tokenizer's chat template, with proof of the trained tokens.
 
@@ -154,8 +142,10 @@ class ChatRenderer:
             reject(record.where, "chosen and rejected are the same once rendered", "Remove the record")
         return RenderedPair(prompt, chosen, rejected)
 
-    def answer(self, record: Conversation, prompt: str) -> RenderedAnswer:
-        """Render the last turn after its prompt, whose text may go on into the content of the turn.
+    def answer(self, record: Conversation, prompt: str) -> Rendered:
+        """Render the last turn after its prompt, up to its stop token; the mask marks the answer.
+
+        The text of the prompt may go on into the content of the turn.
 
         Raises:
             BadInput: As ``conversation`` does; or the text does not begin with the prompt, or ends with it.
@@ -171,10 +161,9 @@ class ChatRenderer:
             reject(record.where, "the answer is empty", "Remove the document")
         ids, mask = self._tokens(text, [span], record.where)
         stops = list(self._template.control.finditer(text, span.content_end, span.end))
-        start = mask.index(True)
         # The lead of an answer may hold special tokens as well, so those of its stop are counted from its end.
         end = [place for place, token in enumerate(ids) if mask[place] and token in self._control_ids][-len(stops)]
-        return RenderedAnswer(ids[:start], ids[start:end], text[span.start : stops[0].start()])
+        return Rendered(ids[:end], mask[:end], text[: stops[0].start()], record.where)
 
     def describe_unread(self, records: Sequence[Record]) -> list[str]:
         """Return a line with the keys of messages that the template does not write; none when it writes all.

@@ -27,7 +27,7 @@ from posttrain.scoring.fingerprint import code_behind, task_settings
 from posttrain.scoring.harness.tasks import load_leaves, shared_filters
 from posttrain.scoring.isolation import quiet
 from posttrain.scoring.questions import PreparedTask, Question
-from posttrain.tokens.chat import ChatRenderer, RenderedAnswer, answer_ends
+from posttrain.tokens.chat import ChatRenderer, Rendered, answer_ends
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
@@ -138,8 +138,8 @@ class _Chats:
     def _renderer(self) -> ChatRenderer:
         return ChatRenderer(self._tokenizer)
 
-    def answer(self, request: Any, where: str) -> RenderedAnswer:
-        """Return the ids of a request's prompt and answer. Raises BadInput when training could not render them."""
+    def answer(self, request: Any, where: str) -> Rendered:
+        """Return a request's prompt and answer as training renders them. Raises BadInput when training could not render them."""
         prompt, continuation = request.args
         *earlier, last = self._messages[prompt]
         given = str(last["content"]) if last["role"] == "assistant" else ""
@@ -199,12 +199,13 @@ def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -
     """
     if request.request_type != "loglikelihood" or not request.args[0]:
         return request
-    found, answer = chats.answer(request, where), request.args[1]
+    (prompt, answer), found = request.args, chats.answer(request, where)
+    told, start = found.text[len(prompt) :], found.mask.index(True)
     for said in (answer, answer.lstrip()):  # with and without the task's delimiter
-        shown = (said, said.strip(), found.text.strip())  # a template may trim it, or begin it in the prompt
-        written[said] = next(text for text in shown if text in found.text)
+        shown = (said, said.strip(), told.strip())  # a template may trim it, or begin it in the prompt
+        written[said] = next(text for text in shown if text in told)
     kept = {each.name: getattr(request, each.name) for each in fields(request)}
-    return AnswerRequest(**kept, prompt_ids=found.prompt, answer_ids=found.answer)
+    return AnswerRequest(**kept, prompt_ids=found.ids[:start], answer_ids=found.ids[start:])
 
 
 def _as_written(value: Any, written: Mapping[str, str]) -> Any:
