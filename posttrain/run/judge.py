@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from posttrain.artifact import Artifact, ModelSource
-from posttrain.errors import BadInput
+from posttrain.errors import BadInput, Problem
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import GateRequest, Verdict
 from posttrain.run.display import EvaluationProgress
@@ -23,8 +24,20 @@ def check_gates(jobs: Sequence[Job]) -> None:
     """
     waiting = [job for job in jobs if not (job.folder / "verdict.json").exists()]
     problems = [problem for job in waiting for answer in job.host.hook.check_gate(step=job.step) for problem in answer]
+    problems = problems or [problem for job in waiting for problem in _check_chats(job)]
     if problems:
         raise BadInput(problems)
+
+
+def _check_chats(job: Job) -> list[Problem]:
+    """Return the problems of the gate's chats with the base's template, which every stage keeps."""
+    if not job.step.gate.enabled or all(task.chat is False for task in job.step.tasks.values()):
+        return []
+    from posttrain.model.loading import load_tokenizer
+    from posttrain.scoring.harness.rehearsal import check_chats
+
+    found = check_chats(job.step.tasks, load_tokenizer(job.base))
+    return [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
 
 
 def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...] = ()) -> Verdict:

@@ -18,6 +18,7 @@ from posttrain.errors import BadInput
 from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.run import display
+from posttrain.run.judge import check_gates
 from posttrain.scoring import plugin
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness import responder
@@ -44,6 +45,11 @@ SOUND = "def scored(doc, results):\n    return {'right': float(doc['answer'] in 
 MEND = "Mend the task's functions"
 OWN = GateTask(task="own.yaml", role=Role.lift, metric="right")
 NLTK = "LookupError('''\n****\n  Resource \\x1b[93mpunkt_tab\\x1b[0m not found.\n  Please use the NLTK Downloader\n''')"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return base_source(write_base(tmp_path_factory.mktemp("rehearsal") / "base"))
 
 
 def write(function: str, count: int = 12, task: str = TASK) -> None:
@@ -168,12 +174,26 @@ def test_too_few_examples_are_found_before_training() -> None:
     assert problem.where == "sft.gate.tasks.mine.num_fewshot"
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_that_the_template_cannot_render_is_found_before_training(base: ModelSource, chat: bool) -> None:
+    """Only where it is asked in a chat."""
+    (own,) = plugin.register_eval_tasks()
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b<|end|><|user|>c"}]
+    Path("r.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    path = str(own / "held_out_responses.yaml")
+    task = GateTask(role=Role.lift, metric="bits_per_byte", task=path, data="r.jsonl", chat=chat)
+    hook = SimpleNamespace(check_gate=lambda step: [plugin.check_gate(step)])
+    step = SimpleNamespace(name="sft", gate=GateConfig(), tasks={"mine": task})
+    job: Any = SimpleNamespace(name="sft", folder=Path("none"), host=SimpleNamespace(hook=hook), step=step, base=base)
+    if not chat:
+        check_gates([job])
+        return
+    with pytest.raises(BadInput, match="holds the special token") as caught:
+        check_gates([job])
+    assert [problem.where for problem in caught.value.problems] == ["sft.gate.tasks.mine, document 1"]
+
+
 # --- While scoring ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    return base_source(write_base(tmp_path_factory.mktemp("rehearsal") / "base"))
 
 
 def scores(base: ModelSource, load: Any = load_model, log: Log | None = None) -> list[DocumentScore]:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.scoring.catalogue import is_path
 from posttrain.scoring.harness.requests import prepare_first
 from posttrain.scoring.harness.scoring import apply_filters, measure
+from posttrain.scoring.harness.tasks import load_leaves
 from posttrain.scoring.isolation import muted, quiet, seeded
 from posttrain.scoring.questions import PreparedTask, Question
 
@@ -50,6 +52,22 @@ def rehearse(tasks: Mapping[str, GateTask], leaves: Mapping[str, Sequence[Any]])
             problems += error.problems
     if problems:
         raise BadInput(problems)
+
+
+def check_chats(tasks: Mapping[str, GateTask], tokenizer: Any) -> list[Problem]:
+    """Return the first document of each task that the chat template of a base cannot render.
+
+    Registered tasks without ``chat: true`` are left out: they ask in chats only what any template renders.
+    """
+    problems: list[Problem] = []
+    for name, task in tasks.items():
+        if task.chat or (task.chat is None and is_path(task.task or name)):
+            try:
+                with quiet(), muted(), seeded(0):
+                    prepare_first(name, task, load_leaves(name, task), FIRST, MORE, tokenizer)
+            except BadInput as error:
+                problems += error.problems
+    return problems
 
 
 def rehearse_task(task: PreparedTask) -> None:

@@ -57,8 +57,10 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
     return replace(_prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer))
 
 
-def prepare_first(name: str, task: GateTask, leaves: Sequence[Any], first: int, more: int) -> PreparedTask:
-    """Build the requests of the ``more`` first documents of loaded tasks as plain texts, without any tokenizer.
+def prepare_first(
+    name: str, task: GateTask, leaves: Sequence[Any], first: int, more: int, tokenizer: Any = None
+) -> PreparedTask:
+    """Build the requests of the ``more`` first documents of loaded tasks, without a tokenizer as plain texts.
 
     Only those of the ``first`` ones show examples; there must be enough of these for all.
     """
@@ -66,13 +68,14 @@ def prepare_first(name: str, task: GateTask, leaves: Sequence[Any], first: int, 
     for leaf in leaves:
         with blaming(where):
             documents = list(islice(leaf.eval_docs, max(1, more // len(leaves))))
+        chats = _Chats(tokenizer) if tokenizer is not None and _is_chat(task, leaf) else None
         shots = leaf.config.num_fewshot or 0
         if shots and not isinstance(leaf.doc_to_text(documents[0]), list):
             leaf.sampler.check(documents, shots)
         for doc_id, doc in enumerate(documents):
             if doc_id == max(1, first // len(leaves)):
                 leaf.set_config("num_fewshot", 0)  # they would take most of the time
-            questions.append(_question(where, leaf, doc_id, doc, None))
+            questions.append(_question(where, leaf, doc_id, doc, chats))
     return _prepared(name, task, leaves, questions)
 
 
@@ -96,8 +99,7 @@ def _questions(
     questions: list[Question] = []
     start = 0
     for leaf, docs in zip(leaves, documents, strict=True):
-        chat = task.chat if task.chat is not None else leaf.OUTPUT_TYPE == "generate_until"
-        chats = _Chats(tokenizer) if chat else None
+        chats = _Chats(tokenizer) if _is_chat(task, leaf) else None
         # Seeded once per task: the sampler's state moves on with every prompt, and each prompt is built once.
         leaf.set_fewshot_seed(seed)
         questions += [
@@ -107,6 +109,10 @@ def _questions(
         ]
         start += len(docs)
     return questions
+
+
+def _is_chat(task: GateTask, leaf: Any) -> bool:
+    return task.chat if task.chat is not None else bool(leaf.OUTPUT_TYPE == "generate_until")
 
 
 def _sample(total: int, limit: int | None, seed: int) -> set[int]:
@@ -139,7 +145,7 @@ class _Chats:
         return ChatRenderer(self._tokenizer)
 
     def answer(self, request: Any, where: str) -> Rendered:
-        """Return a request's prompt and answer as training renders them. Raises BadInput when training could not render them."""
+        """Return a request's prompt and answer as training renders them. Raises BadInput when training could not."""
         prompt, continuation = request.args
         *earlier, last = self._messages[prompt]
         given = str(last["content"]) if last["role"] == "assistant" else ""
