@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from posttrain.artifact import Artifact, ModelSource
@@ -31,12 +32,12 @@ def check_gates(jobs: Sequence[Job]) -> None:
 
 def _check_chats(job: Job) -> list[Problem]:
     """Return the problems of the gate's chats with the base's template, which every stage keeps."""
-    if not job.step.gate.enabled or all(task.chat is False for task in job.step.tasks.values()):
+    if not job.step.gate.enabled:
         return []
     from posttrain.model.loading import load_tokenizer
     from posttrain.scoring.harness.rehearsal import check_chats
 
-    found = check_chats(job.step.tasks, load_tokenizer(job.base))
+    found = check_chats(job.step.tasks, partial(load_tokenizer, job.base))
     return [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
 
 

@@ -6,11 +6,10 @@ Whatever a task lacks shows up here in seconds: else it would after the training
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.scoring.catalogue import is_path
 from posttrain.scoring.harness.requests import prepare_first
 from posttrain.scoring.harness.scoring import apply_filters, measure
 from posttrain.scoring.harness.tasks import load_leaves
@@ -54,19 +53,16 @@ def rehearse(tasks: Mapping[str, GateTask], leaves: Mapping[str, Sequence[Any]])
         raise BadInput(problems)
 
 
-def check_chats(tasks: Mapping[str, GateTask], tokenizer: Any) -> list[Problem]:
-    """Return the first document of each task that the chat template of a base cannot render.
-
-    Registered tasks without ``chat: true`` are left out: they ask in chats only what any template renders.
-    """
-    problems: list[Problem] = []
-    for name, task in tasks.items():
-        if task.chat or (task.chat is None and is_path(task.task or name)):
-            try:
-                with quiet(), muted(), seeded(0):
-                    prepare_first(name, task, load_leaves(name, task), FIRST, MORE, tokenizer)
-            except BadInput as error:
-                problems += error.problems
+def check_chats(tasks: Mapping[str, GateTask], load_tokenizer: Callable[[], Any]) -> list[Problem]:
+    """Return the first document of each task with ``chat: true`` that the chat template of a base cannot render."""
+    asked = [name for name, task in tasks.items() if task.chat]
+    tokenizer, problems = load_tokenizer() if asked else None, []
+    for name in asked:
+        try:
+            with quiet(), muted(), seeded(0):
+                prepare_first(name, tasks[name], load_leaves(name, tasks[name]), FIRST, MORE, tokenizer)
+        except BadInput as error:
+            problems += error.problems
     return problems
 
 
