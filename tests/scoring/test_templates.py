@@ -130,7 +130,8 @@ def test_every_template_of_a_task_is_sandboxed(field: str, working_folder: Path)
     from tests.support.tiny import tiny_tokenizer
 
     attack = "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}"
-    Path("q.jsonl").write_text('{"q": "1 + 1?", "a": "2", "c": ["2", "3"]}\n' * 4)
+    lines = [f'{{"q": "{number} + 1?", "a": "2", "c": ["2", "3"]}}\n' for number in range(4)]
+    Path("q.jsonl").write_text("".join(lines))
     settings = {"doc_to_text": "'{{q}}'", "doc_to_target": "'0'", "doc_to_choice": "c", "num_fewshot": "1"}
     settings |= {field: f'{{doc_to_text: "{attack}"}}' if field == "fewshot_config" else f'"{attack}"'}
     Path("t.yaml").write_text(
