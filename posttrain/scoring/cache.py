@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import append_synced, replace_text
+from posttrain.errors import ArtifactDamaged
 from posttrain.saved import lines_of, read_text
 from posttrain.scoring.scorecard import row_from_json, row_line
 
@@ -43,6 +44,8 @@ class ScoreCache:
             text = read_text(self._path(key))
         except FileNotFoundError:
             return None
+        except ArtifactDamaged as error:  # scores can be made again: what is damaged is not used, and no reason to stop
+            raise ValueError(str(error)) from None
         head, _, body = text.partition("\n")
         header = json.loads(head)
         if not isinstance(header, dict) or header.get("key") != key:
