@@ -43,8 +43,8 @@ mask. A fault is larger by orders of magnitude: one token of ten thousand counte
 DRAWS = 2.0
 """Times the rounding of plain float32 that the loop in float32 may be away from float64.
 
-Each is one draw of a rounding, so that neither has to be closer than the other; measured: 1.0 times on two layers, 0.04
-times on SmolLM2-135M, whose plain norms round more than those of the loop.
+Each is one draw of a rounding, so that neither has to be closer than the other (measured: 1.0 times on two layers, 0.04
+times on SmolLM2-135M).
 """
 ROUNDING = 1e-4
 """Largest relative error of float32 itself (measured: 1e-6 with 4 layers, 2e-5 with 30).
