@@ -235,7 +235,7 @@ def drop(tensors: dict[str, torch.Tensor], part: str) -> None:
 SABOTAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "NaN": (lambda tensors: tensors[first(tensors, "lora_A")][0].fill_(float("nan")), "holds NaN or infinity"),
     "infinity": (lambda tensors: tensors[first(tensors, "lora_B")][0].fill_(float("inf")), "holds NaN or infinity"),
-    "zero B": (zero, "every lora_B is zero"),
+    "zero B": (zero, "every lora_B times lora_A is zero"),
     "missing half": (lambda tensors: tensors.pop(first(tensors, "lora_B")), "holds only lora_A"),
     "missing module": (lambda tensors: drop(tensors, "gate_proj"), r"no weights for its target module \S+gate_proj"),
     "other rank": (rerank, "has rank 2, adapter_config.json says 4"),
