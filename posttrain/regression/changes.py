@@ -15,6 +15,7 @@ from posttrain.model.added_tokens import brought_rows
 from posttrain.model.loading import load_tokenizer
 from posttrain.model.probe import random_ids
 from posttrain.model.reloading import base_rows, check_names, check_published, empty_model, probe_both
+from posttrain.model.trust import foreign
 from posttrain.regression.candidate import ADAPTER_WEIGHTS, Candidate
 from posttrain.scoring.fingerprint import tokenizer_digest
 
@@ -76,13 +77,15 @@ def require_change(candidate: Candidate) -> None:
         check_published(candidate.path, base, candidate.dtype)
         return
     if source.adapter is not None:
-        if cause := _zeros(source.adapter):
-            raise GateFailed(f"{candidate.path} changes nothing: {cause}")
-        if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
-            check_names(source.adapter, source, embeddings=True)
-    known = base_rows(base)
-    ids_1T = random_ids(min(known, source.rows or known))
-    found_TV, expected_TV = probe_both(source, base, candidate.dtype, ids_1T)
+        with foreign(source.adapter, "the adapter cannot be read"):
+            if cause := _zeros(source.adapter):
+                raise GateFailed(f"{candidate.path} changes nothing: {cause}")
+            if PeftConfig.from_pretrained(source.adapter).peft_type == "LORA":
+                check_names(source.adapter, source, embeddings=True)
+    with foreign(candidate.path, "the model cannot be run"):
+        known = base_rows(base)
+        ids_1T = random_ids(min(known, source.rows or known))
+        found_TV, expected_TV = probe_both(source, base, candidate.dtype, ids_1T)
     if not torch.isfinite(found_TV).all():
         raise ArtifactDamaged(f"{candidate.path}: its logits are not finite; its weights hold NaN or infinity")
     if torch.equal(found_TV, expected_TV):
