@@ -18,6 +18,8 @@ from posttrain.run.metrics import MetricsLog
 
 LINE_SECONDS = 10
 """Seconds between two progress lines where there is no terminal."""
+LONG_STEP_SECONDS = 5
+"""Seconds after which the parts of a step are shown."""
 FIGURES = {
     "loss": "loss {:.3f}",
     "eval_loss": "eval loss {:.3f}",
@@ -59,7 +61,7 @@ class Ticker:
         self._bar = display.bar()
         self._task: TaskID | None = None
         self._printed = time.monotonic()
-        self._started = self._printed
+        self._started = self._advanced = self._printed
         self._first = 0
 
     def start(self, total: int, done: int = 0) -> None:
@@ -74,7 +76,7 @@ class Ticker:
             self.start(total)
         assert self._task is not None
         self._bar.update(self._task, completed=done, total=total, figures=figures)
-        now = time.monotonic()
+        now = self._advanced = time.monotonic()
         if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
             self._printed = now
             pace = (now - self._started) / max(done - self._first, 1)
@@ -83,9 +85,11 @@ class Ticker:
 
     def begin_part(self, done: int, total: int, part: str) -> None:
         """Show ``part`` of the work after ``done`` of ``total``."""
+        now = time.monotonic()
+        if now - self._advanced < LONG_STEP_SECONDS:  # the figures of the last step say more
+            return
         if self._task is not None:
             self._bar.update(self._task, figures=part)
-        now = time.monotonic()
         if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
             self._printed = now
             self._display.line(self._stage, self._what, f"{done}/{total}  {part}")

@@ -15,6 +15,7 @@ from posttrain.run.display import Display, TrainingProgress
 
 def test_a_long_step_shows_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    monkeypatch.setattr(display, "LONG_STEP_SECONDS", 0)
     shown = io.StringIO()
     host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
     progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", tmp_path / "metrics.jsonl", host)
@@ -26,3 +27,15 @@ def test_a_long_step_shows_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "4/10  step 5: row 1/64" in shown.getvalue()
     assert "5/10  step 6: row 32/64" in shown.getvalue()
     assert "5/10  step 6: eval document 3/9" in shown.getvalue()
+
+
+def test_a_short_step_shows_its_figures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    shown = io.StringIO()
+    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
+    progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", tmp_path / "metrics.jsonl", host)
+    progress.start(10, 4)
+    progress.part(64, 64, "row")
+    progress.step(5, {"loss": 1.0, "tokens": 8})
+    assert "row" not in shown.getvalue()
+    assert "5/10  loss 1.000" in shown.getvalue()
