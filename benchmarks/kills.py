@@ -28,10 +28,10 @@ import machine
 SMALL = (
     "sft.max_steps=24", "dpo.max_steps=6", "safety.max_steps=6",
     "sft.checkpoint_steps=4", "dpo.checkpoint_steps=2", "safety.checkpoint_steps=2",
-    "sft.gate.on_fail=warn", "sft.gate.on_undecided=warn", "dpo.gate.on_fail=warn", "dpo.gate.on_undecided=warn",
-    "safety.gate.on_fail=warn", "safety.gate.on_undecided=warn",
+    "gate@dpo.gate=none", "gate@safety.gate=none", "sft.gate.on_fail=warn", "sft.gate.on_undecided=warn",
+    "sft.gate.tasks.towns_facts.limit=24", "sft.gate.tasks.towns_documents.limit=24", "sft.gate.batch_size=8",
 )  # fmt: skip
-"""A run with every kind of work in it; its gates score and decide, and do not stop it."""
+"""A run with every kind of work in it; its gate scores and decides, and does not stop it."""
 ENDED = (0, 3, 4)
 """Exit codes of a run that reached its end."""
 

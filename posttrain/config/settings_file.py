@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -61,7 +61,7 @@ class Reading:
         try:
             config = OmegaConf.create(text)
         except FAULTS as error:
-            reject(str(path), f"is not sound YAML: {_one_line(error)}")
+            _reject_yaml(path, error)
         if not isinstance(config, DictConfig):
             reject(str(path), "must be a mapping of keys to values", "See recipes/quickstart.yaml")
         raw: Any = OmegaConf.to_container(config, resolve=False)
@@ -159,8 +159,15 @@ def _count_values(path: Path, text: str) -> int:
             if open_ones[-1].values > MOST_VALUES:
                 _reject_size(path, f"{MOST_VALUES:,} values, aliases replaced")
     except FAULTS as error:
-        reject(str(path), f"is not sound YAML: {_one_line(error)}")
+        _reject_yaml(path, error)
     return open_ones[0].values
+
+
+def _reject_yaml(path: Path, error: Exception) -> NoReturn:
+    """Raise BadInput with the line of the fault, where the parser knows it."""
+    mark = getattr(error, "problem_mark", None)
+    where = str(path) if mark is None else f"{path}:{mark.line + 1}"
+    reject(where, f"is not sound YAML: {getattr(error, 'problem', None) or _one_line(error)}")
 
 
 def _close(

@@ -222,7 +222,7 @@ def test_a_wrong_value_of_a_setting_is_one_problem(gate: Gate, capsys: pytest.Ca
     ("content", "complaint"),
     [
         (b"tasks: [\n", "gate/mine.yaml:2: is not sound YAML"),
-        (b"\xff\xfe", "gate=mine: is not sound YAML"),
+        (b"\xff\xfe", "gate/mine.yaml: is not text in UTF-8"),
         (b"tasks: 3\n", "gate.tasks: Cannot assign int"),
     ],
 )
