@@ -39,6 +39,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
     Raises ArtifactDamaged when it is no file or cannot be read, FileNotFoundError when there is none.
     """
     try:
+        require_file(path)
         # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as stream:
