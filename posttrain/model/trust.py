@@ -47,7 +47,7 @@ LONGEST = 10_000
 """Characters of a text in a configuration: a pattern of modules among them is compiled and run."""
 
 
-PATTERN_SECONDS = 20
+PATTERN_SECONDS = 10
 """Seconds of computing for the patterns of an adapter, over the names of a model's modules."""
 
 

@@ -20,6 +20,8 @@ from posttrain.errors import BadInput
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
 
+SECONDS = 20
+"""Computing time of a rejection on a busy machine: a second, where what grows without bounds takes hours."""
 BACKSLASHES = "\\\\"
 CANARY = "canary-4711-of-the-environment"
 STAGE = "/stage@sft: sft, /gate@sft.gate: none"
@@ -45,11 +47,11 @@ def plan(host: Host, *words: str) -> Plan:
 
 
 def rejected(host: Host, *words: str) -> str:
-    """The message of a recipe that must be rejected, within two seconds of this process."""
+    """The message of a recipe that must be rejected, soon."""
     started = time.process_time()
     with pytest.raises(BadInput) as caught:
         plan(host, *words)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < SECONDS
     text = str(caught.value)
     assert len(text) < 2000
     return text

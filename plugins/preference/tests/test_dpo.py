@@ -239,6 +239,9 @@ def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
     steps = progress(context).steps
     rendered = render_pairs(context).rows
     tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rendered)
+    reach = {each["kind"]: each["trained_matrices"] for each in context.metrics.pop("reach")}
+    assert sum(reach.values()) > 0
+    assert reach["embeddings"] == 0
     assert context.metrics == {
         "pairs": 12,
         "dropped": 0,

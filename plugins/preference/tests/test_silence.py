@@ -58,6 +58,7 @@ def test_only_checkpoints_and_the_result_are_written(make_context: MakeContext, 
     assert {path.name for path in context.checkpoints.iterdir()} == {"step-1"}
     assert {path.name for path in context.output.iterdir()} == {
         "adapter_config.json",
+        "generation_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
         "probe.safetensors",
