@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem
+from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem, is_out_of_memory
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a full or failing disk: nobody's fault, and with some room the same command resumes."""
@@ -18,6 +18,11 @@ PLACE_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 """Errors of a path that this user cannot read or write, for good."""
+
+
+def is_machine_error(error: BaseException) -> bool:
+    """Return True for a full or failing disk, and for memory that ran out: no fault of a plugin or of a file."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 @contextlib.contextmanager

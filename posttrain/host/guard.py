@@ -16,8 +16,8 @@ from typing import Any
 import pluggy
 
 from posttrain import hookspecs
-from posttrain.disk import DISK_ERRORS
-from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem, is_out_of_memory
+from posttrain.disk import is_machine_error
+from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.process_state import ProcessState
@@ -136,7 +136,7 @@ class Guard:
         except StopIteration as stop:
             ended = _Ended(stop.value)
         except (Exception, SystemExit) as error:
-            if error is passing or isinstance(error, PosttrainError) or _is_of_the_machine(error):
+            if error is passing or isinstance(error, PosttrainError) or is_machine_error(error):
                 raise
             raise self._failed(hook, describe(error)) from error
         finally:
@@ -228,11 +228,6 @@ def _instead(change: str) -> str:
     if "random" in change:
         return "use a generator of its own"
     return "use absolute paths" if "directory" in change else "put back what it finds"
-
-
-def _is_of_the_machine(error: BaseException) -> bool:
-    """Return True for a full disk and for memory that ran out: no plugin's fault."""
-    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 def _fault(hook: str, answer: Any) -> str | None:

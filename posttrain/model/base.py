@@ -5,7 +5,6 @@ Imports neither torch nor transformers: a plan names the exact bytes of its star
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from math import prod
@@ -17,7 +16,7 @@ from posttrain.chat_template import template_diff, template_in_config, variable_
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import ArtifactDamaged, BadInput, Problem, nearest
-from posttrain.model.trust import check_places, find_code
+from posttrain.model.trust import check_places, find_code, read_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -116,21 +115,6 @@ def stored_kinds(folder: Path) -> dict[str, dict[str, int]]:
                     kind = next((kind for kind, pattern in STORED.items() if pattern.search(name)), "linear layers")
                     found.setdefault(kind, {})[name] = prod(shape)
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from ``path``. Raises BadInput when the file is missing or holds anything else."""
-    if not path.exists():
-        raise BadInput(Problem(where=str(path), what="the file is missing", fix="Copy the model again"))
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise BadInput(Problem(where=str(path), what="it is no regular file", fix="Copy the model again"))
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix="Copy the model again")) from None
-    if not isinstance(value, dict):
-        raise BadInput(Problem(where=str(path), what="it is damaged: not a JSON object", fix="Copy the model again"))
-    return value
 
 
 def check_variables(model: ModelConfig) -> list[Problem]:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from posttrain.artifact import ModelSource
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
 from posttrain.model.added_tokens import add_tokens, token_rows
-from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES, read_json
+from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES
 from posttrain.model.loading import ADAPTER, DTYPES, load_stored_tokenizer, load_tokenizer
 from posttrain.model.quantisation import save_quantisation
+from posttrain.model.trust import read_json
 from posttrain.tokens.chat import answer_ends
 
 GENERATION_CONFIG = "generation_config.json"

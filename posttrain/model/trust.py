@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.disk import explain_error
-from posttrain.errors import BadInput, PosttrainError, Problem, brief, first_line, is_out_of_memory, reject
+from posttrain.errors import BadInput, PosttrainError, Problem, brief, is_out_of_memory, reject
 from posttrain.tokens.time_limit import time_limit
 
 PRIVATE = frozenset(
@@ -127,14 +127,25 @@ def check_adapter(folder: Path) -> None:
     """Raise BadInput when the adapter in ``folder`` would load code, or is not made of files of its own."""
     check_places(folder)
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reject(str(path), f"it is damaged: {first_line(error)}", OTHER)
-    if not isinstance(config, dict):
-        reject(str(path), "it is damaged: not a JSON object", OTHER)
-    if problems := [Problem(where=str(path), what=f"{key} {why}", fix=OTHER) for key, why in find_code(config)]:
+    if problems := [
+        Problem(where=str(path), what=f"{key} {why}", fix=OTHER) for key, why in find_code(read_json(path))
+    ]:
         raise BadInput(problems)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from ``path``. Raises BadInput when the file is missing or holds anything else."""
+    if not path.exists():
+        raise BadInput(Problem(where=str(path), what="the file is missing", fix=OTHER))
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise BadInput(Problem(where=str(path), what="it is no regular file", fix=OTHER))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(Problem(where=str(path), what=f"it is damaged: {error}", fix=OTHER)) from None
+    if not isinstance(value, dict):
+        raise BadInput(Problem(where=str(path), what="it is damaged: not a JSON object", fix=OTHER))
+    return value
 
 
 def check_places(folder: Path) -> None:

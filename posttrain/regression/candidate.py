@@ -16,8 +16,8 @@ from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, nearest
-from posttrain.model.base import PICKLED, TOKENIZER_FILES, read_json, resolve_base
-from posttrain.model.trust import check_adapter
+from posttrain.model.base import PICKLED, TOKENIZER_FILES, resolve_base
+from posttrain.model.trust import check_adapter, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -34,7 +34,7 @@ class Standing:
 
     @property
     def doubt(self) -> str | None:
-        """What speaks against building on the artifact; None when it is promoted."""
+        """Reason against building on the artifact; None when it is promoted."""
         if self.state == "pass":
             return f"stands on what no gate passed: {'; '.join(self.below)}" if self.below else None
         return f"is {TOLD[self.state]}: {self.reason}"
@@ -46,7 +46,7 @@ class Start:
 
     artifact: Artifact
     unpromoted: tuple[str, ...]
-    """What no gate passed in it and below it, each with its verdict."""
+    """Artifacts that no gate passed, this one or below it, each with its verdict."""
 
 
 def read_start(plan: Plan) -> Start | None:

@@ -12,8 +12,8 @@ from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, pub
 from posttrain.context import StageContext
 from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
-from posttrain.disk import DISK_ERRORS, naming
-from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem, is_out_of_memory
+from posttrain.disk import is_machine_error, naming
+from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.plugins import CORE_ORIGIN
@@ -149,7 +149,7 @@ def _named_failures(job: Job) -> Iterator[None]:
     except PosttrainError:
         raise
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        if is_machine_error(error):
             raise
         if job.step.origin == CORE_ORIGIN:
             raise

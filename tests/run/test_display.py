@@ -13,13 +13,19 @@ from posttrain.run import display
 from posttrain.run.display import Display, TrainingProgress
 
 
+def resumed(folder: Path) -> tuple[io.StringIO, TrainingProgress]:
+    """A stage after step 4 of 10, and its lines."""
+    shown = io.StringIO()
+    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
+    progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", folder / "metrics.jsonl", host)
+    progress.start(10, 4)
+    return shown, progress
+
+
 def test_a_long_step_shows_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_SECONDS", 0)
     monkeypatch.setattr(display, "LONG_STEP_SECONDS", 0)
-    shown = io.StringIO()
-    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
-    progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", tmp_path / "metrics.jsonl", host)
-    progress.start(10, 4)
+    shown, progress = resumed(tmp_path)
     progress.part(1, 64, "row")
     progress.step(5, {"loss": 1.0, "tokens": 8})
     progress.part(32, 64, "row")
@@ -31,10 +37,7 @@ def test_a_long_step_shows_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_short_step_shows_its_figures_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_SECONDS", 0)
-    shown = io.StringIO()
-    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
-    progress = TrainingProgress(Display(Console(file=shown, width=200)), "sft", tmp_path / "metrics.jsonl", host)
-    progress.start(10, 4)
+    shown, progress = resumed(tmp_path)
     progress.part(64, 64, "row")
     progress.step(5, {"loss": 1.0, "tokens": 8})
     assert "row" not in shown.getvalue()

@@ -20,13 +20,13 @@ from posttrain.errors import reject
 
 @dataclass(frozen=True)
 class _Words:
-    """What a document asks and what it answers, in small letters, with single blanks."""
+    """Question and answers of a document, in small letters, with single blanks."""
 
     question: str
     answers: tuple[str, ...]
 
     def give_away(self, asked: _Words) -> bool:
-        """Return whether these words hold the answer to what is asked."""
+        """Return True when these words hold the answer to the question of ``asked``."""
         if self.question != asked.question:
             return False
         if not asked.question:

@@ -48,7 +48,7 @@ class Responder:
     def respond(self, requests: Sequence[Any], ends: Sequence[int], where: str, report: Callable[[int], None]) -> None:
         """Answer requests in place; beside the model's own end tokens, ``ends`` end a text.
 
-        Every few seconds ``report`` is told the number of tokens read and written so far. Raises ArtifactDamaged
+        Every few seconds ``report`` gets the number of tokens read and written so far. Raises ArtifactDamaged
         naming ``where`` when an output is not finite.
         """
         sound, self.ends = True, list(ends)

@@ -14,7 +14,7 @@ from lm_eval.models.vllm_causallms import VLLM
 from vllm.lora.request import LoRARequest
 
 from posttrain.errors import BadInput, Problem
-from posttrain.model.base import read_json
+from posttrain.model.trust import read_json
 from posttrain.scoring.harness.responder import Responder
 
 if TYPE_CHECKING:
