@@ -256,6 +256,7 @@ def test_long_batches_report_their_tokens_and_answer_the_same(
 
 def test_tokens_of_a_long_batch_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    monkeypatch.setattr(display, "LONG_STEP_SECONDS", 0)
     with Path("out").open("w+") as out:
         shown = display.EvaluationProgress(display.Display(Console(file=out, width=120)), "sft")
         shown.advance("base", "ifeval", 0, 541, 12_345)
