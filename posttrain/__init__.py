@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from posttrain.context import StageContext
     from posttrain.data.records import Conversation, Document, Feedback, Message, Origin, Preference, Record, Text, Tool
+    from posttrain.engine.answers import AnsweredRow, AnswerScores
     from posttrain.engine.checkpoint import Position
     from posttrain.engine.config import FineTuneConfig, TrainOn
     from posttrain.errors import (
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MISSING",
+    "AnswerScores",
+    "AnsweredRow",
     "Artifact",
     "ArtifactDamaged",
     "Backend",
@@ -152,6 +155,7 @@ HOMES = {
         "Text",
         "Tool",
     ),
+    "posttrain.engine.answers": ("AnsweredRow", "AnswerScores"),
     "posttrain.engine.checkpoint": ("Position",),
     "posttrain.engine.config": (
         "FineTuneConfig",

@@ -18,6 +18,8 @@ from posttrain.context import StageContext
 
 PUBLIC = [
     "MISSING",
+    "AnswerScores",
+    "AnsweredRow",
     "Artifact",
     "ArtifactDamaged",
     "Backend",

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.engine import attention_kernels as kernels
-from posttrain.engine.attention_kernels import Choice, Documents, Kernel
+from posttrain.engine.attention_kernels import Choice, Documents, Family, Kernel
 from posttrain.engine.fused import fuse
 from posttrain.engine.loss import OutputHead
 from posttrain.errors import FOREIGN, brief, reject
@@ -84,6 +84,49 @@ def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequen
     device = ids_BT.device
     documents = Documents.of(lengths, device)
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    return _packed(causal, kernel, ids_BT, positions_BT, documents)
+
+
+def shared_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, families: Sequence[Family]) -> torch.Tensor:
+    """Return last hidden states [T, D] of ``families``, each a prompt and the answers to it, in ``ids_BT`` [1, T].
+
+    Every answer sees the prompt and itself. The model has to be one of which ``shares_prompts`` is true.
+    """
+    kernel = getattr(causal, KERNEL, causal.config._attn_implementation)
+    places = [
+        torch.arange(start, start + length)
+        for prompt, answers in families
+        for start, length in ((0, prompt), *((prompt, answer) for answer in answers))
+    ]
+    positions_BT = torch.cat(places)[None].to(ids_BT.device)
+    return _packed(causal, kernel, ids_BT, positions_BT, Documents.sharing(families, ids_BT.device))
+
+
+@torch.no_grad()
+def shares_prompts(model: PreTrainedModel | PeftModel) -> bool:
+    """Return true when answers to one prompt can be computed with the prompt held once, proven on two of them."""
+    causal = causal_model(model)
+    name, training = getattr(causal, KERNEL, ""), model.training
+    if not any(kernel.shares for kernel in kernels.KERNELS if kernel.name == name):
+        return False
+    (prompt_BT, first_BT), second_BT = _documents(causal), _documents(causal)[1].flip(1)
+    prompt, answer = PROBED
+    model.eval()
+    try:
+        pairs_BT = torch.cat([prompt_BT, first_BT, prompt_BT, second_BT], 1)
+        apart_TD = packed_hidden(causal, pairs_BT, [prompt + answer] * 2)
+        family_TD = shared_hidden(causal, torch.cat([prompt_BT, first_BT, second_BT], 1), [(prompt, (answer, answer))])
+    except FOREIGN:
+        return False
+    finally:
+        model.train(training)
+    expected_TD = torch.cat([apart_TD[: prompt + answer], apart_TD[2 * prompt + answer :]])
+    return _is_rounding(_relative(family_TD.float(), expected_TD.float()), causal)
+
+
+def _packed(
+    causal: PreTrainedModel, kernel: str, ids_BT: torch.Tensor, positions_BT: torch.Tensor, documents: Documents
+) -> torch.Tensor:
     # transformers hands unknown arguments through every layer to the attention function; eager attention takes a mask
     where: dict[str, Any] = {"documents": documents}
     if kernel == kernels.MASKED:

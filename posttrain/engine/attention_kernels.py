@@ -10,7 +10,8 @@ rows, and no mask can be forgotten. Nothing here knows the rest of the model: at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, cast
@@ -23,6 +24,8 @@ MASKED = "eager"
 """transformers' own attention, with a mask over the whole row."""
 
 AttentionResult = tuple[torch.Tensor, None]
+Family = tuple[int, Sequence[int]]
+"""Tokens of a prompt, and of each answer to it: documents that begin alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Kernel:
     summary: str
     obstacle: Callable[[PreTrainedModel], str]
     """Returns the reason against it for a model on this machine; empty when there is none."""
+    shares: bool = False
+    """True when documents may begin with the same tokens, held once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,43 @@ class Documents:
     bounds: torch.Tensor
     """The start of each and the end of the last, int32 [documents + 1], on the model's device."""
     longest: int
+    spread: torch.Tensor | None = None
+    """The place in the row of each token of each document, where documents share some; [their tokens]."""
+    gathered: torch.Tensor | None = None
+    """The first place among the documents' tokens of each token of the row, [T]."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
         """Return documents of ``lengths`` tokens, one after another."""
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         return cls(lengths=tuple(lengths), bounds=bounds, longest=max(lengths))
+
+    @classmethod
+    def sharing(cls, families: Sequence[Family], device: torch.device) -> Documents:
+        """Return the documents of ``families``: the tokens of a prompt once, then those of each answer to it.
+
+        row         p0 p1 p2  a0 a1  b0
+        documents   p0 p1 p2  a0 a1 | p0 p1 p2  b0
+        spread      0  1  2   3  4    0  1  2   5
+        gathered    0  1  2   3  4   8
+        """
+        spread: list[int] = []
+        gathered: list[int] = []
+        lengths: list[int] = []
+        for prompt, answers in families:
+            start = len(gathered)
+            for number, answer in enumerate(answers):
+                first = len(gathered)
+                held = prompt + answer if number == 0 else answer
+                gathered += range(len(spread) + prompt + answer - held, len(spread) + prompt + answer)
+                spread += range(start, start + prompt)
+                spread += range(first + held - answer, first + held)
+                lengths.append(prompt + answer)
+        plain = cls.of(lengths, device)
+        if len(spread) == len(gathered):
+            return plain
+        places = [torch.tensor(each, device=device) for each in (spread, gathered)]
+        return replace(plain, spread=places[0], gathered=places[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +108,34 @@ def choose(causal: PreTrainedModel) -> Choice:
     return Choice(kernel=KERNELS[usable], passed_over=passed_over)
 
 
+def for_shared_tokens(attend: Callable[..., AttentionResult]) -> Callable[..., AttentionResult]:
+    """Return ``attend`` for documents that may share tokens: their queries, keys and values are spread for it alone.
+
+    Attention then takes as long as for separate documents, and gives the same numbers; every other part of the model,
+    most of the work, sees a shared token once.
+    """
+
+    @wraps(attend)
+    def attend_shared(
+        module: torch.nn.Module,
+        query_BNTH: torch.Tensor,
+        key_BKTH: torch.Tensor,
+        value_BKTH: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        documents: Documents,
+        **settings: Any,
+    ) -> AttentionResult:
+        if documents.spread is None or documents.gathered is None:
+            return attend(module, query_BNTH, key_BKTH, value_BKTH, attention_mask, documents=documents, **settings)
+        spread = [each.index_select(2, documents.spread) for each in (query_BNTH, key_BKTH, value_BKTH)]
+        attended_BTNH, _ = attend(module, *spread, attention_mask, documents=documents, **settings)
+        return attended_BTNH.index_select(1, documents.gathered), None
+
+    return attend_shared
+
+
+@for_shared_tokens
 def flash_attention(
     module: torch.nn.Module,
     query_BNTH: torch.Tensor,
@@ -104,6 +168,7 @@ def flash_attention(
     return attended_TNH[None], None
 
 
+@for_shared_tokens
 def varlen_attention(
     module: torch.nn.Module,
     query_BNTH: torch.Tensor,
@@ -135,6 +200,7 @@ def varlen_attention(
     return cast(torch.Tensor, attended_TNH)[None], None
 
 
+@for_shared_tokens
 def document_attention(
     module: torch.nn.Module,
     query_BNTH: torch.Tensor,
@@ -250,9 +316,9 @@ def _sinks(causal: PreTrainedModel) -> bool:
 
 
 KERNELS = (
-    Kernel(name="posttrain_flash", summary="flash-attn varlen", obstacle=_without_flash),
-    Kernel(name="posttrain_varlen", summary="torch varlen", obstacle=_without_varlen),
-    Kernel(name="posttrain_documents", summary="SDPA per document", obstacle=_special_scores),
+    Kernel(name="posttrain_flash", summary="flash-attn varlen", obstacle=_without_flash, shares=True),
+    Kernel(name="posttrain_varlen", summary="torch varlen", obstacle=_without_varlen, shares=True),
+    Kernel(name="posttrain_documents", summary="SDPA per document", obstacle=_special_scores, shares=True),
     Kernel(name=MASKED, summary="one block mask per row", obstacle=lambda causal: ""),
 )
 

@@ -55,16 +55,23 @@ def summed_cross_entropy(
     head: OutputHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, chunk: int
 ) -> torch.Tensor:
     """Return the sum of -log p(target) over N trained tokens, in nats, with at most ``chunk`` rows of logits held."""
-    weight_VD, bias_V = head.projection.weight, getattr(head.projection, "bias", None)
-    # autocast leaves products with out= alone, as those of the function below: the casts are made here, for autograd
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        kind = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD = hidden_ND.to(kind), weight_VD.to(kind)
-        bias_V = None if bias_V is None else bias_V.to(kind)
+    hidden_ND, weight_VD, bias_V = projected(head, hidden_ND)
     loss: torch.Tensor = _SummedCrossEntropy.apply(
         hidden_ND, weight_VD, bias_V, targets_N, chunk, head.scale, head.softcap
     )
     return loss
+
+
+def projected(head: OutputHead, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return hidden states [N, D], the projection's weight [V, D] and its bias [V], in the format of autocast."""
+    weight_VD: Any = head.projection.weight
+    bias_V: torch.Tensor | None = getattr(head.projection, "bias", None)
+    # autocast leaves products with out= alone, as those of chunked logits: the casts are made here, for autograd
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        kind = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD = hidden_ND.to(kind), weight_VD.to(kind)
+        bias_V = None if bias_V is None else bias_V.to(kind)
+    return hidden_ND, weight_VD, bias_V
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain import BadInput, Conversation, Feedback, Preference, Problem, StageContext
@@ -28,6 +28,8 @@ class TokenAnswer:
     """True when the answer was judged good."""
     where: str
     """File and line of the record, for messages."""
+    aside: list[int] = field(default_factory=list)
+    """The answer to another prompt of the batch, for the KL term; empty where the loss has none."""
 
     @property
     def answers(self) -> tuple[Answer, ...]:

@@ -24,6 +24,11 @@ class TokenPair:
         """Return both answers, the chosen one first."""
         return ("chosen", self.chosen), ("rejected", self.rejected)
 
+    @property
+    def aside(self) -> list[int]:
+        """Return no answer to another prompt: no loss of pairs needs one."""
+        return []
+
 
 def render_pairs(context: StageContext) -> TokenRows[TokenPair]:
     """Render every record; raises BadInput for one that cannot be rendered, and without any short enough pair."""

@@ -1,0 +1,141 @@
+"""Log-probabilities of answers to prompts: rows packed end to end, every answer isolated, nothing padded.
+
+    row with a shared prompt     p0 p1 p2  a0 a1  b0          the prompt once, both answers after it
+    row without                  p0 p1 p2  a0 a1 | p0 p1 p2  b0
+    scored                              a0 a1  .              the last token of the prompt predicts the first
+                                        b0 .                  token of each answer
+
+Only the positions that predict an answer's token go through the output projection.
+"""
+
+# B = rows of a batch, A = answers of a row, T = tokens of the batch, N = tokens of all answers, D = width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.engine.attention import causal_model, packed_hidden, shared_hidden
+from posttrain.engine.attention_kernels import Family
+from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.log_probs import token_log_probs
+from posttrain.engine.loss import OutputHead
+from posttrain.engine.neftune import noisy_embeddings
+from posttrain.engine.precision import autocasting
+
+Answer = tuple[str, Sequence[int]]
+"""Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
+
+
+class AnsweredRow(Protocol):
+    """A prompt and its answers as token ids; all rows of a stage have equally many answers."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids up to the answer; at least one."""
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        """Answers to the prompt: two of a pair, or one judged answer."""
+
+    @property
+    def aside(self) -> Sequence[int]:
+        """Token ids of an answer to another prompt, scored without a gradient; empty where the loss needs none."""
+
+    @property
+    def where(self) -> str:
+        """File and line of the record, for messages."""
+
+
+Row = TypeVar("Row", bound=AnsweredRow)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScores(Generic[Row]):
+    """The log-probabilities of a batch, in nats summed over the tokens of an answer, in float64."""
+
+    rows: Sequence[Row]
+    log_probs: torch.Tensor
+    """Those of the policy, [B, A], with their graph."""
+    tokens: torch.Tensor
+    """Number of tokens of each answer, [B, A]."""
+    reference: torch.Tensor | None = None
+    """Those of the model before training, [B, A]; None for a loss without a reference."""
+    aside: torch.Tensor | None = None
+    """Those of the answers aside by the policy, [B], without a graph; None for rows that have none."""
+    aside_reference: torch.Tensor | None = None
+    """Those of the answers aside by the model before training, [B]."""
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Prompts and their answers laid end to end for one forward pass."""
+
+    ids: torch.Tensor
+    """Token ids [1, T]."""
+    families: Sequence[Family]
+    """Tokens of each prompt in the row, and of the answers after it."""
+    scored: torch.Tensor
+    """Positions in T, [N], that predict the tokens of the answers."""
+    targets: torch.Tensor
+    """The tokens of the answers, [N]."""
+    owners: torch.Tensor
+    """Number of the answer of each, [N]: those of the first row, then those of the next."""
+    tokens: torch.Tensor
+    """Number of tokens of each answer, [B, A]."""
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device, shared: bool
+    ) -> AnswerBatch:
+        """Return the batch of ``rows``, each a prompt with its answers; ``shared`` holds a prompt once for all."""
+        ids: list[int] = []
+        families: list[Family] = []
+        scored: list[int] = []
+        targets: list[int] = []
+        for prompt, answers in rows:
+            for group in [answers] if shared else [[answer] for answer in answers]:
+                last = len(ids) + len(prompt) - 1
+                ids += prompt
+                for answer in group:
+                    scored += [last, *range(len(ids), len(ids) + len(answer) - 1)]
+                    targets += answer
+                    ids += answer
+                families.append((len(prompt), [len(answer) for answer in group]))
+        tokens_BA = torch.tensor([[len(answer) for answer in answers] for _, answers in rows], device=device)
+        return cls(
+            ids=torch.tensor(ids, device=device)[None],
+            families=families,
+            scored=torch.tensor(scored, device=device),
+            targets=torch.tensor(targets, device=device),
+            owners=torch.arange(tokens_BA.numel(), device=device).repeat_interleave(tokens_BA.flatten()),
+            tokens=tokens_BA,
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each family; their sum is T."""
+        return [prompt + sum(answers) for prompt, answers in self.families]
+
+    def log_probs(
+        self, model: PreTrainedModel | PeftModel, config: FineTuneConfig, dtype: str, noise: float | None = None
+    ) -> torch.Tensor:
+        """Return the log-probability of each answer, [B, A] in float64; ``noise`` is NEFTune's alpha."""
+        causal = causal_model(model)
+        # a family without shared tokens is a document: kernels that cannot share are asked for nothing else
+        shared = any(len(answers) > 1 for _, answers in self.families)
+        with noisy_embeddings(causal, self.lengths, noise), autocasting(model, dtype):
+            if shared:
+                hidden_TD = shared_hidden(causal, self.ids, self.families)
+            else:
+                hidden_TD = packed_hidden(causal, self.ids, self.lengths)
+            hidden_ND = hidden_TD.index_select(0, self.scored)
+            log_probs_N = token_log_probs(OutputHead.of(causal), hidden_ND, self.targets, config.loss_chunk)
+        # float64: a loss takes differences of these sums, small against them
+        sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.ids.device)
+        return sums.index_add(0, self.owners, log_probs_N.double()).view_as(self.tokens)
