@@ -22,6 +22,7 @@ def host() -> Host:
 
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in a folder of its own, so that ./runs and ./recipes are its own too."""
+    """Every test runs in a folder of its own, so that ./runs and ./recipes are its own too, and so is the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

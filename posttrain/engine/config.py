@@ -71,7 +71,7 @@ class FineTuneConfig(StageConfig):
     checkpoint_steps: int = number(50, least=1)
     """Optimizer steps between two checkpoints."""
     compute_dtype: Dtype | None = None
-    """Number format of forward and backward passes: model.dtype, but float32 for bfloat16 on a CPU without AMX."""
+    """Number format of forward and backward passes: model.dtype; for bfloat16 on a CPU the faster one, as measured."""
     loss_chunk: int = number(1024, least=1)
     """Trained tokens whose logits are held at once."""
 

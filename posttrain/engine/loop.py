@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.digests import digest_of
+from posttrain.engine.arithmetic import Arithmetic, choose_arithmetic
 from posttrain.engine.attention import causal_model, install, rehearse
 from posttrain.engine.batches import RowOrder
 from posttrain.engine.checkpoint import CheckpointFolder, Position, capture, restore
@@ -34,7 +35,7 @@ from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import add_gradient, trained_tokens
 from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
-from posttrain.engine.precision import compute_dtype, computing_in
+from posttrain.engine.precision import computing_in
 from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
@@ -120,13 +121,18 @@ class Training:
     @property
     def compute_dtype(self) -> str:
         """Number format of the arithmetic."""
-        return compute_dtype(self.config, self.dtype, self.model)
+        return self.arithmetic.dtype
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """The arithmetic: as the recipe has it, or as measured."""
+        return choose_arithmetic(self.config, self.dtype, self.model, self.checkpoints / "arithmetic.json")
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
         """Give the model the arithmetic and the layers of training; in the end, its own forward passes and format."""
         with computing_in(self.model, self.compute_dtype):
-            self.progress.note(f"arithmetic: {self.compute_dtype} on weights stored as {self.dtype}")
+            self.progress.note(f"arithmetic: {self.arithmetic}")
             self.progress.note(f"attention: {install(self.model, self.config.packing)}")
             if self.config.gradient_checkpointing:
                 self._recompute_activations()

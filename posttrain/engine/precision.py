@@ -1,4 +1,4 @@
-"""The number format of the arithmetic, not always the one of the stored weights."""
+"""A model in the number format of its arithmetic, not always the one of its stored weights."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.engine.attention import causal_model
-from posttrain.engine.config import FineTuneConfig
 from posttrain.model.loading import DTYPES
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-
-
-def compute_dtype(config: FineTuneConfig, stored: str, model: PreTrainedModel | PeftModel) -> str:
-    """Return the number format of forward and backward passes of ``model``, with weights stored as ``stored``.
-
-    A CPU without matrix tiles (AMX) multiplies bfloat16 slower than float32, and less precisely (docs/decisions.md has
-    the figures): there, bfloat16 weights are multiplied in float32. The rule asks for the
-    processor, not for a timing, so that two runs on a machine always compute the same. Quantised weights are
-    multiplied in ``stored``.
-    """
-    if _quantised(model):
-        return stored
-    if config.compute_dtype is not None:
-        return config.compute_dtype.value
-    if stored == BFLOAT16 and model.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
-        return FLOAT32
-    return stored
 
 
 @contextmanager
@@ -40,7 +22,7 @@ def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[Non
 
     Trained weights are float32 anyway; quantised weights stay as they are.
     """
-    frozen = [] if _quantised(model) else [each for each in model.parameters() if not each.requires_grad]
+    frozen = [] if is_quantised(model) else [each for each in model.parameters() if not each.requires_grad]
     stored = {parameter: parameter.dtype for parameter in frozen}
     for parameter in stored:
         parameter.data = parameter.data.to(DTYPES[dtype])
@@ -60,5 +42,6 @@ def autocasting(model: PreTrainedModel | PeftModel, dtype: str) -> AbstractConte
     return nullcontext()
 
 
-def _quantised(model: PreTrainedModel | PeftModel) -> bool:
+def is_quantised(model: PreTrainedModel | PeftModel) -> bool:
+    """Return True for a model in 4 bits, whose format of computing is part of its quantisation."""
     return bool(getattr(causal_model(model), "is_quantized", False))

@@ -79,6 +79,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
         what = f"{len(idle):,} parameters ({weights:,} weights) never got a gradient, such as {min(idle)}"
         context.warn(f"{what}: the model computes nothing of the trained text with them, and they stay as they were")
     context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
+    context.metrics["arithmetic"] = training.compute_dtype
     context.metrics["sources"] = [share.figures() for share in mixed.shares]
     for line in evaluation.warnings():
         context.warn(line)

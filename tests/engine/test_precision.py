@@ -4,46 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from posttrain.config.schema import Dtype, Method
+from posttrain.engine.arithmetic import choose_arithmetic
 from posttrain.engine.checkpoint import Position
 from posttrain.engine.fused import is_fused
 from posttrain.engine.loop import Training
-from posttrain.engine.precision import compute_dtype, computing_in
+from posttrain.engine.precision import computing_in
 from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.examples import make_evaluation
 from tests.support.tiny import Recorder, base_source, packed_rows, sft_config, write_base
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("asked", "stored", "device", "tiles", "expected"),
-    [
-        (None, "bfloat16", CPU, False, "float32"),
-        (None, "bfloat16", CPU, True, "bfloat16"),
-        (None, "bfloat16", GPU, False, "bfloat16"),
-        (None, "float32", CPU, True, "float32"),
-        (Dtype.bfloat16, "bfloat16", CPU, False, "bfloat16"),
-        (Dtype.float32, "bfloat16", GPU, True, "float32"),
-    ],
-)
-def test_the_processor_decides_unless_the_recipe_does(
-    asked: Dtype | None,
-    stored: str,
-    device: torch.device,
-    tiles: bool,
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
-    assert compute_dtype(sft_config(compute_dtype=asked), stored, SimpleNamespace(device=device)) == expected  # type: ignore[arg-type]
 
 
 def run(model: Any, folder: Path, asked: Dtype, progress: Recorder, **settings: Any) -> Position:
@@ -100,6 +75,7 @@ def test_quantised_weights_keep_their_format(tmp_path: Path) -> None:
     source = replace(base_source(write_base(tmp_path / "base", hidden_size=64)), quantization=NF4)
     model = load_model(source, "bfloat16")
     kinds = [parameter.dtype for parameter in model.parameters()]
-    assert compute_dtype(sft_config(compute_dtype=Dtype.float32), "bfloat16", model) == "bfloat16"
+    config = sft_config(compute_dtype=Dtype.float32)
+    assert choose_arithmetic(config, "bfloat16", model, tmp_path / "rates.json").dtype == "bfloat16"
     with computing_in(model, "float32"):
         assert [parameter.dtype for parameter in model.parameters()] == kinds
