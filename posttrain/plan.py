@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
 from posttrain.config.ranges import out_of_range
-from posttrain.config.schema import ROOT, GateConfig, GateTask, ModelConfig, Source, StageConfig
+from posttrain.config.schema import (
+    ROOT,
+    EngineName,
+    GateConfig,
+    GateTask,
+    LaunchConfig,
+    ModelConfig,
+    Source,
+    StageConfig,
+)
 from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
@@ -71,6 +81,10 @@ class Plan:
     """Names of the settings among them with an effect on artifacts."""
     tracker: str
     """Name of the chosen tracker, or ``none``."""
+    engine: EngineName
+    """Division of training among processes; no part of any result's name."""
+    launch: LaunchConfig
+    """Processes that train a stage together."""
     seed: int
     """Seed of the run."""
     plugin_timeout: float | None
@@ -112,6 +126,8 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         "start_from",
         "start_from_unpromoted",
         "plugin_timeout",
+        "engine",
+        "launch",
         "model",
         "tracker",
         *host.own_nodes(),
@@ -125,6 +141,8 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         raise BadInput(problems + broken)
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
+    launch: LaunchConfig = _typed(config.launch)
+    problems += [Problem(where=f"launch.{key}", what=what) for key, what in out_of_range(launch)]
     problems += [*_number_problems(config), *_timeout_problems(config), *_consent_problems(config)]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
@@ -135,6 +153,8 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         settings=settings,
         shaping=tuple(name for name in settings if host.settings[name].shapes_data),
         tracker=next((name for name in settings if host.settings[name].group == "tracker"), NO_TRACKER),
+        engine=config.engine,
+        launch=launch,
         seed=config.seed,
         plugin_timeout=config.plugin_timeout,
         output_root=Path(str(config.output_root)),
@@ -215,6 +235,8 @@ def _takes_recipe_data(node: DictConfig) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
     return OmegaConf.to_container(value, resolve=True, enum_to_str=True) if OmegaConf.is_config(value) else value
 
 

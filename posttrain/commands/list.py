@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.paths import conf_folders, recipe_folders
+from posttrain.config.schema import LaunchConfig
 from posttrain.errors import reject, suggest
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.quoting import one_line
+from posttrain.stage import Settings
 
-GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker"}
+GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker", "launches": "launch"}
 """Names of lists, and their folders below conf/."""
+NODES = {"launch": Settings(name="launch", summary="the processes that train a stage together", config=LaunchConfig)}
+"""Settings that are of no plugin and of no stage."""
 MOST_SUMMARY = 200
 """Characters shown of a file's first line."""
 SECTIONS = ("recipes", "stages", *GROUPS, "settings", "plugins")
@@ -24,7 +28,7 @@ def main(words: list[str]) -> int:
     as_json = "--json" in words
     names = [word for word in words if word != "--json"]
     host = plugins.load()
-    declared = {**host.stages, **host.settings}
+    declared = {**host.stages, **host.settings, **NODES}
     if len(names) == 1 and names[0] in declared and names[0] not in SECTIONS:
         _print_settings(host, names[0], as_json)
         return 0
@@ -105,12 +109,11 @@ def _line(row: dict[str, Any]) -> str:
 def _print_settings(host: Host, name: str, as_json: bool) -> None:
     from posttrain.config.help import settings
 
-    stage = host.stages.get(name)
-    declared = host.settings[name] if stage is None else stage
-    key = name if stage is not None else host.settings[name].group or name
+    declared = NODES.get(name) or host.stages.get(name) or host.settings[name]
+    key = getattr(declared, "group", None) or name
     rows = settings(declared.config)
     if as_json:
-        what = "plugin" if stage is None else "stage"
+        what = "stage" if name in host.stages else "plugin" if name in host.settings else "group"
         print(json.dumps({what: name, "settings": [vars(row) for row in rows]}, indent=2))
         return
     print(f"{name}: {declared.summary}\n")

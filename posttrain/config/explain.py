@@ -13,7 +13,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from posttrain.config.schema import ROOT, GateTask, ModelConfig, Source
+from posttrain.config.schema import ROOT, GateTask, LaunchConfig, ModelConfig, Source
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
@@ -28,7 +28,7 @@ TYPE_ERRORS = {
     r"Invalid value (.+), expected one of \[(.+)\]": r"\1 is not one of \2",
 }
 """Messages of OmegaConf by pattern, in plain English."""
-NODES = {"model": ModelConfig, "data": Source}
+NODES = {"model": ModelConfig, "data": Source, "launch": LaunchConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,9 @@ def _own_files(group: str) -> str:
     """Return the place where a file of the user's own is found."""
     if group == "recipe":
         return "\n    Your own recipes are read from ./recipes/NAME.yaml"
-    in_file = group in ("gate", "model", "variant", "tracker")
-    return f"\n    Your own {group}s are read from DIR/{group}/NAME.yaml with --config-dir DIR" if in_file else ""
+    in_file = group in ("gate", "model", "variant", "tracker", "launch")
+    several = "launches" if group == "launch" else f"{group}s"
+    return f"\n    Your own {several} are read from DIR/{group}/NAME.yaml with --config-dir DIR" if in_file else ""
 
 
 def _options(group: str) -> list[str]:
@@ -188,7 +189,7 @@ def settings_of(path: str, host: Host, cause: OmegaConfBaseException | None = No
 
 def _expected(key: str, host: Host) -> str:
     root = key.split(".")[0]
-    return f"posttrain list {root} shows its settings" if root in (*host.stages, *host.own_nodes()) else ""
+    return f"posttrain list {root} shows its settings" if root in (*host.stages, *host.own_nodes(), "launch") else ""
 
 
 def _culprit(text: str, overrides: Iterable[str]) -> str | None:

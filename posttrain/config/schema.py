@@ -17,7 +17,7 @@ from posttrain.config.ranges import number, out_of_range
 
 ROOT = (
     "seed", "output_root", "stages", "start_from", "start_from_unpromoted", "model", "data", "gate_data", "tracker",
-    "variant", "plugin_timeout",
+    "variant", "plugin_timeout", "engine", "launch",
 )  # fmt: skip
 """Keys at the top level of every recipe, other than its stages and the settings of plugins."""
 MISSING: Any = "???"
@@ -101,8 +101,26 @@ class Sequential(Enum):
     obrien_fleming = "obrien_fleming"
 
 
+class EngineName(Enum):
+    """The division of training among processes; ``auto`` takes single for one, and for several what fits."""
+
+    auto = "auto"
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    deepspeed = "deepspeed"
+
+
+class Launcher(Enum):
+    """The program that starts the processes of a stage: none, torchrun on this machine, or Slurm on several."""
+
+    none = "none"
+    local = "local"
+    slurm = "slurm"
+
+
 class Backend(Enum):
-    """The engine that runs the models of a gate."""
+    """The library that runs the models of a gate."""
 
     hf = "hf"
     vllm = "vllm"
@@ -276,6 +294,40 @@ class GateConfig:
         if not 1 <= self.looks <= MOST_LOOKS:
             found.append(("looks", f"{self.looks} is not between 1 and {MOST_LOOKS}"))
         return found
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """The processes that train a stage together, each on a device of its own."""
+
+    kind: Launcher = Launcher.none
+    """none (in this process), local (on this machine) or slurm; ``launch=NAME`` chooses it."""
+    processes: int | None = number(None, least=1)
+    """Processes on each node; by default one for each of its GPUs."""
+    nodes: int = number(1, least=1)
+    """Nodes of a Slurm job."""
+    port: int | None = number(None, least=1024, most=65535)
+    """Port at which several nodes meet; by default one that follows from the number of the Slurm job."""
+    silence_seconds: float = number(1800.0, above=0)
+    """Seconds without a sign of life after which the processes count as hanging and are ended."""
+    shutdown_seconds: float = number(300.0, above=0)
+    """Seconds that a stop may take to finish a step and save it; Slurm sends its signal so long before the end."""
+    partition: str | None = None
+    """Partition of a Slurm job."""
+    account: str | None = None
+    """Account that a Slurm job is charged to."""
+    qos: str | None = None
+    """Quality of service of a Slurm job."""
+    time: str | None = None
+    """Longest time of a Slurm job, such as 12:00:00; it is queued again and resumes."""
+    gres: str | None = None
+    """Resources of each node of a Slurm job, such as gpu:8."""
+    memory: str | None = None
+    """Memory of each node of a Slurm job, such as 200G; 0 is all."""
+    constraint: str | None = None
+    """Features of the nodes of a Slurm job."""
+    reservation: str | None = None
+    """Reservation of a Slurm job."""
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ MOST_RESOLVED = 5_000
 MOST_RESOLVED_CHARACTERS = 1_000_000
 RESOLVERS = ("shipped",)
 """Resolvers that files and words may use."""
-GROUPS = ("recipe", "gate", "model", "variant", "tracker", "stage", "settings")
+GROUPS = ("recipe", "gate", "model", "variant", "tracker", "launch", "stage", "settings")
 """Groups of options, each a folder."""
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -18,13 +18,15 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, EnumNode, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import (
     FROM_VARIANT,
+    EngineName,
+    LaunchConfig,
     Method,
     ModelConfig,
     Source,
@@ -38,7 +40,7 @@ from posttrain.host.guard import SETTINGS
 from posttrain.host.plugins import Host
 from posttrain.stage import Stage
 
-SCHEMA = {"model": ModelConfig, "data": Source}
+SCHEMA = {"model": ModelConfig, "data": Source, "launch": LaunchConfig}
 """Typed nodes of every recipe, other than its stages and the settings of plugins."""
 GROUP = "recipe/"
 
@@ -62,7 +64,8 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
     typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
     for node in (regression.model, typed["model"]):
         OmegaConf.set_struct(node.template_variables, value=False)  # its keys are the template's
-    store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant}))
+    engine = EnumNode(EngineName, EngineName.auto)
+    store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant, "engine": engine}))
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf, RecipeSearchPath.named = conf[1:], list(named)
     FolderSource.reading, FolderSource.dropped = Reading(), set()

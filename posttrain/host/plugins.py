@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from posttrain.plan import Plan
 
 GROUP = "posttrain"
-ESSENTIAL = tuple(f"posttrain.{room}.plugin" for room in ("sft", "data", "model", "scoring", "gate", "run"))
+ESSENTIAL = tuple(f"posttrain.{room}.plugin" for room in ("sft", "data", "model", "scoring", "gate", "launch", "run"))
 """Hook implementations of posttrain itself; they cannot be blocked."""
 SHAPING = ("load_records", "run_stage")
 """Hooks whose implementations decide what is trained."""

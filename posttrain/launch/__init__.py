@@ -1,0 +1,1 @@
+"""Several processes for one stage: their number, the job they read, the program that starts them, their end."""
