@@ -206,12 +206,12 @@ def _posttrain(job: Job) -> Result:
 
     environment.prepare()
     from posttrain.config.schema import LoraSettings, Method, ModelConfig
+    from posttrain.context import StageContext
     from posttrain.data.records import Conversation
     from posttrain.model.base import resolve_base
     from posttrain.model.loading import load_tokenizer
     from posttrain.sft.config import SFTConfig
     from posttrain.sft.stage import run
-    from posttrain.stage import StageContext
     from posttrain.tokens.chat import ChatRenderer
     from posttrain.tokens.packing import pack
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from posttrain.errors import BadInput
 from posttrain.gate.reasons import weaknesses
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
+from posttrain.launch.shape import needs_of
 from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
@@ -43,7 +44,7 @@ def main(words: list[str]) -> int:
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
     """Return the plan for scripts: the stages in running order and the resolved recipe."""
-    stored = _stored(plan)
+    stored, needs = _stored(plan), needs_of(plan)
     stages = [
         {
             "name": step.name,
@@ -55,6 +56,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "power": _power_json(step),
             "notes": weaknesses(step.gate, step.tasks),
             "advice": _advice(step, stored),
+            "needs": asdict(needs[step.name]) if step.name in needs else None,
         }
         for step in plan.steps
     ]
@@ -70,13 +72,15 @@ def _power_json(step: Step) -> dict[str, Any]:
 def _text(plan: Plan, config: DictConfig) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
-    stored = _stored(plan)
+    stored, needs = _stored(plan), needs_of(plan)
     lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored), ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
         lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
         lines += [f"  reach  {line}" for line in _reach(step, stored)]
+        if need := needs.get(step.name):
+            lines += [*(f"  memory {line}" for line in need.memory_lines()), f"  disk   {need.disk_line()}"]
         lines += [f"  gate   {line}" for line in _gate(step)]
         lines += [f"  advice {line}" for line in _advice(step, stored)]
         lines += [""]

@@ -12,6 +12,8 @@ from pathlib import Path
 from re import fullmatch
 
 from posttrain.config.schema import EngineName, LaunchConfig, Launcher, Method
+from posttrain.cost.engines import choose_engine
+from posttrain.cost.needs import Needs, stage_needs
 from posttrain.engine.config import FineTuneConfig
 from posttrain.errors import Problem
 from posttrain.plan import Plan, Step
@@ -49,11 +51,17 @@ def shape_of(launch: LaunchConfig) -> Shape:
     return Shape(nodes=launch.nodes, per_node=launch.processes or _gpus_of(launch.kind) or 1)
 
 
+def needs_of(plan: Plan) -> dict[str, Needs]:
+    """Return the memory, the disk and the engine of each stage by name, as far as its settings tell."""
+    shape = shape_of(plan.launch)
+    return stage_needs(plan, plan.engine.value, shape.world, shape.per_node)
+
+
 def engine_of(plan: Plan, step: Step) -> str:
     """Return the engine of a stage, never ``auto``."""
-    if shape_of(plan.launch).world == 1:
-        return "single"
-    return "ddp" if plan.engine is EngineName.auto else str(plan.engine.value)
+    if need := needs_of(plan).get(step.name):
+        return need.engine
+    return choose_engine(plan.engine.value, shape_of(plan.launch).world, None, None)[0]
 
 
 def in_slurm_job() -> bool:

@@ -99,21 +99,31 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def stored_kinds(folder: Path) -> dict[str, dict[str, int]]:
-    """Return the weights in the matrices of ``folder`` by kind and name, from the headers of its files alone.
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight in ``folder`` by name, from the headers of its files alone.
 
-    Kinds go by the names of the field's architectures. Raises BadInput as ``weight_files`` does.
+    Raises BadInput as ``weight_files`` does.
     """
     from safetensors import safe_open
 
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-                shape = file.get_slice(name).get_shape()
-                if len(shape) >= 2 and not name.endswith("bias"):
-                    kind = next((kind for kind, pattern in STORED.items() if pattern.search(name)), "linear layers")
-                    found.setdefault(kind, {})[name] = prod(shape)
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+    return found
+
+
+def stored_kind(name: str) -> str:
+    """Return the kind of a stored matrix; kinds go by the names of the field's architectures."""
+    return next((kind for kind, pattern in STORED.items() if pattern.search(name)), "linear layers")
+
+
+def stored_kinds(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the weights in the matrices of ``folder`` by kind and name. Raises BadInput as ``weight_files`` does."""
+    found: dict[str, dict[str, int]] = {}
+    for name, shape in stored_shapes(folder).items():
+        if len(shape) >= 2 and not name.endswith("bias"):
+            found.setdefault(stored_kind(name), {})[name] = prod(shape)
     return found
 
 

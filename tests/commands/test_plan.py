@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,34 @@ def test_experts_that_four_bits_leave_out_are_advised_of(project: Path, capsys: 
     assert "are experts" not in plan(capsys)
 
 
+def test_memory_and_disk_are_shown_for_each_stage(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys)
+    assert re.search(r"memory [\d.]+ GB with engine single \(there is one device\): weights [\d.]+ GB", text)
+    assert re.search(r"disk   checkpoints: [\d.]+ GB each, [\d.]+ GB for the 2 that are kept, [\d.]+ GB while", text)
+    (stage,) = json.loads(plan(capsys, "--json"))["stages"]
+    needs = stage["needs"]
+    assert (needs["engine"], needs["processes"]) == ("single", 1)
+    assert needs["memory"]["weights"] > 0 < needs["checkpoint"]
+
+
+def test_memory_beyond_the_device_is_warned_of(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.cost.needs.device_memory", lambda processes: 100_000)
+    assert "memory warning: a device has 0.00 GB; the largest part is" in plan(capsys)
+
+
+def test_the_engine_of_several_devices_is_the_first_that_fits(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = ["launch=local", "launch.processes=2", "sft.gradient_accumulation=2"]
+    monkeypatch.setattr("posttrain.launch.shape.cores", lambda: 2)
+    assert "on each of 2 devices with engine ddp (everything fits on each device:" in plan(capsys, *several)
+    assert "with engine fsdp (as set)" in plan(capsys, *several, "engine=fsdp")
+    monkeypatch.setattr("posttrain.cost.needs.device_memory", lambda processes: 100_000)
+    assert "with engine fsdp (with everything on each device it takes" in plan(capsys, *several)
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "hub"])
 def test_a_model_that_cannot_be_read_yet_is_no_obstacle(
     project: Path, capsys: pytest.CaptureFixture[str], damage: str
@@ -68,3 +97,4 @@ def test_a_model_that_cannot_be_read_yet_is_no_obstacle(
         weights.unlink()
     text = plan(capsys, *(["model.path=some/model"] if damage == "hub" else []))
     assert "weights " not in text
+    assert "memory " not in text

@@ -1,0 +1,110 @@
+"""The sizes of a model that memory depends on, from its config.json and the headers of its weights."""
+
+# D = width, E = experts
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from posttrain.model.base import stored_kind, stored_shapes
+from posttrain.model.trust import read_json
+
+LINEAR, EXPERTS, EMBEDDINGS = "linear layers", "experts", "embeddings"
+NAMES = {
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim"),
+}
+"""Keys of config.json for a size, by the names of the field's architectures."""
+GATED = ("gelu_new", "gelu", "relu")
+"""Activations of MLPs with two matrices; the others have a third, the gate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The sizes of a decoder."""
+
+    width: int
+    layers: int
+    inner: int
+    """Width of the MLP; of the experts that a token passes, together, where there are any."""
+    queries: int
+    """Width of all query heads."""
+    keys: int
+    """Width of all key heads, and of all value heads."""
+    vocabulary: int
+    gated: bool
+    """True when the MLP has a gate."""
+    matrices: Mapping[str, tuple[int, ...]]
+    """Shapes of the layers' matrices by name, experts among them."""
+    quantisable: int
+    """Weights in linear layers, which bitsandbytes stores in 4 bits."""
+    ends: int
+    """Weights of embeddings and output projection as they are in memory, tied ones counted once."""
+    total: int
+    """All weights."""
+
+    @property
+    def per_layer(self) -> int:
+        """Weights of one layer, with its share of what is not in a layer's matrices nor at the ends."""
+        return (self.total - self.ends) // self.layers
+
+    def adapter(self, rank: int, targets: str | Sequence[str], *, dora: bool = False) -> int:
+        """Return the weights of an adapter of ``rank`` on ``targets``: ``all-linear``, or names of modules."""
+        found = [*self.matrices.values()]
+        if not isinstance(targets, str):
+            ends = tuple(f".{target}{end}" for target in targets for end in ("", ".weight"))
+            found = [shape for name, shape in self.matrices.items() if f".{name}".endswith(ends)]
+        factors = sum(prod(shape[:-2]) * rank * (shape[-2] + shape[-1]) for shape in found)
+        return factors + (sum(prod(shape[:-1]) for shape in found) if dora else 0)
+
+
+def read_architecture(folder: Path) -> Architecture | None:
+    """Return the sizes of the model in ``folder``; None when its configuration does not tell them.
+
+    Raises BadInput when its files are damaged.
+    """
+    config = read_json(folder / "config.json")
+    inner = config.get("text_config")
+    text: Mapping[str, Any] = inner if isinstance(inner, dict) else config
+    shapes = stored_shapes(folder)
+    kinds = {name: stored_kind(name) for name, shape in shapes.items() if len(shape) >= 2 and not name.endswith("bias")}
+    embeddings = {name: shapes[name] for name, kind in kinds.items() if kind == EMBEDDINGS}
+    width, layers, heads = (_size(text, name) for name in ("width", "layers", "heads"))
+    if not (width and layers and heads and embeddings):
+        return None
+    head = text.get("head_dim") or width // heads
+    total = sum(map(prod, shapes.values()))
+    linear = {name: shapes[name] for name, kind in kinds.items() if kind == LINEAR}
+    return Architecture(
+        width=width,
+        layers=layers,
+        inner=_inner(text, width),
+        queries=heads * head,
+        keys=(_whole(text.get("num_key_value_heads")) or heads) * head,
+        vocabulary=_whole(text.get("vocab_size")) or max(shape[0] for shape in embeddings.values()),
+        gated=str(text.get("hidden_act", text.get("activation_function", "silu"))) not in GATED,
+        matrices=linear | {name: shapes[name] for name, kind in kinds.items() if kind == EXPERTS},
+        quantisable=sum(map(prod, linear.values())),
+        ends=sum(map(prod, embeddings.values())),
+        total=total,
+    )
+
+
+def _size(text: Mapping[str, Any], name: str) -> int:
+    return next((found for key in NAMES[name] if (found := _whole(text.get(key)))), 0)
+
+
+def _inner(text: Mapping[str, Any], width: int) -> int:
+    inner = _size(text, "inner") or 4 * width
+    active = _whole(text.get("num_experts_per_tok"))
+    return active * (_whole(text.get("moe_intermediate_size")) or inner) if active else inner
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0

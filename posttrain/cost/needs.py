@@ -1,0 +1,115 @@
+"""The memory and the disk that each stage of a plan needs, with its engine, as far as its settings tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from posttrain.config.schema import Dtype, LoraSettings, Method
+from posttrain.cost.architecture import Architecture, read_architecture
+from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, has_gpu
+from posttrain.cost.memory import KEPT_CHECKPOINTS, Memory, Training, checkpoint_bytes, training_memory
+from posttrain.errors import BadInput
+from posttrain.plan import Plan, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one stage needs."""
+
+    engine: str
+    reason: str
+    """One clause, why this engine."""
+    processes: int
+    memory: Memory
+    device: int | None
+    """Bytes of a device; None when they are not known."""
+    checkpoint: int
+    """Bytes of one checkpoint."""
+    packed: bool
+    """True when rows are filled up to the sequence length; else their tokens are fewer, and the memory is a bound."""
+
+    def memory_lines(self) -> Iterator[str]:
+        """Yield the memory of a device, part by part, and a warning when it does not fit."""
+        parts = {name: size for name, size in asdict(self.memory).items() if size}
+        each = f"{gigabytes(self.memory.total)} on each of {self.processes} devices"
+        where = each if self.processes > 1 else gigabytes(self.memory.total)
+        if not self.packed:
+            where = f"at most {where}, if every record is as long as sequence_length,"
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        yield f"{where} with engine {self.engine} ({self.reason}): {listed}"
+        if self.packed and self.device is not None and self.memory.total > HEADROOM * self.device:
+            largest = max(parts, key=lambda name: parts[name])
+            fix = {
+                "activations": "gradient_checkpointing=true, fewer rows in a batch or a shorter sequence_length",
+                "logits": "a smaller loss_chunk",
+            }.get(largest, "variant=lora or variant=qlora, or engine=fsdp on more devices")
+            yield f"warning: a device has {gigabytes(self.device)}; the largest part is {largest}: try {fix}"
+
+    def disk_line(self) -> str:
+        """Return the disk of the checkpoints."""
+        kept, saving = KEPT_CHECKPOINTS * self.checkpoint, (KEPT_CHECKPOINTS + 1) * self.checkpoint
+        sizes = f"{gigabytes(self.checkpoint)} each, {gigabytes(kept)} for the {KEPT_CHECKPOINTS} that are kept"
+        return f"checkpoints: {sizes}, {gigabytes(saving)} while one is saved"
+
+
+def stage_needs(plan: Plan, engine: str, processes: int, per_node: int) -> dict[str, Needs]:
+    """Return the needs of each stage by name, as far as its settings and a model in a local folder tell them.
+
+    ``engine`` is the setting, ``per_node`` the processes that share a machine.
+    """
+    model = _architecture(plan)
+    if model is None:
+        return {}
+    device, found, former = device_memory(per_node), {}, None
+    for step in plan.steps:
+        training = training_of(step, plan.model.dtype, former)
+        if training is None:
+            continue
+        former = training
+        whole = training_memory(model, training, "ddp", processes)
+        chosen, reason = choose_engine(engine, processes, whole.total, device)
+        found[step.name] = Needs(
+            engine=chosen,
+            reason=reason,
+            processes=processes,
+            memory=training_memory(model, training, chosen, processes),
+            device=device,
+            checkpoint=checkpoint_bytes(model, training),
+            packed=step.stage.records in ("conversations", "documents"),
+        )
+    return found
+
+
+def training_of(step: Step, stored: Dtype, former: Training | None) -> Training | None:
+    """Return the sizes of a stage's training; None when its settings do not tell them.
+
+    A stage without a method of its own goes on with the weights of ``former``, the stage before it.
+    """
+    config = step.config
+    tokens = getattr(config, "sequence_length", None)
+    method = getattr(config, "method", former and former.method)
+    if not isinstance(tokens, int) or not isinstance(method, Method):
+        return None
+    lora = getattr(config, "lora", None)
+    computed = getattr(config, "compute_dtype", None) or (stored if has_gpu() else Dtype.float32)
+    return Training(
+        method=method,
+        rank=lora.r if isinstance(lora, LoraSettings) else former.rank if former else 0,
+        targets=lora.target_modules if isinstance(lora, LoraSettings) else former.targets if former else "all-linear",
+        dora=lora.dora if isinstance(lora, LoraSettings) else bool(former and former.dora),
+        tokens=tokens * getattr(config, "per_device_batch_size", 1),
+        copies=2 if step.stage.records == "preferences" else 1,
+        checkpointing=bool(getattr(config, "gradient_checkpointing", False)),
+        loss_chunk=getattr(config, "loss_chunk", tokens),
+        compute_bytes=2 if computed is Dtype.bfloat16 else 4,
+    )
+
+
+def _architecture(plan: Plan) -> Architecture | None:
+    folder = Path(plan.model.path).expanduser()
+    try:
+        return read_architecture(folder) if folder.is_dir() else None
+    except BadInput:  # a run says what is wrong with it
+        return None
