@@ -27,8 +27,10 @@ types: install
 contracts: install
 	$(BIN)/lint-imports
 
+# A process for every core, each at 1 GB of memory; WORKERS=0 runs all tests in one, as for a debugger.
+WORKERS ?= logical
 check: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 test-browser: install
 	$(BIN)/pytest tests/browser

@@ -1,10 +1,17 @@
-"""Profiles of the property tests: ``fixed`` for every run of the suite, ``fuzz`` for ``make fuzz``."""
+"""Profiles of the property tests: ``fixed`` for every run of the suite, ``fuzz`` for ``make fuzz``.
+
+One thread of torch in every process, those that tests start included: the tests share out the cores among processes,
+tiny models gain nothing from a second thread, and the same bytes come out however many cores there are.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from hypothesis import HealthCheck, settings
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 # A suite that draws at random passes or fails by luck, and one with deadlines by the load of the machine.
 STEADY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}

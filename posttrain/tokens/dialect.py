@@ -38,7 +38,7 @@ class CallDialect:
         An id that is missing or of another form is made from the former one, or from the place of its call. A result
         without an id answers the first call without a result.
         """
-        if self._form[0] is _NO_ID or not any(message.get("tool_calls") for message in chat.messages):
+        if not any(message.get("tool_calls") for message in chat.messages) or self._form[0] is _NO_ID:
             return chat
         renamed: dict[str, str] = {}
         waiting: list[str] = []

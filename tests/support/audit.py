@@ -22,9 +22,11 @@ def watched(folder: Path) -> Iterator[list[str]]:
     """Collect forbidden events, and files opened for writing outside of ``folder``, while the context lasts."""
     found: list[str] = []
     _watches.append((folder.resolve(), found))
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # modules of ours that nobody has imported yet
     try:
         yield found
     finally:
+        sys.dont_write_bytecode = before
         _watches.pop()
 
 

@@ -14,6 +14,7 @@ from posttrain.errors import BadInput
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.examples import render_examples, rows_of, split_eval
 from posttrain.tokens.chat import ChatRenderer
+from posttrain.tokens.dialect import CallDialect
 from tests.support.chat_templates import CHATML, MISTRAL_V3, QWEN3, make_tokenizer
 
 CALLING = """
@@ -204,3 +205,11 @@ def test_rows_of_a_conversation_are_set_aside_together() -> None:
     kept, held = split_eval(render_examples(talks, make_tokenizer(CHATML), config), 0.3, seed=1)
     assert (len(kept), len(held)) == (21, 6), "the first answer, equal in all, is trained and not measured"
     assert not {each.ids for each in kept} & {each.ids for each in held}
+
+
+def test_a_conversation_without_calls_asks_the_template_nothing() -> None:
+    def write(messages: object) -> str:
+        raise AssertionError("rendered")
+
+    chat = Conversation(where="here", messages=({"role": "user", "content": "a"},))
+    assert CallDialect(write).adapt(chat) is chat
