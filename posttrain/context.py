@@ -44,6 +44,8 @@ class StageContext:
     """Folder for checkpoints, kept until the stage is promoted."""
     output: Path
     """Empty folder for the result."""
+    engine: str = "single"
+    """Way to train on the devices of this launch: ``single``, ``ddp`` or ``fsdp``."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 
@@ -118,7 +120,7 @@ class StageContext:
         """Write the adapter ``default`` of a PEFT model, or full weights, into ``output``.
 
         Saves its logits on a few tokens, too: before publishing, the pipeline reloads the result and compares. What
-        training reached, by kind of matrix, goes into ``metrics``.
+        training reached, by kind of matrix, goes into ``metrics``. Every process calls it; process 0 writes.
         """
         from posttrain.model.probe import leave_probe
         from posttrain.model.saving import save_model

@@ -79,6 +79,28 @@ class RowOrder:
         return (self.of_step(step) for step in range(1, self.total + 1))
 
 
+def rows_per_batch(config: FineTuneConfig, processes: int) -> int:
+    """Return the rows of a forward pass: those of the recipe, or fewer where these do not divide among processes.
+
+    A step has the rows that the recipe says, whatever the number of processes.
+    """
+    if config.gradient_accumulation % processes == 0:
+        return config.per_device_batch_size
+    share = config.per_device_batch_size * config.gradient_accumulation // processes
+    return -(-share // -(-share // config.per_device_batch_size))
+
+
+def deal(batches: int, rank: int, processes: int) -> list[tuple[int, bool]]:
+    """Return the batches that process ``rank`` takes of a step, each with True when it counts.
+
+    All processes take equally many, or the others would wait for ever: one that has too few takes the first again, for
+    nothing.
+    """
+    turns = range(-(-batches // processes))
+    indices = [rank + turn * processes for turn in turns]
+    return [(index, True) if index < batches else (0, False) for index in indices]
+
+
 @lru_cache(maxsize=1)
 def _permutation(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -1,24 +1,32 @@
 """Checkpoints: the whole state of an exact resume, in safetensors and JSON, verified before use.
 
-    <folder>/step-00000050/state.safetensors    trained weights, optimizer state, random generators
-    <folder>/step-00000050/manifest.json        step, last loss, identity of the run, SHA-256 of the state
+    <folder>/step-00000050/state.safetensors      trained weights, optimizer state, random generators
+    <folder>/step-00000050/state-0001.safetensors the slices of process 1, where weights are sliced, and so on
+    <folder>/step-00000050/manifest.json          step, last loss, identity of the run, SHA-256 of each file
 
 They are published as artifacts are: whole or not at all. The newest two are kept: a damaged one costs little.
-Order and learning rate are not saved: both follow from the step's number.
+Order and learning rate are not saved: both follow from the step's number. A slice is saved with its place in the whole,
+and read from whatever files hold it: another number of processes can resume.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from posttrain.artifact import publish_folder, verify_folder
+from posttrain.engine import processes
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.saving import disk_errors
 
@@ -26,7 +34,11 @@ STATE = "state.safetensors"
 KEPT = 2
 NAME = re.compile(r"step-(\d{8,})")
 
+PLACES = "places"
+"""Key of a file's metadata: the first row of each slice in the whole tensor, and the rows of the whole, by name."""
+
 State = dict[str, torch.Tensor]
+"""By name; a sliced tensor is a DTensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +62,42 @@ class CheckpointFolder:
     """Reports every unusable checkpoint, with the reason."""
 
     def save(self, position: Position, state: State) -> None:
-        """Publish ``state`` and remove all but the newest two. Raises OSError when a write fails."""
+        """Publish ``state`` and remove all but the newest two. Raises OSError when a write fails.
+
+        Every process calls it, each with its part of the state: process 0 publishes once all have written.
+        """
         destination = self.folder / f"step-{position.step:08d}"
         draft = self.folder / ".draft"
-        shutil.rmtree(draft, ignore_errors=True)
         manifest = {"step": position.step, "loss": position.loss, "identity": self.identity}
         try:
-            draft.mkdir(parents=True)
-            with disk_errors(destination):
-                save_file(state, draft / STATE)
-            publish_folder(draft, manifest, destination)
+            if processes.rank() == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+            processes.wait()
+            if state:
+                with disk_errors(destination):
+                    _write(state, draft / _file_name(processes.rank()))
+            processes.wait()
+            if processes.rank() == 0:
+                publish_folder(draft, manifest, destination)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         # only now that the new one is whole: a kill before this line leaves one checkpoint too many, never one too few
-        for old in self._newest_first()[KEPT:]:
-            shutil.rmtree(old)
+        if processes.rank() == 0:
+            for old in self._newest_first()[KEPT:]:
+                shutil.rmtree(old)
 
-    def newest(self) -> tuple[Position, State] | None:
-        """Return the newest sound checkpoint of this run, and remove any newer one."""
+    def newest(self) -> tuple[Position, SavedState] | None:
+        """Return the newest sound checkpoint of this run, and remove any newer one; process 0 decides for all."""
+        found = self._newest_sound() if processes.rank() == 0 else None
+        if processes.world() > 1:
+            step = int(processes.share(-1 if found is None else found.step))
+            loss = processes.share(0.0 if found is None else found.loss)
+            found = None if step < 0 else Position(step=step, loss=loss)
+        return None if found is None else (found, SavedState(self.folder / f"step-{found.step:08d}"))
+
+    def _newest_sound(self) -> Position | None:
         for path in self._newest_first():
             try:
                 return self._read(path)
@@ -77,11 +106,11 @@ class CheckpointFolder:
                 shutil.rmtree(path)  # or it would outrank the next ones of this run
         return None
 
-    def _read(self, path: Path) -> tuple[Position, State]:
+    def _read(self, path: Path) -> Position:
         manifest = verify_folder(path)
         if manifest.get("identity") != self.identity:
             raise ArtifactDamaged(f"{path} belongs to a run with other settings or data")
-        return Position(step=manifest["step"], loss=manifest["loss"]), load_file(path / STATE)
+        return Position(step=manifest["step"], loss=manifest["loss"])
 
     def _newest_first(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -90,31 +119,109 @@ class CheckpointFolder:
         return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
 
 
+class SavedState(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint by name, read when they are asked for, whole or in part."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = ExitStack()
+        self._slices: dict[str, list[tuple[int, Any]]] = {}
+        self._rows: dict[str, int | None] = {}
+        for path in sorted(folder.glob("state*.safetensors")):
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+            places = json.loads((file.metadata() or {}).get(PLACES, "{}"))
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                start, rows = places.get(name, (0, None))
+                self._slices.setdefault(name, []).append((start, file.get_slice(name)))
+                self._rows[name] = rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor whole."""
+        rows = self._rows[name]
+        if rows is None:
+            whole: torch.Tensor = self._slices[name][0][1][...]
+            return whole
+        return self.part(name, 0, rows)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._slices)
+
+    def part(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` rows of a tensor from row ``start`` on."""
+        pieces = []
+        for first, saved in sorted(self._slices[name], key=lambda piece: piece[0]):
+            low, high = max(start, first), min(start + count, first + saved.get_shape()[0])
+            if low < high:
+                pieces.append(saved[low - first : high - first])
+        if not pieces:
+            first, saved = self._slices[name][0]
+            return saved[0:0]  # type: ignore[no-any-return]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
 def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return trained weights, optimizer state and random generators, by name."""
+    """Return trained weights, optimizer state and, of a lone process, random generators, by name.
+
+    Several processes draw from seeds of their own in each batch. What is whole, process 0 alone returns.
+    """
     state = {}
     for name, parameter in _trained(model).items():
         state[f"weight/{name}"] = parameter.detach()
         state |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    state["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["random/cuda"] = torch.cuda.get_rng_state()
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+    if processes.world() == 1:
+        state["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            state["random/cuda"] = torch.cuda.get_rng_state()
+    return {name: each for name, each in state.items() if processes.rank() == 0 or isinstance(each, DTensor)}
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
-    """Restore a captured state, in place."""
+    """Restore a captured state, in place; of a sliced tensor, this process' slice."""
     parameters = _trained(model)
-    for key, tensor in state.items():
+    for key in state:
         kind, _, rest = key.partition("/")
         if kind == "weight":
-            parameters[rest].data.copy_(tensor)
+            _fill(parameters[rest].data, state, key)
         elif kind == "optimizer":
             field, _, name = rest.partition("/")
-            optimizer.state[parameters[name]][field] = tensor.to(parameters[name].device)
-    torch.set_rng_state(state["random/cpu"])
-    if "random/cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random/cuda"])
+            parameter = parameters[name]
+            if isinstance(parameter.data, DTensor) and field != "step":
+                optimizer.state[parameter][field] = torch.zeros_like(parameter.data)
+                _fill(optimizer.state[parameter][field], state, key)
+            else:
+                optimizer.state[parameter][field] = state[key].to(parameter.device)
+    if "random/cpu" in state and processes.world() == 1:
+        torch.set_rng_state(state["random/cpu"])
+        if "random/cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random/cuda"])
+
+
+def _fill(target: torch.Tensor, state: Mapping[str, torch.Tensor], key: str) -> None:
+    if not isinstance(target, DTensor):
+        target.copy_(state[key])
+        return
+    start, own = _first_row(target), target.to_local()
+    own.copy_(state.part(key, start, len(own)) if isinstance(state, SavedState) else state[key][start:][: len(own)])
+
+
+def _write(state: State, path: Path) -> None:
+    places = {name: (_first_row(each), each.shape[0]) for name, each in state.items() if isinstance(each, DTensor)}
+    own = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in state.items()}
+    save_file({name: each.contiguous() for name, each in own.items()}, path, {PLACES: json.dumps(places)})
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Return the first row of this process' slice: FSDP2 slices the first dimension, as torch.chunk does."""
+    per_process = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return min(tensor.device_mesh.get_local_rank() * per_process, tensor.shape[0])
+
+
+def _file_name(rank: int) -> str:
+    return STATE if rank == 0 else f"state-{rank:04d}.safetensors"
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -11,18 +11,21 @@ kept per document: each time the same documents are measured, and their paired d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.engine import processes
 from posttrain.engine.attention import causal_model, packed_hidden
-from posttrain.engine.batches import Batch, RowOrder
+from posttrain.engine.batches import Batch, RowOrder, deal
 from posttrain.engine.checkpoint import State
 from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.engine import Engine
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.precision import autocasting
 from posttrain.tokens.packing import PackedRow, best_fit
@@ -84,12 +87,15 @@ class Evaluation:
     def measure(
         self,
         step: int,
-        model: PreTrainedModel | PeftModel,
+        engine: Engine,
         dtype: str,
         report: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
-        """Measure ``model`` after ``step`` and return the losses by name; model and random numbers stay as they are."""
-        self.last = Measured(step, document_losses(model, self.rows, self.config, dtype, report))
+        """Measure the engine's model after ``step`` and return the losses by name.
+
+        Model and random numbers stay as they are.
+        """
+        self.last = Measured(step, document_losses(engine, self.rows, self.config, dtype, report))
         self.first = self.first or self.last
         if self.lowest is None or self.last.sums.sum() < self.lowest.sums.sum():
             self.lowest = self.last
@@ -136,7 +142,7 @@ class Evaluation:
             state["evaluation/lowest_step"] = torch.tensor(self.lowest.step)
         return state
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore the measurements of ``state``."""
         if "evaluation/first" in state:
             self.first = Measured(0, state["evaluation/first"])
@@ -177,7 +183,7 @@ class Evaluation:
 
 @torch.no_grad()
 def document_losses(
-    model: PreTrainedModel | PeftModel,
+    engine: Engine,
     rows: Sequence[PackedRow],
     config: FineTuneConfig,
     dtype: str,
@@ -185,29 +191,40 @@ def document_losses(
 ) -> torch.Tensor:
     """Return the summed loss of the trained tokens of each row, [D] in float64 on the CPU, in evaluation mode.
 
-    The rows share forward passes, up to as many tokens as one of training. ``dtype`` is ``float32`` or ``bfloat16``.
-    ``report`` gets the number of documents done and their total after each pass.
+    The rows share forward passes, up to as many tokens as one of training, and the processes share the passes.
+    ``dtype`` is ``float32`` or ``bfloat16``. ``report`` gets the number of documents done and their total after each.
     """
-    causal, training = causal_model(model), model.training
-    head = OutputHead.of(causal)
-    done = 0
+    training = engine.model.training
     sums_D = torch.zeros(len(rows), dtype=torch.float64)
-    model.eval()
+    engine.model.eval()
     # Documents do not see each other, so they can share rows in any grouping: best fit takes the fewest forward passes.
     # The sums are float64, because the differences of interest are small against them.
-    for group in best_fit([len(row.input_ids) for row in rows], config.sequence_length * config.per_device_batch_size):
-        chosen = [rows[index] for index in group]
-        batch = Batch.of(chosen, causal.device)
-        with autocasting(model, dtype):
-            hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
-            losses_N = _token_losses(head, hidden_TD.index_select(0, batch.trained), batch.targets, config.loss_chunk)
-        owner_N = torch.repeat_interleave(torch.tensor(group), torch.tensor([int(row.mask.sum()) for row in chosen]))
-        sums_D.index_add_(0, owner_N, losses_N.double().cpu())
-        done += len(group)
+    groups = best_fit([len(row.input_ids) for row in rows], config.sequence_length * config.per_device_batch_size)
+    done = 0
+    for index, counts in deal(len(groups), processes.rank(), processes.world()):
+        chosen = [rows[each] for each in groups[index]]
+        losses_N = engine.run(partial(_trained_losses, engine.model, chosen, config, dtype))
+        tokens_D = torch.tensor([int(row.mask.sum()) for row in chosen])
+        owner_N = torch.repeat_interleave(torch.tensor(groups[index]), tokens_D)
+        if counts:
+            sums_D.index_add_(0, owner_N, losses_N.double().cpu())
+        done = min(done + len(chosen) * processes.world(), len(rows))
         if report is not None:
             report(done, len(rows))
-    model.train(training)
-    return sums_D
+    engine.model.train(training)
+    return processes.total(sums_D)
+
+
+def _trained_losses(
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, dtype: str
+) -> torch.Tensor:
+    """Return -log p of each trained token of ``rows``, [N]."""
+    causal = causal_model(model)
+    batch = Batch.of(rows, causal.device)
+    with autocasting(model, dtype):
+        hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
+        hidden_ND = hidden_TD.index_select(0, batch.trained)
+        return _token_losses(OutputHead.of(causal), hidden_ND, batch.targets, config.loss_chunk)
 
 
 def _token_losses(head: OutputHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ One optimizer step, as ``Training._step`` takes it:
 
     order      rows of the step, from the seed and the step's number alone             batches.py
     gradient   micro-batches through the model: packed attention, summed loss/tokens   gradient.py attention.py loss.py
+    sum        over all processes, if there are several                                engine.py ddp.py fsdp.py
     clip       the whole gradient scaled down to max_grad_norm                         optimizer.py
     check      loss and norm finite, or the run stops with its weights as they were    here
     update     AdamW at the step's learning rate                                       optimizer.py, schedule.py
@@ -14,7 +15,7 @@ One optimizer step, as ``Training._step`` takes it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -26,20 +27,26 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.digests import digest_of
+from posttrain.engine import processes
 from posttrain.engine.arithmetic import Arithmetic, choose_arithmetic
 from posttrain.engine.attention import causal_model, install, rehearse
-from posttrain.engine.batches import RowOrder
-from posttrain.engine.checkpoint import CheckpointFolder, Position, capture, restore
+from posttrain.engine.batches import RowOrder, rows_per_batch
+from posttrain.engine.checkpoint import CheckpointFolder, Position
 from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.ddp import Replicated
+from posttrain.engine.engine import DDP, FSDP, SINGLE, Engine, Single
 from posttrain.engine.evaluation import Evaluation
+from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
-from posttrain.engine.gradient import add_gradient, trained_tokens
-from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
+from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
 from posttrain.engine.precision import computing_in
 from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
 from posttrain.tokens.packing import PackedRow
+
+ENGINES: Mapping[str, type[Single]] = {SINGLE: Single, DDP: Replicated, FSDP: Sharded}
+"""Every engine by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,8 @@ class Training:
     checkpoints: Path
     evaluation: Evaluation
     """Measures the eval loss, without a trace in the training."""
+    engine: str = SINGLE
+    """Name of the engine; with several processes, each runs the loop."""
     without_gradient: dict[str, int] = field(default_factory=dict, init=False)
     """Parameters that were to be trained, but never got a gradient, with their sizes; filled in by ``run``."""
 
@@ -68,50 +77,49 @@ class Training:
         run is interrupted. Raises Interrupted when a stop is requested, with a checkpoint of the last step;
         Diverged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
         """
-        with self._prepared():
-            return self._train()
+        with self._prepared() as engine:
+            return self._train(engine)
 
-    def _train(self) -> Position:
-        optimizer = make_optimizer(self.model, self.config)
+    def _train(self, engine: Engine) -> Position:
         # The caller's random numbers are left as they were. Ours begin at the seed, or at the checkpoint's state:
         # dropout and NEFTune draw the same numbers whether the run was interrupted or not.
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             saved = CheckpointFolder(self.checkpoints, self._identity(), self.progress.note)
-            position = self._resume(saved, optimizer)
+            position = self._resume(saved, engine)
             self.progress.start(self.order.total, position.step)
-            if position.step == 0 and (metrics := self._evaluate(0)):
+            if position.step == 0 and (metrics := self._evaluate(0, engine)):
                 self.progress.step(0, metrics)
             while position.step < self.order.total:
-                position = self._step(position.step + 1, optimizer)
-                self._save_or_stop(position, saved, optimizer)
-        # AdamW keeps averages of those alone that got one
-        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-        idle = {name: each.numel() for name, each in trained.items() if not optimizer.state.get(each)}
-        self.without_gradient.update(idle)
+                position = self._step(position.step + 1, engine)
+                self._save_or_stop(position, saved, engine)
+        self.without_gradient.update(engine.idle())
         return position
 
-    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Position:
+    def _step(self, step: int, engine: Engine) -> Position:
         """Take optimizer step ``step``, counted from 1, and report it."""
         rows = [self.rows[index] for index in self.order.of_step(step)]
-        # Counted before the first forward pass, over all micro-batches of the step: each adds its summed loss divided
-        # by this number, so that every trained token weighs the same. A mean of the micro-batches' means would weigh
-        # the tokens of sparsely trained rows more, and change with the size of a micro-batch.
-        trained = trained_tokens(rows)
+        totals = self.objective.totals(rows)  # before the first forward pass, over the whole step
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
+        size = rows_per_batch(self.config, processes.world())
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         report = partial(self.progress.part, what="row")
-        loss = add_gradient(self.model, rows, trained, self.config, self.compute_dtype, report)
-        norm = clip_gradient(self.model, self.config.max_grad_norm)
+        seeds = partial(_seed_of, self.seed, step) if processes.world() > 1 else None
+        figures = self.objective.figures(add_shares(engine, self.objective, batches, totals, report, seeds), totals)
         # Both, and before the update: a finite loss can have an infinite gradient, and clipping by an infinite or NaN
         # norm makes every gradient 0 or NaN. Adam's averages would never lose a NaN again.
-        self._require_finite(step, "loss", loss)
-        self._require_finite(step, "gradient norm", norm)
-        update_weights(optimizer, rate)
-        tokens = sum(len(row.input_ids) for row in rows)
-        metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens, "trained_tokens": trained}
+        self._require_finite(step, "loss", figures["loss"])
+        check = partial(self._require_finite, step, "gradient norm")
+        norm = engine.step(rate, self.config.max_grad_norm, check)
+        metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals}
         # The loss was taken before the update, the eval loss after it.
-        self.progress.step(step, metrics | self._evaluate(step))
-        return Position(step=step, loss=loss)
+        self.progress.step(step, metrics | self._evaluate(step, engine))
+        return Position(step=step, loss=figures["loss"])
+
+    @cached_property
+    def objective(self) -> MaskedCrossEntropy:
+        """The loss."""
+        return MaskedCrossEntropy(self.config, self.compute_dtype)
 
     @property
     def order(self) -> RowOrder:
@@ -126,11 +134,19 @@ class Training:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """The arithmetic: as the recipe has it, or as measured."""
-        return choose_arithmetic(self.config, self.dtype, self.model, self.checkpoints / "arithmetic.json")
+        if processes.rank() > 0:
+            processes.wait()  # process 0 measures; the others read what it recorded
+        found = choose_arithmetic(self.config, self.dtype, self.model, self.checkpoints / "arithmetic.json")
+        if processes.rank() == 0:
+            processes.wait()
+        return found
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Give the model the arithmetic and the layers of training; in the end, its own forward passes and format."""
+    def _prepared(self) -> Iterator[Engine]:
+        """Give the model the arithmetic, the layers and the engine of training; in the end, its own layers and format.
+
+        Weights that were sliced stay so: nothing needs them whole.
+        """
         with computing_in(self.model, self.compute_dtype):
             self.progress.note(f"arithmetic: {self.arithmetic}")
             self.progress.note(f"attention: {install(self.model, self.config.packing)}")
@@ -139,7 +155,9 @@ class Training:
             self.model.train()
             try:
                 rehearse(self.model)
-                yield
+                engine: Engine = ENGINES[self.engine](self.model, self.config)
+                engine.prepare()
+                yield engine
             finally:
                 unfuse(self.model)
 
@@ -154,13 +172,13 @@ class Training:
         """Return the digest of all that decides the course of the run: a checkpoint with another is not resumed."""
         rows = sha256()
         for row in [*self.rows, *self.evaluation.rows]:
-            rows.update(row.input_ids.tobytes() + row.mask.tobytes() + repr(row.lengths).encode())
+            rows.update(self.objective.content(row))
         settings = {key: str(value) for key, value in asdict(self.config).items()}
         return digest_of(
             {"rows": rows.hexdigest(), "settings": settings, "seed": self.seed, "dtype": self.compute_dtype}
         )
 
-    def _resume(self, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> Position:
+    def _resume(self, saved: CheckpointFolder, engine: Engine) -> Position:
         """Restore the newest checkpoint, if there is one.
 
         Resuming is exact because a step depends on nothing else: rows and rate follow from its number, the gradient
@@ -169,16 +187,16 @@ class Training:
         if (found := saved.newest()) is None:
             return Position(step=0, loss=math.nan)
         position, state = found
-        restore(self.model, optimizer, state)
+        engine.restore(state)
         self.evaluation.restore(state)
         return position
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int, engine: Engine) -> dict[str, float]:
         """Measure the eval loss after ``step``, if it is due there."""
         if not self.evaluation.is_due(step, self.order):
             return {}
         report = partial(self.progress.part, what="eval document")
-        metrics = self.evaluation.measure(step, self.model, self.compute_dtype, report)
+        metrics = self.evaluation.measure(step, engine, self.compute_dtype, report)
         self._require_finite(step, "eval loss", metrics["eval_loss"])
         return metrics
 
@@ -186,16 +204,22 @@ class Training:
         fix = f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
         require_finite(step, name, value, fix)
 
-    def _save_or_stop(self, position: Position, saved: CheckpointFolder, optimizer: torch.optim.Optimizer) -> None:
+    def _save_or_stop(self, position: Position, saved: CheckpointFolder, engine: Engine) -> None:
         # the last step is not saved: its weights are about to be published, and a stop has nothing left to save
         if position.step == self.order.total:
             return
-        stopped = self.stop_requested()
+        stopped = processes.agree(self.stop_requested())
         # After the step's report, so that metrics.jsonl never lags behind a checkpoint: on resuming, lines beyond the
         # checkpoint are dropped, but missing ones would be lost. The gradients are freed by now, and no part of it.
         if stopped or position.step % self.config.checkpoint_steps == 0:
-            saved.save(position, capture(self.model, optimizer) | self.evaluation.state())
+            measured = self.evaluation.state() if processes.rank() == 0 else {}
+            saved.save(position, engine.capture() | measured)
         if stopped:
             raise Interrupted(
                 f"stopped after step {position.step} of {self.order.total}; run the same command to resume from there"
             )
+
+
+def _seed_of(seed: int, step: int, batch: int) -> int:
+    """Return the seed of the random numbers of one batch, equal on any number of processes."""
+    return int(digest_of([seed, step, batch])[:15], 16)

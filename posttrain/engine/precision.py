@@ -29,8 +29,9 @@ def computing_in(model: PreTrainedModel | PeftModel, dtype: str) -> Iterator[Non
     try:
         yield
     finally:
-        for parameter, kind in stored.items():
-            parameter.data = parameter.data.to(kind)
+        for parameter in model.parameters():  # an engine may have put slices in the place of others
+            if parameter in stored:
+                parameter.data = parameter.data.to(stored[parameter])
 
 
 def autocasting(model: PreTrainedModel | PeftModel, dtype: str) -> AbstractContextManager[Any]:

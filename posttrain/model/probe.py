@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from posttrain.artifact import ModelSource
 from posttrain.model.loading import added_token_ids
+from posttrain.model.saving import is_sliced, writes
 
 PROBE = "probe.safetensors"
+DTYPE = "dtype"
 PROBE_LENGTH = 24
 """Tokens of a probe, apart from the added tokens."""
 
@@ -31,6 +34,8 @@ class Probe:
     """[1, T]"""
     logits: torch.Tensor
     """[T, V] in float32."""
+    dtype: str | None = None
+    """Number format of the arithmetic, where it is not that of the stored weights."""
 
     @classmethod
     def take(cls, output: Path) -> Probe | None:
@@ -39,15 +44,24 @@ class Probe:
         if not path.exists():
             return None
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            dtype = (file.metadata() or {}).get(DTYPE)
         path.unlink()
-        return cls(tensors["ids"], tensors["logits"])
+        return cls(tensors["ids"], tensors["logits"], dtype)
 
 
 def leave_probe(model: Any, parent: ModelSource, output: Path) -> None:
-    """Write the probe of ``model`` in memory into ``output``, for comparison with the model loaded from there."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids_1T = random_ids(vocabulary, added_token_ids(parent))
-    save_file({"ids": ids_1T, "logits": logits(model, ids_1T)}, output / PROBE)
+    """Write the probe of ``model`` in memory into ``output``, for comparison with the model loaded from there.
+
+    Every process computes it, as sliced weights need all; process 0 writes.
+    """
+    weight = model.get_input_embeddings().weight
+    ids_1T = random_ids(weight.shape[0], added_token_ids(parent))
+    found_TV = logits(model, ids_1T)
+    # weights that are sliced stay in the number format of the arithmetic
+    metadata = {DTYPE: str(weight.dtype).removeprefix("torch.")} if is_sliced(model) else None
+    if writes():
+        save_file({"ids": ids_1T, "logits": found_TV}, output / PROBE, metadata)
 
 
 def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:

@@ -46,6 +46,7 @@ def check_reloaded(output: Path, parent: ModelSource, dtype: str) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     source = _saved_source(output, parent)
+    dtype = probe.dtype or dtype
     if source.adapter is not None:
         check_tensors(output, parent)
     found_TV, parents_TV = probe_both(source, parent, dtype, probe.ids)

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.artifact import ModelSource
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
@@ -36,13 +39,33 @@ def save_model(model: PreTrainedModel | PeftModel, parent: ModelSource, output: 
     Beside them stand the parent's tokenizer, its template, and its generation settings with the template's stop tokens.
     The base under an adapter is recorded as ``parent.base``. Full weights are rounded to ``dtype`` in place, to keep
     the model in memory equal to the one on disk.
+
+    Of several processes each calls it, as sliced weights are gathered from all; process 0 writes.
     """
     if isinstance(model, PeftModel):
         _save_adapter(model, parent, output)
-    else:
-        _save_weights(model, parent, output, dtype)
-    _save_generation(model, parent, output)
-    _copy_tokenizer(parent, output)
+    elif is_sliced(model):
+        _save_slices(model, output, dtype)
+    elif writes():
+        _save_weights(model, output, dtype)
+    if writes():
+        _save_generation(model, parent, output)
+        _copy_tokenizer(parent, output)
+
+
+def writes() -> bool:
+    """Return True on the process that writes: the only one, or process 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_sliced(model: torch.nn.Module) -> bool:
+    """Return True when this process holds slices of the weights of ``model``."""
+    return any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor gathered from all processes, on the CPU."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 @contextmanager
@@ -60,7 +83,9 @@ def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
     # peft's save_pretrained would add a model card and other adapters, ask the hub about the base, and write sets in
     # the order of their hashes, which differs between processes.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: _whole(tensor).float().contiguous() for name, tensor in state.items()}
+    if not writes():
+        return
     config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
     if parent.adapter is not None and config["trainable_token_indices"] is None:  # folded into the base for training
         tensors |= token_rows(parent.adapter)
@@ -78,11 +103,32 @@ def _as_json(value: Any) -> Any:
     raise TypeError(f"the adapter's configuration holds {value!r}, which JSON cannot hold")
 
 
-def _save_weights(model: PreTrainedModel, parent: ModelSource, output: Path, dtype: str) -> None:
+def _save_weights(model: PreTrainedModel, output: Path, dtype: str) -> None:
     for parameter in model.parameters():  # not model.to(): that would also round buffers such as rotary frequencies
         parameter.data = parameter.data.to(DTYPES[dtype])
     with disk_errors(output):
         model.save_pretrained(output, max_shard_size=SHARD_SIZE)
+
+
+def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
+    """Gather the weights one by one, all of them in the memory of process 0, and write them there."""
+    gathered: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in gathered:  # tied weights are gathered, and written, once
+            own = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+            own.copy_(own.to(DTYPES[dtype]))
+            whole = _whole(parameter).to(DTYPES[dtype])
+            gathered[id(parameter)] = whole if writes() else whole[:0]
+        state[name] = gathered[id(parameter)]
+    if not writes():
+        return
+    kept = {name: buffer for name, buffer in model.state_dict().items() if name not in state}
+    with torch.device("meta"):  # a model of the same class, as slicing changed that of this one
+        shell = AutoModelForCausalLM.from_config(model.config, dtype=DTYPES[dtype])
+    shell.generation_config = model.generation_config
+    with disk_errors(output):
+        shell.save_pretrained(output, max_shard_size=SHARD_SIZE, state_dict=state | kept)
 
 
 def _save_generation(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path) -> None:

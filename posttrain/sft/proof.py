@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from posttrain.engine.gradient import add_gradient, trained_tokens
 from posttrain.errors import BadInput, Problem
 from posttrain.model.probe import set_attention
 from posttrain.sft.config import SFTConfig
-from posttrain.sft.ranks import gradient_of_ranks
+from posttrain.sft.ranks import gradients_of_ranks
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.packing import PackedRow, pack
 
@@ -62,7 +62,10 @@ SMALL_CHUNK = 7
 FLOAT32 = "float32 itself"
 OWN = "the loop, as the recipe sets it"
 ISOLATION = "a document when its neighbour changes"
-RANKS = "two processes, half of the rows each"
+RANKS = {
+    "ddp": "two processes, half of the rows each (ddp)",
+    "fsdp": "two processes, a slice of every weight each (fsdp)",
+}
 CHECKPOINTING = "gradient checkpointing"
 ONE_MASK = "attention of a whole row under one mask"
 RANKS_PARAMETERS = 150_000_000
@@ -148,9 +151,9 @@ class Proof:
             began(name)
             own = own or self._loop(self._own_rows, self.config)
             yield Check(name=name, error=distance(gradient(), own))
-        checks = {
+        checks: dict[str, Callable[[Gradient], Check]] = {
             ISOLATION: self._isolation,
-            RANKS: self._ranks,
+            **{name: partial(self._ranks, engine) for engine, name in RANKS.items()},
             CHECKPOINTING: self._checkpointing,  # leaves hooks behind, which no process can be given
             ONE_MASK: self._block_mask,  # gives the model another attention
         }
@@ -201,16 +204,20 @@ class Proof:
         with _recomputing(causal_model(self.model)):
             return Check(name=CHECKPOINTING, error=distance(self._loop(self.rows, self.config), own))
 
-    def _ranks(self, own: Gradient) -> Check:
-        name = RANKS
+    def _ranks(self, engine: str, own: Gradient) -> Check:
+        name = RANKS[engine]
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if parameters > RANKS_PARAMETERS:
             return Check(name=name, reason=f"{parameters:,} parameters are too many to copy twice")
         try:
-            gradient = gradient_of_ranks(self.model, self._own_rows, self.config)
+            gradient = self._of_ranks[engine]
         except ProcessException as error:
             return Check(name=name, reason=f"a process failed: {str(error).strip().splitlines()[-1]}")
         return Check(name=name, error=distance(gradient, own))
+
+    @cached_property
+    def _of_ranks(self) -> dict[str, Gradient]:
+        return gradients_of_ranks(self.model, self._own_rows, self.config, list(RANKS))
 
     def _isolation(self, own: Gradient) -> Check:
         """Compare a row with one whose first document has other tokens: the others must compute the same."""

@@ -1,4 +1,4 @@
-"""One optimizer step shared by two processes: each takes half of the rows, and their gradients are summed."""
+"""One optimizer step shared by two processes, by the engines for several devices: each takes half of the rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from posttrain.engine.config import FineTuneConfig
@@ -22,40 +23,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RANKS = 2
-RESULT = "gradient.safetensors"
 
 
-def gradient_of_ranks(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig
-) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean loss over all ranks' trained tokens, by parameter name.
+def gradients_of_ranks(
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, engines: Sequence[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the gradient of the mean loss over all ranks' trained tokens, by engine and parameter name.
 
     Starts two processes connected by gloo. Raises torch's ProcessException when one of them fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         # by value: shared memory is often too small for a model, in containers above all
-        task = pickle.dumps((model, list(rows), config))
+        task = pickle.dumps((model, list(rows), config, list(engines)))
         spawn(_rank, args=(task, folder), nprocs=RANKS)
-        return load_file(Path(folder) / RESULT)
+        return {name: load_file(Path(folder) / name) for name in engines}
 
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; it warns of missing kernels
-    from posttrain.engine.gradient import add_gradient, trained_tokens
+    from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
+    from posttrain.engine.loop import ENGINES
 
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
-    model, rows, config = pickle.loads(task)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    share = rows[rank::RANKS]
-    # the divisor is the number of trained tokens on all ranks: each rank's own would make a mean of means of the sum
-    trained = torch.tensor(trained_tokens(share))
-    dist.all_reduce(trained)
-    add_gradient(model, share, int(trained), config, "float32")
-    summed = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            summed[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(summed[name])
-    if rank == 0:
-        save_file(summed, Path(folder) / RESULT)
+    for name in pickle.loads(task)[-1]:
+        model, rows, config, _ = pickle.loads(task)  # an engine changes the model for good
+        engine = ENGINES[name](model, config)
+        engine.prepare()
+        objective = MaskedCrossEntropy(config, "float32")
+        batches = [rows[start : start + 1] for start in range(len(rows))]
+        add_shares(engine, objective, batches, objective.totals(rows))
+        found = {}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                found[key] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        if rank == 0:
+            save_file({key: each.contiguous() for key, each in found.items()}, Path(folder) / name)
     dist.destroy_process_group()

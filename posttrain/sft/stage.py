@@ -64,6 +64,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
         stop_requested=context.stop_requested,
         checkpoints=context.checkpoints,
         evaluation=evaluation,
+        engine=context.engine,
     )
     chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
     unusual = config.departures(known(training, packing.counts, examples, eval_examples))

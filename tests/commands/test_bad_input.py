@@ -163,9 +163,9 @@ OUT_OF_MEMORY: list[Exception] = [
 ]
 PHASES = [
     "posttrain.model.loading._load_weights",
-    "posttrain.engine.loop.add_gradient",
-    "posttrain.engine.loop.update_weights",
-    "posttrain.engine.loop.capture",
+    "posttrain.engine.loop.add_shares",
+    "posttrain.engine.engine.update_weights",
+    "posttrain.engine.engine.capture",
     "posttrain.model.saving.get_peft_model_state_dict",
     "posttrain.model.reloading.probe_both",
     "posttrain.run.train.publish",

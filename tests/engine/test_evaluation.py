@@ -20,6 +20,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.compose import compose
 from posttrain.config.schema import Method
 from posttrain.engine.attention import install
+from posttrain.engine.engine import Single
 from posttrain.engine.evaluation import Evaluation, Measured
 from posttrain.errors import BadInput, Diverged
 from posttrain.host.plugins import Host
@@ -78,7 +79,7 @@ def test_the_loss_is_that_of_plain_float64_however_the_set_is_cut(settings: dict
     expected = reference(tiny_llama().double().eval(), EVAL_ROWS)
     model = tiny_llama()
     install(model)
-    metrics = evaluation(**settings).measure(0, model.train(), "float32")
+    metrics = evaluation(**settings).measure(0, Single(model.train(), sft_config()), "float32")
     assert metrics == {"eval_loss": pytest.approx(expected, rel=1e-6)}
     means = [reference(tiny_llama().double().eval(), [row]) for row in EVAL_ROWS]
     assert abs(sum(means) / len(means) - expected) > 1e-3 * expected
@@ -87,7 +88,7 @@ def test_the_loss_is_that_of_plain_float64_however_the_set_is_cut(settings: dict
 def test_refusals_are_measured_apart() -> None:
     model = tiny_llama()
     install(model)
-    metrics = evaluation(refusals=2).measure(0, model, "float32")
+    metrics = evaluation(refusals=2).measure(0, Single(model, sft_config()), "float32")
     plain = tiny_llama().double().eval()
     assert metrics["eval_loss"] == pytest.approx(reference(plain, EVAL_ROWS), rel=1e-6)
     assert metrics["eval_loss_answers"] == pytest.approx(reference(plain, EVAL_ROWS[:-2]), rel=1e-6)
@@ -104,7 +105,7 @@ def test_dropout_is_off_and_the_model_goes_on_training(base: ModelSource) -> Non
     model.train()
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first, second = (evaluation().measure(0, model, "float32") for _ in range(2))
+    first, second = (evaluation().measure(0, Single(model, sft_config()), "float32") for _ in range(2))
     assert first == second
     assert first["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert torch.equal(torch.get_rng_state(), state)

@@ -37,7 +37,7 @@ def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **setti
     progress = settings.pop("progress", None) or Recorder()
     stop: Callable[[], bool] = settings.pop("stop_requested", lambda: False)
     seed, dtype = settings.pop("seed", 0), settings.pop("dtype", "float32")
-    evaluation = settings.pop("evaluation", None)
+    evaluation, engine = settings.pop("evaluation", None), settings.pop("engine", "single")
     config = sft_config(**{"compute_dtype": Dtype(dtype), **settings})
     return Training(
         model=model,
@@ -49,6 +49,7 @@ def training(model: Any, folder: Path, rows: Sequence[PackedRow] = ROWS, **setti
         stop_requested=stop,
         checkpoints=folder,
         evaluation=evaluation or Evaluation(rows=(), refusals=0, config=config),
+        engine=engine,
     )
 
 

@@ -1,0 +1,60 @@
+"""Several processes with the whole model in each; torch's DistributedDataParallel sums their gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from posttrain.engine import processes
+from posttrain.engine.attention import causal_model
+from posttrain.engine.checkpoint import State
+from posttrain.engine.engine import Single
+from posttrain.engine.objective import Sums
+
+
+class Call(torch.nn.Module):
+    """A module whose forward pass is any computation with a model, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        """Return the result of ``compute``."""
+        return compute()
+
+
+class Replicated(Single):
+    """The engine ``ddp``."""
+
+    def prepare(self) -> None:
+        """Wrap the model and make the optimizer."""
+        device = causal_model(self.model).device
+        # Parameters without a gradient differ from batch to batch in a mixture of experts: none may be waited for.
+        self.replica = DistributedDataParallel(
+            Call(self.model),
+            device_ids=[device.index] if device.type == "cuda" else None,
+            forward_sync_buffers=False,
+            find_unused_parameters=True,
+        )
+        super().prepare()
+
+    def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
+        """Take the gradient; with ``last``, sum what all processes have taken since the last step."""
+        with nullcontext() if last else self.replica.no_sync(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # none was unused: good
+            loss, sums = self.replica(compute)
+            # it takes the mean of the processes' gradients, and here the shares of all add up to the step's loss
+            (loss * processes.world()).backward()
+        return sums  # type: ignore[no-any-return]
+
+    def capture(self) -> State:
+        """Return the whole state on process 0, and nothing elsewhere: every process has the same."""
+        return super().capture() if processes.rank() == 0 else {}

@@ -1,0 +1,102 @@
+"""The way of one optimizer step through the devices: how a gradient is taken, summed over processes, and applied.
+
+The loop knows no device beyond this protocol. ``single`` is the plain one; the others give the same gradient to
+rounding, whatever their number of processes: ddp.py holds the whole model in each, fsdp.py a slice of every weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.engine.checkpoint import State, capture, restore
+from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.objective import Sums
+from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
+
+Result = TypeVar("Result")
+SINGLE, DDP, FSDP = "single", "ddp", "fsdp"
+
+
+class Engine(Protocol):
+    """One way to train a model on one device or several."""
+
+    model: PreTrainedModel | PeftModel
+
+    def prepare(self) -> None:
+        """Spread the model over the processes and make its optimizer; the model is ready to be trained otherwise."""
+
+    def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
+        """Add the gradient of the loss that ``compute`` returns; with ``last``, sum it over all processes.
+
+        Every process calls it equally often in a step. Returns the sums beside the loss, of this process.
+        """
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """Return the result of ``compute``, which may use the weights, but takes no gradient.
+
+        Every process calls it at the same time.
+        """
+
+    def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
+        """Clip the gradient to ``max_norm``, update the weights at ``rate``, free the gradient; return its norm.
+
+        ``check`` gets the norm from before, and raises to keep an infinite one from the weights.
+        """
+
+    def idle(self) -> dict[str, int]:
+        """Return the trained parameters that never got a gradient, with their sizes."""
+
+    def capture(self) -> State:
+        """Return this process' part of the state to resume from."""
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore a state, whatever the number of processes that saved it."""
+
+
+class Single:
+    """The plain engine: one process, one device."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, model: PreTrainedModel | PeftModel, config: FineTuneConfig) -> None:
+        self.model = model
+        self.config = config
+
+    def prepare(self) -> None:
+        """Make the optimizer."""
+        self.optimizer = make_optimizer(self.model, self.config)
+
+    def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
+        """Take the gradient."""
+        loss, sums = compute()
+        loss.backward()
+        return sums
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """Compute."""
+        return compute()
+
+    def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
+        """Clip, check, update."""
+        norm = clip_gradient(self.model, max_norm)
+        check(norm)
+        update_weights(self.optimizer, rate)
+        return norm
+
+    def idle(self) -> dict[str, int]:
+        """Return the parameters without averages: AdamW keeps them of those alone that got a gradient."""
+        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        return {name: each.numel() for name, each in trained.items() if not self.optimizer.state.get(each)}
+
+    def capture(self) -> State:
+        """Return the whole state."""
+        return capture(self.model, self.optimizer)
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore the whole state."""
+        restore(self.model, self.optimizer, state)

@@ -1,0 +1,44 @@
+"""The loss of a stage over its rows, as the loop takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+Totals = Mapping[str, int]
+"""Counts of an optimizer step, over all of its rows: what its loss is divided by, and more to report."""
+Sums = dict[str, torch.Tensor]
+"""Sums over the rows of a batch, without a graph."""
+Row = TypeVar("Row", contravariant=True)
+
+
+class Objective(Protocol[Row]):
+    """A loss that is a sum over the rows of an optimizer step.
+
+    The loop computes it batch by batch, on one process or many. Whatever the cut, the shares of the batches add up to
+    the loss of the step: they are divided by the totals of the step, never by those of a batch.
+    """
+
+    @property
+    def coupled(self) -> bool:
+        """True when the rows of a batch meet in the loss: batches then hold the same rows on any number of processes.
+
+        Each has ``per_device_batch_size`` rows, the last of an epoch fewer.
+        """
+
+    def totals(self, rows: Sequence[Row]) -> Totals:
+        """Count the rows of a whole step; ``tokens`` among the counts."""
+
+    def share(self, model: Any, rows: Sequence[Row], totals: Totals) -> tuple[torch.Tensor, Sums]:
+        """Return the share of ``rows`` in the loss of the step, to take the gradient of, and sums for its figures.
+
+        The sums have the same names for all rows.
+        """
+
+    def figures(self, sums: Mapping[str, float], totals: Totals) -> dict[str, float]:
+        """Return the figures of a step, ``loss`` among them, from the sums over all of its batches."""
+
+    def content(self, row: Row) -> bytes:
+        """Return all of a row that the loss depends on: a checkpoint of other rows is not resumed."""
