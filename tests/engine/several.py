@@ -29,7 +29,7 @@ from tests.support.training import EVAL_ROWS, evaluation, training
 
 ROWS = packed_rows([3, 1, 2, 2, 1, 2, 1], seed=3)
 """Seven rows: steps of four and of three, then of one."""
-STEPS: dict[str, Any] = {"gradient_accumulation": 6, "epochs": 2, "checkpoint_steps": 1, "weight_decay": 0.1}
+STEPS: dict[str, Any] = {"gradient_accumulation": 6, "epochs": 2, "weight_decay": 0.1}
 """Settings of every training here: each epoch has a step of six rows and one of a single row."""
 LORA = LoraSettings(r=4, alpha=8)
 

@@ -147,10 +147,10 @@ def test_the_artifact_has_the_files_of_one_process_and_loads(launched: tuple[int
 
 def test_slices_are_all_that_a_process_saves(launched: tuple[int, Path]) -> None:
     world, output = launched
-    (folder,) = (output / "fsdp/full/stopped").iterdir()
+    folder = max((output / "fsdp/full/stopped").iterdir())
     sizes = [path.stat().st_size for path in sorted(folder.glob("state*.safetensors"))]
     assert len(sizes) == world
-    (whole,) = (output / "ddp/full/stopped").iterdir()
+    whole = max((output / "ddp/full/stopped").iterdir())
     assert sum(sizes) < 1.2 * (whole / "state.safetensors").stat().st_size
     assert max(sizes) < 1.5 * sum(sizes) / world
     sliced, plain = SavedState(folder), SavedState(whole)
