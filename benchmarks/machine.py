@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
+import sys
 import time
 from collections.abc import Iterable
 from datetime import date
@@ -69,3 +71,39 @@ def _timed(left: Any, right: Any) -> float:
     if left.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def torch_device() -> Any:
+    """Return the device of a benchmark: the GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_dtype() -> Any:
+    """Return the number format of a benchmark: bfloat16 on a GPU, float32 elsewhere."""
+    import torch
+
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def training_dtype_name() -> str:
+    """Return the name of that format."""
+    return str(training_dtype()).removeprefix("torch.")
+
+
+def device_bytes() -> int:
+    """Return the memory of the GPU; elsewhere there is no bound."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else sys.maxsize
+
+
+def forget_peak() -> None:
+    """Let the peak of the GPU's memory begin anew."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

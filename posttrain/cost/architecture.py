@@ -69,10 +69,13 @@ def read_architecture(folder: Path) -> Architecture | None:
 
     Raises BadInput when its files are damaged.
     """
-    config = read_json(folder / "config.json")
+    return architecture_of(read_json(folder / "config.json"), stored_shapes(folder))
+
+
+def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
+    """Return the sizes of a model with the given configuration and shapes of weights; None when they do not tell."""
     inner = config.get("text_config")
     text: Mapping[str, Any] = inner if isinstance(inner, dict) else config
-    shapes = stored_shapes(folder)
     kinds = {name: stored_kind(name) for name, shape in shapes.items() if len(shape) >= 2 and not name.endswith("bias")}
     embeddings = {name: shapes[name] for name, kind in kinds.items() if kind == EMBEDDINGS}
     width, layers, heads = (_size(text, name) for name in ("width", "layers", "heads"))

@@ -35,8 +35,9 @@ def install(model: PreTrainedModel | PeftModel, packing: bool = True) -> Choice:
     """Make ``model`` use the first kernel that isolates packed documents, and fused layers; return the choice.
 
     Two short documents, packed, must give each its logits from before. Without ``packing`` a model that no kernel fits
-    computes each document alone; that must give its logits, too, and no token may see a later one. Raises BadInput,
-    naming the architecture, when the model cannot be run, packed, or read by the loss.
+    computes each document alone; that must give its logits, too, and no token may see a later one. Kernels are chosen
+    by the arithmetic: where a training computes under autocast, call it there, too. Raises BadInput, naming the
+    architecture, when the model cannot be run, packed, or read by the loss.
     """
     causal = causal_model(model)
     own, training = causal.config._attn_implementation, model.training
@@ -207,7 +208,7 @@ def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _is_rounding(error: float, causal: PreTrainedModel) -> bool:
     # rounding is about 1e-6 in float32 and 1e-2 in bfloat16, a leak about 1
-    return error <= (0.1 if causal.dtype == torch.bfloat16 else 1e-3)
+    return error <= (0.1 if kernels.arithmetic_of(causal) == torch.bfloat16 else 1e-3)
 
 
 def _reject_packing(causal: PreTrainedModel, obstacle: str) -> None:

@@ -261,8 +261,17 @@ def _block_mask(documents: Documents, window: int | None, dtype: torch.dtype) ->
     return blocked.masked_fill_(~seen_TT, torch.finfo(dtype).min)[None, None]
 
 
+def arithmetic_of(causal: PreTrainedModel) -> torch.dtype:
+    """Return the number format that ``causal`` multiplies in: autocast's inside of it, else that of the weights."""
+    kind = causal.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal.dtype
+
+
 def _flat(*tensors_BNTH: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return [1, N, T, H] as [T, N, H]."""
+    """Return [1, N, T, H] as [T, N, H], in the number format of autocast inside of it: it knows no such kernels."""
+    kind = tensors_BNTH[0].device.type
+    if torch.is_autocast_enabled(kind):
+        tensors_BNTH = tuple(each_BNTH.to(torch.get_autocast_dtype(kind)) for each_BNTH in tensors_BNTH)
     return [tensor_BNTH[0].transpose(0, 1) for tensor_BNTH in tensors_BNTH]
 
 
@@ -301,7 +310,7 @@ def _without_tensor_cores(causal: PreTrainedModel) -> str:
         return "needs a CUDA GPU"
     if torch.cuda.get_device_capability(causal.device) < (8, 0):
         return "needs an Ampere GPU or newer"
-    return "" if causal.dtype in (torch.bfloat16, torch.float16) else "needs bfloat16"
+    return "" if arithmetic_of(causal) in (torch.bfloat16, torch.float16) else "needs bfloat16"
 
 
 def _special_scores(causal: PreTrainedModel) -> str:

@@ -136,3 +136,30 @@ def test_kernels_for_variable_lengths_are_told_where_documents_lie(
     expected, _ = kernels.document_attention(module, query, key, value, None, **options)
     assert actual.shape == expected.shape == (1, 30, 4, 8)
     assert relative(actual, expected) <= 1e-6
+
+
+def test_kernels_are_chosen_by_the_arithmetic_not_by_the_stored_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    model = on_cuda((9, 0), torch.float32, monkeypatch)
+    assert choose(model).kernel.name == "posttrain_documents", "weights of float32 are multiplied as such"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert choose(model).kernel.name == "posttrain_varlen", "trained weights are float32, and multiplied in bfloat16"
+
+
+def test_kernels_get_the_number_format_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.dtype] = []
+
+    def varlen_attn(query_TNH: torch.Tensor, *others: torch.Tensor, **_: Any) -> torch.Tensor:
+        given.extend(each.dtype for each in (query_TNH, *others))
+        return query_TNH
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    query_BNTH, key_BKTH, value_BKTH = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    documents = Documents.of([2, 3], query_BNTH.device)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # the rotation of queries and keys gives float32 even there
+        kernels.varlen_attention(
+            torch.nn.Module(), query_BNTH, key_BKTH, value_BKTH.bfloat16(), None, documents=documents
+        )
+    assert given == [torch.bfloat16] * 3
