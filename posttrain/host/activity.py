@@ -1,6 +1,7 @@
-"""The plugin and the run that this process is busy with, in memory shared with the process that supervises it.
+"""The plugin, the foreign file and the run that this process is busy with, in memory shared with its supervisor.
 
-Every call into a plugin writes here, and ``supervisor`` reads. A process without a supervisor writes nothing.
+Every call into a plugin writes here, and every one into compiled code that works by a stranger's file; ``supervisor``
+reads. A process without a supervisor writes nothing.
 """
 
 from __future__ import annotations
@@ -10,25 +11,27 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-SIZE = 1 << 15
-"""Bytes of the shared record: a path may have 4,096 bytes, each of them six characters in JSON."""
+SIZE = 1 << 16
+"""Bytes of the shared record: each of two paths may have 4,096 bytes, each of them six characters in JSON."""
 SILENCE_LIMIT = 3600.0
 """Seconds that a plugin may go without a sign of life, unless a run sets another limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """One call into a plugin."""
+    """One call into a plugin, or into compiled code that works by a stranger's file."""
 
-    plugin: str
-    """Name of its entry point."""
-    origin: str
+    plugin: str = ""
+    """Name of its entry point; empty for a file."""
+    origin: str = ""
     """Distribution and version."""
+    file: str | None = None
+    """The stranger's file or folder; None for a plugin."""
     call: str
-    """The hook or stage that was called, or ``import``."""
+    """The hook or stage that was called, or ``import``; for a file, what it works on."""
     silence_limit: float | None
     """Seconds it may go without a sign of life; None: for ever."""
     starting: bool = False
@@ -45,7 +48,7 @@ class Report:
     code: int | None = None
     """Exit code with which the process ends."""
     activity: Activity | None = None
-    """Innermost call into a plugin."""
+    """Innermost call."""
     run: Path | None = None
     """Directory of the run that the process writes."""
 
@@ -63,7 +66,7 @@ class Record:
         self.silence_limit: float | None = SILENCE_LIMIT
 
     def push(self, activity: Activity) -> None:
-        """Begin a call into a plugin."""
+        """Begin a call."""
         self._calls.append(activity)
         self.write()
 
@@ -87,10 +90,11 @@ class Record:
         if self._memory is None or os.getpid() != self._owner:  # a fork must not write over its parent's state
             return
         self._signs += 1
-        current = asdict(self._calls[-1]) if self._calls else None
+        current = vars(self._calls[-1]) if self._calls else None
         run = None if self._run is None else str(self._run)
         text = json.dumps({"signs": self._signs, "code": self._code, "current": current, "run": run}).encode()
-        self._memory[:SIZE] = text[:SIZE].ljust(SIZE, b"\0")
+        text = text[: SIZE - 1] + b"\0"  # what follows is an earlier state's
+        self._memory[: len(text)] = text
 
 
 _record = Record()
@@ -108,7 +112,7 @@ def attach(memory: mmap.mmap, earlier: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def calling(activity: Activity) -> Iterator[None]:
-    """Record a call into a plugin while the context lasts."""
+    """Record a call while the context lasts."""
     _record.push(activity)
     try:
         yield
@@ -146,7 +150,7 @@ def finish(code: int) -> None:
 def read(content: bytes) -> Report:
     """Parse a record's bytes; return an empty report when the end of the process tore them."""
     try:
-        state = json.loads(content.rstrip(b"\0"))
+        state = json.loads(content.partition(b"\0")[0])
     except ValueError:
         return Report()
     return Report(

@@ -1,9 +1,9 @@
-"""A command in a child process: the parent survives a plugin that ends the process, and names it.
+"""A command in a child process: the parent survives a plugin or a foreign file that ends the process, and names it.
 
 The child is a fork, made before anything heavy is imported, and does all the work. The parent forwards signals and ends
-a call into a plugin that is silent for too long. When the child dies before it has recorded its exit code, by
-``os._exit``, by a segmentation fault or for lack of memory, the parent names the plugin that was running. When a plugin
-ends the process while it is loaded, the command starts again without it.
+a call into a plugin, or into a tokenizer, that is silent for too long. When the child dies before it has recorded its
+exit code, by ``os._exit``, by a segmentation fault or for lack of memory, the parent names the plugin or the tokenizer
+that was running. When a plugin ends the process while it is loaded, the command starts again without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from posttrain.errors import ArtifactDamaged, Interrupted, PluginFailed, PosttrainError, RunLocked, explain
+from posttrain.errors import (
+    ArtifactDamaged,
+    BadInput,
+    Interrupted,
+    PluginFailed,
+    PosttrainError,
+    Problem,
+    RunLocked,
+    explain,
+)
 from posttrain.host import activity
 from posttrain.host.activity import SIZE, Activity, Report
 
@@ -178,4 +187,7 @@ def _reason(watch: Watch, status: int, current: Activity | None) -> PosttrainErr
     if current is None:
         return PosttrainError(f"something in posttrain or below it {watch.fate(status)}.{memory} {kept}")
     limit = f" after {current.silence_limit:g} s without a sign of life" if watch.hanging else ""
+    if current.file is not None:
+        what = f"its tokenizer {watch.fate(status)}{limit}, at {current.call}.{memory}"
+        return BadInput(Problem(where=current.file, what=what, fix="Use another tokenizer"))
     return PluginFailed(f"{current}: it {watch.fate(status)}{limit}.{memory} {kept}")

@@ -38,6 +38,7 @@ from posttrain.model.added_tokens import (
 from posttrain.model.base import ADAPTER_WEIGHTS, weight_files
 from posttrain.model.quantisation import keep_layout, quantisation_config
 from posttrain.model.targets import WHERE, resolve_targets
+from posttrain.model.tokenizer_watch import TokenizerWatch
 from posttrain.model.trust import check_adapter, foreign
 
 ADAPTER = "default"
@@ -222,8 +223,11 @@ def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:
 
 
 def load_stored_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer as its files describe it, without added tokens."""
+    """Load the tokenizer as its files describe it, without added tokens, and watch its texts from then on."""
+    watch = TokenizerWatch(source.tokenizer)
     with foreign(source.tokenizer, "its tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+        with watch.watching(sum(path.stat().st_size for path in source.tokenizer.glob("tokenizer.*"))):
+            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True, trust_remote_code=False)
+        watch.guard(tokenizer)
         tokenizer("a b")  # many settings are only read with the first text
         return tokenizer

@@ -17,9 +17,10 @@ from posttrain.disk import explain_error
 from posttrain.errors import BadInput, PosttrainError, Problem, brief, is_out_of_memory, reject
 from posttrain.tokens.time_limit import time_limit
 
-PRIVATE = frozenset(
-    {"_name_or_path", "_commit_hash", "_from_model_config", "_num_labels", "_attn_implementation_autoset"}
-)
+PRIVATE = frozenset({
+    "_name_or_path", "_commit_hash", "_from_model_config", "_num_labels", "_attn_implementation_autoset",
+    "_model_name_or_path",  # the name in a GGUF file from which it was converted
+})  # fmt: skip
 """Keys with a leading underscore that transformers writes and only reads as names."""
 ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"})
 """Implementations of attention that are part of transformers; any other name is a kernel to be fetched and run."""

@@ -14,11 +14,12 @@ import yaml
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
 from posttrain.disk import DISK_ERRORS
-from posttrain.errors import BadInput, PosttrainError, Problem, nearest, suggest
+from posttrain.errors import BadInput, PosttrainError, Problem, nearest, shown, suggest
 from posttrain.gate.matching import group_equal, merge_sources
 from posttrain.host import consent
 from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
 from posttrain.scoring.code import check_consent
+from posttrain.tokens.time_limit import time_limit
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask
@@ -51,13 +52,30 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+PATTERNS = ("regex_pattern", "regexes_to_ignore")
+"""Settings of filters and metrics that hold regular expressions."""
+SECONDS = 20.0
+"""Seconds of computing for the patterns and functions of a task about one document."""
+MORE_SECONDS = 0.1
+"""Seconds for each further document of a filter that is given many."""
+
+
 @contextlib.contextmanager
-def blaming(where: str) -> Iterator[None]:
-    """Raise BadInput at ``where`` for whatever a task's own functions raise."""
+def blaming(where: str, documents: int | None = 1) -> Iterator[None]:
+    """Raise BadInput at ``where`` for whatever a task's own functions raise, or when they compute for too long.
+
+    The limit depends on the number of ``documents``; without one there is none.
+    """
+    seconds = None if documents is None else SECONDS + MORE_SECONDS * (documents - 1)
     try:
-        yield
+        with contextlib.nullcontext() if seconds is None else time_limit(seconds):
+            yield
     except PosttrainError:
         raise
+    except TimeoutError as error:
+        what = f"the task cannot be scored: its patterns or functions take more than {seconds:g} s of computing"
+        fix = "Mend the patterns of its filter_list and metric_list, or choose another task"
+        raise BadInput(Problem(where=where, what=what, fix=fix)) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # no fault of the task
             raise
@@ -145,9 +163,38 @@ def _check_settings(where: str, path: Path, task: GateTask, *, local: bool) -> I
         yield from check_programs(where, task)
     yield from _check_metric(where, settings, task)
     yield from check_filter(where, _filters(settings), task)
+    yield from _check_patterns(f"{where}.task", path, settings)
     for file in data_files(settings) if local and task.data is None else ():
         if not file.exists():
             yield Problem(where=f"{where}.task", what=f"{path} reads {file}, which does not exist")
+
+
+def _check_patterns(where: str, path: Path, settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Report the first pattern of a filter or a metric that is none, or that takes too long to be read."""
+    for pattern in _patterns({key: settings.get(key) for key in ("filter_list", "metric_list")}):
+        why = ""
+        try:
+            with time_limit(SECONDS):
+                re.compile(pattern)
+        except TimeoutError:
+            why = f"takes more than {SECONDS:g} s of computing to be read"
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
+            why = f"is no regular expression: {error}"
+        if why:
+            yield Problem(where=where, what=f"the pattern {shown(pattern)} in {path} {why}", fix="Mend it")
+            return
+
+
+def _patterns(settings: Any) -> Iterator[str]:
+    """Yield the regular expressions in a task's settings, by the names that lm-eval gives them."""
+    if isinstance(settings, list):
+        for each in settings:
+            yield from _patterns(each)
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        if key in PATTERNS:
+            yield from (each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))
+        else:
+            yield from _patterns(value)
 
 
 def _check_metric(where: str, settings: Mapping[str, Any], task: GateTask) -> Iterator[Problem]:

@@ -256,7 +256,7 @@ class ChatRenderer:
             reject(where, what, "The tokenizer cannot express the content")
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _encode(self, text: str, *, whole: bool = False) -> list[int]:
         """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""

@@ -79,4 +79,4 @@ def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: 
 
 
 def _bare(tokenizer: Any, ids: list[int]) -> str:
-    return without_space(str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)))
+    return without_space(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))

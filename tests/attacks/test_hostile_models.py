@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
-from posttrain.model import reloading
+from posttrain.model import reloading, tokenizer_watch
 from posttrain.tokens import spans
 from tests.support.audit import watched
 from tests.support.tiny import write_base
@@ -217,6 +219,90 @@ def test_a_hostile_adapter(
         monkeypatch.setattr(reloading, "PATTERN_SECONDS", 1)
     ADAPTERS[name](project / "adapter")
     check(project / "adapter", capfd, *GATE, "model.path=base", "model.dtype=float32")
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replacing(content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+GROWING = {"type": "Sequence", "normalizers": [replacing("a" * 50)] * 5}
+TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "nested repetitions": ({"pre_tokenizer": split("(a+)+c")}, "its tokenizer fails at a text of 1,000 characters"),
+    "growing texts": ({"normalizer": GROWING}, "the normalizer of its tokenizer makes texts 312,500,000 times as long"),
+}
+COMMANDS = {"training": ("recipe=mine",), "gate": (*GATE, "model.path=base", "model.dtype=float32")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_makes_too_much(
+    project: Path, capfd: pytest.CaptureFixture[str], name: str, command: str
+) -> None:
+    parts, what = TOKENIZERS[name]
+    json_of("tokenizer.json", **parts)(project / "base")
+    assert run(*COMMANDS[command])[0] == 2
+    said = capfd.readouterr()
+    assert f"error: {project / 'base'}: {what}" in said.err
+    assert "Traceback" not in said.err + said.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tokenizer_that_is_slow_on_every_text(
+    project: Path, capfd: pytest.CaptureFixture[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_watch, "SECONDS", 1e-5)
+    monkeypatch.setattr(tokenizer_watch, "CHARACTERS", 10**12)
+    assert run(*COMMANDS[command])[0] == 2
+    assert f"error: {project / 'base'}: its tokenizer took " in capfd.readouterr().err
+
+
+SUPERVISED = """\
+import ctypes, os, signal, sys
+from pathlib import Path
+from posttrain.cli import answer
+from posttrain.host.supervisor import supervise
+from posttrain.model import tokenizer_watch
+tokenizer_watch.SECONDS = 2.0
+def act():
+    with tokenizer_watch.TokenizerWatch(Path("/its/folder")).watching(1234):
+        {action}
+    return 0
+sys.exit(supervise(lambda: answer(sys.argv[1:]) if sys.argv[1:] else act()))
+"""
+
+
+def supervised(*words: str, action: str = "pass") -> subprocess.CompletedProcess[str]:
+    script = SUPERVISED.format(action=action)
+    return subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+
+
+def test_a_tokenizer_that_hangs_at_one_text(project: Path) -> None:
+    json_of("tokenizer.json", pre_tokenizer=split("Q*Q*(?!.)(?<!Q)"))(project / "base")
+    question = {"role": "user", "content": "Q" * 4000}  # takes half an hour, in compiled code
+    Path("train.jsonl").write_text(json.dumps({"messages": [question, CHAT["messages"][1]]}) + "\n")
+    done = supervised(*COMMANDS["gate"])
+    assert done.returncode == 2, done.stderr
+    hung = f"error: {project / 'base'}: its tokenizer hung and had to be ended after 2.4"
+    assert hung in done.stderr
+    assert "a text of 4,0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("action", "fate"),
+    [
+        ("ctypes.PyDLL(None).sleep(600)", "hung and had to be ended after 2.1234 s without a sign of life"),
+        ("os.abort()", "took the process down: SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "took the process down: SIGKILL"),
+    ],
+)
+def test_a_tokenizer_that_takes_the_process_down(action: str, fate: str) -> None:
+    done = supervised(action=action)
+    assert done.returncode == 2
+    assert f"error: /its/folder: its tokenizer {fate}, at a text of 1,234 characters or tokens" in done.stderr
 
 
 def test_the_sound_adapter_is_judged(project: Path) -> None:

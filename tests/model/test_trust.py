@@ -54,7 +54,8 @@ def test_a_key_that_loads_code_is_found_however_deep(config: dict[str, Any], nes
 @pytest.mark.parametrize("name", sorted(ATTENTION))
 def test_what_transformers_itself_writes_is_no_code(name: str) -> None:
     harmless = {
-        "_name_or_path": "x", "_attn_implementation_autoset": True, "attn_implementation": name, "auto_map": None,
+        "_name_or_path": "x", "_model_name_or_path": "x",
+        "_attn_implementation_autoset": True, "attn_implementation": name, "auto_map": None,
         "trust_remote_code": False, "megatron_core": "megatron.core", "megatron_config": None, "auto_mapping": None,
         "experts_implementation": "grouped_mm", "architectures": ["LlamaForCausalLM"], "chat_template": "x" * 20_000,
     }  # fmt: skip

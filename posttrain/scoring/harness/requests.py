@@ -51,7 +51,7 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
     """
     leaves = load_leaves(name, task)
     with quiet():
-        with blaming(f"tasks.{name}"):
+        with blaming(f"tasks.{name}", None):
             documents = [list(leaf.eval_docs) for leaf in leaves]
         questions = _questions(name, task, tokenizer, seed, leaves, documents)
     return replace(_prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer))
@@ -66,7 +66,7 @@ def prepare_first(
     """
     questions, where = [], f"tasks.{name}"
     for leaf in leaves:
-        with blaming(where):
+        with blaming(where, None):
             documents = list(islice(leaf.eval_docs, max(1, more // len(leaves))))
         chats = _Chats(tokenizer) if tokenizer is not None and _is_chat(task, leaf) else None
         shots = leaf.config.num_fewshot or 0

@@ -72,18 +72,22 @@ def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]
 
 
 def apply_filters(leaf: Any, questions: Sequence[Question], where: str) -> None:
-    """Filter the answers in the requests of questions. Raises BadInput, with the first document that a filter fails."""
+    """Filter the answers in the requests of questions.
+
+    Raises BadInput with the first document that a filter fails, or at which its time is up.
+    """
     requests = [request for question in questions for request in question.requests]
     if not requests:
         return
     try:
-        with blaming(where):
+        with blaming(where, len(questions)):
             for ensemble in leaf._filters:
                 ensemble.apply(requests)
     except BadInput:
         if len(questions) > 1:  # a filter sees all documents at once: find the one
-            for question in questions:
-                apply_filters(leaf, [question], f"{where}, document {question.doc_id}")
+            with blaming(where, len(questions)):
+                for question in questions:
+                    apply_filters(leaf, [question], f"{where}, document {question.doc_id}")
         raise
 
 
