@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.data.records import Document
     from posttrain.engine.checkpoint import CheckpointFolder, Position
-    from posttrain.stage import Progress
+    from posttrain.stage import Progress, Stage
     from posttrain.tokens.chat import ChatRenderer
 
 
@@ -46,6 +46,8 @@ class StageContext:
     """Empty folder for the result."""
     engine: str = "single"
     """Way to train on the devices of this launch: ``single``, ``ddp`` or ``fsdp``."""
+    launch: Callable[[Stage, StageContext], None] | None = None
+    """Start of the processes that run the stage in place of this one; None runs it here."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 

@@ -10,7 +10,7 @@ A plugin implements any of them in a module or class that it names under the ent
 
 In the arguments, ``stage: Stage`` is a kind of stage and ``stage: str`` the name of its node in the recipe;
 ``step: Step`` is a stage of the plan and ``step: int`` an optimizer step. The product answers its own hooks in the
-``plugin.py`` of a room: ``data.plugin`` loads records, ``run.plugin`` runs stages, ``scoring.plugin`` evaluates,
+``plugin.py`` of a room: ``data.plugin`` loads records, ``launch.plugin`` runs stages, ``scoring.plugin`` evaluates,
 ``gate.plugin`` judges. A hook with an answer is checked by type in ``host.guard``.
 
 The plugin registered last is called first. Hooks marked *first result* stop at the first answer other than None.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from posttrain import environment
+from posttrain.config.schema import Launcher
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain
 from posttrain.gate.procedure import WARNED
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
+from posttrain.launch import slurm
+from posttrain.launch.shape import in_slurm_job
 from posttrain.plan import Plan, make_plan
 
 MULTIRUN = ("--multirun", "-m")
@@ -43,10 +46,13 @@ def _run_members(members: list[list[str]], host: Host) -> int:
 
 
 def _run_plan(plan: Plan, host: Host) -> int:
-    """Run a plan, and print its final table however it ends.
+    """Run a plan, and print its final table however it ends; with launch=slurm outside of a job, queue it as one.
 
     Return 0; after verdicts that a gate only warns about, the code of the worst of them.
     """
+    if plan.launch.kind is Launcher.slurm and not in_slurm_job():
+        print(slurm.submit(plan))
+        return 0
     environment.prepare()
     from posttrain.pipeline import run
     from posttrain.run.display import Display

@@ -150,16 +150,21 @@ def _fork(memory: mmap.mmap, lost: Mapping[str, str]) -> int:
     if child := os.fork():
         return child
     signal.pthread_sigmask(signal.SIG_SETMASK, before - {*FORWARDED, signal.SIGCHLD})
-    _die_with(parent)
+    die_with(parent)
     activity.attach(memory, lost)
     return 0
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process with its parent, so that a killed command leaves nothing running."""
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process ``number`` at the end of its parent: a killed command leaves nothing running.
+
+    Elsewhere than on Linux, do nothing.
+    """
+    if sys.platform != "linux":
+        return
     import ctypes
 
-    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
     if os.getppid() != parent:
         os._exit(1)
 

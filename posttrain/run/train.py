@@ -18,6 +18,8 @@ from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.process_state import ProcessState
+from posttrain.launch.group import Group
+from posttrain.launch.shape import engine_of, shape_of
 from posttrain.plan import Step
 from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
@@ -94,6 +96,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         name=job.name, config=job.step.config, parent=parent, records=records.trained,
         eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
+        engine=engine_of(job.plan, job.step), launch=_launch(job),
         metrics={"warnings": [*records.unread]} if records.unread else {},
     )  # fmt: skip
     before = ProcessState.now()
@@ -112,6 +115,13 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         check_output(draft, parent)
         check_reloaded(draft, parent, context.dtype)
         return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / ARTIFACT)
+
+
+def _launch(job: Job) -> Group | None:
+    """Return the processes for the stage; None when this one runs it."""
+    if shape_of(job.plan.launch).world == 1:
+        return None
+    return Group(launch=job.plan.launch, folder=job.folder, origin=job.step.origin)
 
 
 def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint: str) -> Manifest:

@@ -17,11 +17,11 @@ from posttrain.artifact import ModelSource, verify
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.context import StageContext
 from posttrain.errors import ArtifactDamaged, PluginFailed
+from posttrain.launch.plugin import run_stage
 from posttrain.model.checks import check_output
 from posttrain.model.loading import load_model, load_trainable
 from posttrain.model.probe import PROBE, leave_probe, logits
 from posttrain.model.reloading import check_published, check_reloaded
-from posttrain.run.plugin import run_stage
 from posttrain.sft.plugin import register_stages
 from posttrain.sft.stage import run
 from posttrain.stage import Stage

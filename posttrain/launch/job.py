@@ -1,0 +1,186 @@
+"""The job of the processes of a stage: ``job.json`` and its records, written by the command, read by each of them.
+
+They compose no recipe and ask no hook for records: what the command read, filtered and verified is what they train on.
+Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import GateConfig
+from posttrain.context import StageContext
+from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record, Text
+from posttrain.disk import naming, write_synced
+from posttrain.errors import ArtifactDamaged, PluginFailed, reject
+from posttrain.saved import as_kind, plain, read_json
+from posttrain.stage import Stage
+from posttrain.version import __version__
+
+JOB = "job.json"
+FOLDER = "launch"
+"""Folder beside it: records, signs of life, outcomes, the launcher's log."""
+RECORDS = "records.jsonl"
+KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback)}
+PATHS = ("model", "adapter", "tokenizer")
+"""Fields of a ModelSource that are paths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A stage as its processes get it."""
+
+    versions: Mapping[str, str]
+    """Versions of posttrain, Python and torch; processes with others are rejected."""
+    name: str
+    """Name of the stage's node in the recipe."""
+    kind: str
+    """Kind of the stage."""
+    origin: str
+    """Plugin of the stage, with its version."""
+    config: Mapping[str, Any]
+    """Settings of the stage, without its gate, which is the command's."""
+    parent: Mapping[str, Any]
+    """The model to start from."""
+    seed: int
+    dtype: str
+    engine: str
+    world: int
+    """Number of processes."""
+    records: str
+    """SHA-256 of the records' file."""
+    checkpoints: str
+    output: str
+    metrics: Mapping[str, Any]
+    """Figures that the command has for the manifest."""
+    silence_seconds: float
+    """Longest wait of a process for the others."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that all processes of a launch share with the command."""
+    return {"posttrain": __version__, "Python": platform.python_version(), "torch": version("torch")}
+
+
+def write_job(
+    path: Path, stage: Stage, context: StageContext, *, origin: str, world: int, silence_seconds: float
+) -> None:
+    """Write the job of a stage to ``path``, and its records into the folder beside it."""
+    records = _write_records(path.parent / FOLDER / RECORDS, context.records, context.eval_records, context.name)
+    job = Job(
+        versions=versions(),
+        name=context.name,
+        kind=stage.name,
+        origin=origin,
+        config=_settings(context.config),
+        parent=_as_json(plain(context.parent)),
+        seed=context.seed,
+        dtype=context.dtype,
+        engine=context.engine,
+        world=world,
+        records=records,
+        checkpoints=str(context.checkpoints.absolute()),
+        output=str(context.output.absolute()),
+        metrics=context.metrics,
+        silence_seconds=silence_seconds,
+    )
+    write_synced(path, json.dumps(plain(job), indent=2))
+
+
+def read_job(path: Path) -> Job:
+    """Return the job in a file.
+
+    Raises BadInput for processes of other versions than the command's, ArtifactDamaged for a torn file.
+    """
+    values = read_json(path)
+    given = values.get("versions") if isinstance(values, dict) else None
+    if isinstance(given, dict) and given != versions():
+        found = ", ".join(f"{name} {found}" for name, found in versions().items() if given.get(name) != found)
+        wanted = ", ".join(f"{name} {each}" for name, each in given.items() if versions().get(name) != each)
+        fix = "Install the same versions on every node, or give every node the same environment"
+        reject(str(path), f"a process on {os.uname().nodename} has {found}, but the command {wanted}", fix)
+    return as_kind(Job, values, str(path))
+
+
+def config_of(job: Job, stage: Stage) -> Any:
+    """Return the typed settings of the stage."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), OmegaConf.create(dict(job.config))))
+
+
+def parent_of(job: Job) -> ModelSource:
+    """Return the model to start from."""
+    given = dict(job.parent) | {name: Path(job.parent[name]) for name in PATHS if job.parent[name] is not None}
+    made: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
+    return ModelSource(**made)
+
+
+def read_records(path: Path, digest: str) -> tuple[list[Record], list[Record]]:
+    """Return the trained and the eval records. Raises ArtifactDamaged when the file is not the command's."""
+    found = sha256()
+    kept: tuple[list[Record], list[Record]] = ([], [])
+    with path.open("rb") as stream:
+        for line in stream:
+            found.update(line)
+            kind, is_eval, values = json.loads(line)
+            kept[is_eval].append(_record(kind, values))
+    if found.hexdigest() != digest:
+        raise ArtifactDamaged(f"{path} is damaged: its SHA-256 is not the one in {JOB}")
+    return kept
+
+
+def _record(kind: str, values: dict[str, Any]) -> Record:
+    made: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
+    if "origin" in made:
+        made["origin"] = Origin(**made["origin"])
+    make: Any = KINDS[kind]
+    record: Record = make(**made)
+    return record
+
+
+def _write_records(path: Path, trained: Sequence[Any], evaluated: Sequence[Any], stage: str) -> str:
+    """Write the records of both kinds; return the SHA-256 of the file."""
+    digest = sha256()
+    with naming(path), path.open("wb") as stream:
+        for line in _lines([(False, trained), (True, evaluated)], stage):
+            digest.update(line)
+            stream.write(line)
+    return digest.hexdigest()
+
+
+def _lines(groups: Iterable[tuple[bool, Sequence[Any]]], stage: str) -> Iterator[bytes]:
+    for is_eval, records in groups:
+        for record in records:
+            kind = next(name for name, kind in KINDS.items() if isinstance(record, kind))
+            values = {field.name: getattr(record, field.name) for field in fields(KINDS[kind])}
+            if "origin" in values:
+                values["origin"] = {field.name: getattr(record.origin, field.name) for field in fields(Origin)}
+            try:
+                line = json.dumps([kind, is_eval, values])
+                sound = _record(kind, json.loads(line)[2]) == record
+            except (TypeError, ValueError):
+                sound = False
+            if not sound:  # a tuple where JSON has a list, say: a template may print the two differently
+                what = f"the record {record.where} of stage {stage!r} has values that JSON lacks"
+                raise PluginFailed(f"{what}, so that several processes cannot be given it")
+            yield line.encode() + b"\n"
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    node = OmegaConf.structured(replace(config, gate=GateConfig()))
+    return _as_json(OmegaConf.to_container(node, enum_to_str=True))
+
+
+def _as_json(values: Any) -> dict[str, Any]:
+    """Return settings with their paths as texts."""
+    return dict(json.loads(json.dumps(values, default=str)))

@@ -1,0 +1,99 @@
+"""One of the processes of a stage: ``torchrun ... -m posttrain.launch.worker job.json``.
+
+It reads the job, runs the stage, and leaves its outcome beside the job. It knows nothing of recipes and of Hydra, and
+publishes nothing: the command that wrote the job verifies and publishes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from posttrain import environment
+from posttrain.errors import Interrupted, reject
+from posttrain.host.supervisor import die_with
+from posttrain.launch.job import FOLDER, RECORDS, config_of, parent_of, read_job, read_records
+from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
+from posttrain.launch.signs import RankProgress
+
+
+class Stop:
+    """Request to stop: the first signal asks for it, the second ends the process."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def install(self) -> None:
+        """Handle the signals from now on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def requested(self) -> bool:
+        """Return True after the first signal."""
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+        self._asked = True
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job in the file that is the only argument; return its exit code."""
+    stop = Stop()
+    if threading.current_thread() is threading.main_thread():  # in Ray's workers it is another, which gets no signals
+        stop.install()
+        die_with(os.getppid())
+    environment.prepare()
+    path, rank = Path(arguments[0]), int(os.environ["RANK"])
+    try:
+        metrics = _work(path, rank, stop)
+        outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=metrics if rank == 0 else {})
+    except BaseException as error:
+        outcome = outcome_of(rank, error)
+        print(outcome.traceback or f"error: {outcome.message}", file=sys.stderr)
+    write_outcome(path.parent / FOLDER, outcome)
+    return outcome.code
+
+
+def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
+    """Run the stage; return its figures."""
+    job = read_job(path)
+    progress = RankProgress(path.parent / FOLDER, rank, job.name)
+    from posttrain.context import StageContext
+    from posttrain.engine import processes
+    from posttrain.host import plugins
+    from posttrain.launch.plugin import run_here
+
+    host = plugins.load()
+    if job.kind not in host.stages or host.origin(job.kind) != job.origin:
+        found = host.origin(job.kind) if job.kind in host.stages else "no plugin"
+        fix = "Install the same plugins on every node"
+        reject(str(path), f"stage {job.name!r} is that of {job.origin}, but {found} has it here", fix)
+    stage = host.stages[job.kind]
+    trained, evaluated = read_records(path.parent / FOLDER / RECORDS, job.records)
+    processes.join(job.silence_seconds)
+    if processes.world() != job.world:
+        reject(str(path), f"the launcher started {processes.world()} processes, but the job is for {job.world}")
+    context = StageContext(
+        name=job.name, config=config_of(job, stage), parent=parent_of(job), records=trained, eval_records=evaluated,
+        seed=job.seed, dtype=job.dtype, engine=job.engine, progress=progress, stop_requested=stop.requested,
+        checkpoints=Path(job.checkpoints), output=Path(job.output), metrics=dict(job.metrics),
+    )  # fmt: skip
+    if processes.agree(stop.requested()):
+        raise Interrupted("stopped before the first step")
+    run_here(stage, context, writes=rank == 0)
+    processes.leave()
+    return context.metrics
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a process group that failed would wait for the others

@@ -1,0 +1,221 @@
+"""Several processes of a stage and all their ways to end: the right error, naming the rank, and nothing left running.
+
+Real processes and signals; torch is in none of them but the last test's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.context import StageContext
+from posttrain.data.records import Conversation, Text
+from posttrain.errors import BadInput, Diverged, Interrupted, PluginFailed, PosttrainError
+from posttrain.host.plugins import CORE_ORIGIN
+from posttrain.launch import group
+from posttrain.launch.group import Group, Watch
+from posttrain.launch.job import config_of, parent_of, read_job, read_records
+from posttrain.launch.outcome import RankFailed
+from posttrain.launch.signs import is_alive
+from posttrain.sft.plugin import register_stages
+from posttrain.testing import Recorder
+from tests.support.tiny import sft_config
+
+(SFT,) = register_stages()
+PROCESSES = Path(__file__).with_name("processes.py")
+RECORDS = [
+    Conversation(
+        messages=({"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}), where="x:1"
+    ),
+    Text(text="\ud800 alone", where="x:2", unread=("id",)),
+]
+
+
+def context(folder: Path, **given: Any) -> StageContext:
+    (folder / "stage").mkdir(exist_ok=True)
+    parent = ModelSource(
+        name="base", model=folder, adapter=None, tokenizer=folder, chat_template="", digest="0", base="b",
+        model_digest="1",
+    )  # fmt: skip
+    made: dict[str, Any] = {"progress": Recorder(), "stop_requested": lambda: False, **given}
+    return StageContext(
+        name="mine", config=sft_config(), parent=parent, records=RECORDS[:1], eval_records=RECORDS[1:], seed=3,
+        dtype="float32", checkpoints=folder / "checkpoints", output=folder / "draft", engine="ddp", **made,
+    )  # fmt: skip
+
+
+def make_group(folder: Path, origin: str = CORE_ORIGIN, **settings: Any) -> Group:
+    launch = LaunchConfig(kind=Launcher.local, processes=2, **settings)
+    return Group(launch=launch, folder=folder / "stage", origin=origin)
+
+
+@pytest.fixture(autouse=True)
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The launcher without torch; after a test nothing of it runs."""
+    monkeypatch.setattr(Watch, "_command", lambda watch: [sys.executable, str(PROCESSES), str(watch.path)])
+    monkeypatch.setattr(group, "SETTLING", 1.0)
+    yield
+    assert left(tmp_path) == []
+
+
+def left(folder: Path) -> list[int]:
+    pids = [int(path.read_text()) for path in (folder / "stage").glob("seen.*")]
+    return [pid for pid in pids if is_alive(pid)]
+
+
+def test_the_command_shows_what_rank_0_tells_and_takes_its_figures(tmp_path: Path) -> None:
+    given = context(tmp_path, metrics={"warnings": ["earlier"]})
+    make_group(tmp_path)(SFT, given)
+    assert isinstance(given.progress, Recorder)
+    assert given.progress.started == (10, 0)
+    assert list(given.progress.steps) == list(range(1, 11))
+    assert given.progress.notes == ["2 processes, engine ddp", "trained"]
+    assert given.progress.parts
+    assert given.metrics == {"warnings": ["earlier"], "steps": 10, "rank": 0}
+    assert not list((tmp_path / "stage").glob("*.json")) + list((tmp_path / "stage" / "launch").glob("*"))
+
+
+ACTS = {
+    "bad input": ({"ACT_0": "lose", "ACT_1": "reject"}, BadInput, "^sft.data: has a bad record\n    Mend it$"),
+    "divergence": ({"ACT": "diverge"}, Diverged, "training diverged at step 3"),
+    "bug": ({"ACT_0": "lose", "ACT_1": "bug"}, RankFailed, r"KeyError: 'prompt' \(in rank 1 of 2\)"),
+    "death": (
+        {"ACT_0": "lose", "ACT_1": "die"},
+        PosttrainError,
+        "rank 1 of 2 on .* was taken down by SIGKILL. The",
+    ),
+    "death, others stuck": ({"ACT_0": "hang", "ACT_1": "die"}, PosttrainError, "rank 1 of 2 on .* ended"),
+    "hang, noticed": ({"ACT_0": "lose", "ACT_1": "hang"}, PosttrainError, "rank 1 of 2 hung"),
+    "one is asked to stop": ({"ACT": "wait"}, Interrupted, "stopped after step 3 of 10"),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_the_first_fault_is_the_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acts, kind, message = ACTS[name]
+    for variable, act in acts.items():
+        monkeypatch.setenv(variable, act)
+    given = context(tmp_path, stop_requested=lambda: name == "one is asked to stop" and len(seen(tmp_path)) == 2)
+    with pytest.raises(kind, match=message) as caught:
+        make_group(tmp_path)(SFT, given)
+    assert type(caught.value) is kind
+    if kind is RankFailed:
+        assert 'raise KeyError("prompt")' in str(caught.value.__cause__)
+    if kind in (BadInput, Diverged):
+        assert [note for note in recorder(given).notes if "ended with" in note]
+    assert (tmp_path / "stage" / "job.json").exists()  # for whoever looks for the cause
+
+
+def recorder(given: StageContext) -> Recorder:
+    assert isinstance(given.progress, Recorder)
+    return given.progress
+
+
+def seen(folder: Path) -> list[Path]:
+    return list((folder / "stage").glob("seen.*"))
+
+
+def test_silence_ends_a_stage_of_a_plugin_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+    with pytest.raises(PluginFailed, match=r"stage 'mine' of plugin mine \(mine 1.0\): rank . of 2 hung"):
+        make_group(tmp_path, origin="mine (mine 1.0)", silence_seconds=2.0)(SFT, context(tmp_path))
+
+
+def test_processes_that_do_not_stop_in_time_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+    monkeypatch.setattr(group, "MARGIN", 0.5)
+    given = context(tmp_path, stop_requested=lambda: len(seen(tmp_path)) == 2)
+    with pytest.raises(Interrupted, match=r"no step was saved within launch\.shutdown_seconds=1"):
+        make_group(tmp_path, shutdown_seconds=1.0)(SFT, given)
+
+
+def test_whatever_ends_the_command_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+
+    def second_signal() -> bool:
+        if len(seen(tmp_path)) == 2:
+            raise Interrupted("stopped by SIGINT")
+        return False
+
+    with pytest.raises(Interrupted, match="stopped by SIGINT"):
+        make_group(tmp_path)(SFT, context(tmp_path, stop_requested=second_signal))
+
+
+def test_the_end_of_the_launcher_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+
+    def kill() -> bool:
+        if len(seen(tmp_path)) == 2:
+            os.kill(parent_pid(int(seen(tmp_path)[0].read_text())), signal.SIGKILL)
+        return False
+
+    with pytest.raises(PosttrainError, match="the launcher of 2 processes was taken down by SIGKILL"):
+        make_group(tmp_path)(SFT, context(tmp_path, stop_requested=kill))
+
+
+def parent_pid(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_killed_command_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+    (tmp_path / "stage" / "launch").mkdir(parents=True)
+    (tmp_path / "stage" / "job.json").write_text(json.dumps({"world": 2}))
+    code = (
+        "import sys; from pathlib import Path; from types import SimpleNamespace as N\n"
+        "from posttrain.config.schema import *; from posttrain.launch.group import Watch\n"
+        "from posttrain.launch.shape import shape_of\n"
+        f"Watch._command = lambda watch: [sys.executable, {str(PROCESSES)!r}, str(watch.path)]\n"
+        "launch = LaunchConfig(kind=Launcher.local, processes=2)\n"
+        "progress = N(start=print, step=print, part=print, note=print)\n"
+        f"Watch(launch=launch, shape=shape_of(launch), path=Path({str(tmp_path)!r}, 'stage', 'job.json'), "
+        "context=N(progress=progress, stop_requested=lambda: False)).run()"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(left(tmp_path)) == 2)
+    command.kill()
+    command.wait()
+    wait_for(lambda: not left(tmp_path))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_job_gives_back_what_the_command_had(tmp_path: Path) -> None:
+    given = context(tmp_path)
+    (tmp_path / "stage" / "launch").mkdir()
+    path = tmp_path / "stage" / "job.json"
+    group.write_job(path, SFT, given, origin="posttrain", world=2, silence_seconds=5)
+    job = read_job(path)
+    assert parent_of(job) == given.parent
+    assert read_records(path.parent / "launch" / "records.jsonl", job.records) == (RECORDS[:1], RECORDS[1:])
+    made = config_of(job, SFT)
+    assert type(made) is type(given.config)
+    assert (made.method, made.lora, made.lr) == (given.config.method, given.config.lora, given.config.lr)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "versions": {**values["versions"], "posttrain": "0.0.1", "torch": "1.0"}}))
+    with pytest.raises(BadInput, match=r"has posttrain .*, torch .*, but the command posttrain 0\.0\.1, torch 1\.0"):
+        read_job(path)
+
+
+def test_records_that_json_would_change_are_rejected(tmp_path: Path) -> None:
+    tuples = Conversation(messages=({"role": "user", "content": "a", "calls": ("b",)},), where="x:7")
+    given = context(tmp_path)
+    object.__setattr__(given, "records", [tuples])
+    with pytest.raises(PluginFailed, match="the record x:7 of stage 'mine' has values that JSON lacks"):
+        make_group(tmp_path)(SFT, given)
