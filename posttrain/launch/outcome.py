@@ -6,6 +6,7 @@ The exit code of a launcher is not used: torchrun ends with 1 whatever the code 
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -84,9 +85,8 @@ def outcome_of(rank: int, error: BaseException) -> Outcome:
 
 def _tells_of_another(error: BaseException) -> bool:
     """Return True for an error of a process that waited in vain for another."""
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistError):
+    found = getattr(sys.modules.get("torch.distributed"), "DistError", None)
+    if found is not None and isinstance(error, found):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 

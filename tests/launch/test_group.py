@@ -86,6 +86,7 @@ def test_the_command_shows_what_rank_0_tells_and_takes_its_figures(tmp_path: Pat
     assert not list((tmp_path / "stage").glob("*.json")) + list((tmp_path / "stage" / "launch").glob("*"))
 
 
+DEATH = r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)"
 ACTS = {
     "bad input": ({"ACT_0": "lose", "ACT_1": "reject"}, BadInput, "^sft.data: has a bad record\n    Mend it$"),
     "divergence": ({"ACT": "diverge"}, Diverged, "training diverged at step 3"),
@@ -93,9 +94,13 @@ ACTS = {
     "death": (
         {"ACT_0": "lose", "ACT_1": "die"},
         PosttrainError,
-        "rank 1 of 2 on .* was taken down by SIGKILL. The",
+        r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)",
     ),
-    "death, others stuck": ({"ACT_0": "hang", "ACT_1": "die"}, PosttrainError, "rank 1 of 2 on .* ended"),
+    "death, others stuck": (
+        {"ACT_0": "hang", "ACT_1": "die"},
+        PosttrainError,
+        r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)",
+    ),
     "hang, noticed": ({"ACT_0": "lose", "ACT_1": "hang"}, PosttrainError, "rank 1 of 2 hung"),
     "one is asked to stop": ({"ACT": "wait"}, Interrupted, "stopped after step 3 of 10"),
 }
