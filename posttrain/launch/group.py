@@ -62,9 +62,7 @@ class Group:
         shape, path = shape_of(self.launch), (self.folder / JOB).absolute()
         shutil.rmtree(path.parent / FOLDER, ignore_errors=True)
         (path.parent / FOLDER).mkdir()
-        write_job(
-            path, stage, context, origin=self.origin, world=shape.world, silence_seconds=self.launch.silence_seconds
-        )
+        write_job(path, stage, context, origin=self.origin, world=shape.world, launch=self.launch)
         if self.launch.kind is Launcher.slurm:
             slurm.check_shared(self.launch, path)
         context.progress.note(f"{shape.world} processes, engine {context.engine}")

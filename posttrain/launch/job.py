@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig
+from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record, Text
 from posttrain.disk import naming, write_synced
@@ -66,6 +66,8 @@ class Job:
     """Figures that the command has for the manifest."""
     silence_seconds: float
     """Longest wait of a process for the others."""
+    command: int | None
+    """Process of the command, from which all of these descend; None where others start them."""
 
 
 def versions() -> dict[str, str]:
@@ -74,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def write_job(
-    path: Path, stage: Stage, context: StageContext, *, origin: str, world: int, silence_seconds: float
+    path: Path, stage: Stage, context: StageContext, *, origin: str, world: int, launch: LaunchConfig
 ) -> None:
     """Write the job of a stage to ``path``, and its records into the folder beside it."""
     records = _write_records(path.parent / FOLDER / RECORDS, context.records, context.eval_records, context.name)
@@ -93,7 +95,8 @@ def write_job(
         checkpoints=str(context.checkpoints.absolute()),
         output=str(context.output.absolute()),
         metrics=context.metrics,
-        silence_seconds=silence_seconds,
+        silence_seconds=launch.silence_seconds,
+        command=os.getpid() if launch.kind is Launcher.local else None,
     )
     write_synced(path, json.dumps(plain(job), indent=2))
 

@@ -127,6 +127,21 @@ def is_alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
+def descends_from(pid: int) -> bool:
+    """Return True when the process with this number started the present one, or one of those above it.
+
+    A process whose launcher died before it could ask to die with it has none of them above.
+    """
+    above = os.getppid()
+    while above > 1 and above != pid:
+        try:
+            status = Path(f"/proc/{above}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        above = int(status.rpartition(")")[2].split()[1])
+    return above == pid
+
+
 def _modified(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns

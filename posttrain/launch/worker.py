@@ -19,7 +19,7 @@ from posttrain.errors import Interrupted, reject
 from posttrain.host.supervisor import die_with
 from posttrain.launch.job import FOLDER, RECORDS, config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
-from posttrain.launch.signs import RankProgress
+from posttrain.launch.signs import RankProgress, descends_from
 
 
 class Stop:
@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> int:
 def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     """Run the stage; return its figures."""
     job = read_job(path)
+    if job.command is not None and not descends_from(job.command):
+        raise Interrupted("the launcher is gone")
     progress = RankProgress(path.parent / FOLDER, rank, job.name)
     from posttrain.context import StageContext
     from posttrain.engine import processes

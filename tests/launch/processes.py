@@ -18,7 +18,7 @@ from posttrain.errors import Diverged, Interrupted, reject
 from posttrain.host.supervisor import die_with
 from posttrain.launch.job import FOLDER
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
-from posttrain.launch.signs import RankProgress
+from posttrain.launch.signs import RankProgress, descends_from
 from posttrain.launch.worker import Stop
 
 
@@ -110,6 +110,8 @@ class Process:
 def main(path: Path, rank: int) -> int:
     """Run one process."""
     die_with(os.getppid())
+    if not descends_from(json.loads(path.read_text())["command"]):
+        return 1
     try:
         outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=Process(path, rank).train())
     except BaseException as error:

@@ -27,7 +27,6 @@ from posttrain.launch import group
 from posttrain.launch.group import Group, Watch
 from posttrain.launch.job import config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import RankFailed
-from posttrain.launch.signs import is_alive
 from posttrain.sft.plugin import register_stages
 from posttrain.testing import Recorder
 from tests.support.tiny import sft_config
@@ -66,12 +65,13 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Watch, "_command", lambda watch: [sys.executable, str(PROCESSES), str(watch.path)])
     monkeypatch.setattr(group, "SETTLING", 1.0)
     yield
-    assert left(tmp_path) == []
+    wait_for(lambda: not left(tmp_path))
 
 
-def left(folder: Path) -> list[int]:
-    pids = [int(path.read_text()) for path in (folder / "stage").glob("seen.*")]
-    return [pid for pid in pids if is_alive(pid)]
+def left(folder: Path) -> list[str]:
+    """Processes of this test, those that have only begun among them."""
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if "processes.py" in line and str(folder) in line]
 
 
 def test_the_command_shows_what_rank_0_tells_and_takes_its_figures(tmp_path: Path) -> None:
@@ -176,19 +176,20 @@ def parent_pid(pid: int) -> int:
 def test_a_killed_command_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACT", "hang")
     (tmp_path / "stage" / "launch").mkdir(parents=True)
-    (tmp_path / "stage" / "job.json").write_text(json.dumps({"world": 2}))
     code = (
-        "import sys; from pathlib import Path; from types import SimpleNamespace as N\n"
+        "import json, os, sys; from pathlib import Path; from types import SimpleNamespace as N\n"
         "from posttrain.config.schema import *; from posttrain.launch.group import Watch\n"
         "from posttrain.launch.shape import shape_of\n"
         f"Watch._command = lambda watch: [sys.executable, {str(PROCESSES)!r}, str(watch.path)]\n"
         "launch = LaunchConfig(kind=Launcher.local, processes=2)\n"
+        f"path = Path({str(tmp_path)!r}, 'stage', 'job.json')\n"
+        "path.write_text(json.dumps({'world': 2, 'command': os.getpid()}))\n"
         "progress = N(start=print, step=print, part=print, note=print)\n"
-        f"Watch(launch=launch, shape=shape_of(launch), path=Path({str(tmp_path)!r}, 'stage', 'job.json'), "
+        "Watch(launch=launch, shape=shape_of(launch), path=path, "
         "context=N(progress=progress, stop_requested=lambda: False)).run()"
     )
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(left(tmp_path)) == 2)
+    wait_for(lambda: len(seen(tmp_path)) == 2)
     command.kill()
     command.wait()
     wait_for(lambda: not left(tmp_path))
@@ -205,7 +206,7 @@ def test_a_job_gives_back_what_the_command_had(tmp_path: Path) -> None:
     given = context(tmp_path)
     (tmp_path / "stage" / "launch").mkdir()
     path = tmp_path / "stage" / "job.json"
-    group.write_job(path, SFT, given, origin="posttrain", world=2, silence_seconds=5)
+    group.write_job(path, SFT, given, origin="posttrain", world=2, launch=LaunchConfig())
     job = read_job(path)
     assert parent_of(job) == given.parent
     assert read_records(path.parent / "launch" / "records.jsonl", job.records) == (RECORDS[:1], RECORDS[1:])
