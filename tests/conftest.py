@@ -15,6 +15,11 @@ from posttrain.host.plugins import Host
 environment.prepare()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests: the last process to end decides when the suite ends."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def host() -> Host:
     return plugins.load()

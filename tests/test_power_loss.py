@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,11 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from posttrain.artifact import MANIFEST, publish_folder, verify, verify_folder
+from posttrain.config.compose import compose
 from posttrain.disk import replace_text
+from posttrain.pipeline import run
+from posttrain.plan import make_plan
+from posttrain.run.display import Display
 from posttrain.scoring.cache import Blocks
-from tests.support.fakes import Script, only_run, run_recipe, states, write_project
+from tests.support.fakes import GATES, Script, only_run, run_on, scripted_host, states, write_project
 from tests.support.power import images, recorded
 
 
@@ -69,13 +75,16 @@ def test_kept_answers_are_whole_blocks(tmp_path: Path, monkeypatch: pytest.Monke
         assert all(read[block] == answers[block] for block in read), name
 
 
+@pytest.mark.long
 def test_a_run_ends_the_same_after_a_power_cut_anywhere(
     tmp_path: Path, working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_project(working_folder)
     (working_folder / "runs").mkdir()
+    host = scripted_host(Script())
     with recorded(working_folder / "runs", monkeypatch) as recorder:
-        run_recipe(Script())
+        run_on(host)
+    plan = make_plan(compose(host, ["recipe=mine", *GATES]), host)  # one for all the runs that resume
     wanted = {path.name: path.read_bytes() for path in only_run().rglob("artifact/*.safetensors")}
     digests = {path.parent.name: verify(path).digest for path in only_run().rglob("artifact")}
     cuts = 0
@@ -89,7 +98,7 @@ def test_a_run_ends_the_same_after_a_power_cut_anywhere(
             continue
         shutil.rmtree(working_folder / "runs")
         shutil.copytree(image, working_folder / "runs")
-        run_recipe(Script())
+        run(plan, host, Display(Console(file=io.StringIO())))
         assert states() == {"sft": "promoted", "dpo": "promoted"}, name
         again = {path.name: path.read_bytes() for path in only_run().rglob("artifact/*.safetensors")}
         assert again == wanted, name

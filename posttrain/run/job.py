@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,13 @@ def shaping_settings(plan: Plan) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of PACKAGES, as far as they are installed."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Return the version with which this process began: it is read from a file of the package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

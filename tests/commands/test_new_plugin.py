@@ -76,6 +76,7 @@ def test_installed_it_is_listed_and_planned(site: Path, monkeypatch: pytest.Monk
         assert Path(step.sources[0].path).name == "sft.jsonl"
 
 
+@pytest.mark.long
 def test_installed_it_passes_its_own_tests(written: Path, site: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(

@@ -65,6 +65,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_tutorials_commands_do_what_it_says(tutorial: Path) -> None:
     """As they stand, but that pip installs into a folder of its own and fetches nothing."""
     site = tutorial / "site"

@@ -23,7 +23,7 @@ from posttrain.artifact import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["recipe=quickstart", "+stage@mine=mine", "mine.max_steps=80"]
-PATIENCE = 600
+PATIENCE = 1500
 """Seconds that a loaded machine may take."""
 
 
@@ -69,6 +69,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((run_of(folder) / "run.json").read_text()))
 
 
+@pytest.mark.long
 def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, str], tmp_path: Path) -> None:
     assert str(environment["PYTHONPATH"]) in program(environment, tmp_path, "list", "recipes", "--json")
     assert "posttrain-mine 0.1.0" in program(environment, tmp_path, "list", "plugins")
