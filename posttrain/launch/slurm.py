@@ -25,10 +25,13 @@ SCRIPT = """\
 # with 75: the job is queued again, and the same command goes on.
 cd {folder} || exit 1
 {command} &
-child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM
+child=$! asked=
+trap 'asked=1; kill -TERM "$child" 2>/dev/null' TERM
 wait "$child"; code=$?
-while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+while [ -n "$asked" ]; do  # the signal ended the wait, not the command
+  asked=; wait "$child"; again=$?
+  [ "$again" -eq 127 ] || code=$again
+done
 [ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
 """
