@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from posttrain.config.schema import GateTask, Role
 from posttrain.data.records import Conversation
@@ -160,6 +163,52 @@ def test_choices_follow_their_examples_and_the_beginning_that_a_task_gives(kind:
         assert shown.rstrip().endswith(f"{prefix.strip()} {choice.strip()}" if prefix else choice.strip())
     trims = kind in ("LLAMA3", "GEMMA", "first")
     assert question.doc["choices"] == ["Yes.", "hello" if trims else "hello\n"]
+
+
+GENERATE = """
+task: told
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], max_gen_toks: 2, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", ["LLAMA3", "CHATML"])
+def test_a_text_is_written_after_the_ids_of_training(
+    kind: str, named: bool, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer begins every text with a token, which the template writes or leaves out."""
+    core = Tokenizer.from_str(kinds.backend().to_str())
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>" if named else None, eos_token="<|eot_id|>", pad_token="</s>",
+        additional_special_tokens=kinds.SPECIAL[1:],
+    )  # fmt: skip
+    tokenizer.chat_template = getattr(kinds, kind).replace("{{ bos_token }}", "<s>")
+    Path("rows.jsonl").write_text(json.dumps({"question": "Who?", "answer": "I."}) + "\n")
+    Path("told.yaml").write_text(GENERATE)
+    asked: list[list[int]] = []
+
+    def generate(self: Any, context: Any, *rest: Any, **options: Any) -> Any:
+        asked.extend(context.tolist())
+        return context
+
+    monkeypatch.setattr(TransformersResponder, "_model_generate", generate)
+    task = GateTask(role=Role.lift, metric="exact_match", task="told.yaml", chat=chat)
+    prepared = prepare_task("mine", task, tokenizer, 0)
+    responder = TransformersResponder(model(), tokenizer, 4)
+    answer(prepared, responder, Blocks(Path("x.answers"), "key", 4), "candidate", "digest", 0, lambda done, total: None)
+    turn = [{"role": "user", "content": "Who?"}]
+    trained = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert asked == [trained if chat else tokenizer("Who?").input_ids]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,16 @@ class AnswerRequest(Instance):
     answer_ids: list[int] = field(default_factory=list)
 
 
+@dataclass
+class ChatPrompt(Instance):
+    """A request for a text after a prompt whose template writes every special token, as in training.
+
+    lm_eval would put those of the tokenizer before it.
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
+
+
 def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
     """Load a task and build the requests of its documents, or of a seeded sample of ``task.limit`` of them.
 
@@ -144,6 +154,11 @@ class _Chats:
     def _renderer(self) -> ChatRenderer:
         return ChatRenderer(self._tokenizer)
 
+    def prompt_ids(self, request: Any) -> list[int] | None:
+        """Return the ids of a prompt where the tokenizer would add some of its own; else None."""
+        ids: list[int] = self._tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
+        return ids if self._tokenizer(request.args[0])["input_ids"] != ids else None
+
     def answer(self, request: Any, where: str) -> Rendered:
         """Return a request's prompt and answer as training renders them. Raises BadInput when training could not."""
         prompt, continuation = request.args
@@ -201,8 +216,12 @@ def _asked(leaf: Any, doc: Any, requests: Sequence[Any]) -> list[Any]:
 def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -> Any:
     """Return a request with the ids of its prompt and answer; note in ``written`` the answer as the template has it.
 
-    Generated answers and likelihoods without a prompt have no such ids.
+    Likelihoods without a prompt have no such ids.
     """
+    kept = {each.name: getattr(request, each.name) for each in fields(request)}
+    if request.request_type == "generate_until":
+        ids = chats.prompt_ids(request)
+        return request if ids is None else ChatPrompt(**kept, prompt_ids=ids)
     if request.request_type != "loglikelihood" or not request.args[0]:
         return request
     (prompt, answer), found = request.args, chats.answer(request, where)
@@ -210,7 +229,6 @@ def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -
     for said in (answer, answer.lstrip()):  # with and without the task's delimiter
         shown = (said, said.strip(), told.strip())  # a template may trim it, or begin it in the prompt
         written[said] = next(text for text in shown if text in told)
-    kept = {each.name: getattr(request, each.name) for each in fields(request)}
     return AnswerRequest(**kept, prompt_ids=found.ids[:start], answer_ids=found.ids[start:])
 
 
@@ -224,7 +242,9 @@ def _as_written(value: Any, written: Mapping[str, str]) -> Any:
 
 
 def _ids(request: Any) -> list[list[int]]:
-    return [request.prompt_ids, request.answer_ids] if isinstance(request, AnswerRequest) else []
+    if isinstance(request, AnswerRequest):
+        return [request.prompt_ids, request.answer_ids]
+    return [request.prompt_ids] if isinstance(request, ChatPrompt) else []
 
 
 def _context(where: str, leaf: Any, doc: Any, chats: _Chats | None) -> Any:

@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.scoring.harness.requests import AnswerRequest
+from posttrain.scoring.harness.requests import AnswerRequest, ChatPrompt
 from posttrain.scoring.isolation import plain_generation, tied_already
 from posttrain.scoring.systems import Loading, SharedWeights
 
@@ -85,7 +85,7 @@ class Responder:
         # Repeats are generated every time: a task asks for them because sampled texts differ.
         if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
             return list(getattr(self, kind)(list(requests), disable_tqdm=True))
-        keys = [digest_of([kind, self.ends, *request.args]) for request in requests]
+        keys = [digest_of([kind, self.ends, isinstance(request, ChatPrompt), *request.args]) for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._written}
         if new:
             texts = getattr(self, kind)(list(new.values()), disable_tqdm=True)
@@ -104,8 +104,13 @@ class Responder:
         return super()._encode_pair(context, continuation)  # type: ignore[misc, no-any-return]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate as lm_eval does. Raises BadInput when the context has no room for a prompt beside the answer."""
+        """Generate as lm_eval does, but after a chat's own ids.
+
+        Raises BadInput when the context has no room for a prompt beside the answer.
+        """
         model: Any = self
+        # The prompts of a task are all chats, or none is.
+        model.add_bos_token = False if any(isinstance(request, ChatPrompt) for request in requests) else None
         for request in requests:
             room = normalize_gen_kwargs(request.args[1], model.max_gen_toks)["max_gen_toks"]
             if room >= model.max_length:
