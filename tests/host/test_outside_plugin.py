@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import verify
+from tests.support.command import started
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["recipe=quickstart", "+stage@mine=mine", "mine.max_steps=80"]
@@ -75,11 +76,11 @@ def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, 
     assert "posttrain-mine 0.1.0" in program(environment, tmp_path, "list", "plugins")
 
     log, command = tmp_path / "log", [script(environment), *WORDS]
-    with log.open("w") as stream, subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=stream) as run:
-        started = time.monotonic()
+    with log.open("w") as stream, started(command, cwd=tmp_path, env=environment, stderr=stream) as run:
+        begun = time.monotonic()
         while not [line for path in tmp_path.glob("runs/*/metrics.jsonl") for line in steps(path, "mine")][2:]:
             assert run.poll() is None, log.read_text()
-            assert time.monotonic() - started < PATIENCE
+            assert time.monotonic() - begun < PATIENCE
             time.sleep(0.05)
         run.send_signal(signal.SIGTERM)
         assert run.wait(PATIENCE) == 75

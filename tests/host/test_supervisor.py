@@ -16,7 +16,10 @@ import pytest
 from posttrain.host import activity
 from posttrain.host.activity import Activity, Report
 from posttrain.run.directory import read_state
+from tests.support.command import started
 
+PATIENCE = 600
+"""Seconds that a loaded machine may take."""
 HEAD = """\
 import atexit, os, signal, sys, time
 from posttrain.host import activity
@@ -29,7 +32,7 @@ def work():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: heard.append(number))
     print(os.getpid(), flush=True)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 600
     while not heard and time.monotonic() < end:
         time.sleep(0.02)
     time.sleep(0.3)
@@ -43,7 +46,7 @@ def script(body: str) -> list[str]:
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(script(body), capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(script(body), capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_a_death_outside_of_every_plugin_is_nobodys_but_ours() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_work_once(number: signal.Signals) -> None:
-    with subprocess.Popen(script(WAITS), stdout=subprocess.PIPE, text=True) as process:
+    with started(script(WAITS), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert int(process.stdout.readline()) != process.pid
         process.send_signal(number)
@@ -101,7 +104,7 @@ def test_control_c_on_a_terminal_reaches_the_work_once() -> None:
 
 def test_a_signal_that_nobody_handles_is_an_interruption() -> None:
     body = "def work():\n    print('ready', flush=True)\n    time.sleep(30)\n    return 0"
-    with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.terminate()
@@ -118,7 +121,7 @@ def gone(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not holds():
         time.sleep(0.02)
@@ -126,7 +129,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 def test_nothing_runs_on_when_the_command_is_killed() -> None:
-    with subprocess.Popen(script(WAITS), stdout=subprocess.PIPE, text=True) as process:
+    with started(script(WAITS), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         assert not gone(worker)
@@ -141,7 +144,7 @@ def hanging(seconds: float, body: str) -> str:
 
 
 def test_signs_of_life_keep_a_call_alive_and_silence_ends_it() -> None:
-    alive = hanging(1.0, "for _ in range(12): time.sleep(0.2); activity.sign_of_life()")
+    alive = hanging(3.0, "for _ in range(20): time.sleep(0.2); activity.sign_of_life()")
     assert run(alive).returncode == 0
     result = run(hanging(0.5, "time.sleep(60)"))
     assert result.returncode == 6
@@ -150,14 +153,14 @@ def test_signs_of_life_keep_a_call_alive_and_silence_ends_it() -> None:
 
 def test_time_in_which_all_of_it_was_stopped_does_not_count() -> None:
     silent = "while time.monotonic() < end: time.sleep(0.05)"  # one long sleep may begin again after the stop
-    body = hanging(3.0, f"end = time.monotonic() + 4.5; print(os.getpid(), flush=True)\n        {silent}")
-    with subprocess.Popen(script(body), stdout=subprocess.PIPE, text=True) as process:
+    body = hanging(5.0, f"end = time.monotonic() + 6.5; print(os.getpid(), flush=True)\n        {silent}")
+    with started(script(body), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for each in (process.pid, worker):
                 os.kill(each, number)
-            time.sleep(3.5 if number == signal.SIGSTOP else 0)
+            time.sleep(5.5 if number == signal.SIGSTOP else 0)
     assert process.returncode == 0
 
 
@@ -199,7 +202,7 @@ def test_the_end_of_a_run_is_written_down_for_a_process_that_died(
 ) -> None:
     path = tmp_path / "a run called “ä”"
     body = WRITES.format(within=within, after=after)
-    result = subprocess.run([*script(body), str(path)], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run([*script(body), str(path)], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode == (75 if "SIGTERM" in within else 1)
     assert "Traceback" not in result.stderr
     if states is None:
@@ -211,7 +214,7 @@ def test_the_end_of_a_run_is_written_down_for_a_process_that_died(
 
 def test_a_run_that_another_process_goes_on_with_is_left_to_it(tmp_path: Path) -> None:
     holder = "import fcntl; lock = open(path / '.lock', 'a'); fcntl.flock(lock, fcntl.LOCK_EX)"
-    within = f"{holder}; os.fork() or (os.close(1), os.close(2), time.sleep(3), os._exit(0)); os._exit(7)"
+    within = f"{holder}; os.fork() or (os.close(1), os.close(2), time.sleep(60), os._exit(0)); os._exit(7)"
     body = WRITES.format(within=within, after="")
     result = subprocess.run([*script(body), str(tmp_path / "run")], capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -15,6 +15,7 @@ import pytest
 
 from posttrain.artifact import verify
 from posttrain.ledger import audit
+from tests.support.command import started
 from tests.support.pages import read_page
 
 pytestmark = pytest.mark.long
@@ -114,11 +115,11 @@ def steps_logged(folder: Path, stage: str) -> int:
 
 def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) -> int:
     """Start the recipe, send ``number`` once ``stage`` has logged ``after`` steps; returns the exit code."""
-    with subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        started = time.monotonic()
+    with started(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        begun = time.monotonic()
         while steps_logged(folder, stage) < after:
             assert process.poll() is None, f"ended with {process.returncode} before {stage} took {after} steps"
-            assert time.monotonic() - started < PATIENCE
+            assert time.monotonic() - begun < PATIENCE
             time.sleep(0.05)
         os.kill(process.pid, number)
         return process.wait(PATIENCE)

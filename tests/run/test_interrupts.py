@@ -16,10 +16,10 @@ from posttrain.run.interrupts import FINISHING, SIGNALS, STOPPING, Interrupts
 
 
 def one_instruction(seconds: float) -> float:
-    """Keep the main thread in one call into C for about ``seconds``; return the time of its end."""
-    begun = time.monotonic()
+    """Keep the main thread in one call into C that computes for ``seconds``; return the time of its end."""
+    begun = time.thread_time()
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 20_000)
-    rounds = int(20_000 * seconds / (time.monotonic() - begun))
+    rounds = int(20_000 * seconds / (time.thread_time() - begun))
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", rounds)
     return time.monotonic()
 

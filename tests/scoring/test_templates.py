@@ -155,4 +155,4 @@ def test_a_hostile_template_does_not_fill_the_memory() -> None:
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nassert peak < 1500, peak\n"
     )
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=600)
