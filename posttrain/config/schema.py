@@ -112,11 +112,12 @@ class EngineName(Enum):
 
 
 class Launcher(Enum):
-    """The program that starts the processes of a stage: none, torchrun on this machine, or Slurm on several."""
+    """The program that starts the processes of a stage: none, torchrun here, Slurm, or the user's own."""
 
     none = "none"
     local = "local"
     slurm = "slurm"
+    own = "own"
 
 
 class Backend(Enum):
@@ -301,11 +302,11 @@ class LaunchConfig:
     """The processes that train a stage together, each on a device of its own."""
 
     kind: Launcher = Launcher.none
-    """none (in this process), local (on this machine) or slurm; ``launch=NAME`` chooses it."""
+    """none (in this process), local (on this machine), slurm, or own: the program in POSTTRAIN_LAUNCHER."""
     processes: int | None = number(None, least=1)
     """Processes on each node; by default one for each of its GPUs."""
     nodes: int = number(1, least=1)
-    """Nodes of a Slurm job."""
+    """Nodes, with launch=slurm or launch=own."""
     port: int | None = number(None, least=1024, most=65535)
     """Port at which several nodes meet; by default one that follows from the number of the Slurm job."""
     silence_seconds: float = number(1800.0, above=0)

@@ -19,7 +19,7 @@ SECONDS = 600
 
 def join(seconds: float = SECONDS) -> None:
     """Meet the other processes; the device is ``LOCAL_RANK``'s GPU, or the CPU. Do nothing without a launch."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or dist.is_initialized():  # Ray has joined them before
         return
     gpu = torch.cuda.is_available()
     if gpu:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from posttrain.host.supervisor import die_with
 from posttrain.launch import slurm
 from posttrain.launch.job import FOLDER, JOB, write_job
 from posttrain.launch.outcome import Outcome, first_fault, first_stop, read_outcomes
-from posttrain.launch.shape import Shape, cores, shape_of
+from posttrain.launch.shape import LAUNCHER, Shape, cores, shape_of
 from posttrain.launch.signs import Signs, is_alive
 from posttrain.stage import Stage
 
@@ -195,6 +196,8 @@ class Watch:
         torchrun += ["--shutdown-timeout", str(round(self.launch.shutdown_seconds))]
         if self.launch.kind is Launcher.slurm:
             return slurm.step(self.launch, torchrun, worker)
+        if self.launch.kind is Launcher.own:
+            return [*shlex.split(os.environ[LAUNCHER]), str(self.path)]
         return [*torchrun, "--standalone", *worker]
 
     def _environment(self) -> dict[str, str]:
@@ -204,7 +207,7 @@ class Watch:
 
     def _death(self) -> signal.Signals:
         """Return the signal at the command's own end: srun passes SIGTERM on to other nodes, SIGKILL on to none."""
-        return signal.SIGTERM if self.launch.kind is Launcher.slurm else signal.SIGKILL
+        return signal.SIGKILL if self.launch.kind is Launcher.local else signal.SIGTERM
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """End the launcher and its processes at once, as far as they still run."""

@@ -27,7 +27,8 @@ OPTIONS = {
 """Settings of a Slurm job, with the names of sbatch's options."""
 WORD = r"[\w.:,=/+@&|*()\[\]][\w.:,=/+@&|*()\[\]-]*"
 """Value of such an option: one word that is no option itself."""
-COMMANDS = ("srun", "sbatch", "scontrol")
+LAUNCHER = "POSTTRAIN_LAUNCHER"
+"""Variable of the environment with a launcher of the user's own: a recipe is data and names no program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ def cores() -> int:
 
 def _gpus_of(kind: Launcher) -> int:
     """Return the number of GPUs of a node; 0 where it has none, or is not known yet."""
-    if kind is Launcher.local:
-        return gpus()
+    if kind is not Launcher.slurm:
+        return gpus() if kind is Launcher.local else 0
     found = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return int(found) if found.isdigit() else 0
 
@@ -117,16 +118,19 @@ def _launch_problems(launch: LaunchConfig) -> Iterator[Problem]:
         yield Problem(where="launch.processes", what=what, fix=fix or "Give launch.processes=N, the GPUs of a node")
     if kind is Launcher.local:
         yield from _local_problems(launch)
-    else:
+    elif kind is Launcher.slurm:
         yield from _slurm_problems(launch)
+    elif not os.environ.get(LAUNCHER):
+        fix = f"export {LAUNCHER}='python my_launcher.py': docs/devices.md has some"
+        yield Problem(where="launch", what=f"launch=own starts the program in {LAUNCHER}, which is not set", fix=fix)
+    if kind is not Launcher.slurm and (strange := [key for key in OPTIONS if getattr(launch, key) is not None]):
+        yield Problem(where=f"launch.{strange[0]}", what="belongs to launch=slurm", fix="Leave it out")
 
 
 def _local_problems(launch: LaunchConfig) -> Iterator[Problem]:
     if launch.nodes > 1:
         fix = "launch=slurm uses several; docs/devices.md has other ways"
         yield Problem(where="launch.nodes", what="launch=local is this machine alone", fix=fix)
-    if strange := [key for key in OPTIONS if getattr(launch, key) is not None]:
-        yield Problem(where=f"launch.{strange[0]}", what="belongs to launch=slurm", fix="Leave it out")
     found, what = (gpus(), "GPUs") if gpus() else (cores(), "CPU cores")
     if launch.processes is not None and launch.processes > found:
         given = f"{launch.processes} processes on a machine with {found} {what}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,6 +130,15 @@ def recorder(given: StageContext) -> Recorder:
 
 def seen(folder: Path) -> list[Path]:
     return list((folder / "stage").glob("seen.*"))
+
+
+def test_a_launcher_of_the_user_gets_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("POSTTRAIN_LAUNCHER", shlex.join([sys.executable, str(PROCESSES)]))
+    given = context(tmp_path)
+    launch = LaunchConfig(kind=Launcher.own, processes=2)
+    Group(launch=launch, folder=tmp_path / "stage", origin=CORE_ORIGIN)(SFT, given)
+    assert given.metrics["steps"] == 10
 
 
 def test_silence_ends_a_stage_of_a_plugin_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,7 @@ QLORA = {"method": Method.qlora}
             {"per_device_batch_size": 3, "gradient_accumulation": 5},
             "3 x 5 = 15 rows cannot be shared equally by 2 processes\n    Give sft.gradient_accumulation=4 or sft",
         ),
+        ({"kind": Launcher.own, "processes": 2}, "auto", {}, "starts the program in POSTTRAIN_LAUNCHER, which is not"),
         ({"kind": SLURM, "processes": 8}, "auto", {}, "sbatch not found: this machine is not part of a Slurm cluster"),
     ],
 )
