@@ -102,7 +102,7 @@ class Sequential(Enum):
 
 
 class EngineName(Enum):
-    """The division of training among processes; ``auto`` takes single for one, and for several what fits."""
+    """The division of training among processes: ``auto`` takes what fits; ``deepspeed`` is not built in."""
 
     auto = "auto"
     single = "single"

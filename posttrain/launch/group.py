@@ -27,7 +27,7 @@ from posttrain.errors import Interrupted, PluginFailed, PosttrainError
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.supervisor import die_with
 from posttrain.launch import slurm
-from posttrain.launch.job import FOLDER, JOB, write_job
+from posttrain.launch.job import FOLDER, JOB, STOP, write_job
 from posttrain.launch.outcome import Outcome, first_fault, first_stop, read_outcomes
 from posttrain.launch.shape import LAUNCHER, Shape, cores, shape_of
 from posttrain.launch.signs import Signs, is_alive
@@ -88,7 +88,7 @@ class Group:
             limit = f"launch.shutdown_seconds={self.launch.shutdown_seconds:g}"
             raise Interrupted(f"stopped by a signal, but no step was saved within {limit}")
         if watch.stopped is not None and not watch.dead and not watch.ended:
-            raise Interrupted("stopped by a signal before the first step")
+            raise Interrupted("stopped by a signal; the processes ended without a checkpoint of their last step")
         self._fail(watch, outcomes)
 
     def _fail(self, watch: Watch, outcomes: dict[int, Outcome]) -> NoReturn:
@@ -176,12 +176,15 @@ class Watch:
         now = time.monotonic()
         if self.stopped is None and self.context.stop_requested():
             self.stopped = now
-            process.send_signal(signal.SIGTERM)
+            (self.folder / STOP).touch()
+            if self.launch.kind is not Launcher.own:  # no other one is known to pass it on
+                process.send_signal(signal.SIGTERM)
         gone = self.signs.gone()
         outcomes = read_outcomes(self.folder, self.shape.world)
         if process.poll() is not None:  # it took its processes with it
             return
-        self.dead += [rank for rank in gone if rank not in outcomes and rank not in self.dead]
+        if self.stopped is None:
+            self.dead += [rank for rank in gone if rank not in outcomes and rank not in self.dead]
         failed = any(each.code not in (0, Interrupted.exit_code) for each in outcomes.values())
         if self.failing is None and (self.dead or failed):
             self.failing = now
@@ -214,6 +217,9 @@ class Watch:
         if process.poll() is None:
             if self.launch.kind is Launcher.slurm:
                 slurm.cancel(self.signs.processes())
+            if self.launch.kind is Launcher.own:
+                process.terminate()
+                _wait_for_end([process.pid])
             process.kill()  # they die with it
             process.wait()
         here = [each["pid"] for each in self.signs.processes().values() if each["host"] == os.uname().nodename]

@@ -32,6 +32,8 @@ JOB = "job.json"
 FOLDER = "launch"
 """Folder beside it: records, signs of life, outcomes, the launcher's log."""
 RECORDS = "records.jsonl"
+STOP = "stop"
+"""File in that folder that asks the processes to stop, where no signal reaches them."""
 KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback)}
 PATHS = ("model", "adapter", "tokenizer")
 """Fields of a ModelSource that are paths."""

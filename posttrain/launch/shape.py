@@ -162,9 +162,9 @@ def _engine_problems(plan: Plan, world: int) -> Iterator[Problem]:
     if engine not in (EngineName.auto, EngineName.single) and world == 1:
         fix = "Add launch=local launch.processes=2 or more, or leave out engine"
         yield Problem(where="engine", what=f"{engine.value} shares training among processes, but there is one", fix=fix)
-    if engine is EngineName.deepspeed and find_spec("deepspeed") is None:
-        fix = "pip install 'posttrain[deepspeed]', or give engine=fsdp"
-        yield Problem(where="engine", what="deepspeed is not installed", fix=fix)
+    if engine is EngineName.deepspeed and find_spec("posttrain.engine.deepspeed") is None:
+        fix = "Give engine=fsdp, which slices weights, gradients and moments as ZeRO-3 does"
+        yield Problem(where="engine", what="this version trains by single, ddp and fsdp", fix=fix)
     for step in plan.steps:
         method = getattr(step.config, "method", None)
         if world > 1 and isinstance(method, Method) and method in EXCLUDED.get(engine, ()):

@@ -17,16 +17,16 @@ from types import FrameType
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
 from posttrain.host.supervisor import die_with
-from posttrain.launch.job import FOLDER, RECORDS, config_of, parent_of, read_job, read_records
+from posttrain.launch.job import FOLDER, RECORDS, STOP, config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
 from posttrain.launch.signs import RankProgress, descends_from
 
 
 class Stop:
-    """Request to stop: the first signal asks for it, the second ends the process."""
+    """Request to stop: a signal or a file asks for it, a second signal ends the process."""
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, file: Path) -> None:
+        self._asked, self._file = False, file
 
     def install(self) -> None:
         """Handle the signals from now on."""
@@ -34,8 +34,8 @@ class Stop:
             signal.signal(number, self._handle)
 
     def requested(self) -> bool:
-        """Return True after the first signal."""
-        return self._asked
+        """Return True after the first signal, or when the file exists."""
+        return self._asked or self._file.exists()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -45,12 +45,12 @@ class Stop:
 
 def main(arguments: list[str]) -> int:
     """Run the job in the file that is the only argument; return its exit code."""
-    stop = Stop()
+    path, rank = Path(arguments[0]), int(os.environ["RANK"])
+    stop = Stop(path.parent / FOLDER / STOP)
     if threading.current_thread() is threading.main_thread():  # in Ray's workers it is another, which gets no signals
         stop.install()
         die_with(os.getppid())
     environment.prepare()
-    path, rank = Path(arguments[0]), int(os.environ["RANK"])
     try:
         metrics = _work(path, rank, stop)
         outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=metrics if rank == 0 else {})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from posttrain.errors import Diverged, Interrupted, reject
 from posttrain.host.supervisor import die_with
-from posttrain.launch.job import FOLDER
+from posttrain.launch.job import FOLDER, STOP
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
 from posttrain.launch.signs import RankProgress, descends_from
 from posttrain.launch.worker import Stop
@@ -50,7 +50,7 @@ class Process:
     """One process of a stage of ten steps."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self.stop, self.rank = Stop(), rank
+        self.stop, self.rank = Stop(path.parent / FOLDER / STOP), rank
         self.stop.install()
         self.progress = RankProgress(path.parent / FOLDER, rank, "mine")
         self.seen = path.parent / f"seen.{rank}"

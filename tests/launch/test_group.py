@@ -137,8 +137,12 @@ def test_a_launcher_of_the_user_gets_the_job(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("POSTTRAIN_LAUNCHER", shlex.join([sys.executable, str(PROCESSES)]))
     given = context(tmp_path)
     launch = LaunchConfig(kind=Launcher.own, processes=2)
-    Group(launch=launch, folder=tmp_path / "stage", origin=CORE_ORIGIN)(SFT, given)
+    own = Group(launch=launch, folder=tmp_path / "stage", origin=CORE_ORIGIN)
+    own(SFT, given)
     assert given.metrics["steps"] == 10
+    monkeypatch.setenv("ACT", "wait")  # it gets no signal
+    with pytest.raises(Interrupted, match="stopped after step . of 10"):
+        own(SFT, context(tmp_path, stop_requested=lambda: len(seen(tmp_path)) == 2))
 
 
 def test_silence_ends_a_stage_of_a_plugin_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
