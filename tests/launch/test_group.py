@@ -141,7 +141,7 @@ def test_a_launcher_of_the_user_gets_the_job(tmp_path: Path, monkeypatch: pytest
     own(SFT, given)
     assert given.metrics["steps"] == 10
     monkeypatch.setenv("ACT", "wait")  # it gets no signal
-    with pytest.raises(Interrupted, match="stopped after step . of 10"):
+    with pytest.raises(Interrupted, match=r"stopped after step . of 10"):
         own(SFT, context(tmp_path, stop_requested=lambda: len(seen(tmp_path)) == 2))
 
 
