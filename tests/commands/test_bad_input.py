@@ -180,13 +180,14 @@ def test_memory_that_runs_out_in_any_phase(
     def full(*_: object, **__: object) -> None:
         raise OUT_OF_MEMORY[PHASES.index(phase) % len(OUT_OF_MEMORY)]
 
+    words = ["recipe=mine"] if "preference" in phase else ["recipe=mine", "stages=[sft]"]
     with monkeypatch.context() as patch:
         patch.setattr(phase, full)
-        assert run("recipe=mine") == 2
+        assert run(*words) == 2
     captured = capfd.readouterr()
     assert "memory: it ran out" in captured.err
     assert "per_device_batch_size" in captured.err
     assert "Traceback" not in captured.err
     (state,) = project.glob("runs/*/run.json")
     assert json.loads(state.read_text())["state"] == "failed"
-    assert run("recipe=mine") == 0
+    assert run(*words) == 0
