@@ -275,7 +275,7 @@ def test_a_hostile_file_is_named_at_once(kind: str) -> None:
     problems = check_tasks({"quiz": TASK})
     assert problems
     assert all(problem.where.startswith("tasks.quiz") for problem in problems)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 60  # what grows with every level would take hours
     with pytest.raises(BadInput):
         load_leaves("quiz", TASK)
     assert not Path("PWNED").exists()
