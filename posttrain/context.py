@@ -56,6 +56,11 @@ class StageContext:
         self.progress.note(f"warning: {text}")
         self.metrics.setdefault("warnings", []).append(text)
 
+    @property
+    def slices(self) -> bool:
+        """True when each process holds slices of the weights, which are left in their files until then."""
+        return self.engine == "fsdp"
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the parent's tokenizer with its pinned chat template."""
         from posttrain.model.loading import load_tokenizer
@@ -72,7 +77,7 @@ class StageContext:
         """Return the parent's model, ready to train: its adapter (named ``default``) trainable, or all weights."""
         from posttrain.model.loading import load_trainable
 
-        return load_trainable(self.parent, dtype=self.dtype)
+        return load_trainable(self.parent, self.dtype, mapped=self.slices)
 
     def device(self) -> torch.device:
         """Return the device to train on."""

@@ -28,7 +28,7 @@ from posttrain.engine.attention import causal_model
 from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.precision import BFLOAT16, FLOAT32, autocasting, is_quantised
 from posttrain.errors import ArtifactDamaged
-from posttrain.model.loading import DTYPES
+from posttrain.model.loading import DTYPES, default_device
 from posttrain.saved import read_as
 
 MARGIN = 1.1
@@ -86,7 +86,7 @@ def choose_arithmetic(
     dtype = stored
     if config.compute_dtype is not None and not is_quantised(model):
         dtype = config.compute_dtype.value
-    elif stored == BFLOAT16 and model.device.type == "cpu" and not is_quantised(model):
+    elif stored == BFLOAT16 and default_device().type == "cpu" and not is_quantised(model):
         rates = _known_rates(config, model, record)
         return Arithmetic(dtype=_faster(rates), stored=stored, rates=rates)
     return Arithmetic(dtype=dtype, stored=stored)

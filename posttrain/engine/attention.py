@@ -10,7 +10,7 @@ through it alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,15 +61,24 @@ def install(model: PreTrainedModel | PeftModel, packing: bool = True) -> Choice:
     return Choice(kernel=kernels.ALONE, passed_over=tuple(passed))
 
 
-def rehearse(model: PreTrainedModel | PeftModel) -> None:
+def rehearse(
+    model: PreTrainedModel | PeftModel,
+    accumulate: Callable[[Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]], bool], object],
+) -> None:
     """Take a gradient through ``model`` on the documents of the proof, and drop it; random numbers stay as they were.
 
-    Raises BadInput, naming the architecture, when its code cannot be trained.
+    ``accumulate`` takes the gradient of a loss, as an engine does. Raises BadInput, naming the architecture, when its
+    code cannot be trained.
     """
     causal = causal_model(model)
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        hidden_TD = packed_hidden(causal, torch.cat(_documents(causal), 1), PROBED)
+        return hidden_TD.float().square().mean(), {}
+
     try:
         with torch.random.fork_rng():
-            packed_hidden(causal, torch.cat(_documents(causal), 1), PROBED).float().square().mean().backward()
+            accumulate(loss, True)
     except FOREIGN as error:
         what = f"{type(causal).__name__} cannot be trained with these settings: {brief(error)}"
         reject("model.path", what, "Try gradient_checkpointing=false, another lora.target_modules, or another model")

@@ -34,8 +34,8 @@ class Call(torch.nn.Module):
 class Replicated(Single):
     """The engine ``ddp``."""
 
-    def prepare(self) -> None:
-        """Wrap the model and make the optimizer."""
+    def spread(self) -> None:
+        """Wrap the model."""
         device = causal_model(self.model).device
         # Parameters without a gradient differ from batch to batch in a mixture of experts: none may be waited for.
         self.replica = DistributedDataParallel(
@@ -44,7 +44,6 @@ class Replicated(Single):
             forward_sync_buffers=False,
             find_unused_parameters=True,
         )
-        super().prepare()
 
     def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
         """Take the gradient; with ``last``, sum what all processes have taken since the last step."""

@@ -6,17 +6,20 @@ rounding, whatever their number of processes: ddp.py holds the whole model in ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.engine.arithmetic import Arithmetic
 from posttrain.engine.checkpoint import State, capture, restore
 from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.objective import Sums
 from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
+from posttrain.engine.precision import computing_in
 
 Result = TypeVar("Result")
 SINGLE, DDP, FSDP = "single", "ddp", "fsdp"
@@ -27,8 +30,11 @@ class Engine(Protocol):
 
     model: PreTrainedModel | PeftModel
 
-    def prepare(self) -> None:
-        """Spread the model over the processes and make its optimizer; the model is ready to be trained otherwise."""
+    def prepared(self, arithmetic: Arithmetic | None = None) -> AbstractContextManager[None]:
+        """Hold the model spread over the processes, in the number formats of ``arithmetic``, with its optimizer.
+
+        Whole weights are in their stored format again afterwards. Without ``arithmetic``, formats stay as they are.
+        """
 
     def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
         """Add the gradient of the loss that ``compute`` returns; with ``last``, sum it over all processes.
@@ -67,9 +73,16 @@ class Single:
         self.model = model
         self.config = config
 
-    def prepare(self) -> None:
-        """Make the optimizer."""
-        self.optimizer = make_optimizer(self.model, self.config)
+    @contextmanager
+    def prepared(self, arithmetic: Arithmetic | None = None) -> Iterator[None]:
+        """Hold the frozen weights in the format of the arithmetic."""
+        with nullcontext() if arithmetic is None else computing_in(self.model, arithmetic.dtype):
+            self.spread()
+            self.optimizer = make_optimizer(self.model, self.config)
+            yield
+
+    def spread(self) -> None:
+        """Leave the model as it is: there is one process."""
 
     def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
         """Take the gradient."""

@@ -8,21 +8,26 @@ embeddings, the last norm, the output projection) would be slices in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from posttrain.engine import processes
+from posttrain.engine.arithmetic import Arithmetic
 from posttrain.engine.attention import causal_model
 from posttrain.engine.engine import Result, Single
 from posttrain.engine.objective import Sums
-from posttrain.engine.optimizer import update_weights
+from posttrain.engine.optimizer import make_optimizer, update_weights
+from posttrain.engine.precision import is_quantised
 from posttrain.errors import reject
+from posttrain.model.loading import DTYPES, default_device
 from posttrain.model.targets import text_decoder
 
 METHOD = "posttrain_compute"
@@ -33,14 +38,27 @@ EXPERT = re.compile(r"\bexperts\.\d+\.")
 class Sharded(Single):
     """The engine ``fsdp``."""
 
-    def prepare(self) -> None:
-        """Slice the model and make the optimizer. Raises BadInput for a model that cannot be sliced."""
-        causal = causal_model(self.model)
+    @contextmanager
+    def prepared(self, arithmetic: Arithmetic | None = None) -> Iterator[None]:
+        """Slice the model unit by unit, each brought into its formats first; slices stay so, as nothing needs more.
+
+        Raises BadInput for a model that cannot be sliced.
+        """
         self._reject_lone_experts()
-        mesh = init_device_mesh(causal.device.type, (processes.world(),))
-        for layer in decoder_layers(causal):
-            fully_shard(layer, mesh=mesh)
-        self.root = cast(Any, fully_shard(causal, mesh=mesh))
+        self._slice(None if arithmetic is None or is_quantised(self.model) else arithmetic)
+        self.optimizer = make_optimizer(self.model, self.config)
+        yield
+
+    def _slice(self, arithmetic: Arithmetic | None) -> None:
+        causal = causal_model(self.model)
+        mesh = init_device_mesh(default_device().type, (processes.world(),))
+        # The files of the weights are mapped into memory until here: a process never holds more than its slices and
+        # one unit, the layer or what lies outside of layers, whole.
+        for unit in [*decoder_layers(causal), causal]:
+            if arithmetic is not None:
+                _convert(unit, arithmetic)
+            fully_shard(unit, mesh=mesh)
+        self.root = cast(Any, causal)
         setattr(self.root, METHOD, lambda compute: compute())
         register_fsdp_forward_method(self.root, METHOD)
         for module in self._units():
@@ -48,7 +66,6 @@ class Sharded(Single):
             # would leave the layers' gradients averaged, in silence. gloo knows no other sum than the plain one.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        super().prepare()
 
     def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
         """Take the gradient; sum it over the processes with ``last``, or at once where it is as large as the model."""
@@ -86,6 +103,17 @@ class Sharded(Single):
             if parameter.requires_grad and EXPERT.search(name):
                 what = f"fsdp cannot train experts that are layers of their own ({name})"
                 reject("engine", what, "Use engine=ddp, or leave the experts out of lora.target_modules")
+
+
+def _convert(unit: torch.nn.Module, arithmetic: Arithmetic) -> None:
+    """Bring the whole weights of ``unit`` into their formats: trained ones into float32, frozen ones as ``single``."""
+    for parameter in unit.parameters():
+        if isinstance(parameter.data, DTensor) or not parameter.is_floating_point():
+            continue
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        else:
+            parameter.data = parameter.data.to(DTYPES[arithmetic.stored]).to(DTYPES[arithmetic.dtype])
 
 
 def decoder_layers(causal: PreTrainedModel) -> list[torch.nn.Module]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
+from torch.func import functional_call
 
 from posttrain.model.loading import ADAPTER
 
@@ -164,8 +165,11 @@ def is_norm(module: torch.nn.Module) -> bool:
     # the trial: Gemma's norms have the name and the parts, but multiply by 1 + w
     generator = torch.Generator().manual_seed(0)
     inputs_TD = torch.randn(2, len(weight), generator=generator).to(weight.device, weight.dtype)
+    # a weight of its own: that of the module may be a slice
+    weight_D = torch.randn(len(weight), generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
-        expected_TD, found_TD = module(inputs_TD), norm_forward(module, inputs_TD)
+        expected_TD = functional_call(module, {"weight": weight_D}, (inputs_TD,))
+        found_TD = RootMeanSquareNorm.apply(inputs_TD, weight_D, eps(module))
     if expected_TD.shape != found_TD.shape or expected_TD.dtype != found_TD.dtype:
         return False
     return bool((found_TD - expected_TD).norm() <= TOLERANCE * expected_TD.norm())

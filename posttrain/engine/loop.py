@@ -39,7 +39,6 @@ from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
-from posttrain.engine.precision import computing_in
 from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
@@ -147,16 +146,16 @@ class Training:
 
         Weights that were sliced stay so: nothing needs them whole.
         """
-        with computing_in(self.model, self.compute_dtype):
+        engine: Engine = ENGINES[self.engine](self.model, self.config)
+        with engine.prepared(self.arithmetic):
             self.progress.note(f"arithmetic: {self.arithmetic}")
-            self.progress.note(f"attention: {install(self.model, self.config.packing)}")
+            choice = engine.run(partial(install, self.model, self.config.packing))
+            self.progress.note(f"attention: {choice}")
             if self.config.gradient_checkpointing:
                 self._recompute_activations()
             self.model.train()
             try:
-                rehearse(self.model)
-                engine: Engine = ENGINES[self.engine](self.model, self.config)
-                engine.prepare()
+                rehearse(self.model, engine.accumulate)
                 yield engine
             finally:
                 unfuse(self.model)

@@ -78,9 +78,13 @@ def added_token_ids(source: ModelSource) -> list[int]:
     return add_tokens(load_stored_tokenizer(source), source.added_tokens) if source.added_tokens else []
 
 
-def load_model(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
-    """Load the model for inference, in evaluation mode, with its adapter if it has one."""
-    model = _load_weights(source, dtype)
+def load_model(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrainedModel | PeftModel:
+    """Load the model for inference, in evaluation mode, with its adapter if it has one.
+
+    ``mapped`` leaves the weights in their files, mapped into memory and as they are stored, until something copies
+    them: processes that take slices share them. Quantised weights are loaded all the same.
+    """
+    model = _load_weights(source, dtype, mapped)
     if source.adapter is not None:
         model = attach(model, source.adapter, source.rows)
     return model.eval()
@@ -121,13 +125,13 @@ def _check_whole(model: PeftModel, adapter: Path) -> None:
             raise ArtifactDamaged(f"{adapter / ADAPTER_WEIGHTS}: the adapter {what} {min(names)}{more}")
 
 
-def load_trainable(source: ModelSource, dtype: str) -> PreTrainedModel | PeftModel:
+def load_trainable(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrainedModel | PeftModel:
     """Load the model to train: the adapter ``default`` trainable, or else all weights, in float32 either way.
 
     With full weights and ``bfloat16``, the forward pass must run under bfloat16 autocast. The rows of added tokens
-    beside an adapter are frozen. Raises BadInput when a weight is not finite.
+    beside an adapter are frozen. ``mapped`` is that of ``load_model``. Raises BadInput when a weight is not finite.
     """
-    model = _load_weights(source, "float32" if source.adapter is None else dtype)
+    model = _load_weights(source, "float32" if source.adapter is None else dtype, mapped)
     if source.adapter is not None:
         config = fold_token_rows(model, source.adapter)
         model = attach(model, source.adapter, is_trainable=True, config=config)
@@ -188,9 +192,10 @@ def _stored_weights(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
+def _load_weights(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrainedModel:
     logging.disable_progress_bar()  # the pipeline shows progress in a form of its own
     quantised: dict[str, Any] = {}
+    mapped = mapped and source.quantization is None
     if source.quantization is not None:  # happens on the device of loading
         quantised["quantization_config"] = quantisation_config(source.quantization, DTYPES[dtype])
         quantised["device_map"] = {"": default_device()}
@@ -198,7 +203,7 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.model,
             **quantised,
-            dtype=DTYPES[dtype],
+            dtype="auto" if mapped else DTYPES[dtype],
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -212,7 +217,7 @@ def _load_weights(source: ModelSource, dtype: str) -> PreTrainedModel:
     if quantised:
         keep_layout(model)
         return model
-    return model.to(default_device())
+    return model if mapped else model.to(default_device())
 
 
 def _add_rows(model: PreTrainedModel, source: ModelSource) -> None:

@@ -49,10 +49,10 @@ def _rank(rank: int, task: bytes, folder: str) -> None:
     for name in pickle.loads(task)[-1]:
         model, rows, config, _ = pickle.loads(task)  # an engine changes the model for good
         engine = ENGINES[name](model, config)
-        engine.prepare()
         objective = MaskedCrossEntropy(config, "float32")
         batches = [rows[start : start + 1] for start in range(len(rows))]
-        add_shares(engine, objective, batches, objective.totals(rows))
+        with engine.prepared():
+            add_shares(engine, objective, batches, objective.totals(rows))
         found = {}
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:

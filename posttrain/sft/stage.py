@@ -101,7 +101,7 @@ def policy(context: StageContext) -> Model:
     if method is Method.full or context.parent.adapter is not None:
         return context.policy()
     parent = replace(context.parent, quantization=NF4) if method is Method.qlora else context.parent
-    base = load_model(parent, context.dtype)
+    base = load_model(parent, context.dtype, mapped=context.slices)
     check_finite(base, parent)
     return new_adapter(base, context.config.lora, context.seed, added_token_ids(parent))
 

@@ -31,38 +31,39 @@ ROWS = packed_rows([3, 1, 2, 2, 1, 2, 1], seed=3)
 """Seven rows: steps of four and of three, then of one."""
 STEPS: dict[str, Any] = {"gradient_accumulation": 6, "epochs": 2, "weight_decay": 0.1}
 """Settings of every training here: each epoch has a step of six rows and one of a single row."""
+Load = Callable[[ModelSource, str, bool], Any]
 LORA = LoraSettings(r=4, alpha=8)
 
 
 class Case:
     """A kind of training."""
 
-    def __init__(self, load: Callable[[Path], Any], base: str, dtype: str = "float32", **settings: Any) -> None:
+    def __init__(self, load: Load, base: str, dtype: str = "float32", **settings: Any) -> None:
         self.load, self.base, self.dtype, self.settings = load, base, dtype, settings
 
     def source(self, bases: Path) -> ModelSource:
         """Return the base."""
         return base_source(bases / self.base)
 
-    def model(self, bases: Path) -> Any:
+    def model(self, bases: Path, mapped: bool = False) -> Any:
         """Return the model to train."""
-        return self.load(self.source(bases), self.dtype)  # type: ignore[call-arg, arg-type]
+        return self.load(self.source(bases), self.dtype, mapped)
 
 
-def full(source: ModelSource, dtype: str) -> Any:
-    return load_trainable(source, dtype)
+def full(source: ModelSource, dtype: str, mapped: bool) -> Any:
+    return load_trainable(source, dtype, mapped)
 
 
-def lora(source: ModelSource, dtype: str) -> Any:
-    return new_adapter(load_model(source, dtype), LORA, seed=0)
+def lora(source: ModelSource, dtype: str, mapped: bool) -> Any:
+    return new_adapter(load_model(source, dtype, mapped), LORA, seed=0)
 
 
-def dora(source: ModelSource, dtype: str) -> Any:
-    return new_adapter(load_model(source, dtype), replace(LORA, dora=True), seed=0)
+def dora(source: ModelSource, dtype: str, mapped: bool) -> Any:
+    return new_adapter(load_model(source, dtype, mapped), replace(LORA, dora=True), seed=0)
 
 
-def qlora(source: ModelSource, dtype: str) -> Any:
-    return new_adapter(load_model(replace(source, quantization=NF4), dtype), LORA, seed=0)
+def qlora(source: ModelSource, dtype: str, mapped: bool) -> Any:
+    return new_adapter(load_model(replace(source, quantization=NF4), dtype, mapped), LORA, seed=0)
 
 
 CASES: dict[str, Case] = {
@@ -81,7 +82,7 @@ RESUMED = ("full", "lora")
 
 def train(case: Case, bases: Path, folder: Path, engine: str = "single", **settings: Any) -> tuple[Any, Recorder]:
     """Train and return the model and what was reported."""
-    model, progress = case.model(bases), Recorder()
+    model, progress = case.model(bases, mapped=engine == "fsdp"), Recorder()
     given = {**STEPS, **case.settings, **settings}
     rows: list[PackedRow] = given.pop("rows", ROWS)
     training(

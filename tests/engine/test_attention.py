@@ -14,11 +14,12 @@ from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 from posttrain.engine import attention_kernels as kernels
 from posttrain.engine.attention import install, packed_hidden, rehearse
 from posttrain.engine.attention_kernels import Documents, Kernel, document_attention
+from posttrain.engine.engine import Single
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.errors import BadInput
 from posttrain.model.targets import text_decoder
 from tests.support.architectures import tiny_model
-from tests.support.tiny import VOCABULARY, tiny_llama
+from tests.support.tiny import VOCABULARY, sft_config, tiny_llama
 
 MODEL = tiny_llama().eval()
 PACKED = copy.deepcopy(MODEL)
@@ -190,13 +191,13 @@ def test_a_model_whose_code_cannot_be_trained_is_rejected_before_the_first_step(
     install(model)
     model.model.layers[0].forward = in_place
     with pytest.raises(BadInput, match="LlamaForCausalLM cannot be trained with these settings: RuntimeError: a leaf"):
-        rehearse(model)
+        rehearse(model, Single(model, sft_config()).accumulate)
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
     model, state = copy.deepcopy(PACKED).train(), torch.get_rng_state()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    rehearse(model)
+    rehearse(model, Single(model, sft_config()).accumulate)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
