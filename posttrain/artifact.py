@@ -27,6 +27,8 @@ QUANTIZATION = "quantization_config.json"
 """File beside an adapter: the quantisation of the weights under it, in the format of transformers."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of pickled files: reading one can run any code."""
+DOUBT = "unpromoted"
+"""Key of a manifest's ``merge`` for the reason why the merged adapter is not promoted."""
 OPTIONAL = ("merge", "plugin_settings", "template_variables")
 """Fields left out of a manifest when they are None."""
 
@@ -160,7 +162,7 @@ class Manifest:
     metrics: Mapping[str, Any]
     """Figures of training: steps, tokens, losses, warnings."""
     merge: Mapping[str, Any] | None = None
-    """Adapter, quantisation and measured differences, for weights merged from an adapter."""
+    """Adapter, quantisation, measured differences, and why it was not promoted, for weights merged from an adapter."""
     plugin_settings: Mapping[str, Any] | None = None
     """Settings of plugins shaping the data, by name; None when there are none."""
     template_variables: Mapping[str, Any] | None = None

@@ -27,7 +27,7 @@ from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.published import withdraw
-from posttrain.run.start import read_start
+from posttrain.run.start import read_base, read_start
 from posttrain.run.train import read_records, train
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
@@ -43,7 +43,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         start = read_start(plan)
         undated = resolve_base(plan.model, None if start is None else start.artifact.pins, dated=False)
         parent, unpromoted = (
-            (undated, ()) if start is None else (_check_start(start.artifact, undated), start.unpromoted)
+            (undated, read_base(plan))
+            if start is None
+            else (_check_start(start.artifact, undated, plan.model.dtype.value), start.unpromoted)
         )
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
@@ -82,12 +84,12 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
     return directory
 
 
-def _check_start(start: Artifact, base: ModelSource) -> ModelSource:
+def _check_start(start: Artifact, base: ModelSource, dtype: str) -> ModelSource:
     """Return the source of the artifact under the first stage. Raises ArtifactDamaged when its weights are unsound."""
-    from posttrain.model.checks import check_output
+    from posttrain.model.reloading import check_start
 
     source = start.source(base)
-    check_output(start.path, base)  # its manifest may have been written again; its tensors are compared on loading
+    check_start(start.path, base, dtype)  # its manifest may have been written again
     return source
 
 

@@ -30,8 +30,9 @@ def main(words: list[str]) -> int:
     from posttrain.model.merging import EXACT, merge
     from posttrain.run.start import find_standing
 
-    merged = merge(artifact, base, output)
-    if (doubt := find_standing(artifact, Path("runs")).doubt) is not None:
+    doubt = find_standing(artifact, Path("runs")).doubt
+    merged = merge(artifact, base, output, doubt)
+    if doubt is not None:
         print(f"warning    {artifact.named} {doubt}")
     print(f"merged     {artifact.path} into {base.base}: {', '.join(base_notes(artifact))}")
     print(f"sum        differs by {merged.exact:.1e} of the logits' spread in float32 (limit {EXACT:.0e})")

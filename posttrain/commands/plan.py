@@ -22,6 +22,7 @@ from posttrain.launch.shape import needs_of
 from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
+from posttrain.run.start import read_base
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
@@ -73,7 +74,8 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
     stored, needs = _stored(plan), needs_of(plan)
-    lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored), ""]
+    lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored)]
+    lines += [*(f"warning  stands on what no gate passed: {each}" for each in read_base(plan)), ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]

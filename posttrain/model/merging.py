@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from posttrain.artifact import Artifact, Manifest, ModelSource, publish
+from posttrain.artifact import DOUBT, Artifact, Manifest, ModelSource, publish
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
@@ -50,8 +50,10 @@ class Merge:
     """Largest allowed ``published``."""
 
 
-def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
+def merge(artifact: Artifact, base: ModelSource, destination: Path, doubt: str | None = None) -> Merge:
     """Publish the weights of ``base`` with the adapter of ``artifact`` merged in, as the new folder ``destination``.
+
+    ``doubt`` is the reason for which the adapter is not promoted; the manifest keeps it.
 
     Raises ArtifactDamaged, and publishes nothing, when the merged weights compute other logits than the adapter.
     """
@@ -71,7 +73,7 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path) -> Merge:
         whole = replace(source, model=draft, adapter=None, quantization=None, added_tokens=())
         found = difference(_logits(load_model(whole, dtype), prompts), expected)
         _check(found, limit, f"saved in {dtype}")
-        record = _manifest(artifact, {"float32": exact, "published": found, "limit": limit})
+        record = _manifest(artifact, {"float32": exact, "published": found, "limit": limit}, doubt)
         return Merge(artifact=publish(draft, record, destination), exact=exact, published=found, limit=limit)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -113,7 +115,7 @@ def _check(found: float, limit: float, what: str) -> None:
         )
 
 
-def _manifest(artifact: Artifact, differences: dict[str, float]) -> Manifest:
+def _manifest(artifact: Artifact, differences: dict[str, float], doubt: str | None) -> Manifest:
     """Return the manifest of the merged weights: the adapter's, with the adapter as parent."""
     made = artifact.manifest
     return replace(
@@ -121,5 +123,10 @@ def _manifest(artifact: Artifact, differences: dict[str, float]) -> Manifest:
         parent_digest=artifact.digest,
         fingerprint=digest_of({"merge": artifact.digest}),
         quantization=None,
-        merge={"adapter": artifact.digest, "quantization": made.quantization, **differences},
+        merge={
+            "adapter": artifact.digest,
+            "quantization": made.quantization,
+            **differences,
+            **({DOUBT: f"{artifact.named} {doubt}"} if doubt is not None else {}),
+        },
     )

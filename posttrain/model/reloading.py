@@ -79,6 +79,19 @@ def check_published(path: Path, base: ModelSource, dtype: str) -> None:
             raise ArtifactDamaged(f"{path}: the adapter changes nothing: its logits are those of {base.base}")
 
 
+def check_start(path: Path, base: ModelSource, dtype: str) -> None:
+    """Raise ArtifactDamaged when the weights of an artifact to be trained on are no sound, changed model on ``base``.
+
+    The tensors of a plain adapter are compared when it is loaded; of any other one, the logits are compared as well.
+    """
+    check_output(path, base)
+    if (path / "adapter_config.json").exists():
+        with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
+            plain = is_low_rank(file.keys())
+        if not plain:
+            check_published(path, base, dtype)
+
+
 def base_rows(base: ModelSource) -> int:
     """Return the number of tokens in the configuration of ``base``."""
     rows: int = AutoConfig.from_pretrained(base.model).get_text_config().vocab_size

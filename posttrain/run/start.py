@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.artifact import MANIFEST, Artifact, Manifest, read_manifest, verify
+from posttrain.artifact import DOUBT, MANIFEST, Artifact, Manifest, read_manifest, verify
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
@@ -63,6 +63,19 @@ def read_start(plan: Plan) -> Start | None:
     standing = find_standing(artifact, plan.output_root)
     own = () if standing.state == "pass" else (f"{artifact.named}: {standing.state}",)
     return Start(artifact=artifact, unpromoted=(*standing.below, *own))
+
+
+def read_base(plan: Plan) -> tuple[str, ...]:
+    """Return what no gate passed in a base that was merged from an adapter; nothing for any other base."""
+    folder = Path(plan.model.path).expanduser()
+    if not (folder / MANIFEST).is_file():
+        return ()
+    try:
+        merged = read_manifest(folder).get("merge")
+    except ArtifactDamaged:  # the weights are hashed and checked as those of any base are
+        return ()
+    doubt = merged.get(DOUBT) if isinstance(merged, dict) else None
+    return (f"model.path, merged from an adapter: {doubt}",) if doubt else ()
 
 
 def check_start(plan: Plan) -> Sequence[Problem]:

@@ -21,7 +21,7 @@ from posttrain.launch.plugin import run_stage
 from posttrain.model.checks import check_output
 from posttrain.model.loading import load_model, load_trainable
 from posttrain.model.probe import PROBE, leave_probe, logits
-from posttrain.model.reloading import check_published, check_reloaded
+from posttrain.model.reloading import check_published, check_reloaded, check_start
 from posttrain.sft.plugin import register_stages
 from posttrain.sft.stage import run
 from posttrain.stage import Stage
@@ -261,11 +261,30 @@ def test_an_artifact_signed_again_is_checked_as_any_adapter(
         check_published(signed.path, base, "float32")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: {name: tensor for name, tensor in t.items() if "magnitude" not in name},
+        lambda t: {name.replace("q_proj", "p_proj"): tensor for name, tensor in t.items()},
+    ],
+    ids=["without lengths", "renamed"],
+)
+def test_no_stage_starts_from_a_dora_signed_again(
+    base: ModelSource, saved: Callable[[str], Path], tmp_path: Path, damage: Callable[[Tensors], Tensors]
+) -> None:
+    output = saved("dora")
+    edit(output, damage)
+    with pytest.raises(ArtifactDamaged, match=r"the adapter (lacks|holds no weights for)"):
+        check_start(published(output, base, tmp_path / "artifact").path, base, "float32")
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_sound_artifact_is_accepted(
     base: ModelSource, saved: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    check_published(published(saved(name), base, tmp_path / "artifact").path, base, "float32")
+    path = published(saved(name), base, tmp_path / "artifact").path
+    check_published(path, base, "float32")
+    check_start(path, base, "float32")
 
 
 @pytest.mark.parametrize("case", BROKEN)

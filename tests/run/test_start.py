@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from posttrain import ledger
-from posttrain.artifact import verify
+from posttrain.artifact import DOUBT, publish, verify
 from posttrain.commands import run as run_command
 from posttrain.errors import BadInput, GateFailed, GateUndecided
 from posttrain.gate.spec import VerdictState
 from posttrain.report.junit import junit
 from posttrain.report.leaderboard import boards
 from posttrain.report.run import read_report
+from posttrain.run.verdict import read_verdict
 from tests.support.command import main
 from tests.support.fakes import GATES, Script, run_json, run_recipe, scripted_host, write_project
 from tests.support.judgements import sign_verdict
@@ -181,6 +183,23 @@ def test_what_no_gate_passed_is_not_merged_in_silence(
 
     sft = judged_sft(state)
     made = merging.Merge(artifact=verify(sft), exact=0.0, published=0.0, limit=0.0)
-    monkeypatch.setattr(merging, "merge", lambda artifact, base, output: made)
+    told: list[str | None] = []
+    monkeypatch.setattr(merging, "merge", lambda artifact, base, output, doubt: told.append(doubt) or made)
     assert main("merge", str(sft), "merged") == 0
     assert ("is failed by its gate" in capsys.readouterr().out) is (state == "fail")
+    assert (told != [None]) is (state == "fail")
+
+
+def test_weights_merged_from_what_no_gate_passed_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    sft = judged_sft("fail")
+    folder = next(each for each in (Path("base"), Path("models/base")) if each.is_dir())
+    shutil.copytree(folder, "merged")
+    manifest = verify(sft).manifest
+    publish(Path("merged"), replace(manifest, merge={"adapter": "0", DOUBT: "the sft is failed"}), Path("published"))
+    assert main("plan", "recipe=mine", "model.path=published", *GATES) == 0
+    assert "stands on what no gate passed: model.path, merged from an adapter: the sft is" in capsys.readouterr().out
+    run = run_recipe(Script(), "model.path=published", "stages=[sft]")
+    assert run.state.stages[0].state == "unpromoted"
+    assert read_verdict(run.path / "stages/sft/verdict.json").verdict.unpromoted == (
+        "model.path, merged from an adapter: the sft is failed",
+    )
