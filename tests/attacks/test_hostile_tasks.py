@@ -13,6 +13,7 @@ from posttrain.config.schema import GateTask, Role
 from posttrain.errors import BadInput
 from posttrain.scoring import checks
 from posttrain.scoring.checks import check_tasks
+from posttrain.scoring.harness import rehearsal
 from posttrain.scoring.harness.rehearsal import rehearse_task
 from posttrain.scoring.harness.requests import prepare_first
 from posttrain.scoring.harness.scoring import apply_filters, measure
@@ -45,6 +46,7 @@ LATE = "its patterns or functions take more than"
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SECONDS", 0.3)
+    monkeypatch.setattr(rehearsal, "SECONDS", 0.0)
 
 
 def prepared(found: str, ignored: str) -> Any:
