@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     )
     from posttrain.context import StageContext
     from posttrain.data.records import Conversation, Document, Feedback, Message, Origin, Preference, Record, Text, Tool
-    from posttrain.engine.answers import AnsweredRow, AnswerScores
+    from posttrain.engine.answer_objective import AnswerLoss
+    from posttrain.engine.answers import AnsweredRow, AnswerScores, set_aside
     from posttrain.engine.checkpoint import Position
-    from posttrain.engine.config import FineTuneConfig, TrainOn
+    from posttrain.engine.config import FineTuneConfig, LoopConfig, TrainOn
     from posttrain.errors import (
         ArtifactDamaged,
         BadInput,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MISSING",
+    "AnswerLoss",
     "AnswerScores",
     "AnsweredRow",
     "Artifact",
@@ -92,6 +94,7 @@ __all__ = [
     "LaunchConfig",
     "Launcher",
     "Look",
+    "LoopConfig",
     "Manifest",
     "Message",
     "ModelConfig",
@@ -131,6 +134,7 @@ __all__ = [
     "hookimpl",
     "number",
     "require_finite",
+    "set_aside",
     "suggest",
 ]
 
@@ -164,10 +168,12 @@ HOMES = {
         "Text",
         "Tool",
     ),
-    "posttrain.engine.answers": ("AnsweredRow", "AnswerScores"),
+    "posttrain.engine.answer_objective": ("AnswerLoss",),
+    "posttrain.engine.answers": ("AnsweredRow", "AnswerScores", "set_aside"),
     "posttrain.engine.checkpoint": ("Position",),
     "posttrain.engine.config": (
         "FineTuneConfig",
+        "LoopConfig",
         "TrainOn",
     ),
     "posttrain.errors": (

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from posttrain.artifact import ModelSource
     from posttrain.data.records import Document
+    from posttrain.engine.answer_objective import AnswerLoss
+    from posttrain.engine.answers import AnsweredRow
     from posttrain.engine.checkpoint import CheckpointFolder, Position
     from posttrain.stage import Progress, Stage
     from posttrain.tokens.chat import ChatRenderer
@@ -48,6 +50,8 @@ class StageContext:
     """Way to train on the devices of this launch: ``single``, ``ddp`` or ``fsdp``."""
     launch: Callable[[Stage, StageContext], None] | None = None
     """Start of the processes that run the stage in place of this one; None runs it here."""
+    kept: Path | None = None
+    """Folder, shared by all runs, for what can be computed again; beside the checkpoints when absent."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 
@@ -95,6 +99,27 @@ class StageContext:
         from posttrain.sft.stage import finetune
 
         finetune(self, records, StageContext.policy)
+
+    def train_answers(
+        self,
+        rows: Sequence[AnsweredRow],
+        loss: AnswerLoss,
+        start: Callable[[Sequence[Any], Sequence[Sequence[float]]], float],
+        eval_rows: Sequence[AnsweredRow] = (),
+    ) -> None:
+        """Train ``policy()`` on answers, with a loss of their log-probabilities, on SFT's loop, and save it.
+
+        Needs a LoopConfig as ``config``. Nothing is padded, and a prompt is computed once for all of its answers where
+        the kernel can. A loss with a reference gets the log-probabilities by the parent, computed once before the first
+        step. ``start`` returns the loss of a batch from the parent's log-probabilities: training starts from this value
+        alone. Dropout is off. Progress, eval loss, exact resume and the figures in ``metrics`` are those of SFT.
+
+        Raises BadInput when the rows do not fit the model, ArtifactDamaged when training would not start at the parent,
+        Interrupted after ``stop_requested``.
+        """
+        from posttrain.engine.stage import train_answers
+
+        train_answers(self, rows, loss, start, eval_rows)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Position:
         """Load the newest sound checkpoint into the model, the optimizer and torch's random number generator.

@@ -18,6 +18,7 @@ from posttrain.context import StageContext
 
 PUBLIC = [
     "MISSING",
+    "AnswerLoss",
     "AnswerScores",
     "AnsweredRow",
     "Artifact",
@@ -46,6 +47,7 @@ PUBLIC = [
     "LaunchConfig",
     "Launcher",
     "Look",
+    "LoopConfig",
     "Manifest",
     "Message",
     "ModelConfig",
@@ -85,6 +87,7 @@ PUBLIC = [
     "hookimpl",
     "number",
     "require_finite",
+    "set_aside",
     "suggest",
 ]
 """The whole public API. A name that is added or removed is a change that plugins feel: it belongs in CHANGELOG.md."""

@@ -18,7 +18,7 @@ from posttrain.config.schema import Source
 from posttrain.console import DataConsole, styled
 from posttrain.data import records
 from posttrain.data.mixing import describe_unread, read_sources
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import FineTuneConfig, LoopConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
@@ -50,8 +50,11 @@ def main(words: list[str]) -> int:
     for line in plan.shadows:
         page.console.print(styled(line))
     for step in plan.steps:
+        count = None if ALL in words else COUNTED
         if isinstance(step.config, FineTuneConfig):
-            page.show(step, step.config, None if ALL in words else COUNTED)
+            page.show(step, step.config, count)
+        elif isinstance(step.config, LoopConfig):
+            page.show_answers(step, step.config, count)
     return 0
 
 
@@ -90,6 +93,30 @@ class Page:
         for line in (*describe_unread(found), *renderer.describe_unread(found)):
             self.console.print(styled(f"warning: {line}"))
         if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
+            self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
+
+    def show_answers(self, step: Step, config: LoopConfig, count: int | None) -> None:
+        """Print a stage on preferences or judged answers: each prompt once, and the scored tokens of its answers."""
+        renderer = ChatRenderer(self.tokenizer)
+        sources = [_limited(source, count) for source in step.sources]
+        read = read_sources(sources, step.stage.records, step.seed)
+        found = [_answers(renderer, record) for record in read]
+        self._rule(f"{step.name}: {', '.join(source.path for source in step.sources)}")
+        for prompt, answers in found[:SHOWN]:
+            self.console.print(self.marked(prompt, [False] * len(prompt)))
+            for name, ids in answers.items():
+                self.console.print(f"▌{name}", style=BORDER)
+                self.console.print(self.marked(ids, [True] * len(ids)))
+            self.console.print()
+        prompts = sum(len(prompt) for prompt, _ in found)
+        scored = sum(len(ids) for _, answers in found for ids in answers.values())
+        self.console.print(
+            f"{len(found):,} records: {prompts:,} tokens of prompts, {scored:,} scored tokens of answers"
+        )
+        longest = [len(prompt) + max(map(len, answers.values())) for prompt, answers in found]
+        if over := sum(length > config.sequence_length for length in longest):
+            self.console.print(f"{over:,} are longer than {config.sequence_length:,} tokens and dropped")
+        if count is not None and len(read) >= count:
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")
 
     def marked(self, ids: Sequence[int], mask: Sequence[bool]) -> Text:
@@ -135,6 +162,19 @@ class Page:
 
     def _rule(self, title: str) -> None:
         self.console.rule(styled(title), align="left")
+
+
+def _answers(renderer: ChatRenderer, record: records.Record) -> tuple[list[int], dict[str, list[int]]]:
+    """Return the prompt of a record, and the scored tokens of its answers by name."""
+    if isinstance(record, records.Preference):
+        pair = renderer.preference(record)
+        return pair.prompt, {"chosen": pair.chosen, "rejected": pair.rejected}
+    if not isinstance(record, records.Feedback):
+        raise TypeError(f"{type(record).__name__} has no answers to score")
+    chat = records.Conversation(messages=(*record.prompt, *record.completion), where=record.where, tools=record.tools)
+    rendered = renderer.conversation(chat, last_only=True)
+    scored = [token for token, trained in zip(rendered.ids, rendered.mask, strict=True) if trained]
+    return rendered.ids[: rendered.mask.index(True)], {"good" if record.label else "bad": scored}
 
 
 def _limited(source: Source, count: int | None) -> Source:

@@ -12,9 +12,10 @@ Only the positions that predict an answer's token go through the output projecti
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -22,11 +23,12 @@ from transformers import PreTrainedModel
 
 from posttrain.engine.attention import causal_model, packed_hidden, shared_hidden
 from posttrain.engine.attention_kernels import Family
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.log_probs import token_log_probs
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.engine.precision import autocasting
+from posttrain.errors import BadInput, Problem
 
 Answer = tuple[str, Sequence[int]]
 """Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
@@ -52,14 +54,11 @@ class AnsweredRow(Protocol):
         """File and line of the record, for messages."""
 
 
-Row = TypeVar("Row", bound=AnsweredRow)
-
-
 @dataclass(frozen=True, kw_only=True)
-class AnswerScores(Generic[Row]):
+class AnswerScores:
     """The log-probabilities of a batch, in nats summed over the tokens of an answer, in float64."""
 
-    rows: Sequence[Row]
+    rows: Sequence[Any]
     log_probs: torch.Tensor
     """Those of the policy, [B, A], with their graph."""
     tokens: torch.Tensor
@@ -70,6 +69,14 @@ class AnswerScores(Generic[Row]):
     """Those of the answers aside by the policy, [B], without a graph; None for rows that have none."""
     aside_reference: torch.Tensor | None = None
     """Those of the answers aside by the model before training, [B]."""
+
+    def part(self, places: slice) -> AnswerScores:
+        """Return the rows at ``places`` alone."""
+        tensors = ("log_probs", "tokens", "reference", "aside", "aside_reference")
+        found: dict[str, Any] = {
+            name: None if (each := getattr(self, name)) is None else each[places] for name in tensors
+        }
+        return AnswerScores(rows=self.rows[places], **found)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class AnswerBatch:
         return [prompt + sum(answers) for prompt, answers in self.families]
 
     def log_probs(
-        self, model: PreTrainedModel | PeftModel, config: FineTuneConfig, dtype: str, noise: float | None = None
+        self, model: PreTrainedModel | PeftModel, config: LoopConfig, dtype: str, noise: float | None = None
     ) -> torch.Tensor:
         """Return the log-probability of each answer, [B, A] in float64; ``noise`` is NEFTune's alpha."""
         causal = causal_model(model)
@@ -139,3 +146,20 @@ class AnswerBatch:
         # float64: a loss takes differences of these sums, small against them
         sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.ids.device)
         return sums.index_add(0, self.owners, log_probs_N.double()).view_as(self.tokens)
+
+
+def set_aside(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Split ``rows`` into those to train and a seeded ``share`` for the eval loss; rows of one prompt stay together.
+
+    Raises BadInput when nothing is left to train.
+    """
+    if share == 0:
+        return list(rows), []
+    prompts = sorted({tuple(row.prompt) for row in rows})
+    count = max(1, round(share * len(prompts)))
+    if count == len(prompts):
+        what = f"takes all of {count} different prompts, and leaves none to train"
+        raise BadInput(Problem(where="eval_share", what=what, fix="Lower eval_share, or give eval_data"))
+    chosen = set(random.Random(f"eval/{seed}").sample(prompts, count))
+    trained = [row for row in rows if tuple(row.prompt) not in chosen]
+    return trained, [row for row in rows if tuple(row.prompt) in chosen]

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import replace_text
 from posttrain.engine.attention import causal_model
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.precision import BFLOAT16, FLOAT32, autocasting, is_quantised
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.loading import DTYPES, default_device
@@ -75,9 +75,7 @@ class Arithmetic:
         return f"{text} (measured: {taken:,.0f} against {rates.popitem()[1]:,.0f} GFLOP/s)"
 
 
-def choose_arithmetic(
-    config: FineTuneConfig, stored: str, model: PreTrainedModel | PeftModel, record: Path
-) -> Arithmetic:
+def choose_arithmetic(config: LoopConfig, stored: str, model: PreTrainedModel | PeftModel, record: Path) -> Arithmetic:
     """Return the arithmetic for ``model``, with weights stored as ``stored``; ``record`` is the run's file of rates.
 
     A setting decides; quantised weights and float32 keep their format, and so do GPUs. A CPU takes the faster
@@ -96,7 +94,7 @@ def _faster(rates: Rates) -> str:
     return BFLOAT16 if rates.bfloat16 > MARGIN * rates.float32 else FLOAT32
 
 
-def _known_rates(config: FineTuneConfig, model: PreTrainedModel | PeftModel, record: Path) -> Rates:
+def _known_rates(config: LoopConfig, model: PreTrainedModel | PeftModel, record: Path) -> Rates:
     shapes = multiplied_shapes(model)
     if not shapes:  # nothing to time
         return Rates(float32=1.0, bfloat16=1.0)

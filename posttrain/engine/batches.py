@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.tokens.packing import PackedRow
 
 IGNORED = -100
@@ -55,13 +55,16 @@ class RowOrder:
     total: int
     """Optimizer steps."""
     seed: int
+    shuffled: bool = True
+    """False takes the rows in the order given, in every epoch."""
 
     @classmethod
-    def from_config(cls, config: FineTuneConfig, rows: int, seed: int) -> RowOrder:
+    def from_config(cls, config: LoopConfig, rows: int, seed: int, shuffled: bool = True) -> RowOrder:
         """Return the order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
         per_step = config.per_device_batch_size * config.gradient_accumulation
         total = config.epochs * -(-rows // per_step)
-        return cls(rows=rows, per_step=per_step, total=min(total, config.max_steps or total), seed=seed)
+        total = min(total, config.max_steps or total)
+        return cls(rows=rows, per_step=per_step, total=total, seed=seed, shuffled=shuffled)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,6 +75,8 @@ class RowOrder:
         """Return the indices of the rows of optimizer step ``step``, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         start = place * self.per_step
+        if not self.shuffled:
+            return list(range(start, min(start + self.per_step, self.rows)))
         indices: list[int] = _permutation(self.seed, epoch, self.rows)[start : start + self.per_step].tolist()
         return indices
 
@@ -79,7 +84,7 @@ class RowOrder:
         return (self.of_step(step) for step in range(1, self.total + 1))
 
 
-def rows_per_batch(config: FineTuneConfig, processes: int) -> int:
+def rows_per_batch(config: LoopConfig, processes: int) -> int:
     """Return the rows of a forward pass: those of the recipe, or fewer where these do not divide among processes.
 
     A step has the rows that the recipe says, whatever the number of processes.

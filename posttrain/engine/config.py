@@ -23,8 +23,8 @@ class TrainOn(Enum):
 
 
 @dataclass(kw_only=True)
-class FineTuneConfig(StageConfig):
-    """Settings of every stage with SFT's loop, through ``StageContext.finetune``."""
+class LoopConfig(StageConfig):
+    """Settings of the training loop, for every stage on it, whatever its loss."""
 
     eval_data: Any = None
     """Records set aside from training, in the form of data: their loss is reported as eval_loss."""
@@ -32,8 +32,6 @@ class FineTuneConfig(StageConfig):
     """Share of the records set aside for the eval loss. 0 trains all: the gate decides in any case."""
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
     """Optimizer steps between two measurements of the eval loss; once per epoch when absent."""
-    train_on: TrainOn = TrainOn.all
-    """Trained turns: all assistant turns; each in a row of its own, as it is asked for; or the last of each record."""
     lr: float = number(MISSING, least=0)
     """Peak learning rate."""
     epochs: int = number(2, least=1)
@@ -42,8 +40,6 @@ class FineTuneConfig(StageConfig):
     """Stop after so many optimizer steps, even within an epoch; the schedule ends there too."""
     sequence_length: int = number(2048, least=2, hint=": each token predicts the next")
     """Tokens in a row."""
-    overlong: Overlong = Overlong.truncate
-    """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""
     packing: bool = True
     """Fill rows with several conversations, none of which sees another; off for models that cannot do it."""
     per_device_batch_size: int = number(1, least=1)
@@ -75,6 +71,11 @@ class FineTuneConfig(StageConfig):
     loss_chunk: int = number(1024, least=1)
     """Trained tokens whose logits are held at once."""
 
+    @property
+    def coupled(self) -> bool:
+        """True when the rows of a forward pass meet in the loss."""
+        return False
+
     def eval_sources(self) -> Any:
         """Return the sources of the eval loss."""
         return self.eval_data
@@ -92,3 +93,13 @@ class FineTuneConfig(StageConfig):
             yield "eval_share", "takes eval records from data, but eval_data gives others: use one of the two"
         if (self.eval_steps or 0) > 0 and not self.eval_share and self.eval_data is None:
             yield "eval_steps", "measures nothing without eval records: give eval_data or eval_share, or leave it out"
+
+
+@dataclass(kw_only=True)
+class FineTuneConfig(LoopConfig):
+    """Settings of every stage with SFT's loss, through ``StageContext.finetune``."""
+
+    train_on: TrainOn = TrainOn.all
+    """Trained turns: all assistant turns; each in a row of its own, as it is asked for; or the last of each record."""
+    overlong: Overlong = Overlong.truncate
+    """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from posttrain.engine.arithmetic import Arithmetic
 from posttrain.engine.checkpoint import State, capture, restore
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.objective import Sums
 from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_weights
 from posttrain.engine.precision import computing_in
@@ -69,7 +69,7 @@ class Single:
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model: PreTrainedModel | PeftModel, config: FineTuneConfig) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, config: LoopConfig) -> None:
         self.model = model
         self.config = config
 

@@ -24,7 +24,7 @@ from posttrain.engine import processes
 from posttrain.engine.attention import causal_model, packed_hidden
 from posttrain.engine.batches import Batch, RowOrder, deal
 from posttrain.engine.checkpoint import State
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.engine import Engine
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.precision import autocasting
@@ -74,7 +74,7 @@ class Evaluation:
     """One document each, with at least one trained token; refusals come last."""
     refusals: int
     """Number of refusals at their end."""
-    config: FineTuneConfig
+    config: LoopConfig
     first: Measured | None = field(default=None, init=False)
     lowest: Measured | None = field(default=None, init=False)
     last: Measured | None = field(default=None, init=False)
@@ -95,11 +95,15 @@ class Evaluation:
 
         Model and random numbers stay as they are.
         """
-        self.last = Measured(step, document_losses(engine, self.rows, self.config, dtype, report))
+        self.last = Measured(step, self.losses(engine, dtype, report))
         self.first = self.first or self.last
         if self.lowest is None or self.last.sums.sum() < self.lowest.sums.sum():
             self.lowest = self.last
         return {name: self._loss(self.last, part) for name, part in self._parts().items()}
+
+    def losses(self, engine: Engine, dtype: str, report: Callable[[int, int], None] | None = None) -> torch.Tensor:
+        """Return the summed loss of each document, [D] in float64."""
+        return document_losses(engine, self.rows, self.config, dtype, report)
 
     def difference(self, before: Measured, after: Measured, part: slice = slice(None)) -> Difference:
         """Return the change of the loss of the documents in ``part``, with the standard error of a ratio of sums."""
@@ -185,7 +189,7 @@ class Evaluation:
 def document_losses(
     engine: Engine,
     rows: Sequence[PackedRow],
-    config: FineTuneConfig,
+    config: LoopConfig,
     dtype: str,
     report: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
@@ -216,7 +220,7 @@ def document_losses(
 
 
 def _trained_losses(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: FineTuneConfig, dtype: str
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], config: LoopConfig, dtype: str
 ) -> torch.Tensor:
     """Return -log p of each trained token of ``rows``, [N]."""
     causal = causal_model(model)

@@ -110,7 +110,7 @@ def is_plain(layer: Any) -> bool:
         and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant
         and not layer.lora_bias[ADAPTER]
-        and isinstance(layer.lora_dropout[ADAPTER], torch.nn.Identity)
+        and getattr(layer.lora_dropout[ADAPTER], "p", 0.0) == 0.0  # Identity, or a dropout that is off
     )
 
 

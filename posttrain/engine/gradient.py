@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from posttrain.engine import processes
 from posttrain.engine.attention import causal_model, packed_hidden
 from posttrain.engine.batches import Batch, deal
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.engine import Engine, Single
 from posttrain.engine.loss import OutputHead, summed_cross_entropy
 from posttrain.engine.neftune import noisy_embeddings
@@ -28,10 +28,14 @@ from posttrain.tokens.packing import PackedRow
 class MaskedCrossEntropy:
     """The cross-entropy of the trained tokens of packed rows, as a mean over those of the whole step."""
 
-    config: FineTuneConfig
+    config: LoopConfig
     dtype: str
     """Number format of the arithmetic: ``float32`` or ``bfloat16``."""
     coupled = False
+    shuffled = True
+
+    def begin(self, engine: Engine) -> None:
+        """Do nothing: the loss needs no model but the one that is trained."""
 
     def totals(self, rows: Sequence[PackedRow]) -> Totals:
         """Count all tokens, and the trained ones, which divide the loss."""
@@ -70,7 +74,7 @@ def trained_tokens(rows: Sequence[PackedRow]) -> int:
 
 
 def add_gradient(
-    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: FineTuneConfig, dtype: str
+    model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int, config: LoopConfig, dtype: str
 ) -> float:
     """Add the gradient of the summed loss of ``rows`` / ``trained`` to the parameters; return that loss.
 

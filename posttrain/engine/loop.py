@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -32,17 +33,17 @@ from posttrain.engine.arithmetic import Arithmetic, choose_arithmetic
 from posttrain.engine.attention import causal_model, install, rehearse
 from posttrain.engine.batches import RowOrder, rows_per_batch
 from posttrain.engine.checkpoint import CheckpointFolder, Position
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.engine.ddp import Replicated
 from posttrain.engine.engine import DDP, FSDP, SINGLE, Engine, Single
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
+from posttrain.engine.objective import Objective
 from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
-from posttrain.tokens.packing import PackedRow
 
 ENGINES: Mapping[str, type[Single]] = {SINGLE: Single, DDP: Replicated, FSDP: Sharded}
 """Every engine by its name."""
@@ -53,8 +54,8 @@ class Training:
     """One run of the loop. ``model`` is trained in place; every row needs at least one trained token."""
 
     model: PreTrainedModel | PeftModel
-    rows: Sequence[PackedRow]
-    config: FineTuneConfig
+    rows: Sequence[Any]
+    config: LoopConfig
     seed: int
     dtype: str
     """Number format of the stored weights: ``float32`` or ``bfloat16``."""
@@ -66,8 +67,12 @@ class Training:
     """Measures the eval loss, without a trace in the training."""
     engine: str = SINGLE
     """Name of the engine; with several processes, each runs the loop."""
+    make_objective: Callable[[LoopConfig, str], Objective[Any]] = MaskedCrossEntropy
+    """Returns the loss, from the settings and the number format of the arithmetic."""
     without_gradient: dict[str, int] = field(default_factory=dict, init=False)
     """Parameters that were to be trained, but never got a gradient, with their sizes; filled in by ``run``."""
+    last: dict[str, float] = field(default_factory=dict, init=False)
+    """Figures of the loss in the last step; filled in by ``run``."""
 
     def run(self) -> Position:
         """Train to the end, from the newest checkpoint if there is one.
@@ -77,6 +82,7 @@ class Training:
         Diverged when a loss or gradient is not finite, before it reaches a weight; OSError on a full disk.
         """
         with self._prepared() as engine:
+            self.objective.begin(engine)
             return self._train(engine)
 
     def _train(self, engine: Engine) -> Position:
@@ -110,20 +116,22 @@ class Training:
         self._require_finite(step, "loss", figures["loss"])
         check = partial(self._require_finite, step, "gradient norm")
         norm = engine.step(rate, self.config.max_grad_norm, check)
+        self.last.clear()
+        self.last.update(figures)
         metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals}
         # The loss was taken before the update, the eval loss after it.
         self.progress.step(step, metrics | self._evaluate(step, engine))
         return Position(step=step, loss=figures["loss"])
 
     @cached_property
-    def objective(self) -> MaskedCrossEntropy:
+    def objective(self) -> Objective[Any]:
         """The loss."""
-        return MaskedCrossEntropy(self.config, self.compute_dtype)
+        return self.make_objective(self.config, self.compute_dtype)
 
     @property
     def order(self) -> RowOrder:
         """The rows of each step."""
-        return RowOrder.from_config(self.config, len(self.rows), self.seed)
+        return RowOrder.from_config(self.config, len(self.rows), self.seed, self.objective.shuffled)
 
     @property
     def compute_dtype(self) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from posttrain.engine.engine import Engine
 
 Totals = Mapping[str, int]
 """Counts of an optimizer step, over all of its rows: what its loss is divided by, and more to report."""
@@ -26,6 +29,16 @@ class Objective(Protocol[Row]):
         """True when the rows of a batch meet in the loss: batches then hold the same rows on any number of processes.
 
         Each has ``per_device_batch_size`` rows, the last of an epoch fewer.
+        """
+
+    @property
+    def shuffled(self) -> bool:
+        """True to draw the rows in another order every epoch; False to train them in the order given."""
+
+    def begin(self, engine: Engine) -> None:
+        """Make ready, with the model as it is before training and before a checkpoint is restored.
+
+        Every process calls it.
         """
 
     def totals(self, rows: Sequence[Row]) -> Totals:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 
 
-def make_optimizer(model: torch.nn.Module, config: FineTuneConfig) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     """Return AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

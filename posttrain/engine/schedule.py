@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Schedule:
     """Share of the peak at the end of the cosine."""
 
     @classmethod
-    def from_config(cls, config: FineTuneConfig, total: int) -> Schedule:
+    def from_config(cls, config: LoopConfig, total: int) -> Schedule:
         """Return the schedule of a run of ``total`` optimizer steps."""
         warmup = math.ceil(config.warmup_ratio * total)
         return cls(peak=config.lr, total=total, warmup=warmup, floor=config.min_lr_ratio)

@@ -64,6 +64,8 @@ class Job:
     """SHA-256 of the records' file."""
     checkpoints: str
     output: str
+    kept: str | None
+    """Folder for what can be computed again."""
     metrics: Mapping[str, Any]
     """Figures that the command has for the manifest."""
     silence_seconds: float
@@ -96,6 +98,7 @@ def write_job(
         records=records,
         checkpoints=str(context.checkpoints.absolute()),
         output=str(context.output.absolute()),
+        kept=str(context.kept.absolute()) if context.kept else None,
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,
         command=os.getpid() if launch.kind is Launcher.local else None,

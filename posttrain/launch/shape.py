@@ -14,7 +14,7 @@ from re import fullmatch
 from posttrain.config.schema import EngineName, LaunchConfig, Launcher, Method
 from posttrain.cost.engines import choose_engine
 from posttrain.cost.needs import Needs, stage_needs
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.errors import Problem
 from posttrain.plan import Plan, Step
 
@@ -173,13 +173,19 @@ def _engine_problems(plan: Plan, world: int) -> Iterator[Problem]:
 
 
 def _stage_problems(step: Step, world: int) -> Iterator[Problem]:
-    if not isinstance(step.config, FineTuneConfig):
+    if not isinstance(step.config, LoopConfig):
         what = f"stages of kind {step.stage.name!r} train in one process, but the launch starts {world}"
         fix = "Run it with launch=none: the same command without launch goes on after the stages that are done"
         yield Problem(where=step.name, what=what, fix=fix)
         return
     size, batches = step.config.per_device_batch_size, step.config.gradient_accumulation
-    if (rows := size * batches) % world:
+    if step.config.coupled and batches % world:
+        what = (
+            f"the rows of a forward pass meet in its loss, and {batches} of them cannot be shared by {world} processes"
+        )
+        fix = f"Give {step.name}.gradient_accumulation={-(-batches // world) * world}"
+        yield Problem(where=f"{step.name}.gradient_accumulation", what=what, fix=fix)
+    elif (rows := size * batches) % world:
         pace = world // gcd(size, world)
         below, above = batches // pace * pace, -(-batches // pace) * pace
         values = " or ".join(f"{step.name}.gradient_accumulation={value}" for value in (below, above) if value)

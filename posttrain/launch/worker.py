@@ -85,7 +85,8 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     context = StageContext(
         name=job.name, config=config_of(job, stage), parent=parent_of(job), records=trained, eval_records=evaluated,
         seed=job.seed, dtype=job.dtype, engine=job.engine, progress=progress, stop_requested=stop.requested,
-        checkpoints=Path(job.checkpoints), output=Path(job.output), metrics=dict(job.metrics),
+        checkpoints=Path(job.checkpoints), output=Path(job.output), kept=Path(job.kept) if job.kept else None,
+        metrics=dict(job.metrics),
     )  # fmt: skip
     if processes.agree(stop.requested()):
         raise Interrupted("stopped before the first step")

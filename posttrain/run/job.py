@@ -24,7 +24,7 @@ from posttrain.saved import plain
 from posttrain.scoring.code import task_digests
 
 PACKAGES = (
-    "posttrain", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "lm_eval",
+    "posttrain", "torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "lm_eval",
 )  # fmt: skip
 """Distributions recorded with their versions in every artifact."""
 SCORING_ONLY = ("lm_eval",)

@@ -15,14 +15,14 @@ from posttrain.engine.attention import causal_model
 from posttrain.engine.checkpoint import Position
 from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.loop import Training
+from posttrain.engine.stage import carry_out, check_vocabulary, make_training
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
-from posttrain.model.targets import measure_reach, reach_faults, reach_note
 from posttrain.sft.advice import Known
 from posttrain.sft.examples import Example, count_shared, make_evaluation, mix_rows, render_examples, split_eval
 from posttrain.tokens.markers import family_faults
-from posttrain.tokens.packing import PackedRow, PackingCounts
+from posttrain.tokens.packing import PackingCounts
 
 if TYPE_CHECKING:
     from posttrain.context import StageContext
@@ -53,37 +53,15 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
         context.progress.note(note)
     packing = mixed.packing
     model = load(context)
-    check_vocabulary([*packing.rows, *evaluation.rows], model)
-    training = Training(
-        model=model,
-        rows=packing.rows,
-        config=config,
-        seed=context.seed,
-        dtype=context.dtype,
-        progress=context.progress,
-        stop_requested=context.stop_requested,
-        checkpoints=context.checkpoints,
-        evaluation=evaluation,
-        engine=context.engine,
-    )
+    check_vocabulary((int(row.input_ids.max()) for row in [*packing.rows, *evaluation.rows]), model)
+    training = make_training(context, model, packing.rows, evaluation)
     chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
     unusual = config.departures(known(training, packing.counts, examples, eval_examples))
     for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
         context.warn(line)
-    reach = measure_reach(model)
-    context.progress.note(reach_note(reach))
-    for line in reach_faults(reach, getattr(getattr(config, "lora", None), "target_modules", None)):
-        context.warn(line)
-    position = training.run()
-    if idle := training.without_gradient:
-        context.metrics["without_gradient"] = weights = sum(idle.values())
-        what = f"{len(idle):,} parameters ({weights:,} weights) never got a gradient, such as {min(idle)}"
-        context.warn(f"{what}: the model computes nothing of the trained text with them, and they stay as they were")
-    context.metrics.update(figures(training, packing.counts, position) | evaluation.figures())
-    context.metrics["arithmetic"] = training.compute_dtype
+    position = carry_out(context, training)
+    context.metrics.update(figures(training, packing.counts, position))
     context.metrics["sources"] = [share.figures() for share in mixed.shares]
-    for line in evaluation.warnings():
-        context.warn(line)
     context.save(model)
 
 
@@ -104,20 +82,6 @@ def policy(context: StageContext) -> Model:
     base = load_model(parent, context.dtype, mapped=context.slices)
     check_finite(base, parent)
     return new_adapter(base, context.config.lora, context.seed, added_token_ids(parent))
-
-
-def check_vocabulary(rows: Sequence[PackedRow], model: Model) -> None:
-    """Raise BadInput when the tokenizer knows tokens unknown to the model."""
-    largest = max(int(row.input_ids.max()) for row in rows)
-    known = model.get_input_embeddings().weight.shape[0]
-    if largest >= known:
-        raise BadInput(
-            Problem(
-                where="model.path",
-                what=f"the tokenizer gives token {largest}, but the model has only {known} embeddings",
-                fix="Use the tokenizer that belongs to the model, or name its new tokens in model.added_tokens",
-            )
-        )
 
 
 def stop_tokens(model: Model) -> list[int | None]:

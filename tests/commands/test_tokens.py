@@ -152,3 +152,33 @@ def test_keys_that_nothing_reads_are_named(project: Path, capsys: pytest.Capture
     text = output(capsys, "sft.data=one.jsonl")
     assert "warning: nothing reads these keys of the data: 'id' (1 records, first one.jsonl:1)" in text
     assert "warning: the chat template does not write 'name' of user turns (1 records, first one.jsonl:1)" in text
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_pairs_show_their_prompt_once_and_the_scored_tokens_of_both_answers(
+    project: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    pairs = [
+        {"prompt": "1+1", "chosen": "2", "rejected": "three"},
+        {"prompt": "x" * 80, "chosen": "a", "rejected": "b"},
+    ]
+    (project / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    added = f"gate: none, /stage@after: {stage}, /gate@after.gate: none,"
+    recipe = (project / "recipes" / "mine.yaml").read_text().replace("gate: none,", added)
+    (project / "recipes" / "mine.yaml").write_text(recipe + "after: {data: pairs.jsonl, sequence_length: 64}\n")
+    text = output(capsys).partition("after: ")[2]
+    assert text.count("<|user|>1+1<|end|><|assistant|>") == 1
+    assert "▌chosen\n⟦2<|end|>⟧\n▌rejected\n⟦three<|end|>⟧" in text
+    assert "2 records: " in text
+    assert "1 are longer than 64 tokens and dropped" in text
+
+
+def test_judged_answers_show_their_label(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "judged.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2", "label": True}) + "\n")
+    recipe = (
+        (project / "recipes" / "mine.yaml")
+        .read_text()
+        .replace("gate: none,", "gate: none, /stage@kto: kto, /gate@kto.gate: none,")
+    )
+    (project / "recipes" / "mine.yaml").write_text(recipe + "kto: {data: judged.jsonl}\n")
+    assert "<|user|>1+1<|end|><|assistant|>\n▌good\n⟦2<|end|>⟧" in output(capsys)

@@ -1,4 +1,4 @@
-"""Stages that learn from preferences, on top of TRL's trainers. Importing this imports neither torch nor TRL."""
+"""Stages that learn from preferences. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def register_stages() -> Sequence[Stage]:
     return [
         Stage(
             name=method.name,
-            summary=f"{method.summary} (TRL)",
+            summary=method.summary,
             config=method.settings,
             run="posttrain_preference.stage:run",
             parent="sft",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
 
-from posttrain import MISSING, StageConfig, from_variant, number, suggest
+from posttrain import LoopConfig, from_variant, number, suggest
 from posttrain_preference import losses
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
@@ -18,35 +17,25 @@ Fault = tuple[str, str]
 
 
 @dataclass(kw_only=True)
-class PreferenceSettings(StageConfig):
-    """Settings of every stage that learns from preferences."""
+class PreferenceSettings(LoopConfig):
+    """Settings of every stage that learns from preferences, beside those of the loop."""
 
-    lr: float = number(MISSING, above=0)
-    """Peak learning rate; it falls linearly to 0."""
     epochs: int = number(1, least=1)
     """Passes over the records."""
-    max_steps: int | None = number(None, least=1, hint="; leave it out to train whole epochs")
-    """Stop after so many optimizer steps, even within an epoch."""
     per_device_batch_size: int = number(4, least=1)
     """Pairs per forward pass."""
     gradient_accumulation: int = number(8, least=1)
     """Forward passes per optimizer step."""
     warmup_ratio: float = number(0.1, least=0, below=1)
-    """Part of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    min_lr_ratio: float = number(0.0, least=0, most=1)
+    """Share of the peak learning rate at which the cosine ends."""
     sequence_length: int = number(2048, least=2, hint=": each token predicts the next")
     """Longest prompt plus answer, in tokens. Longer records are dropped and counted, never cut."""
-    max_grad_norm: float = number(1.0, above=0)
-    """Gradients are scaled down to this norm."""
-    checkpoint_steps: int = number(50, least=1)
-    """Optimizer steps between two checkpoints."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: about a third slower, several times less memory."""
+    packing: bool = True
+    """Several answers in a forward pass, none of which sees another; off for models that cannot do it."""
     beta: float = number(0.1, above=0)
     """Hold of the policy to its start; each stage defines it."""
-
-    def loss_arguments(self) -> dict[str, Any]:
-        """Return the settings of this method's loss, by the names of TRL's configuration."""
-        return {}
 
 
 @dataclass(kw_only=True)
@@ -54,7 +43,7 @@ class DPOSettings(PreferenceSettings):
     """Direct preference optimisation (arXiv:2305.18290), with the losses that grew from it."""
 
     lr: float = from_variant(adapter=5e-6, full=5e-7)
-    """Peak learning rate; it falls linearly to 0."""
+    """Peak learning rate."""
     beta: float = 0.1
     """Hold of the policy to the reference: rewards are beta times the log-probability ratio."""
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
@@ -67,14 +56,10 @@ class DPOSettings(PreferenceSettings):
     discopop_tau: float = number(0.05, above=0)
     """Temperature of discopop."""
 
-    def loss_arguments(self) -> dict[str, Any]:
-        """Return the losses with their weights and settings."""
-        return {
-            "loss_type": list(self.loss_type),
-            "loss_weights": self.loss_weights and list(self.loss_weights),
-            "label_smoothing": self.label_smoothing,
-            "discopop_tau": self.discopop_tau,
-        }
+    @property
+    def coupled(self) -> bool:
+        """True for the losses that sort the pairs of a forward pass."""
+        return bool(self._used(losses.SORTED))
 
     def weighted_losses(self) -> list[tuple[str, float]]:
         """Return each loss with its weight."""
@@ -124,7 +109,7 @@ class KTOSettings(PreferenceSettings):
     """Kahneman-Tversky optimisation (arXiv:2402.01306): answers judged good or bad, each on its own."""
 
     lr: float = from_variant(adapter=5e-6, full=5e-7)
-    """Peak learning rate; it falls linearly to 0."""
+    """Peak learning rate."""
     per_device_batch_size: int = number(8, least=2, hint=": good and bad answers share each batch")
     """Answers per forward pass. Good and bad ones share each batch, and its other answers estimate the KL term."""
     beta: float = 0.1
@@ -136,13 +121,10 @@ class KTOSettings(PreferenceSettings):
     undesirable_weight: float = number(1.0, above=0)
     """Weight of the answers judged bad."""
 
-    def loss_arguments(self) -> dict[str, Any]:
-        """Return the loss and the weights of both kinds of answers."""
-        return {
-            "loss_type": self.loss_type,
-            "desirable_weight": self.desirable_weight,
-            "undesirable_weight": self.undesirable_weight,
-        }
+    @property
+    def coupled(self) -> bool:
+        """True for the loss with a KL term, which the answers of a forward pass estimate."""
+        return self.loss_type == "kto"
 
     def problems(self) -> Sequence[Fault]:
         """Return values out of range, as (setting, what is wrong)."""
@@ -154,7 +136,7 @@ class ORPOSettings(PreferenceSettings):
     """Odds ratio preference optimisation (arXiv:2403.07691): likelihood and odds of the chosen answer, no reference."""
 
     lr: float = from_variant(adapter=2e-5, full=5e-6)
-    """Peak learning rate; it falls linearly to 0."""
+    """Peak learning rate."""
     beta: float = 0.1
     """Weight of the odds ratio beside the chosen answer's negative log-likelihood (lambda in the paper)."""
 
@@ -164,7 +146,7 @@ class CPOSettings(PreferenceSettings):
     """Contrastive preference optimisation (arXiv:2401.08417): DPO without a reference, held by the likelihood."""
 
     lr: float = from_variant(adapter=1e-5, full=1e-6)
-    """Peak learning rate; it falls linearly to 0."""
+    """Peak learning rate."""
     beta: float = 0.1
     """Temperature: rewards are beta times the log-probability."""
     loss_type: str = "sigmoid"
@@ -173,10 +155,6 @@ class CPOSettings(PreferenceSettings):
     """Probability that a pair's answers are swapped, for sigmoid."""
     cpo_alpha: float = number(1.0, least=0)
     """Weight of the chosen answer's negative log-likelihood."""
-
-    def loss_arguments(self) -> dict[str, Any]:
-        """Return the contrast, its smoothing and the weight of the likelihood."""
-        return {"loss_type": self.loss_type, "label_smoothing": self.label_smoothing, "cpo_alpha": self.cpo_alpha}
 
     def problems(self) -> Sequence[Fault]:
         """Return values out of range or against each other, as (setting, what is wrong)."""
@@ -191,15 +169,11 @@ class SimPOSettings(PreferenceSettings):
     """Simple preference optimisation (arXiv:2405.14734): log-probabilities per token, a target margin, no reference."""
 
     lr: float = from_variant(adapter=1e-5, full=1e-6)
-    """Peak learning rate; it falls linearly to 0."""
+    """Peak learning rate."""
     beta: float = 2.0
     """Temperature: rewards are beta times the mean log-probability of an answer's tokens."""
     gamma: float = number(1.0, least=0)
     """Margin by which the chosen answer's reward should exceed the rejected answer's."""
-
-    def loss_arguments(self) -> dict[str, Any]:
-        """Return SimPO as TRL's CPO configures it; by TRL's default the likelihood would be added."""
-        return {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": self.gamma}
 
 
 def _unknown_loss(name: str, known: Sequence[str]) -> Iterator[Fault]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from posttrain import BadInput, Conversation, Feedback, Preference, Problem, StageContext
-from posttrain_preference.rows import Answer, TokenRows, keep_fitting
+from posttrain_preference.rows import TokenRows, split_fitting
 
 if TYPE_CHECKING:
     from posttrain import ChatRenderer
@@ -32,7 +32,7 @@ class TokenAnswer:
     """The answer to another prompt of the batch, for the KL term; empty where the loss has none."""
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def answers(self) -> tuple[tuple[str, list[int]], ...]:
         """Return the one answer."""
         return (("good" if self.label else "bad", self.completion),)
 
@@ -56,14 +56,27 @@ def render_feedback(context: StageContext) -> Judged:
 
     Raises BadInput for a record that cannot be rendered, without any short enough one, and for a single label.
     """
-    found = keep_fitting(context, _render(context), "answers")
+    trained, measured = (_render(context, records) for records in (context.records, context.eval_records))
+    found = split_fitting(context, trained, measured, "answers")
     _require_both(context, found.rows)
     _advise(context, found.rows)
     ordered = interleave(found.rows, context.seed)
     size = context.config.per_device_batch_size
     repeated = -len(ordered) % size
     filled = [ordered[place % len(ordered)] for place in range(len(ordered) + repeated)]
-    return Judged(noun=found.noun, rows=filled, dropped=found.dropped, repeated=repeated)
+    rows, eval_rows = filled, found.eval_rows
+    if context.config.loss_type == "kto":
+        rows, eval_rows = (with_mismatches(each, size) for each in (filled, found.eval_rows))
+    return Judged(noun=found.noun, rows=rows, eval_rows=eval_rows, dropped=found.dropped, repeated=repeated)
+
+
+def with_mismatches(rows: Sequence[TokenAnswer], size: int) -> list[TokenAnswer]:
+    """Give each row the answer before its own in its batch of ``size`` rows, the first row the last one.
+
+    KTO estimates the divergence of policy and reference from such pairs of a prompt and an answer to another.
+    """
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [replace(row, aside=batch[place - 1].completion) for batch in batches for place, row in enumerate(batch)]
 
 
 def interleave(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
@@ -81,26 +94,9 @@ def interleave(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
     return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
 
 
-def feedback_columns(rows: Sequence[TokenAnswer], size: int, mismatched: bool) -> dict[str, list[Any]]:
-    """Return the columns of TRL's collator for judged answers.
-
-    ``mismatched`` adds to each prompt the answer before its own in the batch of ``size`` rows: KTO estimates the KL
-    divergence between policy and reference from such pairs.
-    """
-    columns: dict[str, list[Any]] = {
-        "prompt_ids": [row.prompt for row in rows],
-        "completion_ids": [row.completion for row in rows],
-        "label": [row.label for row in rows],
-    }
-    if mismatched:
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        columns["KL_completion_ids"] = [batch[place - 1].completion for batch in batches for place in range(len(batch))]
-    return columns
-
-
-def _render(context: StageContext) -> Iterator[TokenAnswer]:
+def _render(context: StageContext, records: Iterable[Feedback | Preference]) -> Iterator[TokenAnswer]:
     renderer = context.renderer()
-    for record in context.records:
+    for record in records:
         if isinstance(record, Preference):
             pair = renderer.preference(record)
             yield TokenAnswer(pair.prompt, pair.chosen, True, record.where)

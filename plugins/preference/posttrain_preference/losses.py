@@ -1,6 +1,6 @@
 """The loss of every method before its first step, where policy and reference are both the SFT model.
 
-Computed from the SFT model's log-probabilities without torch or TRL, as the papers write it: training may start only
+Computed from the SFT model's log-probabilities without torch, as the papers write it: training may start only
 from this value. A log-probability is in nats, summed over an answer's tokens.
 """
 

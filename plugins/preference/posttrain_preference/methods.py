@@ -1,6 +1,6 @@
 """The preference methods, a row for each: its stage is registered and run from this table alone.
 
-A new method is a settings dataclass, the loss it starts with, and a row. Its trainer is one of those in ``trainer``.
+A new method is a settings dataclass, a loss, the value it starts with, and a row.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ class Method:
     settings: type[config.PreferenceSettings]
     start: losses.Start
     """Loss that training has to start with."""
-    trainer: str
-    """Name of a class in the module ``trainer``, which imports TRL and has to wait until the stage runs."""
+    loss: str
+    """Name of a class in the module ``objectives``, which imports torch and has to wait until the stage runs."""
     records: str = "preferences"
     """Shape of the records: ``preferences`` or ``feedback``."""
-    referenced: bool = False
-    """True when the loss compares the policy with a frozen copy of its start."""
 
 
 METHODS: Mapping[str, Method] = {
@@ -38,38 +36,36 @@ METHODS: Mapping[str, Method] = {
             summary="direct preference optimisation and its kin, against the frozen SFT model",
             settings=config.DPOSettings,
             start=losses.start_of_dpo,
-            trainer="PairTrainer",
-            referenced=True,
+            loss="DPOLoss",
         ),
         Method(
             name="kto",
             summary="answers judged good or bad, against the frozen SFT model",
             settings=config.KTOSettings,
             start=losses.start_of_kto,
-            trainer="JudgedTrainer",
+            loss="KTOLoss",
             records="feedback",
-            referenced=True,
         ),
         Method(
             name="orpo",
             summary="likelihood of the chosen answers and their odds over the rejected ones",
             settings=config.ORPOSettings,
             start=losses.start_of_orpo,
-            trainer="OddsTrainer",
+            loss="ORPOLoss",
         ),
         Method(
             name="cpo",
             summary="contrast of both answers, held by the chosen ones' likelihood",
             settings=config.CPOSettings,
             start=losses.start_of_cpo,
-            trainer="ContrastTrainer",
+            loss="CPOLoss",
         ),
         Method(
             name="simpo",
             summary="contrast of both answers per token, beyond a target margin",
             settings=config.SimPOSettings,
             start=losses.start_of_simpo,
-            trainer="ContrastTrainer",
+            loss="SimPOLoss",
         ),
     )
 }

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from posttrain import AnswerScores
 from posttrain_preference.config import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain_preference.feedback import TokenAnswer
-from posttrain_preference.losses import SFT, SORTED
+from posttrain_preference.losses import SFT
 from posttrain_preference.pairs import TokenPair
 
 Sums = dict[str, torch.Tensor]
@@ -42,7 +42,7 @@ class Pairs:
     rejected_tokens: torch.Tensor
 
     @classmethod
-    def of(cls, scores: AnswerScores[TokenPair]) -> Pairs:
+    def of(cls, scores: AnswerScores) -> Pairs:
         """Return the two columns of ``scores``; without a reference, its log-probabilities are 0."""
         reference_BA = torch.zeros_like(scores.log_probs) if scores.reference is None else scores.reference
         return cls(
@@ -186,6 +186,7 @@ class PairLoss(ABC):
 
     referenced: ClassVar[bool] = False
     coupled = False
+    shuffled = True
     likelihood: float = 0.0
     """Weight of the negative log-likelihood of the chosen answers, per token."""
 
@@ -204,7 +205,7 @@ class PairLoss(ABC):
         """Count the pairs of a step and the tokens of their chosen answers."""
         return {"pairs": len(rows), "chosen_tokens": sum(len(row.chosen) for row in rows)}
 
-    def share(self, scores: AnswerScores[TokenPair], totals: Mapping[str, int]) -> tuple[torch.Tensor, Sums]:
+    def share(self, scores: AnswerScores, totals: Mapping[str, int]) -> tuple[torch.Tensor, Sums]:
         """Return the share of a batch in the loss of the step, and its sums of rewards."""
         pairs = Pairs.of(scores)
         nll = -pairs.chosen.sum()
@@ -237,7 +238,7 @@ class DPOLoss(PairLoss):
 
     def __init__(self, settings: DPOSettings) -> None:
         super().__init__(settings)
-        self.coupled = any(name in SORTED for name in settings.loss_type)
+        self.coupled = settings.coupled
         self.likelihood = dict(settings.weighted_losses()).get(SFT, 0.0)
 
     def contrast(self, pairs: Pairs) -> torch.Tensor:
@@ -311,17 +312,19 @@ class KTOLoss:
     """The value of answers judged good or bad, against the divergence from the reference on other answers."""
 
     referenced = True
+    shuffled = False  # good and bad answers are spread evenly over the batches
+    settings: KTOSettings
 
     def __init__(self, settings: KTOSettings) -> None:
         self.settings = settings
-        self.coupled = settings.loss_type == "kto"
+        self.coupled = settings.coupled
 
     def totals(self, rows: Sequence[TokenAnswer]) -> dict[str, int]:
         """Count the answers of a step, and the good ones."""
         size = self.settings.per_device_batch_size
         return {"answers": len(rows), "good": sum(row.label for row in rows), "batches": -(-len(rows) // size)}
 
-    def share(self, scores: AnswerScores[TokenAnswer], totals: Mapping[str, int]) -> tuple[torch.Tensor, Sums]:
+    def share(self, scores: AnswerScores, totals: Mapping[str, int]) -> tuple[torch.Tensor, Sums]:
         """Return the share of a batch in the loss of the step, and its sums of rewards."""
         if scores.reference is None:
             raise ValueError("KTO compares with a reference, and none was given")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from posttrain import StageContext
-from posttrain_preference.rows import Answer, TokenRows, keep_fitting
+from posttrain import Preference, StageContext
+from posttrain_preference.rows import TokenRows, split_fitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class TokenPair:
     """File and line of the record, for messages."""
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def answers(self) -> tuple[tuple[str, list[int]], ...]:
         """Return both answers, the chosen one first."""
         return ("chosen", self.chosen), ("rejected", self.rejected)
 
@@ -32,20 +32,12 @@ class TokenPair:
 
 def render_pairs(context: StageContext) -> TokenRows[TokenPair]:
     """Render every record; raises BadInput for one that cannot be rendered, and without any short enough pair."""
-    return keep_fitting(context, _render(context), "pairs")
+    trained, measured = (_render(context, records) for records in (context.records, context.eval_records))
+    return split_fitting(context, trained, measured, "pairs")
 
 
-def pair_columns(rows: Sequence[TokenPair]) -> dict[str, list[list[int]]]:
-    """Return the columns of TRL's collator for pairs."""
-    return {
-        "prompt_ids": [row.prompt for row in rows],
-        "chosen_ids": [row.chosen for row in rows],
-        "rejected_ids": [row.rejected for row in rows],
-    }
-
-
-def _render(context: StageContext) -> Iterator[TokenPair]:
+def _render(context: StageContext, records: Iterable[Preference]) -> Iterator[TokenPair]:
     renderer = context.renderer()
-    for record in context.records:
+    for record in records:
         rendered = renderer.preference(record)
         yield TokenPair(rendered.prompt, rendered.chosen, rendered.rejected, record.where)

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from posttrain import BadInput, Problem, StageContext
+from posttrain import AnsweredRow, BadInput, Problem, StageContext, set_aside
 
-Answer = tuple[str, list[int]]
-"""Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
-
-
-class TokenRow(Protocol):
-    """A prompt and its answers as token ids."""
-
-    @property
-    def prompt(self) -> list[int]:
-        """Token ids up to the answer."""
-
-    @property
-    def answers(self) -> tuple[Answer, ...]:
-        """Answers to the prompt: two of a pair, or one judged answer."""
-
-    @property
-    def where(self) -> str:
-        """File and line of the record, for messages."""
-
-
-Row = TypeVar("Row", bound=TokenRow)
+Row = TypeVar("Row", bound=AnsweredRow)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows(Generic[Row]):
-    """The rows to train, and the number of dropped ones."""
+    """The rows of a stage, and the number of dropped ones."""
 
     noun: str
     """Name of the rows: ``pairs`` or ``answers``."""
     rows: list[Row]
+    """Rows to train."""
+    eval_rows: list[Row]
+    """Rows set aside for the eval loss."""
     dropped: int
     """Rows whose prompt plus answer exceed the sequence length."""
 
@@ -46,23 +29,28 @@ class TokenRows(Generic[Row]):
         return {self.noun: len(self.rows), "dropped": self.dropped}
 
 
-def keep_fitting(context: StageContext, rendered: Iterable[Row], noun: str) -> TokenRows[Row]:
-    """Keep the rows within the sequence length; drop and count the others, for a cut answer teaches not to end.
+def split_fitting(
+    context: StageContext, rendered: Iterable[Row], eval_rendered: Iterable[Row], noun: str
+) -> TokenRows[Row]:
+    """Keep the rows within the sequence length, and set those for the eval loss aside.
 
-    Raises BadInput when no row is left.
+    Others are dropped and counted, for a cut answer teaches not to end. Raises BadInput when no row is left to train.
     """
     longest = context.config.sequence_length
-    found = list(rendered)
-    rows = [row for row in found if _length(row) <= longest]
+    found, measured = list(rendered), list(eval_rendered)
+    rows, eval_rows = ([row for row in each if _length(row) <= longest] for each in (found, measured))
     if not rows:
         raise BadInput(_nothing_left(context, len(found), noun))
     dropped = len(found) - len(rows)
     if dropped:
         context.progress.note(f"dropped {dropped} {noun} longer than {longest} tokens")
-    return TokenRows(noun=noun, rows=rows, dropped=dropped)
+    if lost := len(measured) - len(eval_rows):
+        context.progress.note(f"dropped {lost} eval {noun} longer than {longest} tokens")
+    trained, held_out = set_aside(rows, context.config.eval_share, context.seed)
+    return TokenRows(noun=noun, rows=trained, eval_rows=[*held_out, *eval_rows], dropped=dropped)
 
 
-def _length(row: TokenRow) -> int:
+def _length(row: AnsweredRow) -> int:
     return len(row.prompt) + max(len(ids) for _, ids in row.answers)
 
 

@@ -1,26 +1,14 @@
 from __future__ import annotations
 
-import gc
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from posttrain_preference.quiet import quiet
 from preference_support.contexts import ADAPTERS, build_context, write_parent
 
 from posttrain import StageContext
 from posttrain.artifact import ModelSource
-
-
-@pytest.fixture(scope="session", autouse=True)
-def imported() -> None:
-    """TRL imported once, and left out of every later garbage collection: each trainer starts with one."""
-    with quiet():
-        importlib.import_module("posttrain_preference.trainer")
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
 import torch
-from posttrain_preference import reference
-from posttrain_preference.losses import start_of_dpo
 from posttrain_preference.pairs import render_pairs
-from posttrain_preference.quiet import quiet
 from posttrain_preference.stage import run
 from preference_support.contexts import STAGES, MakeContext, content, progress, weights
+from preference_support.loops import before_steps, objective
+from safetensors.torch import load_file
 
 from posttrain import ArtifactDamaged, BadInput, Diverged, StageContext
 from posttrain.artifact import ModelSource
+from posttrain.engine.answer_objective import Numbered
+from posttrain.engine.answers import AnswerBatch
+from posttrain.engine.loop import Training
+from posttrain.engine.references import ReferenceFolder, References
+from posttrain.engine.start import Start
 
 KINDS = ("lora", "full")
 
@@ -43,35 +48,6 @@ def test_training_starts_at_ln_2_and_separates_the_answers(make_context: MakeCon
     assert rates == sorted(rates, reverse=True)
 
 
-def started(context: StageContext) -> tuple[Any, list[Any], list[list[float]]]:
-    """A trainer before its first step, its first batch, and the SFT model's log-probabilities of that batch."""
-    with quiet():
-        from posttrain_preference.trainer import PairTrainer, build_trainer
-
-        pairs = render_pairs(context)
-        policy, rows = context.policy(), pairs.rows[:2]
-        expected = reference.row_log_probs(policy, rows, autocast=False)
-        trainer = build_trainer(PairTrainer, context, pairs, policy, reference.frozen_copy(policy))
-        return trainer, rows, expected
-
-
-def test_the_frozen_copy_shares_what_is_frozen_and_nothing_else(make_context: MakeContext) -> None:
-    policy = make_context("lora").policy()
-    copied = dict(reference.frozen_copy(policy).named_parameters())
-    for name, parameter in policy.get_base_model().named_parameters():
-        assert torch.equal(copied[name], parameter)
-        assert copied[name].dtype == parameter.dtype
-        assert not copied[name].requires_grad
-        assert (copied[name] is parameter) == (not parameter.requires_grad)
-
-
-def _shift(model: Any, part: str, size: float) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if part in name:
-                parameter.add_(size)
-
-
 def _erase(model: Any, part: str) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,80 +55,126 @@ def _erase(model: Any, part: str) -> None:
                 parameter.zero_()
 
 
-@pytest.mark.parametrize(
-    ("kind", "sabotage"),
-    [
-        ("lora", lambda policy, copied: _erase(copied, "lora_B")),  # the base model
-        ("lora", lambda policy, copied: _shift(copied, "lora_B", 1e-3)),
-        ("lora", lambda policy, copied: (_erase(copied, "lora_B"), _erase(policy, "lora_B"))),  # both: ln 2 holds
-        ("full", lambda policy, copied: _erase(copied, "layers.1.mlp")),
-    ],
-)
-def test_a_wrong_reference_is_rejected(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, kind: str, sabotage: Callable[[Any, Any], Any]
+@pytest.mark.parametrize(("kind", "part"), [("lora", "lora_B"), ("full", "layers.1.mlp")])
+def test_a_reference_that_is_not_the_parent_is_rejected(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, kind: str, part: str
 ) -> None:
-    honest = reference.frozen_copy
+    honest = Start.of
 
-    def wrong(policy: Any) -> Any:
-        copied = honest(policy)
-        sabotage(policy, copied)
-        return copied
+    def then_lost(stage: str, model: Any, *rest: Any) -> Start[Any]:
+        found = honest(stage, model, *rest)
+        _erase(model, part)
+        return found
 
     context = make_context(kind)
-    monkeypatch.setattr(reference, "frozen_copy", wrong)
-    with pytest.raises(ArtifactDamaged, match=r"the reference is not the SFT model: .*pairs\.jsonl:1 "):
+    monkeypatch.setattr(Start, "of", then_lost)
+    with pytest.raises(ArtifactDamaged, match=r"the reference is not the SFT model: .*pairs\.jsonl:\d+ "):
         run(context)
     assert not list(context.output.iterdir())
     assert not progress(context).steps
 
 
-def test_a_configuration_that_names_another_model_changes_nothing(
-    make_context: MakeContext, parents: dict[str, ModelSource], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "part"), [("lora", "lora_B"), ("full", "layers.1.mlp")])
+def test_a_policy_that_left_its_reference_is_rejected(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, kind: str, part: str
 ) -> None:
-    """Without a reference of its own, TRL loads the model that ``_name_or_path`` names: of merged weights, the base."""
-    honest = StageContext.policy
-
-    def named_wrongly(context: StageContext) -> Any:
-        policy = honest(context)
-        policy.config._name_or_path = str(parents["plain"].model)
-        return policy
-
-    plain, odd = make_context("full", folder="plain", max_steps=2), make_context("full", folder="odd", max_steps=2)
-    run(plain)
-    monkeypatch.setattr(StageContext, "policy", named_wrongly)
-    run(odd)
-    assert progress(odd).steps == progress(plain).steps
-    assert weights(odd.output).keys() == weights(plain.output).keys()
-    assert all(torch.equal(tensor, weights(plain.output)[name]) for name, tensor in weights(odd.output).items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_policy_that_left_its_reference_is_rejected(make_context: MakeContext, kind: str) -> None:
+    honest = Start.prove_reference
     context = make_context(kind)
-    trainer, rows, expected = started(context)
-    reference.prove_start(trainer, rows, expected, context, start_of_dpo)
-    _erase(trainer.model, "lora_B" if kind == "lora" else "layers.1.mlp")
+
+    def then_lost(start: Start[Any], found: Any) -> None:
+        honest(start, found)
+        _erase(policies[0], part)
+
+    policies: list[Any] = []
+    load = StageContext.policy
+    monkeypatch.setattr(StageContext, "policy", lambda context: policies.append(load(context)) or policies[0])
+    monkeypatch.setattr(Start, "prove_reference", then_lost)
     with pytest.raises(ArtifactDamaged, match=r"does not start at the SFT model: .* be 0\.693147 within 0\.0001"):
-        reference.prove_start(trainer, rows, expected, context, start_of_dpo)
+        run(context)
 
 
-# --- What is fed to the trainer -------------------------------------------------------------------------------------
+# --- References are kept ----------------------------------------------------------------------------------------------
 
 
-def test_the_trainer_sees_exactly_the_rendered_ids(make_context: MakeContext) -> None:
+def computed(context: StageContext) -> list[int]:
+    """Run the stage; return the numbers of rows whose reference was computed, as they were reported."""
+    run(context)
+    return [done for done, _, what in progress(context).parts if what == "reference row"]
+
+
+def test_references_are_computed_once_for_all_runs(make_context: MakeContext, tmp_path: Path) -> None:
+    first, again, other, less = (
+        replace(make_context(folder=name, **settings), kept=tmp_path / "kept")
+        for name, settings in (("a", {}), ("b", {"lr": 1e-3, "beta": 0.3}), ("c", {"records": 11}), ("d", {}))
+    )
+    assert computed(first)[-1] == 12
+    assert computed(again) == []
+    assert "reference log-probabilities: kept from an earlier run" in progress(again).notes
+    assert computed(other)[-1] == 11
+    assert computed(replace(less, parent=replace(less.parent, digest="2" * 64)))[-1] == 12
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_damaged_references_are_computed_again(make_context: MakeContext, tmp_path: Path) -> None:
+    whole, again = (replace(make_context(folder=name), kept=tmp_path / "kept") for name in ("a", "b"))
+    run(whole)
+    (path,) = (tmp_path / "kept").glob("*/references.safetensors")
+    path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    assert computed(again)[-1] == 12
+    assert any("are not used: " in note and "SHA-256" in note for note in progress(again).notes)
+    assert content(again.output) == content(whole.output)
+
+
+def test_references_of_another_model_under_the_right_key_are_rejected(
+    make_context: MakeContext, tmp_path: Path
+) -> None:
+    run(replace(make_context(folder="a"), kept=tmp_path / "kept"))
+    (kept,) = (tmp_path / "kept").iterdir()
+    tensors = load_file(kept / "references.safetensors")
+    folder = ReferenceFolder(tmp_path / "kept", kept.name, print)
+    rmtree(kept)
+    folder.write(References(tensors["answers"] + 1, tensors["aside"]))
+    with pytest.raises(ArtifactDamaged, match="the reference is not the SFT model"):
+        run(replace(make_context(folder="b"), kept=tmp_path / "kept"))
+
+
+# --- What the loop is fed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("stage", ["dpo", "orpo"])
+def test_the_loop_sees_exactly_the_rendered_ids(make_context: MakeContext, stage: str, shared: bool) -> None:
     prompt = ["what is the river", "the red heron", "what is the flag"]
     answers = ("the blue otter", "a clay town")
-    context = make_context("lora", records=[(prompt, *answers)], per_device_batch_size=1)
+    context = make_context("lora", stage=stage, records=[(prompt, *answers)], per_device_batch_size=1)
     tokenizer = context.tokenizer()
-    trainer, _, _ = started(context)
-    (batch,) = list(trainer.get_train_dataloader())
+    (row,) = render_pairs(context).rows
+    batch = AnswerBatch.of([(row.prompt, [ids for _, ids in row.answers])], context.device(), shared=shared)
     text = "<|user|>{}<eos>\n<|assistant|>{}<eos>\n<|user|>{}<eos>\n<|assistant|>".format(*prompt)
-    for row, answer in enumerate(answers):
-        whole = tokenizer(f"{text}{answer}<eos>", add_special_tokens=False)["input_ids"]
-        scored = tokenizer(f"{answer}<eos>", add_special_tokens=False)["input_ids"]
-        real = batch["attention_mask"][row].bool()
-        assert batch["input_ids"][row][real].tolist() == whole
-        assert batch["input_ids"][row][batch["completion_mask"][row].bool()].tolist() == scored
+    asked, *said = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (text, *(f"{answer}<eos>" for answer in answers))
+    )
+    whole = asked + said[0] + said[1] if shared else asked + said[0] + asked + said[1]
+    assert batch.ids[0].tolist() == whole
+    assert batch.targets.tolist() == said[0] + said[1]
+    assert batch.owners.tolist() == [0] * len(said[0]) + [1] * len(said[1])
+
+
+def test_no_answer_sees_another(make_context: MakeContext) -> None:
+    """A changed answer changes the log-probabilities of no other."""
+    found: list[torch.Tensor] = []
+
+    def score(training: Training, engine: Any) -> None:
+        rows = list(training.rows)
+        changed = replace(rows[1].row, rejected=[*reversed(rows[1].row.rejected[:-1]), rows[1].row.rejected[-1]])
+        for second in (rows[1], Numbered(rows[1].number, changed)):
+            with torch.no_grad():
+                found.append(objective(training).scores(training.model.eval(), [rows[0], second, rows[2]]).log_probs)
+
+    before_steps(make_context(records=3), score)
+    same = torch.isclose(found[0], found[1], rtol=1e-6)
+    assert same.tolist() == [[True, True], [True, False], [True, True]]
 
 
 def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeContext) -> None:
@@ -161,7 +183,7 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(make_context: MakeConte
     run(context)
     assert context.metrics["pairs"] == 1
     assert context.metrics["dropped"] == 2
-    assert progress(context).notes == ["dropped 2 pairs longer than 40 tokens"]
+    assert "dropped 2 pairs longer than 40 tokens" in progress(context).notes
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -185,7 +207,7 @@ def test_nothing_to_train_on_is_bad_input(
 def test_a_template_without_a_stop_token_is_rejected(
     make_context: MakeContext, parents: dict[str, ModelSource], stage: str
 ) -> None:
-    """Answers would be taught not to end, and TRL says nothing."""
+    """Answers would be taught not to end."""
     endless = replace(parents["lora"], chat_template=parents["lora"].chat_template.replace("<eos>", ""))
     context = replace(make_context(stage=stage), parent=endless)
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1.*stop token"):
@@ -195,7 +217,7 @@ def test_a_template_without_a_stop_token_is_rejected(
 def test_a_prompt_that_ends_otherwise_than_the_conversation_goes_on_keeps_its_end(
     make_context: MakeContext, parents: dict[str, ModelSource]
 ) -> None:
-    """TRL drops the end of such a prompt, here ``no``, from what is trained."""
+    """Without its end, here ``no``, another prompt would be trained than is asked later."""
     template = parents["lora"].chat_template.replace("<|assistant|>{% endif %}", "<|assistant|>no {% endif %}")
     context = replace(make_context(records=2), parent=replace(parents["lora"], chat_template=template))
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1"):
@@ -238,7 +260,7 @@ def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
     run(context)
     steps = progress(context).steps
     rendered = render_pairs(context).rows
-    tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rendered)
+    tokens = sum(len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rendered)
     reach = {each["kind"]: each["trained_matrices"] for each in context.metrics.pop("reach")}
     assert sum(reach.values()) > 0
     assert reach["embeddings"] == 0

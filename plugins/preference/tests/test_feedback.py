@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from posttrain_preference.config import KTOSettings
-from posttrain_preference.feedback import Judged, TokenAnswer, feedback_columns, interleave, render_feedback
-from posttrain_preference.quiet import quiet
+from posttrain_preference.feedback import TokenAnswer, interleave, render_feedback, with_mismatches
 from posttrain_preference.stage import run
 from preference_support.contexts import MakeContext, feedback, progress
+from preference_support.loops import before_steps
 
-from posttrain import BadInput, Conversation, Feedback, Preference, StageContext
+from posttrain import BadInput, Conversation, Feedback, Preference
 from posttrain.config.schema import Format, Source
 from posttrain.data.reading import read_source
+from posttrain.engine.batches import RowOrder
 
 ROW = {"prompt": "what", "completion": "the flag", "label": True}
 
@@ -30,11 +31,6 @@ def read(folder: Path, *rows: dict[str, Any], shape: str = "feedback", form: For
 
 def answers(good: int, bad: int) -> list[TokenAnswer]:
     return [TokenAnswer([1], [index], index < good, "here") for index in range(good + bad)]
-
-
-def rendered(context: StageContext) -> Judged:
-    with quiet():
-        return render_feedback(context)
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
@@ -81,7 +77,7 @@ def test_what_cannot_be_judged_is_rejected_by_line(tmp_path: Path, change: dict[
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_an_answer_of_several_turns_is_rejected_in_preferences_too(tmp_path: Path, side: str) -> None:
-    """TRL would score the user's turns in it."""
+    """The user's turns in it would be scored."""
     turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
     row = {"prompt": "a", "chosen": "b", "rejected": "c"} | {side: turns}
     with pytest.raises(BadInput, match=f"{side} must end in one assistant turn"):
@@ -105,7 +101,7 @@ def test_a_judged_answer_has_the_ids_that_sft_trains(make_context: MakeContext) 
     records = [feedback("what is the river", "the red heron", True), feedback("what is the flag", "a clay town", False)]
     context = make_context("lora", stage="kto", records=records)
     renderer = context.renderer()
-    by_prompt = {tuple(row.prompt): row for row in rendered(context).rows}
+    by_prompt = {tuple(row.prompt): row for row in render_feedback(context).rows}
     for record in records:
         chat = Conversation(messages=(*record.prompt, *record.completion), where="here")
         whole = renderer.conversation(chat)
@@ -118,7 +114,7 @@ def test_a_judged_answer_has_the_ids_that_sft_trains(make_context: MakeContext) 
 def test_a_preference_becomes_a_good_and_a_bad_answer(make_context: MakeContext) -> None:
     context = make_context("lora", stage="kto", records=[(["what is the flag"], "the red lace", "a clay")])
     (pair,) = [context.renderer().preference(record) for record in context.records]
-    rows = rendered(context).rows
+    rows = render_feedback(context).rows
     assert {(row.label, tuple(row.completion)) for row in rows} == {
         (True, tuple(pair.chosen)),
         (False, tuple(pair.rejected)),
@@ -164,28 +160,35 @@ def test_the_order_is_shuffled_by_the_seed_alone() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
 def test_no_batch_of_preferences_holds_one_kind_only(make_context: MakeContext, size: int) -> None:
     """Unpaired as they come, all chosen answers would precede all rejected ones."""
-    with quiet():
-        from posttrain_preference.trainer import JudgedTrainer, build_trainer
-
-        context = make_context("lora", stage="kto", records=7, per_device_batch_size=size)
-        judged = rendered(context)
-        policy, model = context.policy(), context.policy().get_base_model()
-        batches = list(build_trainer(JudgedTrainer, context, judged, policy, model).get_train_dataloader())
-    assert [len(set(batch["label"].tolist())) for batch in batches] == [2] * len(batches)
-    assert {len(batch["label"]) for batch in batches} == {size}
+    context = make_context("lora", stage="kto", records=7, per_device_batch_size=size, gradient_accumulation=1)
+    judged = render_feedback(context)
+    order = RowOrder.from_config(context.config, len(judged.rows), seed=0, shuffled=False)
+    batches = [[judged.rows[index].label for index in step] for step in order]
+    assert [len(set(labels)) for labels in batches] == [2] * len(batches)
+    assert {len(labels) for labels in batches} == {size}
     assert judged.figures() == {"answers": 14, "good": 7, "repeated": -14 % size, "dropped": 0}
 
 
 @given(count=st.integers(2, 20), size=st.integers(2, 6))
 def test_the_mismatched_answers_of_a_batch_are_its_own_with_other_prompts(count: int, size: int) -> None:
-    rows = answers(count, 0)
-    columns = feedback_columns(rows, size, mismatched=True)
+    rows = with_mismatches(answers(count, 0), size)
     for start in range(0, count, size):
-        own = [row.completion for row in rows[start : start + size]]
-        other = columns["KL_completion_ids"][start : start + size]
-        assert sorted(own) == sorted(other)
-        assert len(own) == 1 or all(one != another for one, another in zip(own, other, strict=True))
-    assert "KL_completion_ids" not in feedback_columns(rows, size, mismatched=False)
+        batch = rows[start : start + size]
+        assert sorted(row.completion for row in batch) == sorted(row.aside for row in batch)
+        assert len(batch) == 1 or all(row.completion != row.aside for row in batch)
+
+
+def test_only_the_loss_with_a_kl_term_scores_mismatched_answers(make_context: MakeContext) -> None:
+    for loss, wanted in (("kto", True), ("apo_zero_unpaired", False)):
+        rows = render_feedback(make_context("lora", stage="kto", loss_type=loss)).rows
+        assert [bool(row.aside) for row in rows] == [wanted] * 24
+
+
+def test_the_rows_are_trained_in_their_order(make_context: MakeContext) -> None:
+    seen: list[list[int]] = []
+    before_steps(make_context("lora", stage="kto"), lambda training, engine: seen.extend(training.order))
+    assert seen[:6] == [[4 * step + place for place in range(4)] for step in range(6)]
+    assert seen[6:] == seen[:6]
 
 
 def judged(make_context: MakeContext, good: int, bad: int, **settings: Any) -> list[str]:
@@ -193,7 +196,7 @@ def judged(make_context: MakeContext, good: int, bad: int, **settings: Any) -> l
     words = ["the red", "a clay", "yes", "no", "the otter", "a town", "bread", "cheese", "lace", "the river"]
     records = [feedback("what is", words[index], index < good) for index in range(good + bad)]
     context = make_context("lora", stage="kto", records=records, **settings)
-    rendered(context)
+    render_feedback(context)
     return list(progress(context).notes)
 
 
@@ -228,7 +231,7 @@ def test_good_answers_gain_and_bad_ones_lose(make_context: MakeContext, loss: st
     run(context)
     steps = progress(context).steps
     assert steps[1]["loss"] == pytest.approx(0.5, abs=1e-6)
-    assert steps[1]["rewards_margin"] == pytest.approx(0)
+    assert steps[1]["rewards_margin"] == pytest.approx(0, abs=1e-6)
     assert steps[12]["rewards_margin"] > 0.1
     assert steps[12]["loss"] < 0.48
 

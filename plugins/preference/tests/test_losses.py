@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from posttrain_preference import reference
 from posttrain_preference.config import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain_preference.feedback import TokenAnswer
 from posttrain_preference.losses import NAMES, start_of_dpo, start_of_kto, start_of_simpo
-from posttrain_preference.methods import METHODS
+from posttrain_preference.objectives import DPOLoss
 from posttrain_preference.pairs import TokenPair, render_pairs
-from posttrain_preference.quiet import quiet
 from posttrain_preference.stage import run
 from preference_support.contexts import MakeContext, progress
 from preference_support.float64 import log_probs, model_on_disk
+from preference_support.loops import before_steps, gradient, loss_of, objective
 
 from posttrain import StageContext
 from posttrain.artifact import ModelSource
+from posttrain.engine.loop import Training
+from posttrain.engine.start import Start
 
 LN_2 = math.log(2)
 DPO_STARTS: dict[str, tuple[dict[str, Any], float]] = {
@@ -49,18 +51,27 @@ def test_every_loss_but_the_likelihood_has_a_start_here() -> None:
     assert {*DPO_STARTS, "sft"} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", list(DPO_STARTS))
-def test_a_loss_of_dpo_starts_where_policy_and_reference_agree(make_context: MakeContext, name: str) -> None:
-    settings, wanted = DPO_STARTS[name]
-    context = make_context("lora", loss_type=[name], records=3, **settings)
-    trainer, rows = before_the_first_step(context)
-    assert trainer.loss_of(rows) == pytest.approx(wanted, rel=1e-6)
-    assert start_of_dpo(context.config, rows, [[0.0, 0.0]] * 3) == pytest.approx(wanted, rel=1e-9)
-    with torch.no_grad():
-        for key, parameter in trainer.model.named_parameters():
-            if "lora_B" in key:
-                parameter.mul_(-1)
-    assert trainer.loss_of(rows) != pytest.approx(wanted, rel=1e-3)
+def test_every_loss_of_dpo_starts_where_policy_and_reference_agree(make_context: MakeContext) -> None:
+    losses = {name: DPOSettings(lr=1.0, loss_type=[name], **given) for name, (given, _) in DPO_STARTS.items()}
+    found: list[dict[str, float]] = []
+
+    def look(training: Training, engine: Any) -> None:
+        training.model.eval()
+        for move in (1, -1):
+            with torch.no_grad():
+                for key, parameter in training.model.named_parameters():
+                    if "lora_B" in key:
+                        parameter.mul_(move)
+            found.append({})
+            for name, settings in losses.items():
+                objective(training).loss = DPOLoss(settings)
+                found[-1][name] = loss_of(training).item()
+
+    before_steps(make_context("lora", records=3), look)
+    assert found[0] == pytest.approx({name: wanted for name, (_, wanted) in DPO_STARTS.items()}, rel=1e-5)
+    for name, (_, wanted) in DPO_STARTS.items():
+        assert start_of_dpo(losses[name], [TokenPair([1], [2], [3], "")], [[0.0, 0.0]]) == pytest.approx(wanted)
+        assert found[1][name] != pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -128,66 +139,24 @@ def test_a_loss_without_reference_and_its_gradient_are_the_papers(
     from preference_support.float64 import log_prob
 
     context = make_context("lora", stage=name, records=2, gradient_checkpointing=False, **settings)
-    trainer, rows = before_the_first_step(context)
-    trainer.model.eval()
-    loss = trainer.compute_loss(trainer.model, trainer.batch_of(rows))
-    loss.backward()
-
+    seen: list[Any] = []
+    before_steps(context, lambda training, engine: seen.extend([training.model.eval(), gradient(training)]))
+    loss, ours = seen[1]
+    rows = render_pairs(context).rows
     model = model_on_disk(parents["lora"])
-    trained = {key for key, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in trained)
+        parameter.requires_grad_(key in ours)
     sides = [torch.stack([log_prob(model, row.prompt, ids) for row in rows for n, ids in row.answers if n == side])
              for side in ("chosen", "rejected")]  # fmt: skip
     lengths = [torch.tensor([len(ids) for row in rows for n, ids in row.answers if n == side])
                for side in ("chosen", "rejected")]  # fmt: skip
     exact = paper(name, context.config, sides[0], sides[1], (lengths[0], lengths[1]))
     exact.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
-    ours = dict(trainer.model.named_parameters())
+    assert loss == pytest.approx(exact.item(), rel=1e-5)
     for key, parameter in model.named_parameters():
-        if key in trained:
+        if key in ours:
             size = float(parameter.grad.abs().max())
-            assert torch.allclose(ours[key].grad.double(), parameter.grad, atol=1e-5 * size), key
-
-
-def before_the_first_step(context: StageContext) -> tuple[Any, list[TokenPair]]:
-    with quiet():
-        from posttrain_preference import trainer
-
-        method, pairs, policy = METHODS[context.name], render_pairs(context), context.policy()
-        frozen = reference.frozen_copy(policy) if method.referenced else None
-        return trainer.build_trainer(getattr(trainer, method.trainer), context, pairs, policy, frozen), pairs.rows
-
-
-def test_log_probabilities_are_summed_in_float32(make_context: MakeContext) -> None:
-    """A sum of hundreds of nats has steps of two in bfloat16."""
-    trainer, _ = before_the_first_step(make_context("lora", stage="cpo", records=2))
-    torch.manual_seed(0)
-    logits_BTV, labels_BT = torch.randn(2, 300, 50).to(torch.bfloat16), torch.randint(0, 50, (2, 300))
-    found_B = trainer.get_batch_logps(logits_BTV, labels_BT, average_log_prob=False, is_encoder_decoder=False)
-    log_probs_BTV = logits_BTV.double().log_softmax(-1)
-    exact_B = log_probs_BTV[:, :-1].gather(2, labels_BT[:, 1:, None]).sum((1, 2))
-    assert found_B.dtype == torch.float32
-    assert torch.allclose(found_B.double(), exact_B, atol=1e-2)
-
-
-@pytest.mark.parametrize("name", ["orpo", "cpo", "simpo"])
-def test_the_trainer_sees_the_ids_of_sft_and_one_stop_token(make_context: MakeContext, name: str) -> None:
-    """TRL would append a second stop token behind what the template writes after the first."""
-    prompt, texts = ["what is the river", "the red heron", "what is the flag"], ("the blue otter", "a clay town")
-    context = make_context("lora", stage=name, records=[(prompt, *texts)], per_device_batch_size=1)
-    tokenizer = context.tokenizer()
-    trainer, _ = before_the_first_step(context)
-    (batch,) = list(trainer.get_train_dataloader())
-    asked = "<|user|>{}<eos>\n<|assistant|>{}<eos>\n<|user|>{}<eos>\n<|assistant|>".format(*prompt)
-    for side, answer in zip(("chosen", "rejected"), texts, strict=True):
-        whole = tokenizer(f"{asked}{answer}<eos>", add_special_tokens=False)["input_ids"]
-        scored = tokenizer(f"{answer}<eos>", add_special_tokens=False)["input_ids"]
-        real = batch[f"{side}_attention_mask"][0].bool()
-        labels = batch[f"{side}_labels"][0]
-        assert batch[f"{side}_input_ids"][0][real].tolist() == whole
-        assert labels[labels != -100].tolist() == scored
+            assert torch.allclose(ours[key].double(), parameter.grad, atol=1e-5 * size), key
 
 
 @pytest.mark.parametrize(("name", "settings"), [("orpo", {"beta": 5.0}), ("cpo", {"cpo_alpha": 0.2}), ("simpo", {})])
@@ -195,7 +164,7 @@ def test_the_trainer_sees_the_ids_of_sft_and_one_stop_token(make_context: MakeCo
 def test_training_separates_the_answers(
     make_context: MakeContext, name: str, settings: dict[str, Any], kind: str, dtype: str
 ) -> None:
-    context = make_context(kind, stage=name, dtype=dtype, **settings)
+    context = make_context(kind, stage=name, dtype=dtype, **{"lr": 5e-3, **settings})
     run(context)
     found = steps(context)
     assert found[6]["loss"] < found[1]["loss"]
@@ -276,5 +245,6 @@ def test_the_start_of_kto_counts_the_weights_of_its_batch() -> None:
 def test_how_far_log_probabilities_may_be_off_is_how_far_the_loss_may_be() -> None:
     rows = [TokenPair([1], [2, 3], [4, 5, 6, 7], "here")]
     settings = SimPOSettings(lr=1.0, beta=2.0, gamma=0.0)
-    spread = reference._spread(settings, rows, [[-2.0, -4.0]], start_of_simpo, 0.01)
-    assert spread == pytest.approx(0.01 * 2.0 * 0.5, rel=0.02)  # slope of the softplus at 0 is 1/2
+    loss = partial(start_of_simpo, settings)
+    start = Start(stage="simpo", rows=rows, log_probs=[[-2.0, -4.0]], loss=loss, dtype="float32")
+    assert start.spread() == pytest.approx(1e-4 * 2.0 * 0.5, rel=0.02)  # slope of the softplus at 0 is 1/2

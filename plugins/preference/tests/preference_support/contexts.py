@@ -51,6 +51,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "experts": {},
     "plain": {},
     "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.5},
     "qlora": {},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "tokens": {"trainable_token_indices": {"model.embed_tokens": [3, 4], "lm_head": [3, 4]}},
