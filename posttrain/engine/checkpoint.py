@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,17 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from posttrain.artifact import publish_folder, verify_folder
+from posttrain.cost.memory import KEPT_CHECKPOINTS
 from posttrain.engine import processes
-from posttrain.errors import ArtifactDamaged
+from posttrain.errors import ArtifactDamaged, Interrupted
 from posttrain.model.saving import disk_errors
 
 STATE = "state.safetensors"
-KEPT = 2
+DRAFT = ".draft"
 NAME = re.compile(r"step-(\d{8,})")
 
+PATIENCE = 0.05
+"""Seconds between two looks for the parts of other processes."""
 PLACES = "places"
 """Key of a file's metadata: the first row of each slice in the whole tensor, and the rows of the whole, by name."""
 
@@ -66,26 +70,41 @@ class CheckpointFolder:
 
         Every process calls it, each with its part of the state: process 0 publishes once all have written.
         """
+        self.write(position, Part.of(state), self.begin(bool(state)))
+        processes.wait()
+
+    def begin(self, writes: bool) -> list[str]:
+        """Make room for the parts of all processes; return their files' names. Every process calls it."""
+        draft = self.folder / DRAFT
+        if processes.rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        own = torch.zeros(processes.world(), dtype=torch.int64)
+        own[processes.rank()] = int(writes)
+        return [_file_name(rank) for rank, count in enumerate(processes.total(own).tolist()) if count]
+
+    def write(self, position: Position, part: Part, names: Sequence[str]) -> None:
+        """Write a process' part; process 0 publishes once the files ``names`` of all parts are there.
+
+        Processes meet at the files alone, so that a thread can do it while their main threads train.
+        """
         destination = self.folder / f"step-{position.step:08d}"
-        draft = self.folder / ".draft"
+        draft, own = self.folder / DRAFT, _file_name(processes.rank())
         manifest = {"step": position.step, "loss": position.loss, "identity": self.identity}
         try:
-            if processes.rank() == 0:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-            processes.wait()
-            if state:
+            if own in names:
                 with disk_errors(destination):
-                    _write(state, draft / _file_name(processes.rank()))
-            processes.wait()
+                    part.write(draft / f".{own}")
+                (draft / f".{own}").rename(draft / own)
             if processes.rank() == 0:
+                _await(draft, names)
                 publish_folder(draft, manifest, destination)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         # only now that the new one is whole: a kill before this line leaves one checkpoint too many, never one too few
         if processes.rank() == 0:
-            for old in self._newest_first()[KEPT:]:
+            for old in self._newest_first()[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
 
     def newest(self) -> tuple[Position, SavedState] | None:
@@ -117,6 +136,29 @@ class CheckpointFolder:
             return []
         steps = {path: match for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))}
         return sorted(steps, key=lambda path: int(steps[path][1]), reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one process saves of a state."""
+
+    tensors: State
+    """Own tensors and slices by name."""
+    places: dict[str, tuple[int, int]]
+    """First row of each slice in the whole tensor, and the rows of the whole, by name."""
+
+    @classmethod
+    def of(cls, state: State, *, copy: bool = False) -> Part:
+        """Return this process' part of ``state``; with ``copy``, in memory of its own, which training leaves alone."""
+        places = {name: (_first_row(each), each.shape[0]) for name, each in state.items() if isinstance(each, DTensor)}
+        own = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in state.items()}
+        if copy:
+            own = {name: each.to("cpu", copy=True) for name, each in own.items()}
+        return cls(tensors={name: each.contiguous() for name, each in own.items()}, places=places)
+
+    def write(self, path: Path) -> None:
+        """Write it as safetensors."""
+        save_file(self.tensors, path, {PLACES: json.dumps(self.places)})
 
 
 class SavedState(Mapping[str, torch.Tensor]):
@@ -208,10 +250,14 @@ def _fill(target: torch.Tensor, state: Mapping[str, torch.Tensor], key: str) -> 
     own.copy_(state.part(key, start, len(own)) if isinstance(state, SavedState) else state[key][start:][: len(own)])
 
 
-def _write(state: State, path: Path) -> None:
-    places = {name: (_first_row(each), each.shape[0]) for name, each in state.items() if isinstance(each, DTensor)}
-    own = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in state.items()}
-    save_file({name: each.contiguous() for name, each in own.items()}, path, {PLACES: json.dumps(places)})
+def _await(draft: Path, names: Sequence[str]) -> None:
+    """Wait until every part is written. Raises Interrupted when a process could not, which removes the draft."""
+    end = time.monotonic() + processes.SECONDS
+    while missing := [name for name in names if not (draft / name).exists()]:
+        if not draft.is_dir() or time.monotonic() > end:
+            what = f"the checkpoint lacks {missing[0]}: another process could not write it"
+            raise Interrupted(f"{what}. Run the same command to resume from the one before")
+        time.sleep(PATIENCE)
 
 
 def _first_row(tensor: DTensor) -> int:

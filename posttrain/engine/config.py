@@ -64,8 +64,10 @@ class LoopConfig(StageConfig):
     """Noise on the embeddings while training (arXiv:2310.05914): 5 to 15, more for longer answers; none when absent."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
-    checkpoint_steps: int = number(50, least=1)
-    """Optimizer steps between two checkpoints."""
+    checkpoint_minutes: float = number(10.0, above=0)
+    """Minutes between two checkpoints, written in the background."""
+    checkpoint_steps: int | None = number(None, least=1, hint="; leave it out to save by time alone")
+    """Optimizer steps between two checkpoints, beside those by time; by time alone when absent."""
     compute_dtype: Dtype | None = None
     """Number format of forward and backward passes: model.dtype; for bfloat16 on a CPU the faster one, as measured."""
     loss_chunk: int = number(1024, least=1)

@@ -9,7 +9,7 @@ One optimizer step, as ``Training._step`` takes it:
     check      loss and norm finite, or the run stops with its weights as they were    here
     update     AdamW at the step's learning rate                                       optimizer.py, schedule.py
     report     metrics, with the eval loss where one is due                            evaluation.py
-    save       weights, optimizer, random generators, losses measured so far           checkpoint.py
+    save       weights, optimizer, random generators, losses measured so far           saves.py, checkpoint.py
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
 from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
 from posttrain.engine.objective import Objective
+from posttrain.engine.precision import autocasting
+from posttrain.engine.saves import Saves
 from posttrain.engine.schedule import Schedule
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
@@ -95,9 +97,11 @@ class Training:
             self.progress.start(self.order.total, position.step)
             if position.step == 0 and (metrics := self._evaluate(0, engine)):
                 self.progress.step(0, metrics)
-            while position.step < self.order.total:
-                position = self._step(position.step + 1, engine)
-                self._save_or_stop(position, saved, engine)
+            saves = Saves(saved, self.config)
+            with saves.ended():
+                while position.step < self.order.total:
+                    position = self._step(position.step + 1, engine)
+                    self._save_or_stop(position, saves, engine)
         self.without_gradient.update(engine.idle())
         return position
 
@@ -157,13 +161,15 @@ class Training:
         engine: Engine = ENGINES[self.engine](self.model, self.config)
         with engine.prepared(self.arithmetic):
             self.progress.note(f"arithmetic: {self.arithmetic}")
-            choice = engine.run(partial(install, self.model, self.config.packing))
+            with autocasting(self.model, self.compute_dtype):  # kernels are chosen by the arithmetic
+                choice = engine.run(partial(install, self.model, self.config.packing))
             self.progress.note(f"attention: {choice}")
             if self.config.gradient_checkpointing:
                 self._recompute_activations()
             self.model.train()
             try:
-                rehearse(self.model, engine.accumulate)
+                with autocasting(self.model, self.compute_dtype):
+                    rehearse(self.model, engine.accumulate)
                 yield engine
             finally:
                 unfuse(self.model)
@@ -211,17 +217,24 @@ class Training:
         fix = f"Lower lr (now {self.config.lr:g}) or raise warmup_ratio (now {self.config.warmup_ratio:g})"
         require_finite(step, name, value, fix)
 
-    def _save_or_stop(self, position: Position, saved: CheckpointFolder, engine: Engine) -> None:
+    def _save_or_stop(self, position: Position, saves: Saves, engine: Engine) -> None:
         # the last step is not saved: its weights are about to be published, and a stop has nothing left to save
         if position.step == self.order.total:
             return
-        stopped = processes.agree(self.stop_requested())
+        due = processes.rank() == 0 and saves.is_due(position.step)  # clocks differ: process 0 has the word
+        asked = torch.tensor([self.stop_requested(), due, saves.failed]).int()
+        stopped, saved, failed = map(bool, processes.total(asked).tolist())
+        if failed:
+            saves.finish()
+            raise Interrupted("another process could not write its part of a checkpoint; run the same command again")
         # After the step's report, so that metrics.jsonl never lags behind a checkpoint: on resuming, lines beyond the
         # checkpoint are dropped, but missing ones would be lost. The gradients are freed by now, and no part of it.
-        if stopped or position.step % self.config.checkpoint_steps == 0:
+        if stopped or saved:
             measured = self.evaluation.state() if processes.rank() == 0 else {}
-            saved.save(position, engine.capture() | measured)
+            saves.begin(position, engine.capture() | measured)
         if stopped:
+            saves.finish()
+            processes.wait()
             raise Interrupted(
                 f"stopped after step {position.step} of {self.order.total}; run the same command to resume from there"
             )

@@ -64,6 +64,7 @@ def test_the_defaults_have_no_problems() -> None:
         ("per_device_batch_size", 0),
         ("gradient_accumulation", 0),
         ("checkpoint_steps", 0),
+        ("checkpoint_minutes", 0.0),
         ("loss_chunk", 0),
         ("warmup_ratio", 1.1),
         ("min_lr_ratio", math.nan),

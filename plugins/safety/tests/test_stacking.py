@@ -153,15 +153,15 @@ def test_a_run_that_died_is_finished_by_the_same_command(monkeypatch: pytest.Mon
     command = ["stages=[sft,safety,dpo]", "safety.epochs=3"]
     trained(*command, "output_root=clean")
     (clean,) = Path("clean").glob("*/run.json")
-    saved = CheckpointFolder.save
+    write = CheckpointFolder.write
 
     def save_and_die(self: CheckpointFolder, *given: Any) -> None:
-        saved(self, *given)
+        write(self, *given)
         if "safety" in str(self.folder):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointFolder, "save", save_and_die)
+        patch.setattr(CheckpointFolder, "write", save_and_die)
         with pytest.raises(Killed):
             trained(*command)
     trained(*command)
