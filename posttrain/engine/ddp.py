@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -44,16 +45,27 @@ class Replicated(Single):
             forward_sync_buffers=False,
             find_unused_parameters=True,
         )
+        self.replica.register_comm_hook(None, lambda state, bucket: _sum(bucket))
 
     def accumulate(self, compute: Callable[[], tuple[torch.Tensor, Sums]], last: bool) -> Sums:
         """Take the gradient; with ``last``, sum what all processes have taken since the last step."""
         with nullcontext() if last else self.replica.no_sync(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # none was unused: good
             loss, sums = self.replica(compute)
-            # it takes the mean of the processes' gradients, and here the shares of all add up to the step's loss
-            (loss * processes.world()).backward()
+            loss.backward()
         return sums  # type: ignore[no-any-return]
 
     def capture(self) -> State:
         """Return the whole state on process 0, and nothing elsewhere: every process has the same."""
         return super().capture() if processes.rank() == 0 else {}
+
+
+def _sum(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Sum gradients over the processes: the shares of all add up to the step's loss.
+
+    Of itself it takes their mean. The loss times three would undo that, but a backward pass in bfloat16 would round
+    otherwise.
+    """
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
