@@ -60,7 +60,7 @@ class Replicated(Single):
         return super().capture() if processes.rank() == 0 else {}
 
 
-def _sum(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     """Sum gradients over the processes: the shares of all add up to the step's loss.
 
     Of itself it takes their mean. The loss times three would undo that, but a backward pass in bfloat16 would round
@@ -68,4 +68,5 @@ def _sum(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+    summed: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return summed
