@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 
 from posttrain.engine.checkpoint import CheckpointFolder, Part, Position, State
-from posttrain.engine.config import FineTuneConfig
+from posttrain.engine.config import LoopConfig
 
 
 class Saves:
     """The checkpoints of one training."""
 
-    def __init__(self, folder: CheckpointFolder, config: FineTuneConfig) -> None:
+    def __init__(self, folder: CheckpointFolder, config: LoopConfig) -> None:
         self._folder, self._config = folder, config
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
