@@ -21,6 +21,7 @@ from posttrain.scoring.plugin import evaluate_artifact
 from posttrain.sft import declines
 from tests.support.tiny import base_source, write_base
 
+pytestmark = pytest.mark.usefixtures("host")  # what a loaded plugin ships needs no consent
 FOLDER = Path(posttrain_safety.__file__).parent / "tasks"
 METRICS = {"safety_harmful": "refused", "safety_harmless": "answered"}
 
