@@ -231,8 +231,8 @@ def _posttrain(job: Job) -> Result:
     from posttrain_preference.stage import run
 
     from posttrain.config.schema import ModelConfig
+    from posttrain.context import StageContext
     from posttrain.model.base import resolve_base
-    from posttrain.stage import StageContext
 
     parent = replace(resolve_base(ModelConfig(path=job.model)), name="sft", adapter=Path(job.adapter))
     records = _records(job)
