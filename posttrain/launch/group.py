@@ -116,9 +116,10 @@ class Group:
 def _fate(watch: Watch, rank: int) -> str:
     """Describe the end of a process that left no outcome."""
     about = watch.signs.processes().get(rank)
-    if about is None:
-        return "never began"
     log = (watch.folder / LOG).read_text(encoding="utf-8", errors="replace")
+    if about is None:
+        said = [line.strip() for line in log.splitlines() if line.strip()]
+        return f"never began; its launcher ended with {watch.status}" + (f": {said[-1][:200]}" if said else "")
     code = {int(pid): int(code) for code, pid in FATE.findall(log)}.get(about["pid"])
     if code is not None and code < 0:
         memory = ". The system does this when memory runs out" if code == -signal.SIGKILL else ""

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
+from posttrain.config.schema import LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record, Text
 from posttrain.disk import naming, write_synced
@@ -52,7 +52,7 @@ class Job:
     origin: str
     """Plugin of the stage, with its version."""
     config: Mapping[str, Any]
-    """Settings of the stage, without its gate, which is the command's."""
+    """Settings of the stage, whole: a checkpoint of other settings is not resumed."""
     parent: Mapping[str, Any]
     """The model to start from."""
     seed: int
@@ -185,8 +185,7 @@ def _lines(groups: Iterable[tuple[bool, Sequence[Any]]], stage: str) -> Iterator
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    node = OmegaConf.structured(replace(config, gate=GateConfig()))
-    return _as_json(OmegaConf.to_container(node, enum_to_str=True))
+    return _as_json(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
 def _as_json(values: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.records import Conversation, Text
 from posttrain.errors import BadInput, Diverged, Interrupted, PluginFailed, PosttrainError
@@ -50,7 +50,7 @@ def context(folder: Path, **given: Any) -> StageContext:
     )  # fmt: skip
     made: dict[str, Any] = {"progress": Recorder(), "stop_requested": lambda: False, **given}
     return StageContext(
-        name="mine", config=sft_config(), parent=parent, records=RECORDS[:1], eval_records=RECORDS[1:], seed=3,
+        name="mine", config=sft_config(gate=GateConfig()), parent=parent, records=RECORDS[:1], eval_records=RECORDS[1:], seed=3,
         dtype="float32", checkpoints=folder / "checkpoints", output=folder / "draft", engine="ddp", **made,
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def test_a_job_gives_back_what_the_command_had(tmp_path: Path) -> None:
     assert read_records(path.parent / "launch" / "records.jsonl", job.records) == (RECORDS[:1], RECORDS[1:])
     made = config_of(job, SFT)
     assert type(made) is type(given.config)
-    assert (made.method, made.lora, made.lr) == (given.config.method, given.config.lora, given.config.lr)
+    assert made == given.config
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "versions": {**values["versions"], "posttrain": "0.0.1", "torch": "1.0"}}))
     with pytest.raises(BadInput, match=r"has posttrain .*, torch .*, but the command posttrain 0\.0\.1, torch 1\.0"):
