@@ -50,7 +50,8 @@ def context(folder: Path, **given: Any) -> StageContext:
     )  # fmt: skip
     made: dict[str, Any] = {"progress": Recorder(), "stop_requested": lambda: False, **given}
     return StageContext(
-        name="mine", config=sft_config(gate=GateConfig()), parent=parent, records=RECORDS[:1], eval_records=RECORDS[1:], seed=3,
+        name="mine", config=sft_config(gate=GateConfig()), parent=parent,
+        records=RECORDS[:1], eval_records=RECORDS[1:], seed=3,
         dtype="float32", checkpoints=folder / "checkpoints", output=folder / "draft", engine="ddp", **made,
     )  # fmt: skip
 
