@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LoraSettings
+from posttrain.config.schema import Dtype, LoraSettings
 from posttrain.context import StageContext
 from posttrain.engine import processes
 from posttrain.errors import Interrupted
@@ -71,7 +71,8 @@ CASES: dict[str, Case] = {
     "tied": Case(full, "tied"),
     "recomputed": Case(full, "tied", gradient_checkpointing=True),
     "autocast": Case(full, "untied", "bfloat16"),
-    "lora": Case(lora, "untied", "bfloat16"),
+    "lora": Case(lora, "untied", "bfloat16", compute_dtype=Dtype.float32),
+    "lora_bfloat16": Case(lora, "untied", "bfloat16"),
     "dora": Case(dora, "untied"),
     "qlora": Case(qlora, "untied"),
 }

@@ -25,7 +25,7 @@ from tests.support.tiny import sft_config, write_base
 ENGINES = ("ddp", "fsdp")
 ROOT = Path(__file__).parents[2]
 WORLDS = {2: list(several.CASES), 3: list(several.RESUMED)}
-TOLERANCE = {"autocast": 3e-2}
+TOLERANCE = {"autocast": 3e-2, "lora_bfloat16": 5e-2}
 """Largest relative difference of trained weights; bfloat16 rounds sums of other parts otherwise."""
 
 
@@ -99,7 +99,7 @@ def test_loss_norm_and_eval_loss_are_those_of_one_process(launched: tuple[int, P
             found, expected = steps(output / engine / name / "artifact"), steps(single / name / "artifact")
             assert [step.keys() for step in found] == [step.keys() for step in expected]
             for ours, theirs in zip(found, expected, strict=True):
-                assert ours == pytest.approx(theirs, rel=2e-2 if name in TOLERANCE else 1e-4), (engine, name)
+                assert ours == pytest.approx(theirs, rel=5e-2 if name in TOLERANCE else 1e-4), (engine, name)
 
 
 def test_the_same_run_gives_the_same_bytes_stopped_or_not(launched: tuple[int, Path]) -> None:
