@@ -47,6 +47,8 @@ ADAPTER = "default"
 PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Existing tokens for padding, best first."""
 
+AS_STORED = "auto"
+"""transformers' name of the number format that the files of the weights have."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -81,8 +83,8 @@ def added_token_ids(source: ModelSource) -> list[int]:
 def load_model(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrainedModel | PeftModel:
     """Load the model for inference, in evaluation mode, with its adapter if it has one.
 
-    ``mapped`` leaves the weights in their files, mapped into memory and as they are stored, until something copies
-    them: processes that take slices share them. Quantised weights are loaded all the same.
+    ``mapped`` leaves the weights in their files, mapped into memory, until something copies them: processes that take
+    slices share them. It does so for files in the format ``dtype``; quantised weights are loaded all the same.
     """
     model = _load_weights(source, dtype, mapped)
     if source.adapter is not None:
@@ -129,9 +131,11 @@ def load_trainable(source: ModelSource, dtype: str, mapped: bool = False) -> Pre
     """Load the model to train: the adapter ``default`` trainable, or else all weights, in float32 either way.
 
     With full weights and ``bfloat16``, the forward pass must run under bfloat16 autocast. The rows of added tokens
-    beside an adapter are frozen. ``mapped`` is that of ``load_model``. Raises BadInput when a weight is not finite.
+    beside an adapter are frozen. ``mapped`` is that of ``load_model``; full weights then stay in their files' format.
+    Raises BadInput when a weight is not finite.
     """
-    model = _load_weights(source, "float32" if source.adapter is None else dtype, mapped)
+    trained = AS_STORED if mapped else "float32"
+    model = _load_weights(source, trained if source.adapter is None else dtype, mapped)
     if source.adapter is not None:
         config = fold_token_rows(model, source.adapter)
         model = attach(model, source.adapter, is_trainable=True, config=config)
@@ -203,7 +207,7 @@ def _load_weights(source: ModelSource, dtype: str, mapped: bool = False) -> PreT
         model, info = AutoModelForCausalLM.from_pretrained(
             source.model,
             **quantised,
-            dtype="auto" if mapped else DTYPES[dtype],
+            dtype=DTYPES.get(dtype, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
