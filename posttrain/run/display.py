@@ -92,7 +92,7 @@ class Ticker:
             self._bar.update(self._task, figures=part)
         if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
             self._printed = now
-            self._display.line(self._stage, self._what, f"{done}/{total}  {part}")
+            self._display.line(self._stage, self._what, f"{done}/{total}  {part}" if total else part)
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""
@@ -140,7 +140,8 @@ class TrainingProgress:
     def part(self, done: int, total: int, what: str) -> None:
         """Show ``done`` of ``total`` parts of the step in work."""
         activity.sign_of_life()
-        self._ticker.begin_part(self._done, self._total, f"step {self._done + 1}: {what} {done}/{total}")
+        step = f"step {self._done + 1}: " if self._total else ""  # a stage may have work before its first step
+        self._ticker.begin_part(self._done, self._total, f"{step}{what} {done}/{total}")
 
     def note(self, text: str) -> None:
         """Show one line."""

@@ -42,3 +42,15 @@ def test_a_short_step_shows_its_figures_alone(tmp_path: Path, monkeypatch: pytes
     progress.step(5, {"loss": 1.0, "tokens": 8})
     assert "row" not in shown.getvalue()
     assert "5/10  loss 1.000" in shown.getvalue()
+
+
+def test_work_before_the_first_step_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    monkeypatch.setattr(display, "LONG_STEP_SECONDS", 0)
+    shown = io.StringIO()
+    host = SimpleNamespace(hook=SimpleNamespace(step_logged=lambda **arguments: None))
+    progress = TrainingProgress(Display(Console(file=shown, width=200)), "dpo", tmp_path / "metrics.jsonl", host)
+    progress.part(64, 400, "reference row")
+    assert "reference row 64/400" in shown.getvalue()
+    assert "step" not in shown.getvalue()
+    assert "0/0" not in shown.getvalue()
