@@ -166,8 +166,8 @@ def _import_everything() -> None:
     torch.set_num_threads(1)
     import datasets  # noqa: F401
     import peft  # noqa: F401
-    import posttrain_preference.stage
-    import posttrain_preference.trainer  # noqa: F401
+    import posttrain_preference.objectives
+    import posttrain_preference.stage  # noqa: F401
     import transformers  # noqa: F401
 
 

@@ -192,7 +192,7 @@ def test_a_run_that_died_in_any_stage_is_finished_by_the_same_command(monkeypatc
     (clean,) = Path("clean").glob("*/run.json")
     for kind in ("dpo", "kto"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"posttrain_preference.trainer.{DYING[kind]}.figures", dying(Killed))
+            patch.setattr(f"posttrain_preference.objectives.{DYING[kind]}.figures", dying(Killed))
             with pytest.raises(Killed):
                 trained(*command)
         assert states()[kind] == "failed"
@@ -202,11 +202,11 @@ def test_a_run_that_died_in_any_stage_is_finished_by_the_same_command(monkeypatc
     assert {str(p.relative_to(only_run())): p.read_bytes() for p in only_run().rglob("artifact/*")} == wanted
 
 
-DYING = {"dpo": "PairTrainer", "kto": "JudgedTrainer"}
+DYING = {"dpo": "DPOLoss", "kto": "KTOLoss"}
 
 
 def dying(error: type[BaseException]) -> Any:
-    def figures(trainer: Any) -> dict[str, Any]:
+    def figures(loss: Any, sums: Any, totals: Any) -> dict[str, float]:
         raise error
 
     return figures

@@ -29,7 +29,7 @@ def test_the_wheel_holds_code_plugins_configuration_and_recipes(wheel: Path) -> 
         "posttrain/commands/templates/plugin/pyproject.toml.j2",
         "posttrain/commands/templates/plugin/.github/workflows/test.yml.j2",
         "posttrain/testing/conformance.py",
-        "posttrain_preference/trainer.py",
+        "posttrain_preference/objectives.py",
         "posttrain_safety/conf/gate/safety_default.yaml",
         "posttrain_safety/tasks/harmless.jsonl",
         "posttrain_safety/tasks/scoring.py",

@@ -59,6 +59,7 @@ class AnswerScores:
     """The log-probabilities of a batch, in nats summed over the tokens of an answer, in float64."""
 
     rows: Sequence[Any]
+    """Rows of the batch, [B]."""
     log_probs: torch.Tensor
     """Those of the policy, [B, A], with their graph."""
     tokens: torch.Tensor

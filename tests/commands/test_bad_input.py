@@ -169,7 +169,7 @@ PHASES = [
     "posttrain.model.saving.get_peft_model_state_dict",
     "posttrain.model.reloading.probe_both",
     "posttrain.run.train.publish",
-    "posttrain_preference.trainer.StageTrainer.training_step",
+    "posttrain.engine.answer_objective.AnswerObjective.share",
 ]
 
 
@@ -180,7 +180,7 @@ def test_memory_that_runs_out_in_any_phase(
     def full(*_: object, **__: object) -> None:
         raise OUT_OF_MEMORY[PHASES.index(phase) % len(OUT_OF_MEMORY)]
 
-    words = ["recipe=mine"] if "preference" in phase else ["recipe=mine", "stages=[sft]"]
+    words = ["recipe=mine"] if "answer" in phase else ["recipe=mine", "stages=[sft]"]
     with monkeypatch.context() as patch:
         patch.setattr(phase, full)
         assert run(*words) == 2

@@ -69,7 +69,8 @@ def test_nothing_is_measured_where_the_format_is_given(
     asked: Dtype | None, stored: str, device: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measuring(None, monkeypatch)
-    model: Any = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(arithmetic, "default_device", lambda: torch.device(device))
+    model: Any = SimpleNamespace()
     chosen = choose_arithmetic(sft_config(compute_dtype=asked), stored, model, tmp_path / "rates.json")
     assert str(chosen) == f"{expected} on weights stored as {stored}"
     assert not (tmp_path / "rates.json").exists()

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from posttrain.config.compose import compose
 from posttrain.context import StageContext
+from posttrain.digests import digest_of
 from posttrain.gate.spec import GateRequest, Scorecard, Verdict, VerdictState
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
@@ -86,7 +87,7 @@ class Script:
 
 def write_adapter(context: StageContext) -> None:
     """An adapter that depends on the stage's name, seed and parent."""
-    start = sum(map(ord, context.name + context.parent.digest)) + context.seed
+    start = int(digest_of([context.name, context.parent.digest, context.seed])[:5], 16)
     weights = {
         "base_model.model.layer.lora_A.weight": np.full((2, 4), start, np.float32),
         "base_model.model.layer.lora_B.weight": np.full((4, 2), start, np.float32),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from posttrain import AnsweredRow, BadInput, Problem, StageContext, set_aside
+from posttrain import BadInput, Problem, StageContext
 
-Row = TypeVar("Row", bound=AnsweredRow)
+if TYPE_CHECKING:
+    from posttrain import AnsweredRow
+
+Row = TypeVar("Row", bound="AnsweredRow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ def split_fitting(
 
     Others are dropped and counted, for a cut answer teaches not to end. Raises BadInput when no row is left to train.
     """
+    from posttrain import set_aside  # imports torch, and listing the stages must not
+
     longest = context.config.sequence_length
     found, measured = list(rendered), list(eval_rendered)
     rows, eval_rows = ([row for row in each if _length(row) <= longest] for each in (found, measured))

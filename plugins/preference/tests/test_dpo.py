@@ -271,6 +271,7 @@ def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
         "final_loss": steps[3]["loss"],
         "rewards_margin": steps[3]["rewards_margin"],
         "tokens": tokens,
+        "arithmetic": "float32",
     }
     assert sum(step["tokens"] for step in steps.values()) == tokens
 
