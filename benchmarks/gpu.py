@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, memory and speed of training, and gates. One command, at most eight minutes.
+"""Measures on a GPU: kernels, memory and speed of training, and gates. One command.
 
     python benchmarks/gpu.py --output results.json      # one GPU of 80 GB or more; else fewer layers, and said
     python benchmarks/gpu.py --small                     # tiny sizes, on the CPU too: shows that it runs

@@ -102,13 +102,12 @@ class Sequential(Enum):
 
 
 class EngineName(Enum):
-    """The division of training among processes: ``auto`` takes what fits; ``deepspeed`` is not built in."""
+    """The division of training among processes: ``auto`` takes what fits."""
 
     auto = "auto"
     single = "single"
     ddp = "ddp"
     fsdp = "fsdp"
-    deepspeed = "deepspeed"
 
 
 class Launcher(Enum):

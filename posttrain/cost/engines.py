@@ -9,7 +9,7 @@ from pathlib import Path
 
 HEADROOM = 0.9
 """Share of a device's memory that a training may plan with: libraries and the allocator take the rest."""
-AUTO = "auto"
+AUTO, SINGLE = "auto", "single"
 
 
 def choose_engine(setting: str, processes: int, need: int | None, device: int | None) -> tuple[str, str]:
@@ -19,7 +19,7 @@ def choose_engine(setting: str, processes: int, need: int | None, device: int | 
     ``auto`` is single on one device, ddp where everything fits on each, else fsdp.
     """
     if processes == 1:
-        return "single", "there is one device"
+        return SINGLE, "there is one device"
     if setting != AUTO:
         return setting, "as set"
     if need is None or device is None:
@@ -31,7 +31,7 @@ def choose_engine(setting: str, processes: int, need: int | None, device: int | 
 
 def device_memory(processes: int = 1) -> int | None:
     """Return the bytes of the smallest GPU, or of this machine's share for one of ``processes`` on its CPU."""
-    if has_gpu() and (tool := shutil.which("nvidia-smi")):
+    if gpus() and (tool := shutil.which("nvidia-smi")):
         command = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
@@ -41,9 +41,12 @@ def device_memory(processes: int = 1) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
 
-def has_gpu() -> bool:
-    """Return True on a machine with a CUDA GPU; torch is not asked, because a plan imports none."""
-    return any(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+def gpus() -> int:
+    """Return the number of GPUs that this process may use; torch is not asked, because a plan imports none."""
+    found = sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = found if visible is None else len([word for word in visible.split(",") if word.strip() not in ("", "-1")])
+    return min(found, named)
 
 
 def gigabytes(size: float) -> str:

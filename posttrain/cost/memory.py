@@ -82,7 +82,7 @@ def checkpoint_bytes(model: Architecture, training: Training) -> int:
 
 
 def training_memory(model: Architecture, training: Training, engine: str, processes: int = 1) -> Memory:
-    """Return the memory of each of ``processes`` devices under ``engine``: single, ddp, fsdp or deepspeed."""
+    """Return the memory of each of ``processes`` devices under ``engine``: single, ddp or fsdp."""
     trained = trained_weights(model, training)
     frozen = _frozen_bytes(model, training)
     share = 1 if engine in WHOLE else processes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.cost.architecture import Architecture, read_architecture
-from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, has_gpu
+from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, gpus
 from posttrain.cost.memory import KEPT_CHECKPOINTS, Memory, Training, checkpoint_bytes, training_memory
 from posttrain.errors import BadInput
 from posttrain.plan import Plan, Step
@@ -16,7 +16,7 @@ from posttrain.plan import Plan, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What one stage needs."""
+    """The needs of one stage."""
 
     engine: str
     reason: str
@@ -93,7 +93,7 @@ def training_of(step: Step, stored: Dtype, former: Training | None) -> Training 
     if not isinstance(tokens, int) or not isinstance(method, Method):
         return None
     lora = getattr(config, "lora", None)
-    computed = getattr(config, "compute_dtype", None) or (stored if has_gpu() else Dtype.float32)
+    computed = getattr(config, "compute_dtype", None) or (stored if gpus() else Dtype.float32)
     return Training(
         method=method,
         rank=lora.r if isinstance(lora, LoraSettings) else former.rank if former else 0,

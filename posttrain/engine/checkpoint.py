@@ -140,7 +140,7 @@ class CheckpointFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one process saves of a state."""
+    """The part of a state that one process saves."""
 
     tensors: State
     """Own tensors and slices by name."""

@@ -13,9 +13,7 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from posttrain.engine import processes
 from posttrain.engine.attention import causal_model
-from posttrain.engine.checkpoint import State
 from posttrain.engine.engine import Single
 from posttrain.engine.objective import Sums
 
@@ -54,10 +52,6 @@ class Replicated(Single):
             loss, sums = self.replica(compute)
             loss.backward()
         return sums  # type: ignore[no-any-return]
-
-    def capture(self) -> State:
-        """Return the whole state on process 0, and nothing elsewhere: every process has the same."""
-        return super().capture() if processes.rank() == 0 else {}
 
 
 def _sum(bucket: Any) -> torch.futures.Future[torch.Tensor]:

@@ -24,7 +24,7 @@ from posttrain.engine.arithmetic import Arithmetic
 from posttrain.engine.attention import causal_model
 from posttrain.engine.engine import Result, Single
 from posttrain.engine.objective import Sums
-from posttrain.engine.optimizer import make_optimizer, update_weights
+from posttrain.engine.optimizer import make_optimizer
 from posttrain.engine.precision import is_quantised
 from posttrain.errors import reject
 from posttrain.model.loading import DTYPES, default_device
@@ -52,8 +52,8 @@ class Sharded(Single):
     def _slice(self, arithmetic: Arithmetic | None) -> None:
         causal = causal_model(self.model)
         mesh = init_device_mesh(default_device().type, (processes.world(),))
-        # The files of the weights are mapped into memory until here: a process never holds more than its slices and
-        # one unit, the layer or what lies outside of layers, whole.
+        # Files in the format of the recipe are mapped into memory until here, not copied: of those, a process holds its
+        # slices and one unit, a layer or what lies outside of layers, at a time.
         for unit in [*decoder_layers(causal), causal]:
             if arithmetic is not None:
                 _convert(unit, arithmetic)
@@ -84,14 +84,6 @@ class Sharded(Single):
         finally:
             for module in self._units():
                 module.reshard()
-
-    def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
-        """Clip by the norm of all slices, check, update."""
-        parameters = [each for each in self.model.parameters() if each.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm).full_tensor())  # type: ignore[attr-defined]
-        check(norm)
-        update_weights(self.optimizer, rate)
-        return norm
 
     def _units(self) -> list[FSDPModule]:
         return [module for module in self.root.modules() if isinstance(module, FSDPModule)]

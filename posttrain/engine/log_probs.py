@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from posttrain.engine.loss import OutputHead, projected
+from posttrain.engine.loss import ChunkedLogits, OutputHead, projected, to_logits, to_product
 
 
 def token_log_probs(head: OutputHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -40,51 +40,15 @@ class _Shape:
 
     def log_probs(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         """Return log p(target) [C] of the projection's output, and turn ``logits_CV`` into its gradient in place."""
-        if self.scale != 1.0:
-            logits_CV *= self.scale
-        if self.softcap is not None:
-            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        slope_CV = None if self.softcap is None else 1 - (logits_CV / self.softcap) ** 2
+        slope_CV = to_logits(logits_CV, self.scale, self.softcap)
         targets_C1 = targets_C[:, None]
         logits_CV -= logits_CV.amax(1, keepdim=True)
         target_C1 = logits_CV.gather(1, targets_C1)
         sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
         logits_CV /= -sum_C1
         logits_CV.scatter_add_(1, targets_C1, logits_CV.new_ones(targets_C1.shape))  # one-hot minus softmax
-        if slope_CV is not None:
-            logits_CV *= slope_CV
-        if self.scale != 1.0:
-            logits_CV *= self.scale
+        to_product(logits_CV, self.scale, slope_CV)
         return (target_C1 - sum_C1.log())[:, 0]
-
-
-class _Logits:
-    """The projection's output for one chunk after another, in one piece of memory."""
-
-    def __init__(
-        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, chunk: int
-    ) -> None:
-        self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
-        precise = torch.promote_types(hidden_ND.dtype, torch.float32)
-        self.product_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight_VD))
-        own = precise == hidden_ND.dtype
-        self.precise_CV = self.product_CV if own else torch.empty_like(self.product_CV, dtype=precise)
-
-    def of(self, part: slice) -> torch.Tensor:
-        """Return the output [C, V] for a chunk, in float32 at least; the next call overwrites it."""
-        hidden_CD = self.hidden_ND[part]
-        product_CV, precise_CV = self.product_CV[: len(hidden_CD)], self.precise_CV[: len(hidden_CD)]
-        torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
-        if precise_CV is not product_CV:
-            precise_CV.copy_(product_CV)
-        if self.bias_V is not None:
-            precise_CV += self.bias_V
-        return precise_CV
-
-    def rounded(self, precise_CV: torch.Tensor) -> torch.Tensor:
-        """Return ``precise_CV`` in the number format of the hidden states."""
-        product_CV = self.product_CV[: len(precise_CV)]
-        return product_CV.copy_(precise_CV)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -104,7 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
         precise = torch.promote_types(hidden_ND.dtype, torch.float32)
         found_N = torch.empty(len(targets_N), dtype=precise, device=hidden_ND.device)
         unit_ND = torch.empty_like(hidden_ND) if wants_hidden and ctx.frozen else None
-        logits = _Logits(hidden_ND, weight_VD, bias_V, shape.chunk)
+        logits = ChunkedLogits(hidden_ND, weight_VD, bias_V, shape.chunk)
         for part in shape.chunks(len(targets_N)):
             logits_CV = logits.of(part)
             found_N[part] = shape.log_probs(logits_CV, targets_N[part])
@@ -126,7 +90,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=grad_N.dtype) if ctx.needs_input_grad[2] else None
-        logits = _Logits(hidden_ND, weight_VD, bias_V, ctx.shape.chunk)
+        logits = ChunkedLogits(hidden_ND, weight_VD, bias_V, ctx.shape.chunk)
         for part in ctx.shape.chunks(len(targets_N)):
             slope_CV = logits.of(part)
             ctx.shape.log_probs(slope_CV, targets_N[part])

@@ -74,6 +74,35 @@ def projected(head: OutputHead, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, 
     return hidden_ND, weight_VD, bias_V
 
 
+class ChunkedLogits:
+    """The projection's output for one chunk after another, in one piece of memory."""
+
+    def __init__(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, chunk: int
+    ) -> None:
+        self.hidden_ND, self.weight_VD, self.bias_V = hidden_ND, weight_VD, bias_V
+        precise = torch.promote_types(hidden_ND.dtype, torch.float32)
+        self.product_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight_VD))
+        own = precise == hidden_ND.dtype
+        self.precise_CV = self.product_CV if own else torch.empty_like(self.product_CV, dtype=precise)
+
+    def of(self, part: slice) -> torch.Tensor:
+        """Return the output [C, V] for a chunk, in float32 at least; the next call overwrites it."""
+        hidden_CD = self.hidden_ND[part]
+        product_CV, precise_CV = self.product_CV[: len(hidden_CD)], self.precise_CV[: len(hidden_CD)]
+        torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
+        if precise_CV is not product_CV:
+            precise_CV.copy_(product_CV)
+        if self.bias_V is not None:
+            precise_CV += self.bias_V
+        return precise_CV
+
+    def rounded(self, precise_CV: torch.Tensor) -> torch.Tensor:
+        """Return ``precise_CV`` in the number format of the hidden states."""
+        product_CV = self.product_CV[: len(precise_CV)]
+        return product_CV.copy_(precise_CV)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """The loss and, in the same pass, its gradients: kept for the backward pass are [N, D] and [V, D], never [N, V]."""
 
@@ -96,24 +125,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=precise) if wants_bias and bias_V is not None else None
-        size = min(chunk, len(targets_N))
-        product_CV = hidden_ND.new_empty(size, len(weight_VD))  # one piece of memory for all chunks
-        precise_CV = product_CV if precise == hidden_ND.dtype else torch.empty_like(product_CV, dtype=precise)
+        chunks = ChunkedLogits(hidden_ND, weight_VD, bias_V, chunk)
         for start in range(0, len(targets_N), chunk):
-            hidden_CD, targets_C = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
-            product, logits = product_CV[: len(targets_C)], precise_CV[: len(targets_C)]
-            torch.mm(hidden_CD, weight_VD.T, out=product)
-            logits.copy_(product)
-            if bias_V is not None:
-                logits += bias_V
-            loss += _loss_and_gradient(logits, targets_C, scale, softcap)
-            product.copy_(logits)
+            part = slice(start, start + chunk)
+            logits_CV = chunks.of(part)
+            loss += _loss_and_gradient(logits_CV, targets_N[part], scale, softcap)
+            product_CV = chunks.rounded(logits_CV)
             if grad_hidden_ND is not None:
-                torch.mm(product, weight_VD, out=grad_hidden_ND[start : start + chunk])
+                torch.mm(product_CV, weight_VD, out=grad_hidden_ND[part])
             if grad_weight_VD is not None:
-                grad_weight_VD += product.T @ hidden_CD
+                grad_weight_VD += product_CV.T @ hidden_ND[part]
             if grad_bias_V is not None:
-                grad_bias_V += logits.sum(0)
+                grad_bias_V += logits_CV.sum(0)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         return loss
 
@@ -128,11 +151,7 @@ def _loss_and_gradient(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """Return the summed cross-entropy of the projection's output, and turn ``logits_CV`` into its gradient in place."""
-    if scale != 1.0:
-        logits_CV *= scale
-    if softcap is not None:
-        logits_CV.div_(softcap).tanh_().mul_(softcap)
-    slope_CV = None if softcap is None else 1 - (logits_CV / softcap) ** 2
+    slope_CV = to_logits(logits_CV, scale, softcap)
     targets_C1 = targets_C[:, None]
     # softmax does not change when the largest logit is subtracted, and no exp overflows
     logits_CV -= logits_CV.amax(1, keepdim=True)
@@ -141,8 +160,23 @@ def _loss_and_gradient(
     loss = (sum_C1.log() - target_C1).sum()
     logits_CV /= sum_C1
     logits_CV.scatter_add_(1, targets_C1, logits_CV.new_full(targets_C1.shape, -1.0))  # softmax minus one-hot
-    if slope_CV is not None:
-        logits_CV *= slope_CV
-    if scale != 1.0:
-        logits_CV *= scale
+    to_product(logits_CV, scale, slope_CV)
     return loss
+
+
+def to_logits(product_CV: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor | None:
+    """Turn the projection's output into logits in place; return the slope [C, V] of the softcap, None without one."""
+    if scale != 1.0:
+        product_CV *= scale
+    if softcap is None:
+        return None
+    product_CV.div_(softcap).tanh_().mul_(softcap)
+    return 1 - (product_CV / softcap) ** 2
+
+
+def to_product(gradient_CV: torch.Tensor, scale: float, slope_CV: torch.Tensor | None) -> None:
+    """Turn the gradient of logits into that of the projection's output in place."""
+    if slope_CV is not None:
+        gradient_CV *= slope_CV
+    if scale != 1.0:
+        gradient_CV *= scale

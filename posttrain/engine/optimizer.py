@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from posttrain.engine.config import LoopConfig
 
@@ -24,9 +25,13 @@ def make_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.Ad
 
 
 def clip_gradient(model: torch.nn.Module, max_norm: float) -> float:
-    """Scale the gradient of all parameters together down to ``max_norm``; return its norm from before."""
+    """Scale the gradient of all parameters together, slices of every process included, down to ``max_norm``.
+
+    Returns its norm from before.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def update_weights(optimizer: torch.optim.Optimizer, rate: float) -> None:

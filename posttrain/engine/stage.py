@@ -1,4 +1,4 @@
-"""The loop in a stage: what is reached, what never got a gradient and what the eval loss says is told and recorded."""
+"""The loop in a stage: reach, idle weights and eval loss are reported and recorded, and answers trained."""
 
 from __future__ import annotations
 

@@ -6,20 +6,16 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import gcd
-from pathlib import Path
 from re import fullmatch
 
-from posttrain.config.schema import EngineName, LaunchConfig, Launcher, Method
-from posttrain.cost.engines import choose_engine
+from posttrain.config.schema import EngineName, LaunchConfig, Launcher
+from posttrain.cost.engines import SINGLE, choose_engine, gpus
 from posttrain.cost.needs import Needs, stage_needs
 from posttrain.engine.config import LoopConfig
 from posttrain.errors import Problem
 from posttrain.plan import Plan, Step
 
-EXCLUDED = {EngineName.deepspeed: (Method.qlora,)}
-"""Variants that an engine cannot train: DeepSpeed's slices know no weights in 4 bits."""
 OPTIONS = {
     "partition": "partition", "account": "account", "qos": "qos", "time": "time", "gres": "gres", "memory": "mem",
     "constraint": "constraint", "reservation": "reservation",
@@ -60,22 +56,16 @@ def needs_of(plan: Plan) -> dict[str, Needs]:
 
 def engine_of(plan: Plan, step: Step) -> str:
     """Return the engine of a stage, never ``auto``."""
-    if need := needs_of(plan).get(step.name):
-        return need.engine
-    return choose_engine(plan.engine.value, shape_of(plan.launch).world, None, None)[0]
+    shape = shape_of(plan.launch)
+    if shape.world == 1:  # no file of the model has to be read for that
+        return SINGLE
+    need = needs_of(plan).get(step.name)
+    return need.engine if need else choose_engine(plan.engine.value, shape.world, None, None)[0]
 
 
 def in_slurm_job() -> bool:
     """Return True inside the allocation of a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
-
-
-def gpus() -> int:
-    """Return the number of GPUs that this process may use; torch is not asked, because a plan imports none."""
-    found = sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    named = found if visible is None else len([word for word in visible.split(",") if word.strip() not in ("", "-1")])
-    return min(found, named)
 
 
 def cores() -> int:
@@ -162,14 +152,6 @@ def _engine_problems(plan: Plan, world: int) -> Iterator[Problem]:
     if engine not in (EngineName.auto, EngineName.single) and world == 1:
         fix = "Add launch=local launch.processes=2 or more, or leave out engine"
         yield Problem(where="engine", what=f"{engine.value} shares training among processes, but there is one", fix=fix)
-    if engine is EngineName.deepspeed and find_spec("posttrain.engine.deepspeed") is None:
-        fix = "Give engine=fsdp, which slices weights, gradients and moments as ZeRO-3 does"
-        yield Problem(where="engine", what="this version trains by single, ddp and fsdp", fix=fix)
-    for step in plan.steps:
-        method = getattr(step.config, "method", None)
-        if world > 1 and isinstance(method, Method) and method in EXCLUDED.get(engine, ()):
-            what = f"{engine.value} cannot train variant={method.value} of stage {step.name!r}"
-            yield Problem(where="engine", what=what, fix="Give engine=ddp or engine=fsdp")
 
 
 def _stage_problems(step: Step, world: int) -> Iterator[Problem]:

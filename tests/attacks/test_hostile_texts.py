@@ -188,8 +188,8 @@ def test_a_hostile_verdict_in_every_form(hostile: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("form", ["table", "markdown", "json"])
 def test_leaderboard_shows_hostile_texts(hostile: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(capsys, "leaderboard", "--format", form)
-    main(capsys, "leaderboard", f"task={ALL}")
+    assert obeyed(main(capsys, "leaderboard", "--format", form)) == []
+    assert obeyed(main(capsys, "leaderboard", f"task={ALL}")) == []
 
 
 def test_plan_tokens_and_gate_show_hostile_names(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

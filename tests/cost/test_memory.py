@@ -121,12 +121,11 @@ def test_what_is_shared_out_takes_less_on_each_device(method: Method, tmp_path: 
     asked = sizes(method, compute_bytes=2)
     single = training_memory(model, asked, "single")
     assert training_memory(model, asked, "ddp", 4).weights == single.weights
-    for engine in ("fsdp", "deepspeed"):
-        two, four = (training_memory(model, asked, engine, processes) for processes in (2, 4))
-        assert four.weights < two.weights < single.weights
-        assert four.moments == pytest.approx(single.moments / 4, rel=0.01)
-        assert (four.gradients < single.gradients) == (method is Method.full)
-        assert four.activations == single.activations
+    two, four = (training_memory(model, asked, "fsdp", processes) for processes in (2, 4))
+    assert four.weights < two.weights < single.weights
+    assert four.moments == pytest.approx(single.moments / 4, rel=0.01)
+    assert (four.gradients < single.gradients) == (method is Method.full)
+    assert four.activations == single.activations
 
 
 def test_four_bits_and_an_adapter_take_less_than_sixteen_and_all_weights(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_four_bits_and_an_adapter_take_less_than_sixteen_and_all_weights(tmp_pat
         ("auto", 8, 128 * GB, 80 * GB, "fsdp", "with everything on each device it takes 128 GB of 80.0 GB"),
         ("auto", 2, 79 * GB, 80 * GB, "fsdp", "with everything on each device it takes 79.0 GB of 80.0 GB"),
         ("auto", 2, None, 80 * GB, "fsdp", "it is not known what fits on a device"),
-        ("deepspeed", 2, 1 * GB, 80 * GB, "deepspeed", "as set"),
+        ("fsdp", 2, 1 * GB, 80 * GB, "fsdp", "as set"),
     ],
 )
 def test_the_first_engine_that_fits_is_taken_and_the_reason_said(

@@ -208,6 +208,7 @@ def test_a_killed_command_leaves_nothing_running(tmp_path: Path, monkeypatch: py
     command.kill()
     command.wait()
     wait_for(lambda: not left(tmp_path))
+    assert not left(tmp_path)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

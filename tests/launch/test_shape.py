@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import EngineName, LaunchConfig, Launcher, Method, StageConfig
+from posttrain.config.schema import EngineName, LaunchConfig, Launcher, StageConfig
 from posttrain.errors import BadInput
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -83,7 +83,7 @@ def test_the_plan_has_engine_and_launch(host: Host, default: Plan) -> None:
         (["launch=local", "launch.proceses=2"], "unknown key 'launch.proceses'\n    Did you mean launch.processes?"),
         (["launch.processes=two"], "'two' is not an integer"),
         (["launch=local", "launch.processes=0"], "launch.processes: must be at least 1, not 0"),
-        (["engine=dpp"], "engine=dpp: 'dpp' is not one of auto, single, ddp, fsdp, deepspeed"),
+        (["engine=dpp"], "engine=dpp: 'dpp' is not one of auto, single, ddp, fsdp"),
         (["launch.processes=2"], "launch.processes: nothing starts other processes\n    Add launch=local"),
     ],
 )
@@ -94,7 +94,6 @@ def test_words_are_explained(host: Host, words: list[str], expected: str) -> Non
 
 
 LOCAL, SLURM = Launcher.local, Launcher.slurm
-QLORA = {"method": Method.qlora}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,6 @@ QLORA = {"method": Method.qlora}
         ({"kind": LOCAL, "processes": 2}, "single", {}, "single trains in one process, but the launch starts 2"),
         ({"kind": LOCAL, "processes": 1}, "ddp", {}, "ddp shares training among processes, but there is one"),
         ({}, "fsdp", {}, "fsdp shares training among processes, but there is one"),
-        ({"kind": LOCAL, "processes": 2}, "deepspeed", QLORA, "deepspeed cannot train variant=qlora of stage 'sft'"),
         (
             {"kind": LOCAL, "processes": 2},
             "auto",
