@@ -129,7 +129,7 @@ class _Session:
     def _content(self) -> dict[str, Any]:
         """Return the part of every key common to all systems and tasks.
 
-        Batch size, device, number format and libraries are in it because each can change the last bits of a
+        Size of a block, device, number format and libraries are in it because each can change the last bits of a
         logit, and with them a greedy answer; the seed, because it picks few-shot examples and drives sampling.
         """
         gate = self._request.gate
@@ -137,7 +137,7 @@ class _Session:
             "tokenizer": tokenizer_digest(self._tokenizer),
             "seed": gate.seed,
             "backend": gate.backend.value,
-            "batch_size": gate.batch_size,
+            "block": gate.batch_size,
             "dtype": self._request.dtype,
             "device": self._loading.device,
             "versions": library_versions(),

@@ -179,6 +179,16 @@ metric_list:
 """
 
 
+def beginning(named: bool = True) -> Any:
+    """A tokenizer that begins every text with a token."""
+    core = Tokenizer.from_str(kinds.backend().to_str())
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>" if named else None, eos_token="<|eot_id|>", pad_token="</s>",
+        additional_special_tokens=kinds.SPECIAL[1:],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("kind", ["LLAMA3", "CHATML"])
@@ -186,12 +196,7 @@ def test_a_text_is_written_after_the_ids_of_training(
     kind: str, named: bool, chat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenizer begins every text with a token, which the template writes or leaves out."""
-    core = Tokenizer.from_str(kinds.backend().to_str())
-    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>" if named else None, eos_token="<|eot_id|>", pad_token="</s>",
-        additional_special_tokens=kinds.SPECIAL[1:],
-    )  # fmt: skip
+    tokenizer = beginning(named)
     tokenizer.chat_template = getattr(kinds, kind).replace("{{ bos_token }}", "<s>")
     Path("rows.jsonl").write_text(json.dumps({"question": "Who?", "answer": "I."}) + "\n")
     Path("told.yaml").write_text(GENERATE)
@@ -209,6 +214,65 @@ def test_a_text_is_written_after_the_ids_of_training(
     turn = [{"role": "user", "content": "Who?"}]
     trained = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     assert asked == [trained if chat else tokenizer("Who?").input_ids]
+
+
+LIKELIHOOD = """
+task: told
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["I.", "You."]
+doc_to_target: 0
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_answers_do_not_depend_on_what_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chats, plain texts, texts that another task or block asked already, likelihoods: each as if asked alone."""
+    tokenizer = beginning()
+    tokenizer.chat_template = kinds.LLAMA3
+    asked: list[list[int]] = []
+
+    def watched(kind: str) -> None:
+        original = getattr(TransformersResponder, kind)
+
+        def call(self: Any, *given: Any, **options: Any) -> Any:
+            asked.extend((given[0] if given else options["context"]).tolist())
+            return original(self, *given, **options)
+
+        monkeypatch.setattr(TransformersResponder, kind, call)
+
+    watched("_model_call")
+    watched("_model_generate")
+    tasks = []
+    for name, text, questions, chat in (
+        ("plain", GENERATE, ["Who?", "Who is it?", "Who was it?", "Who?"], False),
+        ("chat", GENERATE, ["Who?", "Who else?"], True),
+        ("fewer", GENERATE, ["Who is it?", "Why?", "Who was it?"], False),
+        ("likelihood", LIKELIHOOD, ["Who?", "Who is it?"], False),
+    ):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"question": q, "answer": "I."}) + "\n" for q in questions))
+        Path(f"{name}.yaml").write_text(text.replace("rows.jsonl", f"{name}.jsonl"))
+        metric = "acc" if text is LIKELIHOOD else "exact_match"
+        task = GateTask(role=Role.lift, metric=metric, task=f"{name}.yaml", chat=chat)
+        tasks.append(prepare_task(name, task, tokenizer, 0))
+
+    def answers(task: Any, responder: Any) -> tuple[list[list[int]], Any]:
+        asked.clear()
+        blocks = Blocks(Path(f"{len(list(Path().iterdir()))}.answers"), "key", 2)
+        answer(task, responder, blocks, "candidate", "digest", 0, lambda *_, **__: None)
+        return list(asked), blocks.read()
+
+    alone = [answers(task, TransformersResponder(model(), tokenizer, 2)) for task in tasks]
+    assert all(ids and read for ids, read in alone)
+    for order in (tasks, tasks[::-1]):
+        responder = TransformersResponder(model(), tokenizer, 2)
+        together = {task.name: answers(task, responder) for task in order}
+        for task, expected_of in zip(tasks, alone, strict=True):
+            assert together[task.name] == expected_of, task.name
 
 
 @pytest.mark.parametrize(

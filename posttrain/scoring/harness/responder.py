@@ -42,7 +42,6 @@ class Responder:
         self._report: Callable[[int], None] = lambda tokens: None
         self._tokens, self._reported = 0, 0.0
         self.ends: list[int] = []
-        self._written: dict[str, Any] = {}
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def respond(self, requests: Sequence[Any], ends: Sequence[int], where: str, report: Callable[[int], None]) -> None:
@@ -72,25 +71,23 @@ class Responder:
             self._reported = now
             self._report(self._tokens)
 
-    def forget(self) -> None:
-        """Forget the generated texts, because another system answers next."""
-        self._written.clear()
-
     def finite(self) -> bool:
         """Return False when a logit behind a generated text was not finite; True where a backend hides its logits."""
         return True
 
     def _answer(self, kind: str, requests: Sequence[Any]) -> list[Any]:
-        """Return the answers to requests of one kind; reuse texts generated for equal requests of other tasks."""
+        """Return the answers to requests of one kind, of equal texts only one.
+
+        The batches that a model gets depend on these requests alone: they decide the last bits of a logit.
+        """
         # Repeats are generated every time: a task asks for them because sampled texts differ.
         if kind != "generate_until" or any((request.repeats or 1) > 1 for request in requests):
             return list(getattr(self, kind)(list(requests), disable_tqdm=True))
-        keys = [digest_of([kind, self.ends, isinstance(request, ChatPrompt), *request.args]) for request in requests]
-        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._written}
-        if new:
-            texts = getattr(self, kind)(list(new.values()), disable_tqdm=True)
-            self._written |= dict(zip(new, texts, strict=True))
-        return [self._written[key] for key in keys]
+        keys = [digest_of([isinstance(request, ChatPrompt), *request.args]) for request in requests]
+        asked = dict(zip(keys, requests, strict=True))
+        texts = getattr(self, kind)(list(asked.values()), disable_tqdm=True)
+        written = dict(zip(asked, texts, strict=True))
+        return [written[key] for key in keys]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score as lm_eval does, but answers in a chat by their own ids."""
@@ -109,15 +106,19 @@ class Responder:
         Raises BadInput when the context has no room for a prompt beside the answer.
         """
         model: Any = self
-        # The prompts of a task are all chats, or none is.
-        model.add_bos_token = False if any(isinstance(request, ChatPrompt) for request in requests) else None
         for request in requests:
             room = normalize_gen_kwargs(request.args[1], model.max_gen_toks)["max_gen_toks"]
             if room >= model.max_length:
                 what = f"the task may generate {room} tokens, but the model's context holds {model.max_length}"
                 fix = "Set a lower generation_kwargs.max_gen_toks in the task's file"
                 raise BadInput(Problem(where=str(request.task_name), what=what, fix=fix))
-        return list(super().generate_until(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
+        before = model.add_bos_token
+        # The prompts of a task are all chats, or none is.
+        model.add_bos_token = False if any(isinstance(request, ChatPrompt) for request in requests) else None
+        try:
+            return list(super().generate_until(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
+        finally:
+            model.add_bos_token = before  # likelihoods go by it, too
 
 
 class TransformersResponder(Responder, HFLM):

@@ -61,7 +61,6 @@ class Vllm:
     @contextmanager
     def responding_as(self, system: str) -> Iterator[Responder]:
         """Hand out the engine to answer as ``system``."""
-        self._model.forget()
         self._model.lora_request = self._requests[system]
         yield self._model
 
