@@ -211,7 +211,7 @@ class _Clock:
         self.losses: list[float] = []
         self.notes: list[str] = []
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Note the start of the training."""
         self._begun = time.perf_counter()
 

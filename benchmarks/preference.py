@@ -176,7 +176,7 @@ class Meter:
             activation_bytes=_peak() - (self.held or 0), losses=self.losses,
         )  # fmt: skip
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Begin, where nothing was computed before."""
         self.begin()
 

@@ -183,7 +183,7 @@ class Clock:
         self.seconds = self.cpu_seconds = 0.0
         self.steps: list[Mapping[str, float]] = []
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Note the start of the training."""
         self._begun = time.perf_counter(), time.process_time()
 

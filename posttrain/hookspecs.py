@@ -125,7 +125,8 @@ def run_stage(stage: Stage, context: StageContext) -> bool | None:
 def step_logged(stage: str, step: int, metrics: Mapping[str, float]) -> None:
     """Receive the numbers of an optimizer step.
 
-    ``metrics`` holds all numbers reported by the stage, ``loss`` and ``tokens`` among them.
+    ``metrics`` holds all numbers reported by the stage, ``loss`` and ``tokens`` among them, and its speed so far:
+    ``tokens_per_second``, and on the core's loop ``mfu``, the share of the devices' measured rate.
     """
 
 

@@ -65,13 +65,16 @@ class Settings:
 class Progress(Protocol):
     """Receiver of a stage's steps; passes them to the display, metrics.jsonl and trackers."""
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Announce the stage's number of optimizer steps; ``done_steps`` of them are in a checkpoint."""
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
+        """Announce the stage's number of optimizer steps; ``done_steps`` of them are in a checkpoint.
+
+        ``device_flops`` is what the devices together can do a second: with it, steps are shown with their share.
+        """
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report optimizer step ``step``, from 1; step 0 is for metrics measured before training.
 
-        ``tokens`` in metrics counts the step's tokens.
+        ``tokens`` in metrics counts the step's tokens, ``model_flops`` the operations that they ask of the model.
         """
 
     def part(self, done: int, total: int, what: str) -> None:

@@ -21,6 +21,8 @@ NAMES = {
     "inner": ("intermediate_size", "n_inner", "ffn_dim"),
 }
 """Keys of config.json for a size, by the names of the field's architectures."""
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of config.json for the number of experts."""
 GATED = ("gelu_new", "gelu", "relu")
 """Activations of MLPs with two matrices; the others have a third, the gate."""
 
@@ -42,6 +44,10 @@ class Architecture:
     """True when the MLP has a gate."""
     matrices: Mapping[str, tuple[int, ...]]
     """Shapes of the layers' matrices by name, experts among them."""
+    active: int
+    """Weights of the layers' matrices that one token passes: of experts, those that it is sent to."""
+    windows: tuple[int | None, ...]
+    """Tokens that a token sees at most in each layer with attention; None for all before it."""
     quantisable: int
     """Weights in linear layers, which bitsandbytes stores in 4 bits."""
     ends: int
@@ -84,6 +90,7 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     head = text.get("head_dim") or width // heads
     total = sum(map(prod, shapes.values()))
     linear = {name: shapes[name] for name, kind in kinds.items() if kind == LINEAR}
+    experts = {name: shapes[name] for name, kind in kinds.items() if kind == EXPERTS}
     return Architecture(
         width=width,
         layers=layers,
@@ -92,7 +99,9 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         keys=(_whole(text.get("num_key_value_heads")) or heads) * head,
         vocabulary=_whole(text.get("vocab_size")) or max(shape[0] for shape in embeddings.values()),
         gated=str(text.get("hidden_act", text.get("activation_function", "silu"))) not in GATED,
-        matrices=linear | {name: shapes[name] for name, kind in kinds.items() if kind == EXPERTS},
+        matrices=linear | experts,
+        active=sum(map(prod, linear.values())) + round(routed_share(text) * sum(map(prod, experts.values()))),
+        windows=_windows(text, layers),
         quantisable=sum(map(prod, linear.values())),
         ends=sum(map(prod, embeddings.values())),
         total=total,
@@ -107,6 +116,25 @@ def _inner(text: Mapping[str, Any], width: int) -> int:
     inner = _size(text, "inner") or 4 * width
     active = _whole(text.get("num_experts_per_tok"))
     return active * (_whole(text.get("moe_intermediate_size")) or inner) if active else inner
+
+
+def routed_share(text: Mapping[str, Any]) -> float:
+    """Return the share of the experts that a token is sent to; 1 without experts."""
+    active = _whole(text.get("num_experts_per_tok"))
+    experts = next((found for key in EXPERT_COUNTS if (found := _whole(text.get(key)))), 0)
+    return active / experts if active and experts else 1.0
+
+
+def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = _whole(text.get("sliding_window")) or None
+    kinds = text.get("layer_types")
+    if not isinstance(kinds, list | tuple):
+        return (window if text.get("use_sliding_window", True) else None,) * layers
+    return tuple(
+        window if "sliding" in kind else None
+        for kind in map(str, kinds)
+        if kind.endswith("attention") and "linear" not in kind
+    )
 
 
 def _whole(value: Any) -> int:

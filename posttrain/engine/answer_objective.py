@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.cost.operations import Work
 from posttrain.digests import digest_of
 from posttrain.engine import processes
 from posttrain.engine.answers import AnswerBatch, AnsweredRow, AnswerScores
@@ -125,6 +126,15 @@ class AnswerObjective(Generic[Row]):
     def totals(self, rows: Sequence[Numbered[Row]]) -> Totals:
         """Count the tokens of a step, a prompt once, and what the loss counts."""
         return {"tokens": sum(_held(each.row) for each in rows), **self.loss.totals([each.row for each in rows])}
+
+    def work(self, rows: Sequence[Numbered[Row]]) -> Sequence[Work]:
+        """Return the prompts with their answers, each prompt once, and those with their answers aside."""
+        answered = [(len(each.row.prompt), [len(ids) for _, ids in each.row.answers]) for each in rows]
+        aside = [(len(each.row.prompt), [len(each.row.aside)]) for each in rows if each.row.aside]
+        return [
+            Work(families=families, scored=sum(sum(answers) for _, answers in families), graph=graph)
+            for families, graph in ((answered, True), (aside, False))
+        ]
 
     def share(
         self, model: PreTrainedModel | PeftModel, rows: Sequence[Numbered[Row]], totals: Totals

@@ -1,7 +1,8 @@
 """The number format of a training's arithmetic: the faster one, measured once per machine and model.
 
 Products of the model's own shapes are timed in float32 and in bfloat16. The rates are recorded beside the checkpoints,
-so that a resumed run computes as it began, and in the user's cache, so that a machine always computes the same.
+so that a resumed run computes as it began, and in the user's cache, so that a machine always computes the same. The
+rate of the format taken is also what a training's own rate is compared with (throughput.py).
 """
 
 # T = tokens of a product, R = rows and C = columns of a weight
@@ -14,7 +15,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from posttrain.digests import canonical, digest_of
 from posttrain.disk import replace_text
 from posttrain.engine.attention import causal_model
 from posttrain.engine.config import LoopConfig
-from posttrain.engine.precision import BFLOAT16, FLOAT32, autocasting, is_quantised
+from posttrain.engine.precision import BFLOAT16, FLOAT32, is_quantised
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.loading import DTYPES, default_device
 from posttrain.saved import read_as
@@ -35,14 +36,16 @@ MARGIN = 1.1
 """Times the rate of float32 that bfloat16 must reach: it is less exact, and a tie is noise."""
 HOPELESS = 4.0
 """Ratio of the rates at which the smallest shapes decide: some processors multiply bfloat16 thirty times slower."""
-TOKENS = 512
-"""Most tokens of a timed product: beyond them the rate hardly changes."""
+TOKENS = {"cpu": 512, "cuda": 4096}
+"""Most tokens of a timed product, by kind of device: beyond them the rate hardly changes."""
 FEWEST = 64
 """Fewest tokens of a timed product: below them it measures the memory."""
-OPERATIONS = 2e9
-"""Operations in one round over all shapes, as far as FEWEST allows."""
+OPERATIONS = {"cpu": 2e9, "cuda": 4e12}
+"""Operations in one round over all shapes, by kind of device, as far as FEWEST allows."""
 ROUNDS = 3
 """Timed rounds after one to warm up; their median counts."""
+
+FORMATS = (FLOAT32, BFLOAT16)
 
 Shapes = Mapping[tuple[int, int], int]
 """Number of weights by shape, (R, C)."""
@@ -50,10 +53,14 @@ Shapes = Mapping[tuple[int, int], int]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Measured rates of products, in GFLOP/s."""
+    """Measured rates of products, in GFLOP/s; None for a format that was not timed."""
 
-    float32: float
-    bfloat16: float
+    float32: float | None = None
+    bfloat16: float | None = None
+
+    def of(self, dtype: str) -> float:
+        """Return the rate of a format; 0 when there is none."""
+        return {FLOAT32: self.float32, BFLOAT16: self.bfloat16}[dtype] or 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +77,9 @@ class Arithmetic:
         text = f"{self.dtype} on weights stored as {self.stored}"
         if self.rates is None:
             return text
-        rates = asdict(self.rates)
-        taken = rates.pop(self.dtype)
-        return f"{text} (measured: {taken:,.0f} against {rates.popitem()[1]:,.0f} GFLOP/s)"
+        other = FLOAT32 if self.dtype == BFLOAT16 else BFLOAT16
+        rates = f"{self.rates.of(self.dtype):,.0f} against {self.rates.of(other):,.0f}"
+        return f"{text} (measured: {rates} GFLOP/s)"
 
 
 def choose_arithmetic(config: LoopConfig, stored: str, model: PreTrainedModel | PeftModel, record: Path) -> Arithmetic:
@@ -90,24 +97,42 @@ def choose_arithmetic(config: LoopConfig, stored: str, model: PreTrainedModel | 
     return Arithmetic(dtype=dtype, stored=stored)
 
 
+def product_rate(config: LoopConfig, model: PreTrainedModel | PeftModel, arithmetic: Arithmetic) -> float:
+    """Return the GFLOP/s of products of the model's own shapes in the format of ``arithmetic``, on one device.
+
+    As it decided, else as cached for this machine, else as measured; 0 for a model that multiplies nothing.
+    """
+    if arithmetic.rates is not None:
+        return arithmetic.rates.of(arithmetic.dtype)
+    shapes = multiplied_shapes(model)
+    return _machine_rates(config, model, shapes, (arithmetic.dtype,)).of(arithmetic.dtype) if shapes else 0.0
+
+
 def _faster(rates: Rates) -> str:
-    return BFLOAT16 if rates.bfloat16 > MARGIN * rates.float32 else FLOAT32
+    return BFLOAT16 if rates.of(BFLOAT16) > MARGIN * rates.of(FLOAT32) else FLOAT32
 
 
 def _known_rates(config: LoopConfig, model: PreTrainedModel | PeftModel, record: Path) -> Rates:
     shapes = multiplied_shapes(model)
     if not shapes:  # nothing to time
         return Rates(float32=1.0, bfloat16=1.0)
-    tokens = min(TOKENS, config.sequence_length * config.per_device_batch_size)
-    cached = _cache_file(shapes, tokens, trained=not isinstance(model, PeftModel))
-    rates = _read(record) or _read(cached)
-    if rates is None:
-        rates = measure_rates(model, shapes, tokens)
-        with contextlib.suppress(OSError):  # a home that cannot be written: the run's own record remains
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(cached, canonical(asdict(rates)) + "\n")
+    rates = _read(record, FORMATS) or _machine_rates(config, model, shapes, FORMATS)
     record.parent.mkdir(parents=True, exist_ok=True)
     replace_text(record, canonical(asdict(rates)) + "\n")
+    return rates
+
+
+def _machine_rates(
+    config: LoopConfig, model: PreTrainedModel | PeftModel, shapes: Shapes, formats: Sequence[str]
+) -> Rates:
+    """Return the rates of this machine in ``formats``: as cached, else as measured."""
+    tokens = min(TOKENS[default_device().type], config.sequence_length * config.per_device_batch_size)
+    cached = _cache_file(shapes, tokens, formats, trained=not isinstance(model, PeftModel))
+    if (rates := _read(cached, formats)) is None:
+        rates = measure_rates(model, shapes, tokens, formats)
+        with contextlib.suppress(OSError):  # a home that cannot be written
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(cached, canonical(asdict(rates)) + "\n")
     return rates
 
 
@@ -118,26 +143,32 @@ def multiplied_shapes(model: PreTrainedModel | PeftModel) -> Shapes:
     left_out = {id(end.weight) for end in ends if end is not None}
     trained = not isinstance(model, PeftModel)
     found = Counter(
-        (each.shape[-2], each.shape[-1])
+        matrix_shape(each)[-2:]
         for each in causal.parameters()
         if each.ndim >= 2 and each.requires_grad == trained and id(each) not in left_out
     )
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items()))  # type: ignore[arg-type]
 
 
-def measure_rates(model: PreTrainedModel | PeftModel, shapes: Shapes, tokens: int) -> Rates:
+def matrix_shape(weight: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a weight; of one in 4 bits, which is stored as a column of bytes, the one it stands for."""
+    return tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
+
+
+def measure_rates(
+    model: PreTrainedModel | PeftModel, shapes: Shapes, tokens: int, formats: Sequence[str] = FORMATS
+) -> Rates:
     """Time products of the given shapes with at most ``tokens`` tokens, forward and backward as ``model`` has them."""
     per_token = _passes(model) * sum(2 * rows * columns for rows, columns in shapes)
-    tokens = min(tokens, max(FEWEST, int(OPERATIONS / per_token)))
+    tokens = min(tokens, max(FEWEST, int(OPERATIONS[default_device().type] / per_token)))
     operations = 0.0
-    seconds = dict.fromkeys((FLOAT32, BFLOAT16), 0.0)
-    with torch.random.fork_rng(devices=()):
-        for (rows, columns), count in sorted(shapes.items(), key=lambda each: each[0][0] * each[0][1]):
-            operations += _passes(model) * tokens * 2 * rows * columns * count
-            for dtype in seconds:
-                seconds[dtype] += count * _seconds(model, (rows, columns), tokens, dtype)
-            if max(seconds.values()) > HOPELESS * min(seconds.values()):
-                break
+    seconds = dict.fromkeys(formats, 0.0)
+    for (rows, columns), count in sorted(shapes.items(), key=lambda each: each[0][0] * each[0][1]):
+        operations += _passes(model) * tokens * 2 * rows * columns * count
+        for dtype in seconds:
+            seconds[dtype] += count * _seconds(model, (rows, columns), tokens, dtype)
+        if max(seconds.values()) > HOPELESS * min(seconds.values()):
+            break
     return Rates(**{dtype: round(operations / taken / 1e9, 1) for dtype, taken in seconds.items()})
 
 
@@ -147,44 +178,56 @@ def _passes(model: PreTrainedModel | PeftModel) -> int:
 
 
 def _seconds(model: PreTrainedModel | PeftModel, shape: tuple[int, int], tokens: int, dtype: str) -> float:
-    """Return the median time of a layer's forward and backward pass, on weights as the training holds them.
-
-    It is the processors' time over the number of threads, which survives other work on the machine.
-    """
+    """Return the median time of a layer's forward and backward pass, on weights as the training holds them."""
     rows, columns = shape
-    trained = not isinstance(model, PeftModel)
+    device, trained = default_device(), not isinstance(model, PeftModel)
     held = torch.float32 if trained else DTYPES[dtype]
-    weight_RC = torch.randn(rows, columns, dtype=torch.float32).to(held).requires_grad_(trained)
-    input_TC = torch.randn(tokens, columns).to(held).requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)  # one of its own: those of the training stay as they are
+    weight_RC = torch.randn(rows, columns, device=device, generator=generator).to(held).requires_grad_(trained)
+    input_TC = torch.randn(tokens, columns, device=device, generator=generator).to(held).requires_grad_()
     wanted = [input_TC, weight_RC] if trained else [input_TC]
     times = []
     for _ in range(1 + ROUNDS):
-        start = time.process_time()
-        with autocasting(model, dtype):
+        start = _clock(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trained and dtype == BFLOAT16):
             output_TR = torch.nn.functional.linear(input_TC, weight_RC)
         torch.autograd.grad(output_TR, wanted, torch.ones_like(output_TR))
-        times.append(time.process_time() - start)
-    return statistics.median(times[1:]) / torch.get_num_threads()
+        times.append(_clock(device) - start)
+    return statistics.median(times[1:])
 
 
-def _read(file: Path) -> Rates | None:
-    """Return recorded rates; None when there are none that can be used."""
+def _clock(device: torch.device) -> float:
+    """Return the seconds of work so far: of a GPU by the clock, of a CPU by its processors.
+
+    The processors' time over the number of threads survives other work on the machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+def _read(file: Path, formats: Sequence[str]) -> Rates | None:
+    """Return recorded rates; None when there are none of all ``formats`` that can be used."""
     with contextlib.suppress(OSError, ArtifactDamaged):
         rates = read_as(Rates, file)
-        return rates if rates.float32 > 0 and rates.bfloat16 > 0 else None
+        return rates if all(rates.of(dtype) > 0 for dtype in formats) else None
     return None
 
 
-def _cache_file(shapes: Shapes, tokens: int, *, trained: bool) -> Path:
+def _cache_file(shapes: Shapes, tokens: int, formats: Sequence[str], *, trained: bool) -> Path:
     """Return the file of this machine's rates for such a model, in the user's cache; it need not exist."""
     machine = [_processor(), torch.cpu.get_capabilities(), torch.get_num_threads(), torch.__version__]
     model = [[*shape, count] for shape, count in shapes.items()]
-    name = digest_of({"machine": list(map(str, machine)), "model": model, "tokens": tokens, "trained": trained})
+    asked = {"formats": list(formats), "tokens": tokens, "trained": trained}
+    name = digest_of({"machine": list(map(str, machine)), "model": model, **asked})
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "posttrain" / "arithmetic" / f"{name[:32]}.json"
 
 
 def _processor() -> str:
+    if default_device().type == "cuda":
+        return torch.cuda.get_device_name()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.cost.operations import Work
 from posttrain.engine import processes
 from posttrain.engine.attention import causal_model, packed_hidden
 from posttrain.engine.batches import Batch, deal
@@ -43,6 +44,11 @@ class MaskedCrossEntropy:
         # that every trained token weighs the same. A mean of the micro-batches' means would weigh the tokens of
         # sparsely trained rows more, and change with the size of a micro-batch.
         return {"tokens": sum(len(row.input_ids) for row in rows), "trained_tokens": trained_tokens(rows)}
+
+    def work(self, rows: Sequence[PackedRow]) -> Sequence[Work]:
+        """Return the documents of ``rows``."""
+        documents = [(length, ()) for row in rows for length in row.lengths]
+        return [Work(families=documents, scored=trained_tokens(rows))]
 
     def share(
         self, model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], totals: Totals

@@ -44,6 +44,7 @@ from posttrain.engine.objective import Objective
 from posttrain.engine.precision import autocasting
 from posttrain.engine.saves import Saves
 from posttrain.engine.schedule import Schedule
+from posttrain.engine.throughput import Throughput
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
 
@@ -94,7 +95,8 @@ class Training:
             torch.manual_seed(self.seed)
             saved = CheckpointFolder(self.checkpoints, self._identity(), self.progress.note)
             position = self._resume(saved, engine)
-            self.progress.start(self.order.total, position.step)
+            rate = None if self.throughput is None else self.throughput.rate
+            self.progress.start(self.order.total, position.step, rate)
             if position.step == 0 and (metrics := self._evaluate(0, engine)):
                 self.progress.step(0, metrics)
             saves = Saves(saved, self.config)
@@ -122,7 +124,7 @@ class Training:
         norm = engine.step(rate, self.config.max_grad_norm, check)
         self.last.clear()
         self.last.update(figures)
-        metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals}
+        metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals, **self._work(rows)}
         # The loss was taken before the update, the eval loss after it.
         self.progress.step(step, metrics | self._evaluate(step, engine))
         return Position(step=step, loss=figures["loss"])
@@ -152,6 +154,18 @@ class Training:
             processes.wait()
         return found
 
+    @cached_property
+    def throughput(self) -> Throughput | None:
+        """The yardstick of the speed, in process 0; first asked for while the weights are whole and others wait."""
+        found = Throughput.of(self.model, self.config, self.arithmetic) if processes.rank() == 0 else None
+        processes.wait()
+        return found
+
+    def _work(self, rows: Sequence[Any]) -> dict[str, float]:
+        if self.throughput is None:
+            return {}
+        return {"model_flops": self.throughput.operations.of(self.objective.work(rows))}
+
     @contextmanager
     def _prepared(self) -> Iterator[Engine]:
         """Give the model the arithmetic, the layers and the engine of training; in the end, its own layers and format.
@@ -159,6 +173,9 @@ class Training:
         Weights that were sliced stay so: nothing needs them whole.
         """
         engine: Engine = ENGINES[self.engine](self.model, self.config)
+        if self.throughput is not None:
+            rate = f"{self.throughput.rate / 1e9:,.0f} GFLOP/s"
+            self.progress.note(f"speed: mfu is the share of {rate}, measured in products of the model's shapes")
         with engine.prepared(self.arithmetic):
             self.progress.note(f"arithmetic: {self.arithmetic}")
             with autocasting(self.model, self.compute_dtype):  # kernels are chosen by the arithmetic

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 if TYPE_CHECKING:
+    from posttrain.cost.operations import Work
     from posttrain.engine.engine import Engine
 
 Totals = Mapping[str, int]
@@ -43,6 +44,9 @@ class Objective(Protocol[Row]):
 
     def totals(self, rows: Sequence[Row]) -> Totals:
         """Count the rows of a whole step; ``tokens`` among the counts."""
+
+    def work(self, rows: Sequence[Row]) -> Sequence[Work]:
+        """Return what the rows of a step ask of the model, to count its operations."""
 
     def share(self, model: Any, rows: Sequence[Row], totals: Totals) -> tuple[torch.Tensor, Sums]:
         """Return the share of ``rows`` in the loss of the step, to take the gradient of, and sums for its figures.

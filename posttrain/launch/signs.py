@@ -33,9 +33,9 @@ class RankProgress:
         about = {"pid": os.getpid(), "host": os.uname().nodename, "step": os.environ.get("SLURM_STEP_ID")}
         self._path.write_text(json.dumps(["process", about]) + "\n", encoding="utf-8")
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Tell the number of steps."""
-        self._tell("start", total_steps, done_steps)
+        self._tell("start", total_steps, done_steps, device_flops)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell an optimizer step. Raises Diverged when its loss is not finite."""

@@ -17,7 +17,7 @@ TICKS = 4
 """Intervals on an axis, about."""
 SMALLEST = 1e-30
 """Absolute values below this are drawn as zero."""
-COUNTERS = ("tokens", "trained_tokens", "tokens_per_second")
+COUNTERS = ("tokens", "trained_tokens", "tokens_per_second", "model_flops", "mfu")
 """Metrics of every step without a chart: they do not show the course of training."""
 MAIN = (("loss", "eval_loss"), ("lr",))
 """Metrics of the charts shown for every stage; each further metric has a chart of its own."""

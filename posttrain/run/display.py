@@ -25,6 +25,8 @@ FIGURES = {
     "eval_loss": "eval loss {:.3f}",
     "lr": "lr {:.1e}",
     "rewards_margin": "margin {:+.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "mfu {:.0%}",
 }
 """Metrics beside the bar, with their formats."""
 
@@ -113,13 +115,15 @@ class TrainingProgress:
         self._total = 0
         self._done = 0
         self._tokens = 0
+        self._flops = 0.0
+        self._device_flops: float | None = None
         self._started = time.monotonic()
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Begin, or resume from a checkpoint: lines logged after it are dropped."""
         activity.sign_of_life()
-        self._total, self._done = total_steps, done_steps
-        self._started, self._tokens = time.monotonic(), 0
+        self._total, self._done, self._device_flops = total_steps, done_steps, device_flops
+        self._started, self._tokens, self._flops = time.monotonic(), 0, 0.0
         self._log.rewind(done_steps)
         if done_steps:
             self.note(f"resume after step {done_steps} of {total_steps}")
@@ -129,13 +133,22 @@ class TrainingProgress:
         """Log one optimizer step. Raises Diverged when its loss is not finite."""
         activity.sign_of_life()
         require_finite(step, f"loss of {self._stage}", metrics.get("loss", 0.0))
-        self._tokens += int(metrics.get("tokens", 0))
-        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._log.append(step, {**metrics, "tokens_per_second": round(rate, 1)})
+        metrics = self._timed(metrics)
+        self._log.append(step, metrics)
         self._host.hook.step_logged(stage=self._stage, step=step, metrics=metrics)
         figures = [text.format(metrics[key]) for key, text in FIGURES.items() if key in metrics]
         self._done = step
-        self._ticker.advance(step, self._total, "  ".join([*figures, f"{rate:,.0f} tokens/s"]))
+        self._ticker.advance(step, self._total, "  ".join(figures))
+
+    def _timed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return ``metrics`` with the speed since the start: tokens a second, and the share of the devices' rate."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._tokens += int(metrics.get("tokens", 0))
+        self._flops += metrics.get("model_flops", 0)
+        found = {**metrics, "tokens_per_second": round(self._tokens / seconds, 1)}
+        if self._device_flops and self._flops:
+            found["mfu"] = round(self._flops / seconds / self._device_flops, 4)
+        return found
 
     def part(self, done: int, total: int, what: str) -> None:
         """Show ``done`` of ``total`` parts of the step in work."""

@@ -11,14 +11,15 @@ class Recorder:
     def __init__(self) -> None:
         self.started: tuple[int, int] = (0, 0)
         """Steps in all, and steps taken before the last checkpoint."""
+        self.device_flops: float | None = None
         self.steps: dict[int, Mapping[str, float]] = {}
         self.notes: list[str] = []
         self.parts: list[tuple[int, int, str]] = []
         """Done, total and name of the parts of steps."""
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Keep both."""
-        self.started = (total_steps, done_steps)
+    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
+        """Keep them."""
+        self.started, self.device_flops = (total_steps, done_steps), device_flops
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the step's metrics."""
