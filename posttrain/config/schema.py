@@ -352,3 +352,7 @@ class StageConfig:
     def advice(self, examples: int | None) -> Sequence[str]:
         """Return unusual settings for so many examples (None: unknown), each with the usual value and its reason."""
         return ()
+
+
+WITHOUT_EFFECT = ("data", "eval_data", "gate", "checkpoint_minutes", "checkpoint_steps", "gradient_checkpointing")
+"""Settings of a stage on which no trained number depends: records count by their content, not by their place."""

@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.config.schema import WITHOUT_EFFECT
 from posttrain.digests import digest_of
 from posttrain.engine import processes
 from posttrain.engine.arithmetic import Arithmetic, choose_arithmetic
@@ -203,7 +204,7 @@ class Training:
         rows = sha256()
         for row in [*self.rows, *self.evaluation.rows]:
             rows.update(self.objective.content(row))
-        settings = {key: str(value) for key, value in asdict(self.config).items()}
+        settings = {key: str(value) for key, value in asdict(self.config).items() if key not in WITHOUT_EFFECT}
         return digest_of(
             {"rows": rows.hexdigest(), "settings": settings, "seed": self.seed, "dtype": self.compute_dtype}
         )

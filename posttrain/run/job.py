@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource
+from posttrain.config.schema import WITHOUT_EFFECT
 from posttrain.data.reading import data_digest
 from posttrain.digests import digest_of
 from posttrain.gate.procedure import HOOKS
@@ -110,8 +111,9 @@ def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
     """Return everything a stage's training depends on, except its parent and its data.
 
     Its gate, its name and its place in the recipe have no part in it, nor has the machine: neither threads nor device.
+    A setting that changes no number has none either.
     """
-    settings = {key: value for key, value in plain(step.config).items() if key not in ("data", "eval_data", "gate")}
+    settings = {key: value for key, value in plain(step.config).items() if key not in WITHOUT_EFFECT}
     identity = {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
     identity["versions"] = {name: found for name, found in versions().items() if name not in SCORING_ONLY}
     return identity | shaping_settings(plan)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LoraSettings, Method
+from posttrain.config.schema import GateConfig, LoraSettings, Method
 from posttrain.engine.batches import RowOrder
 from posttrain.engine.optimizer import make_optimizer
 from posttrain.engine.schedule import Schedule
@@ -309,6 +309,30 @@ def test_a_checkpoint_of_other_data_is_not_continued(base: ModelSource, tmp_path
     training(policy(base, Method.lora), tmp_path, rows=packed_rows([2, 2, 2], seed=9), progress=progress).run()
     assert progress.started[1] == 0
     assert "belongs to a run with other settings or data" in progress.notes[-1]
+
+
+@pytest.mark.parametrize(("method", "dtype"), KINDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint_steps": 1},
+        {"checkpoint_minutes": 1.5, "checkpoint_steps": None},
+        {"gradient_checkpointing": True},
+        {"data": "moved/train.jsonl", "gate": GateConfig(confidence=0.9)},
+    ],
+    ids=lambda change: "+".join(change),
+)
+def test_settings_that_change_no_number_resume_to_the_same_bytes(
+    base: ModelSource, tmp_path: Path, change: dict[str, Any], method: Method, dtype: str
+) -> None:
+    settings = {"dtype": dtype, "epochs": 2, "checkpoint_steps": 2}
+    training(whole := policy(base, method, dtype), tmp_path / "whole", **settings).run()
+    with pytest.raises(Killed):
+        training(policy(base, method, dtype), tmp_path / "killed", progress=Recorder(4), **settings).run()
+    model, progress = policy(base, method, dtype), Recorder()
+    training(model, tmp_path / "killed", progress=progress, **(settings | change)).run()
+    assert progress.started == (6, 2)
+    assert trained_bytes(model) == trained_bytes(whole)
 
 
 # --- Divergence -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,14 @@ def test_a_stage_of_another_run_is_linked_instead_of_trained(overrides: tuple[st
     assert (again.trained, again.judged) == ([], [])
 
 
+@pytest.mark.parametrize("override", ["sft.checkpoint_steps=3", "sft.checkpoint_minutes=1"])
+def test_a_setting_that_changes_no_number_is_the_same_run(override: str) -> None:
+    first = run_recipe(Script(), "stages=[sft]")
+    script = Script()
+    assert run_recipe(script, "stages=[sft]", override).path == first.path
+    assert script.trained == []
+
+
 @pytest.mark.parametrize("override", ["seed=1", "model.dtype=bfloat16", "sft.lr=1e-5", "sft.lora.r=4"])
 def test_what_shapes_the_bytes_is_trained_again(override: str) -> None:
     run_recipe(Script(), "stages=[sft]")
