@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from posttrain.errors import BadInput, Interrupted, PosttrainError, Problem, is_out_of_memory
+from posttrain.errors import BadInput, DiskFailed, PosttrainError, Problem, is_out_of_memory
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a full or failing disk: nobody's fault, and with some room the same command resumes."""
@@ -44,8 +44,8 @@ def explain_error(error: OSError, fallback: Path | None = None) -> PosttrainErro
     place = error.filename2 or error.filename or fallback
     if error.errno in DISK_ERRORS:
         room = "" if place is None else f" ({_free(Path(str(place))):,} bytes free)"
-        what = f"{error.strerror}: {place or 'a file'}{room}"
-        return Interrupted(f"{what}. Nothing published is lost: make room and run the same command again")
+        fix = "Nothing published is lost: make room and run the same command again"
+        return DiskFailed(Problem(where=str(place or "a file"), what=f"{error.strerror}{room}", fix=fix))
     if error.errno in PLACE_ERRORS and place is not None:
         fix = "Give files and an output_root that this user can read and write"
         return BadInput(Problem(where=str(place), what=f"cannot be read or written: {error.strerror}", fix=fix))
@@ -53,7 +53,7 @@ def explain_error(error: OSError, fallback: Path | None = None) -> PosttrainErro
 
 
 def require_writable(folder: Path) -> None:
-    """Create ``folder`` and write a byte into it. Raises BadInput or Interrupted naming it when that fails."""
+    """Create ``folder`` and write a byte into it. Raises BadInput naming it when that fails."""
     probe = folder / f".probe.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 PosttrainError          1  a bug, or anything without a better class
 ├── BadInput            2  recipe, data, model or command line; carries every problem found
 │   ├── RunLocked       2  another process writes this run directory
-│   └── OutOfMemory     2  the memory of the device or of the machine ran out
+│   ├── OutOfMemory     2  the memory of the device or of the machine ran out
+│   └── DiskFailed      2  the disk is full or fails; with some room, the same command resumes
 ├── GateFailed          3  a gate failed an artifact
 ├── GateUndecided       4  a gate could not decide
 ├── ArtifactDamaged     5  an artifact on disk, or about to be published, is not sound
@@ -91,6 +92,13 @@ class OutOfMemory(BadInput):
             "set gradient_checkpointing=true"
         )
         super().__init__(Problem(where="memory", what=f"it ran out: {first_line(error)}", fix=fix))
+
+
+class DiskFailed(BadInput):
+    """The disk is full, or fails: nothing published is lost.
+
+    No interruption: a job that is queued again after one would fill the disk again and again.
+    """
 
 
 class GateFailed(PosttrainError):

@@ -15,7 +15,7 @@ from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import OnFail
 from posttrain.console import styled
 from posttrain.disk import explain_error, require_writable
-from posttrain.errors import Interrupted, PluginFailed
+from posttrain.errors import DiskFailed, Interrupted, PluginFailed
 from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
 from posttrain.gate.spec import Verdict
 from posttrain.host.plugins import Host
@@ -30,7 +30,7 @@ from posttrain.run.published import withdraw
 from posttrain.run.start import read_base, read_start
 from posttrain.run.train import read_records, train
 
-ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted"}
+ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted", DiskFailed: "interrupted"}
 """State of a run, by the error at its end."""
 
 
@@ -160,7 +160,7 @@ def _closing(directory: RunDirectory, plan: Plan, host: Host, display: Display) 
     except OSError as error:
         if (known := explain_error(error, directory.path)) is None:
             raise
-        state = ENDINGS.get(type(known), state)  # a full disk is nobody's bug: with some room the run resumes
+        state = ENDINGS.get(type(known), state)
         raise known from error
     finally:
         directory.state.end(state)

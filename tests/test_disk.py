@@ -20,7 +20,7 @@ from posttrain.disk import (
     sync,
     write_synced,
 )
-from posttrain.errors import BadInput, Interrupted
+from posttrain.errors import BadInput, DiskFailed
 
 WRITES: list[Callable[[Path], None]] = [
     lambda path: write_synced(path, "text"),
@@ -44,7 +44,7 @@ def test_every_write_names_its_file(
     with pytest.raises(OSError, match=r"file\.json") as raised:
         write(file)
     known = explain_error(raised.value)
-    assert isinstance(known, Interrupted if number in DISK_ERRORS else BadInput)
+    assert isinstance(known, DiskFailed if number in DISK_ERRORS else BadInput)
     assert "file.json" in str(known)
 
 

@@ -17,6 +17,7 @@ from posttrain.context import StageContext
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
+    DiskFailed,
     GateFailed,
     GateUndecided,
     Interrupted,
@@ -242,7 +243,7 @@ def test_a_full_disk_while_publishing_loses_nothing() -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(context.output))
 
     script.during_training = full
-    with pytest.raises(Interrupted, match="No space left on device"):
+    with pytest.raises(DiskFailed, match="No space left on device"):
         run_recipe(script)
     assert states() == {"sft": "promoted", "dpo": "interrupted"}
     again = Script()

@@ -21,6 +21,7 @@ from typing import NoReturn
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
+    DiskFailed,
     Interrupted,
     PluginFailed,
     PosttrainError,
@@ -177,7 +178,7 @@ def _explain(error: PosttrainError, report: Report) -> int:
 
         try:
             with contextlib.suppress(RunLocked):  # another process has resumed it
-                end(report.run, "interrupted" if isinstance(error, Interrupted) else "failed")
+                end(report.run, "interrupted" if isinstance(error, Interrupted | DiskFailed) else "failed")
         except (OSError, ArtifactDamaged) as fault:
             print(f"the end of the run could not be recorded: {fault}", file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain import errors
 from posttrain.disk import explain_error, replace_text
-from posttrain.errors import BadInput, Interrupted, OutOfMemory, PosttrainError, Problem, is_out_of_memory
+from posttrain.errors import BadInput, DiskFailed, Interrupted, OutOfMemory, PosttrainError, Problem, is_out_of_memory
 from posttrain.saved import plain, read_as
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -54,7 +54,8 @@ class Outcome:
         """Return its error, to be raised by the command."""
         kind = getattr(errors, self.kind, None)
         if self.problems:
-            return BadInput([Problem(**problem) for problem in self.problems])
+            family = DiskFailed if kind is DiskFailed else BadInput
+            return family([Problem(**problem) for problem in self.problems])
         if isinstance(kind, type) and issubclass(kind, PosttrainError):
             return kind(self.message)
         failed = RankFailed(f"{self.kind}: {self.message} (in rank {self.rank} of {world})")
@@ -112,6 +113,6 @@ def first_fault(outcomes: Mapping[int, Outcome]) -> Outcome | None:
 
 
 def first_stop(outcomes: Mapping[int, Outcome]) -> Outcome | None:
-    """Return the first process that stopped as it was asked to, or for lack of room on the disk; None without one."""
+    """Return the first process that stopped as it was asked to; None without one."""
     found = [each for each in outcomes.values() if each.code == Interrupted.exit_code]
     return min(found, key=lambda each: each.time, default=None)

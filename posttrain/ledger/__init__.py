@@ -46,7 +46,7 @@ def record(root: Path, folder: Path, judgement: Judgement) -> None:
     """Add every lift of a verdict once, to the ledger and to ``folder``, the folder of the stage or of the gate.
 
     A verdict equal to the stage's last one is not added again; one without tasks holds no lift. Return when the rows
-    are on disk. Raise Interrupted when the disk is full or another process holds the ledger for too long,
+    are on disk. Raise DiskFailed when the disk is full, Interrupted when another process holds the ledger for too long,
     ArtifactDamaged when the file is damaged, BadInput when it cannot be opened.
     """
     if not judgement.verdict.tasks:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PosttrainError, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, DiskFailed, Interrupted, PosttrainError, Problem
 from posttrain.ledger.chain import Row
 from posttrain.ledger.lift import KINDS, Lift
 from posttrain.saved import require_file
@@ -130,7 +130,8 @@ def _explain(error: sqlite3.Error, path: Path) -> PosttrainError | None:
     # The low byte is the kind of the error, the rest its place in SQLite.
     kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if kind in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        return Interrupted(f"{path} could not be written: {error}. No recorded row is lost; free some space")
+        fix = "No recorded row is lost: make room and run the same command again"
+        return DiskFailed(Problem(where=str(path), what=f"could not be written: {error}", fix=fix))
     if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Interrupted(f"{path}: another process has kept it locked for {WAIT_SECONDS:g} seconds")
     if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

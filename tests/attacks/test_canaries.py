@@ -92,7 +92,7 @@ def scripted(ending: str, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 ENDINGS = {
     "success": (0,), "fail": (3,), "undecided": (4,), "crash of the core": (1,), "crash of a plugin": (6,),
-    "crash of a gate": (1, 6), "full disk": (75,), "interrupted": (75,), "bad input": (2,), "tracker crashes": (0,),
+    "crash of a gate": (1, 6), "full disk": (2,), "interrupted": (75,), "bad input": (2,), "tracker crashes": (0,),
 }  # fmt: skip
 
 

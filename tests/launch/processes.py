@@ -6,6 +6,7 @@ others when one has failed. What a process does is in ``ACT_<rank>``, or ``ACT``
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -75,6 +76,14 @@ class Process:
     def reject(self) -> None:
         """Find bad input."""
         reject("sft.data", "has a bad record", "Mend it")
+
+    def fill(self) -> None:
+        """Find the disk full."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/step")
+
+    def lack(self) -> None:
+        """Miss the part of another."""
+        raise Interrupted("another process could not write its part")
 
     def diverge(self) -> None:
         """Find an infinite loss."""

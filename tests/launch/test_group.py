@@ -22,7 +22,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.records import Conversation, Text
-from posttrain.errors import BadInput, Diverged, Interrupted, PluginFailed, PosttrainError
+from posttrain.errors import BadInput, DiskFailed, Diverged, Interrupted, PluginFailed, PosttrainError
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.launch import group
 from posttrain.launch.group import Group, Watch
@@ -92,6 +92,11 @@ DEATH = r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)"
 ACTS = {
     "bad input": ({"ACT_0": "lose", "ACT_1": "reject"}, BadInput, "^sft.data: has a bad record\n    Mend it$"),
     "divergence": ({"ACT": "diverge"}, Diverged, "training diverged at step 3"),
+    "full disk": (
+        {"ACT_0": "lack", "ACT_1": "fill"},
+        DiskFailed,
+        r"^runs/step: No space left on device \([\d,]+ bytes free\)\n    Nothing published is lost",
+    ),
     "bug": ({"ACT_0": "lose", "ACT_1": "bug"}, RankFailed, r"KeyError: 'prompt' \(in rank 1 of 2\)"),
     "death": (
         {"ACT_0": "lose", "ACT_1": "die"},
@@ -119,7 +124,7 @@ def test_the_first_fault_is_the_error(name: str, tmp_path: Path, monkeypatch: py
     assert type(caught.value) is kind
     if kind is RankFailed:
         assert 'raise KeyError("prompt")' in str(caught.value.__cause__)
-    if kind in (BadInput, Diverged):
+    if kind in (BadInput, DiskFailed, Diverged):
         assert [note for note in recorder(given).notes if "ended with" in note]
     assert (tmp_path / "stage" / "job.json").exists()  # for whoever looks for the cause
 

@@ -144,7 +144,7 @@ def run_script(tmp_path: Path, planned: Plan, monkeypatch: pytest.MonkeyPatch, c
     return subprocess.Popen(["bash", str(tmp_path / "script")], cwd="/")
 
 
-@pytest.mark.parametrize("code", ["0", "3", "75"])
+@pytest.mark.parametrize("code", ["0", "2", "3", "75"])
 def test_a_job_ends_with_the_code_of_its_command(
     tmp_path: Path, planned: Plan, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:

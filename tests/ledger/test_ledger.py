@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, PluginFailed, PosttrainError
+from posttrain.errors import ArtifactDamaged, BadInput, DiskFailed, Interrupted, PluginFailed, PosttrainError
 from posttrain.ledger import Lift, check, lifts, record, store
 from posttrain.ledger.audit import rebuild, verify
 from posttrain.ledger.chain import faults, link
@@ -333,12 +333,12 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.ledger.store.sqlite3.connect", cramped)
 
 
-def test_a_full_disk_interrupts_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     add("first")
     before = content()
     with monkeypatch.context() as patch:
         fill(patch)
-        with pytest.raises(Interrupted, match=r"runs/ledger\.sqlite could not be written: database or disk is full"):
+        with pytest.raises(DiskFailed, match=r"runs/ledger\.sqlite: could not be written: database or disk is full"):
             add("second", tasks=200)
     assert content() == before
     add("second", lift=0.5)

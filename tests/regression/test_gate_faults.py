@@ -47,7 +47,7 @@ def test_an_output_root_that_is_a_file_is_named(material: Path, capsys: pytest.C
     ("owner", "method", "number", "code"),
     [
         (ScoreCache, "write", errno.EROFS, 2),
-        (Blocks, "add", errno.ENOSPC, 75),
+        (Blocks, "add", errno.ENOSPC, 2),
         (Blocks, "read", errno.EACCES, 2),
     ],
 )
