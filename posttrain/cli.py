@@ -53,8 +53,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the Tab key
 
 Start here:        posttrain recipe=quickstart
-Exit codes:        0 done, 1 a bug, 2 bad input or no room, 3 a gate failed an artifact, 4 a gate could not decide, 5 an artifact
-                   is damaged, 6 a plugin failed, 75 interrupted; run the same command to resume
+Exit codes:        0 done, 1 a bug, 2 bad input or no room, 3 a gate failed an artifact, 4 a gate could not decide,
+                   5 an artifact is damaged, 6 a plugin failed, 75 interrupted; run the same command to resume
 """
 HELP_FLAGS = ("--help", "-h")
 COMPLETION = ("-sc", "--shell-completion")

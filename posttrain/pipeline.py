@@ -30,7 +30,9 @@ from posttrain.run.published import withdraw
 from posttrain.run.start import read_base, read_start
 from posttrain.run.train import read_records, train
 
-ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | {Interrupted: "interrupted", DiskFailed: "interrupted"}
+ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | dict.fromkeys(
+    (Interrupted, DiskFailed), "interrupted"
+)
 """State of a run, by the error at its end."""
 
 
