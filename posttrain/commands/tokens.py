@@ -22,7 +22,7 @@ from posttrain.engine.config import FineTuneConfig, LoopConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.sft.examples import mix_rows, render, split_eval
+from posttrain.sft.examples import Rendering, mix_rows, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
 from posttrain.tokens.shares import SourceShare
@@ -75,13 +75,16 @@ class Page:
         """Print a stage, from at most ``count`` records of each source."""
         sources = [_limited(source, count) for source in step.sources]
         found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
-        renderer = ChatRenderer(self.tokenizer)
-        trained, held = split_eval(render(found, renderer, config), config.eval_share, step.seed)
-        for origin, group in groupby(trained, key=lambda example: example.record.origin):
-            self._rule(f"{step.name}: {origin.path}")
-            for example in list(group)[:SHOWN]:
-                self.console.print(self.marked(example.rendered.ids, example.rendered.mask), end="\n\n")
-        mixed = mix_rows([each.record for each in trained], [each.rendered for each in trained], config, step.seed)
+        table = Rendering(self.tokenizer, config.train_on, proven=False).table(found)
+        trained, held = split_eval(table.all(), config.eval_share, step.seed)
+        numbers = trained.column("origin")
+        for number, origin in enumerate(table.origins):
+            group = trained.take(numbers == number)[:SHOWN]
+            if group:
+                self._rule(f"{step.name}: {origin.path}")
+            for document in group:
+                self.console.print(self.marked(document.ids, document.mask), end="\n\n")
+        mixed = mix_rows(trained, config, step.seed)
         self._show_row(step.name, mixed.packing)
         self._show_shares(step.name, mixed.shares)
         counts = mixed.packing.counts
@@ -90,7 +93,7 @@ class Page:
             self.console.print(note)
         if held:
             self.console.print(f"{len(held):,} different records are set aside for the eval loss by eval_share")
-        for line in (*describe_unread(found), *renderer.describe_unread(found)):
+        for line in (*describe_unread(found), *ChatRenderer(self.tokenizer).describe_unread(found)):
             self.console.print(styled(f"warning: {line}"))
         if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")

@@ -91,7 +91,7 @@ def train_answers(
             loss=loss,
             start=Start.of(context.name, model, first, start, context.dtype),
             rows=numbered,
-            references=context.kept or context.checkpoints / "references",
+            references=(context.kept or context.checkpoints) / "references",
             parent=context.parent.digest,
             progress=context.progress,
         ),

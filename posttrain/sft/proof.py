@@ -164,12 +164,12 @@ class Proof:
     @cached_property
     def rows(self) -> list[PackedRow]:
         """The documents packed into a few rows; at least two share one."""
-        return pack(self.documents, self._row_length).rows
+        return list(pack(self.documents, self._row_length).rows)
 
     @cached_property
     def alone(self) -> list[PackedRow]:
         """Each document in a row of its own."""
-        return pack(self.documents, self._row_length, packing=False).rows
+        return list(pack(self.documents, self._row_length, packing=False).rows)
 
     @property
     def _row_length(self) -> int:

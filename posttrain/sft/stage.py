@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
-from posttrain.data.records import Conversation, Document
+from posttrain.data.records import Document, digest_records
 from posttrain.engine.attention import causal_model
 from posttrain.engine.checkpoint import Position
 from posttrain.engine.config import FineTuneConfig
@@ -20,9 +20,11 @@ from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.advice import Known
-from posttrain.sft.examples import Example, count_shared, make_evaluation, mix_rows, render_examples, split_eval
+from posttrain.sft.examples import Rendering, count_shared, make_evaluation, mix_rows, split_eval
 from posttrain.tokens.markers import family_faults
-from posttrain.tokens.packing import PackingCounts
+from posttrain.tokens.packing import Packing, PackingCounts
+from posttrain.tokens.store import Fill, store_key, stored_table
+from posttrain.tokens.table import Documents, TokenTable
 
 if TYPE_CHECKING:
     from posttrain.context import StageContext
@@ -45,22 +47,23 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     """
     config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()
-    examples, eval_examples = split_eval(render_examples(records, tokenizer, config), config.eval_share, context.seed)
-    eval_examples += render_examples(context.eval_records, tokenizer, config)
-    evaluation = make_evaluation(eval_examples, config)
-    mixed = mix_rows([each.record for each in examples], [each.rendered for each in examples], config, context.seed)
+    table = documents_of(context, records, tokenizer)
+    documents, held_out = split_eval(table.all(), config.eval_share, context.seed)
+    measured = [held_out, documents_of(context, context.eval_records, tokenizer).all()]
+    evaluation = make_evaluation(measured, config)
+    mixed = mix_rows(documents, config, context.seed)
     for note in mixed.notes():
         context.progress.note(note)
     packing = mixed.packing
     model = load(context)
-    check_vocabulary((int(row.input_ids.max()) for row in [*packing.rows, *evaluation.rows]), model)
+    check_vocabulary((int(each.column("largest").max(initial=0)) for each in [documents, *measured]), model)
     training = make_training(context, model, packing.rows, evaluation)
-    chats = [each.rendered for each in examples if isinstance(each.record, Conversation)]
-    unusual = config.departures(known(training, packing.counts, examples, eval_examples))
+    chats = table.chats()
+    unusual = config.departures(known(training, packing.counts, documents, measured))
     for line in [*family_faults(tokenizer, chats, stop_tokens(model)), *unusual]:
         context.warn(line)
     position = carry_out(context, training)
-    context.metrics.update(figures(training, packing.counts, position))
+    context.metrics.update(figures(training, packing, position))
     context.metrics["sources"] = [share.figures() for share in mixed.shares]
     context.save(model)
 
@@ -90,9 +93,27 @@ def stop_tokens(model: Model) -> list[int | None]:
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def known(
-    training: Training, counts: PackingCounts, examples: Sequence[Example], eval_examples: Sequence[Example]
-) -> Known:
+def documents_of(context: StageContext, records: Sequence[Document], tokenizer: Any) -> TokenTable:
+    """Return the records as token ids with their masks, each read back, from the store of all runs.
+
+    Raises BadInput for a record that cannot be rendered or read back.
+    """
+    rendering = Rendering(tokenizer, context.config.train_on)
+    if not records:
+        return rendering.table(records)
+    settings = {"train_on": context.config.train_on.value, "variables": dict(context.parent.template_variables)}
+    fill = Fill(
+        records=records,
+        rows=rendering.rows,
+        note=context.progress.note,
+        part=context.progress.part,
+        stop_requested=context.stop_requested,
+    )
+    key = store_key(digest_records(records), tokenizer, **settings)
+    return stored_table((context.kept or context.checkpoints) / "tokens", key, fill)
+
+
+def known(training: Training, counts: PackingCounts, documents: Documents, measured: Sequence[Documents]) -> Known:
     """Return the facts for the rules of advice, known once records are packed and the model is loaded."""
     order, config = training.order, causal_model(training.model).config.get_text_config()
     return Known(
@@ -100,16 +121,16 @@ def known(
         passes=order.total / order.steps_per_epoch,
         documents_per_step=counts.packed * min(1.0, order.per_step / order.rows),
         truncated=counts.truncated / counts.packed,
-        refusals=sum(example.declines for example in examples) / len(examples),
-        overlap=count_shared(examples, eval_examples),
+        refusals=int(documents.column("flag").sum()) / len(documents),
+        overlap=count_shared(documents, measured),
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         positions=getattr(config, "max_position_embeddings", None),
     )
 
 
-def figures(training: Training, counts: PackingCounts, position: Position) -> dict[str, int | float]:
+def figures(training: Training, packing: Packing, position: Position) -> dict[str, int | float]:
     """Return the training's figures for the manifest; ``epoch_*`` counts one pass over the rows."""
-    steps = [training.rows[index] for step in training.order for index in step]
+    counts, tokens, trained = packing.counts, packing.rows.tokens, packing.rows.trained
     return {
         "records": counts.documents,
         "untrained": counts.untrained,
@@ -121,8 +142,8 @@ def figures(training: Training, counts: PackingCounts, position: Position) -> di
         "rows": counts.rows,
         "epoch_tokens": counts.tokens,
         "epoch_trained_tokens": counts.trained_tokens,
-        "tokens": sum(len(row.input_ids) for row in steps),
-        "trained_tokens": sum(int(row.mask.sum()) for row in steps),
+        "tokens": sum(int(tokens[step].sum()) for step in training.order),
+        "trained_tokens": sum(int(trained[step].sum()) for step in training.order),
         "steps": position.step,
         "final_loss": position.loss,
     }

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from posttrain.tokens.chat import Rendered
+from posttrain.tokens.table import TEXTS
 
 MARKER = re.compile(r"<[|｜][^\s<>]{1,40}?[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 """Borders of turns in the families ChatML, Llama 3, Zephyr, Phi, DeepSeek; Gemma; Mistral."""
-SEEN = 16
+SEEN = TEXTS
 """Documents to compare: a marker in all of them comes from the template, not from a content."""
 
 

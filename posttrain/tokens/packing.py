@@ -19,6 +19,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,8 @@ from posttrain.config.schema import Overlong
 from posttrain.errors import BadInput, Problem
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.exact_fit import exact_fit
-from posttrain.tokens.overlong import Fitted, Piece, check_lengths, fit
+from posttrain.tokens.overlong import Pieces, check_lengths, cut
+from posttrain.tokens.table import Documents, Indices, TokenTable
 
 IntArray = NDArray[np.int32]
 
@@ -112,16 +115,65 @@ class PackingCounts:
             yield f"{self.untrained:,} of {self.documents:,} records have no trained token and are left out"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows(Sequence[PackedRow]):
+    """Rows of pieces of a table; each is put together when it is asked for."""
+
+    pieces: Pieces
+    order: Indices
+    """The pieces of all rows, one row after the other, [P]."""
+    ends: Indices
+    """The end of each row in ``order``, [R]."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedRow]: ...
+    def __getitem__(self, index: int | slice) -> PackedRow | list[PackedRow]:
+        if isinstance(index, slice):
+            return [self._row(number) for number in range(*index.indices(len(self)))]
+        return self._row(range(len(self))[index])
+
+    @property
+    def tokens(self) -> Indices:
+        """Tokens of each row, [R]."""
+        return self._summed(self.pieces.lengths)
+
+    @property
+    def trained(self) -> Indices:
+        """Trained tokens of each row, [R]."""
+        return self._summed(self.pieces.trained)
+
+    def _summed(self, values_P: Indices) -> Indices:
+        totals_R = np.cumsum(values_P[self.order])[self.ends - 1]
+        return np.diff(totals_R, prepend=0)
+
+    def _row(self, index: int) -> PackedRow:
+        chosen = self.order[self.ends[index - 1] if index else 0 : self.ends[index]]
+        lengths = self.pieces.lengths[chosen].tolist()
+        starts = self.pieces.starts[chosen].tolist()
+        table = self.pieces.documents.table
+        spans = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        if len(spans) == 1 and not table.mask[starts[0]]:
+            return PackedRow(table.ids[spans[0]], table.mask[spans[0]], (lengths[0],))
+        mask_T = np.concatenate([table.mask[span] for span in spans])
+        mask_T[np.cumsum([0, *lengths[:-1]])] = False
+        return PackedRow(np.concatenate([table.ids[span] for span in spans]), mask_T, tuple(lengths))
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """Packed rows with their counts."""
 
-    rows: list[PackedRow]
+    rows: PackedRows
     counts: PackingCounts
 
 
 def pack(
-    documents: Sequence[Rendered],
+    documents: Documents | Sequence[Rendered],
     sequence_length: int,
     *,
     packing: bool = True,
@@ -140,15 +192,16 @@ def pack(
     Raises:
         BadInput: No document has a trained token, or one is longer than a row and ``overlong`` is reject.
     """
+    chosen = documents if isinstance(documents, Documents) else TokenTable.of(documents).all()
     if overlong is Overlong.reject:
-        check_lengths(documents, sequence_length)
-    fitted = [fit(document, sequence_length, overlong) for document in documents]
-    pieces = [piece for document in fitted for piece in document.pieces]
-    if not pieces:
-        raise BadInput(_nothing_trained(documents, sequence_length))
-    groups = few_bins([len(piece.ids) for piece in pieces], sequence_length) if packing else _alone(len(pieces))
-    rows = [_row([pieces[index] for index in group]) for group in groups]
-    return Packing(rows, _counts(fitted, rows, sequence_length))
+        check_lengths(chosen, sequence_length)
+    pieces = cut(chosen, sequence_length, overlong)
+    if not len(pieces.starts):
+        raise BadInput(_nothing_trained(chosen, sequence_length))
+    groups = few_bins(pieces.lengths.tolist(), sequence_length) if packing else _alone(len(pieces.starts))
+    order = np.fromiter(chain.from_iterable(groups), np.int64, len(pieces.starts))
+    rows = PackedRows(pieces, order, np.cumsum([len(group) for group in groups]))
+    return Packing(rows, _counts(pieces, len(rows), sequence_length))
 
 
 def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -196,34 +249,29 @@ def _alone(count: int) -> list[list[int]]:
     return [[index] for index in range(count)]
 
 
-def _row(pieces: Sequence[Piece]) -> PackedRow:
-    return PackedRow(
-        np.concatenate([piece.ids for piece in pieces]),
-        np.concatenate([piece.mask for piece in pieces]),
-        tuple(len(piece.ids) for piece in pieces),
-    )
-
-
-def _counts(fitted: Sequence[Fitted], rows: Sequence[PackedRow], sequence_length: int) -> PackingCounts:
-    kept = [document for document in fitted if document.pieces]
+def _counts(pieces: Pieces, rows: int, sequence_length: int) -> PackingCounts:
+    documents = pieces.documents
+    kept_M, tokens_M = pieces.pieces_of_documents > 0, pieces.tokens_of_documents
+    cut_M = (documents.lengths - tokens_M)[kept_M]
+    packed, parts_M = int(kept_M.sum()), pieces.parts[kept_M]
     return PackingCounts(
-        documents=len(fitted),
-        packed=len(kept),
-        untrained=len(fitted) - len(kept),
-        truncated=sum(document.parts == 1 and document.cut > 0 for document in kept),
-        split=sum(document.parts > 1 for document in kept),
-        pieces=sum(len(document.pieces) for document in kept),
-        cut_tokens=sum(document.cut for document in kept),
-        unpredicted=sum(document.unpredicted for document in kept),
-        tokens=sum(len(row.input_ids) for row in rows),
-        trained_tokens=sum(int(row.mask.sum()) for row in rows),
-        rows=len(rows),
+        documents=len(documents),
+        packed=packed,
+        untrained=len(documents) - packed,
+        truncated=int(((parts_M == 1) & (cut_M > 0)).sum()),
+        split=int((parts_M > 1).sum()),
+        pieces=len(pieces.starts),
+        cut_tokens=int(cut_M.sum()),
+        unpredicted=int(pieces.unpredicted.sum()),
+        tokens=int(pieces.lengths.sum()),
+        trained_tokens=int(pieces.trained.sum()),
+        rows=rows,
         sequence_length=sequence_length,
     )
 
 
-def _nothing_trained(documents: Sequence[Rendered], sequence_length: int) -> Problem:
-    longest = max((len(document.ids) for document in documents), default=0)
+def _nothing_trained(documents: Documents, sequence_length: int) -> Problem:
+    longest = int(documents.lengths.max(initial=0))
     fix = f"The longest has {longest} tokens: raise sequence_length above {sequence_length}"
     what = f"no trained token in {len(documents)} records"
     return Problem(where="data", what=what, fix=fix if longest > sequence_length else "")

@@ -1,23 +1,39 @@
 """Sources with a share of all tokens, such as general text replayed beside a narrow one."""
 
+# M = documents
+
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
-from posttrain.data.records import Document, Origin
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.data.records import Origin
 from posttrain.errors import BadInput, Problem
 
+Numbers = NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The tokens of a document in the rows."""
 
-    tokens: int
-    trained: int
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sizes:
+    """The documents of a stage, before some are drawn."""
+
+    origins: Sequence[Origin]
+    """The sources, in the order of their first documents."""
+    numbers: Numbers
+    """The place of each document's source in ``origins``, [M]."""
+    tokens: Numbers
+    """The tokens of each document in the rows, [M]."""
+    trained: Numbers
+    """Its trained tokens, [M]."""
+
+    def by_origin(self) -> dict[Origin, Numbers]:
+        """Return the documents of each source that has any."""
+        groups = {origin: np.flatnonzero(self.numbers == number) for number, origin in enumerate(self.origins)}
+        return {origin: group for origin, group in groups.items() if len(group)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,79 +62,74 @@ class SourceShare:
         return f"{self.origin.path}: {drawn}"
 
 
-def draw_by_share(records: Sequence[Document], sizes: Sequence[Size], seed: int) -> list[int]:
-    """Return the indices of records with which every source with a share has that share of all tokens.
+def draw_by_share(sizes: Sizes, seed: int) -> Numbers:
+    """Return the documents with which every source with a share has that share of all tokens, in their order.
 
-    All records of the sources without a share are taken: they set the number of tokens. The others give a seeded
-    draw, as near to their share as whole records come, at least one; too small a source gives all of its records
+    All documents of the sources without a share are taken: they set the number of tokens. The others give a seeded
+    draw, as near to their share as whole documents come, at least one; too small a source gives all of its documents
     several times.
 
     Raises:
         BadInput: A source with a share has no tokens, or all others together have none.
     """
-    groups = _by_origin(records)
-    taken = [index for origin, group in groups.items() if not origin.share for index in group]
-    shared = {origin: _usable(group, sizes) for origin, group in groups.items() if origin.share}
-    if shared:
-        _check_tokens(shared, taken, sizes)
+    groups = sizes.by_origin()
+    shared = {origin: group[sizes.tokens[group] > 0] for origin, group in groups.items() if origin.share}
+    if not shared:
+        return np.arange(len(sizes.numbers))
+    others = [group for origin, group in groups.items() if not origin.share]
+    total = sum(int(sizes.tokens[group].sum()) for group in others)
+    _check_tokens(shared, total)
     # The sources without a share are 1 - (sum of shares) of the whole, so they give its size.
-    total = sum(sizes[index].tokens for index in taken) / (1 - sum(origin.share for origin in shared))
-    for origin, group in shared.items():
-        taken += _draw(group, sizes, origin.share * total, random.Random(f"share/{seed}/{origin.number}"))
-    return sorted(taken)
+    whole = total / (1 - sum(origin.share for origin in shared))
+    drawn = [
+        _draw(group, sizes.tokens, origin.share * whole, random.Random(f"share/{seed}/{origin.number}"))
+        for origin, group in shared.items()
+    ]
+    return np.sort(np.concatenate([*others, *drawn]))
 
 
-def measure_shares(records: Sequence[Document], sizes: Sequence[Size], taken: Sequence[int]) -> list[SourceShare]:
-    """Return the part of each source in the records ``taken``, in the order of the recipe."""
-    drawn: dict[Origin, list[Size]] = {}
-    for index in taken:
-        drawn.setdefault(records[index].origin, []).append(sizes[index])
-    total = sum(size.tokens for found in drawn.values() for size in found)
-    counts = {origin: len(group) for origin, group in _by_origin(records).items()}
-    return [_measure_share(origin, count, drawn.get(origin, []), total) for origin, count in counts.items()]
+def measure_shares(sizes: Sizes, taken: Numbers) -> list[SourceShare]:
+    """Return the part of each source in the documents ``taken``, in the order of the recipe."""
+    total, numbers = int(sizes.tokens[taken].sum()), sizes.numbers[taken]
+    counts = {origin: len(group) for origin, group in sizes.by_origin().items()}
+    return [
+        _measure_share(origin, counts[origin], sizes, taken[numbers == number], total)
+        for number, origin in enumerate(sizes.origins)
+        if origin in counts
+    ]
 
 
-def _measure_share(origin: Origin, records: int, found: Sequence[Size], total: int) -> SourceShare:
-    tokens = sum(size.tokens for size in found)
+def _measure_share(origin: Origin, records: int, sizes: Sizes, taken: Numbers, total: int) -> SourceShare:
+    tokens = int(sizes.tokens[taken].sum())
     return SourceShare(
         origin=origin,
         records=records,
-        taken=len(found),
+        taken=len(taken),
         tokens=tokens,
-        trained=sum(size.trained for size in found),
+        trained=int(sizes.trained[taken].sum()),
         share=tokens / max(total, 1),
     )
 
 
-def _by_origin(records: Sequence[Document]) -> dict[Origin, list[int]]:
-    groups: dict[Origin, list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(record.origin, []).append(index)
-    return groups
-
-
-def _usable(group: Sequence[int], sizes: Sequence[Size]) -> list[int]:
-    return [index for index in group if sizes[index].tokens]
-
-
-def _draw(group: Sequence[int], sizes: Sequence[Size], target: float, rng: random.Random) -> list[int]:
-    """Return indices of ``group`` in a random order, repeated if need be, whose tokens come nearest to ``target``."""
-    order = rng.sample(group, len(group))
-    sums = [0, *accumulate(sizes[index].tokens for index in order)]
-    whole, rest = divmod(target, sums[-1])
-    end = bisect_left(sums, rest)
+def _draw(group: Numbers, tokens: Numbers, target: float, rng: random.Random) -> Numbers:
+    """Return documents of ``group`` in a random order, repeated if need be, whose tokens come nearest to ``target``."""
+    order = np.array(rng.sample(group.tolist(), len(group)))
+    sums = np.concatenate([[0], np.cumsum(tokens[order])])
+    whole, rest = divmod(target, float(sums[-1]))
+    end = int(np.searchsorted(sums, rest))
     nearest = end - 1 if end and rest - sums[end - 1] < sums[end] - rest else end
-    return (order * int(whole) + order[:nearest]) or order[:1]
+    drawn = np.concatenate([np.tile(order, int(whole)), order[:nearest]])
+    return drawn if len(drawn) else order[:1]
 
 
-def _check_tokens(shared: Mapping[Origin, Sequence[int]], others: Sequence[int], sizes: Sequence[Size]) -> None:
+def _check_tokens(shared: Mapping[Origin, Numbers], others: int) -> None:
     fix = "Raise sequence_length, or look at the records with posttrain tokens"
     problems = [
         Problem(where=origin.path, what="has a share of the tokens, but no record with a trained token", fix=fix)
         for origin, group in shared.items()
-        if not group
+        if not len(group)
     ]
-    if not _usable(others, sizes):
+    if not others:
         what = "the sources without a share have no record with a trained token"
         problems.append(Problem(where="data", what=what, fix=fix))
     if problems:

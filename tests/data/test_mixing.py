@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from posttrain import cli
 from posttrain.config.schema import Source
 from posttrain.data.mixing import read_sources
-from posttrain.data.records import Conversation, Origin, Text
+from posttrain.data.records import Conversation, Origin
 from posttrain.errors import BadInput
-from posttrain.tokens.shares import Size, draw_by_share, measure_shares
+from posttrain.tokens.shares import Sizes, draw_by_share, measure_shares
 from tests.support.tiny import write_base
 
 
@@ -67,14 +68,21 @@ def test_empty_data_is_rejected(tmp_path: Path) -> None:
 NARROW, GENERAL = Origin(number=0, path="narrow"), Origin(number=1, path="general", share=0.2)
 
 
-def texts(origin: Origin, lengths: list[int]) -> list[tuple[Text, Size]]:
-    return [
-        (Text(text="x", where=f"{n}", origin=origin), Size(size, max(size - 1, 0))) for n, size in enumerate(lengths)
-    ]
+def texts(origin: Origin, lengths: list[int]) -> list[tuple[Origin, int]]:
+    """Documents by their source and their tokens, of which all but one are trained."""
+    return [(origin, size) for size in lengths]
 
 
-def drawn(pairs: list[tuple[Text, Size]], seed: int = 0) -> list[int]:
-    return draw_by_share([text for text, _ in pairs], [size for _, size in pairs], seed)
+def sizes_of(pairs: list[tuple[Origin, int]]) -> Sizes:
+    origins = list(dict.fromkeys(origin for origin, _ in pairs))
+    tokens = np.array([size for _, size in pairs])
+    numbers = np.array([origins.index(origin) for origin, _ in pairs])
+    return Sizes(origins=origins, numbers=numbers, tokens=tokens, trained=np.maximum(tokens - 1, 0))
+
+
+def drawn(pairs: list[tuple[Origin, int]], seed: int = 0) -> list[int]:
+    found: list[int] = draw_by_share(sizes_of(pairs), seed).tolist()
+    return found
 
 
 @given(
@@ -96,20 +104,17 @@ def test_every_source_has_its_share_as_near_as_whole_records_come(
     assert taken[: len(narrow)] == list(range(len(narrow)))
     total = sum(narrow) / (1 - sum(shares))
     for origin, group in zip(origins[1:], (general, other), strict=True):
-        found = [index for index in taken if pairs[index][0].origin is origin]
-        tokens = sum(pairs[index][1].tokens for index in found)
+        found = [index for index in taken if pairs[index][0] is origin]
+        tokens = sum(pairs[index][1] for index in found)
         assert abs(tokens - origin.share * total) <= max(group) / 2 + 1e-6 or len(found) == 1
         times = Counter(found)
-        assert (
-            max(times.values()) - min(times.get(i, 0) for i, (text, _) in enumerate(pairs) if text.origin is origin)
-            <= 1
-        )
+        assert max(times.values()) - min(times.get(i, 0) for i, (other, _) in enumerate(pairs) if other is origin) <= 1
 
 
 def test_a_source_that_is_too_small_is_repeated_and_the_note_says_how_often() -> None:
     pairs = texts(NARROW, [10] * 80) + texts(GENERAL, [10] * 8)
     taken = drawn(pairs)
-    narrow, general = measure_shares([text for text, _ in pairs], [size for _, size in pairs], taken)
+    narrow, general = measure_shares(sizes_of(pairs), np.array(taken))
     assert (general.records, general.taken, general.tokens, general.trained, general.share) == (8, 20, 200, 180, 0.2)
     assert general.note() == "general: 20.0% of the tokens, 20 records drawn from 8, each 2.5 times"
     assert narrow.note() == "narrow: 80.0% of the tokens, 80 records drawn from 80"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from posttrain.model.loading import load_model, new_adapter
 from posttrain.plan import Step, make_plan
 from posttrain.run.display import Display, TrainingProgress
 from posttrain.run.job import records_digest
-from posttrain.sft.examples import Example, split_eval
+from posttrain.sft.examples import split_eval
 from posttrain.sft.stage import run
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.packing import PackedRow
+from posttrain.tokens.table import TokenTable
 from tests.support.fakes import write_project
 from tests.support.sft import context, conversations
 from tests.support.tiny import (
@@ -258,7 +260,7 @@ def test_learning_to_decline_at_the_cost_of_answers_is_a_warning() -> None:
 
 @given(st.lists(st.integers(0, 8), min_size=2, max_size=40), st.floats(0.01, 0.6), st.integers(0, 3))
 def test_equal_documents_stay_on_one_side(texts: list[int], share: float, seed: int) -> None:
-    examples = [Example(conversations(1)[0], Rendered([text], [True], "")) for text in texts]
+    examples = TokenTable.of([Rendered([text, text + 1], [False, True], "") for text in texts]).all()
     distinct = len(set(texts))
     if max(1, round(share * distinct)) == distinct:
         with pytest.raises(BadInput, match="takes all"):
@@ -267,9 +269,10 @@ def test_equal_documents_stay_on_one_side(texts: list[int], share: float, seed: 
     trained, measured = split_eval(examples, share, seed)
     assert len(measured) == max(1, round(share * distinct))
     chosen = {example.ids[0] for example in measured}
+    assert chosen == set(Random(f"eval/{seed}").sample(sorted(set(texts)), len(measured))), "drawn from sorted ids"
     assert len(chosen) == len(measured)
     assert [example.ids[0] for example in trained] == [text for text in texts if text not in chosen]
-    assert split_eval(examples, share, seed) == (trained, measured)
+    assert [list(each) for each in split_eval(examples, share, seed)] == [list(trained), list(measured)]
 
 
 def test_a_share_is_not_trained(base: ModelSource, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 from posttrain.data.records import Conversation, Message, Preference
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput
-from posttrain.sft.config import SFTConfig
-from posttrain.sft.examples import render_examples, rows_of, split_eval
+from posttrain.sft.examples import Rendering, rows_of, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.dialect import CallDialect
 from tests.support.chat_templates import CHATML, MISTRAL_V3, QWEN3, make_tokenizer
@@ -95,8 +94,8 @@ def harmony() -> Any:
 def trained(tokenizer: Any, chat: Conversation, train_on: str = "all") -> list[list[str]]:
     """The decoded text of every run of trained tokens, by row; the masks are proven a second time."""
     rows = []
-    for example in render_examples([chat], tokenizer, SFTConfig(kind="sft", data="x", train_on=TrainOn(train_on))):
-        pairs = zip(example.rendered.ids, example.rendered.mask, strict=True)
+    for row in Rendering(tokenizer, TrainOn(train_on)).rows(chat):
+        pairs = zip(row.rendered.ids, row.rendered.mask, strict=True)
         runs = [[token for token, _ in run] for on, run in groupby(pairs, key=lambda pair: pair[1]) if on]
         rows.append([tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs])
     return rows
@@ -178,8 +177,7 @@ def test_each_answer_is_a_row_under_the_prompt_that_asks_for_it() -> None:
     chat = record(*THOUGHTFUL, user("And?"), said("So.", reasoning_content="hm"))
     rows = trained(tokenizer, chat, "each")
     assert rows == [[CALL], [FINAL], [ANALYSIS.format("hm") + "<|channel|>final<|message|>So.<|return|>"]]
-    config = SFTConfig(kind="sft", data="x", train_on=TrainOn.each)
-    for example, last in zip(render_examples([chat], tokenizer, config), (1, 3, 5), strict=True):
+    for example, last in zip(Rendering(tokenizer, TrainOn.each).rows(chat), (1, 3, 5), strict=True):
         listed = [dict(message) for message in chat.messages[:last]]
         asked = tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=True)
         assert example.rendered.text.startswith(asked)
@@ -201,10 +199,10 @@ def test_rows_of_a_conversation_are_set_aside_together() -> None:
         record(user("Hi"), said("Hello"), user(f"And {number}?"), said("So."), user("Hm"), said("Yes"))
         for number in range(10)
     ]
-    config = SFTConfig(kind="sft", data="x", train_on=TrainOn.each)
-    kept, held = split_eval(render_examples(talks, make_tokenizer(CHATML), config), 0.3, seed=1)
+    table = Rendering(make_tokenizer(CHATML), TrainOn.each).table(talks)
+    kept, held = split_eval(table.all(), 0.3, seed=1)
     assert (len(kept), len(held)) == (21, 6), "the first answer, equal in all, is trained and not measured"
-    assert not {each.ids for each in kept} & {each.ids for each in held}
+    assert not set(kept.digests) & set(held.digests)
 
 
 def test_a_conversation_without_calls_asks_the_template_nothing() -> None:
