@@ -47,7 +47,7 @@ class StageContext:
     output: Path
     """Empty folder for the result."""
     engine: str = "single"
-    """Way to train on the devices of this launch: ``single``, ``ddp`` or ``fsdp``."""
+    """Way to train on the devices of this launch: ``single``, ``ddp``, ``fsdp`` or ``deepspeed``."""
     launch: Callable[[Stage, StageContext], None] | None = None
     """Start of the processes that run the stage in place of this one; None runs it here."""
     kept: Path | None = None
@@ -63,7 +63,7 @@ class StageContext:
     @property
     def slices(self) -> bool:
         """True when each process holds slices of the weights, which are left in their files until then."""
-        return self.engine == "fsdp"
+        return self.engine in ("fsdp", "deepspeed")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the parent's tokenizer with its pinned chat template."""

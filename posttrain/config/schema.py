@@ -108,6 +108,7 @@ class EngineName(Enum):
     single = "single"
     ddp = "ddp"
     fsdp = "fsdp"
+    deepspeed = "deepspeed"
 
 
 class Launcher(Enum):

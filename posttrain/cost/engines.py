@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 HEADROOM = 0.9
 """Share of a device's memory that a training may plan with: libraries and the allocator take the rest."""
 AUTO, SINGLE = "auto", "single"
+EXTRAS = {"deepspeed": "deepspeed"}
+"""Engines that need a distribution of an extra, with the name of both."""
 
 
 def choose_engine(setting: str, processes: int, need: int | None, device: int | None) -> tuple[str, str]:
@@ -27,6 +30,12 @@ def choose_engine(setting: str, processes: int, need: int | None, device: int | 
     if need <= HEADROOM * device:
         return "ddp", f"everything fits on each device: {gigabytes(need)} of {gigabytes(device)}"
     return "fsdp", f"with everything on each device it takes {gigabytes(need)} of {gigabytes(device)}"
+
+
+def missing_extra(engine: str) -> str | None:
+    """Return the extra of this distribution that ``engine`` needs and that is not installed."""
+    extra = EXTRAS.get(engine)
+    return extra if extra is not None and importlib.util.find_spec(extra) is None else None
 
 
 def device_memory(processes: int = 1) -> int | None:

@@ -23,7 +23,9 @@ MOMENTS = 2
 KEPT_CHECKPOINTS = 2
 """Checkpoints of a run that are kept; one more exists while it is written."""
 GATHERED_LAYERS = 2
-"""Layers whole at once where weights are shared out: the one in work and the one fetched ahead."""
+"""Layers whole at once under fsdp: the one in work and the one fetched ahead."""
+BUCKET = 50_000_000
+"""Numbers of gradients that deepspeed sums over the processes at once."""
 WHOLE = ("single", "ddp")
 """Engines that hold every weight on every device."""
 
@@ -82,12 +84,12 @@ def checkpoint_bytes(model: Architecture, training: Training) -> int:
 
 
 def training_memory(model: Architecture, training: Training, engine: str, processes: int = 1) -> Memory:
-    """Return the memory of each of ``processes`` devices under ``engine``: single, ddp or fsdp."""
+    """Return the memory of each of ``processes`` devices under ``engine``, its name."""
     trained = trained_weights(model, training)
     frozen = _frozen_bytes(model, training)
     share = 1 if engine in WHOLE else processes
-    # an adapter's gradients are summed over the processes once a step, so until then they are whole
-    gradients = trained if training.method is not Method.full else trained // share
+    # fsdp sums an adapter's gradients over the processes once a step, so until then they are whole
+    gradients = trained if training.method is not Method.full and engine != "deepspeed" else trained // share
     tokens = training.tokens * training.copies
     return Memory(
         weights=(frozen + trained * FLOAT) // share + _casts(model, training) // share,
@@ -148,5 +150,7 @@ def _gathered_bytes(model: Architecture, training: Training, engine: str, proces
     layer = model.per_layer * size
     if training.method is Method.qlora:
         layer = int(model.quantisable * NF4_BYTES) // model.layers
+    if engine == "deepspeed":  # gradients that wait until BUCKET are there, and their copy in the order of slices
+        return model.ends * size + layer + 2 * min(trained, BUCKET) * FLOAT
     gradient = (model.ends + model.per_layer) * FLOAT if training.method is Method.full else 0
     return model.ends * size + GATHERED_LAYERS * layer + gradient

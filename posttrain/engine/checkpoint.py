@@ -12,6 +12,7 @@ and read from whatever files hold it: another number of processes can resume.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -35,14 +36,37 @@ from posttrain.model.saving import disk_errors
 STATE = "state.safetensors"
 DRAFT = ".draft"
 NAME = re.compile(r"step-(\d{8,})")
+STEP = "step"
+"""Entry of the optimizer's state that is one number."""
 
 PATIENCE = 0.05
 """Seconds between two looks for the parts of other processes."""
 PLACES = "places"
 """Key of a file's metadata: the first row of each slice in the whole tensor, and the rows of the whole, by name."""
 
-State = dict[str, torch.Tensor]
-"""By name; a sliced tensor is a DTensor."""
+
+@dataclass(frozen=True)
+class Slice:
+    """A process' slice of a tensor that all processes hold together."""
+
+    own: torch.Tensor
+    first: int
+    """First row of it in the whole tensor; a tensor cut anywhere has its numbers as rows."""
+    rows: int
+    """Rows of the whole."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> torch.Tensor | Slice:
+        """Return the slice that a DTensor is; any other tensor is itself."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        return cls(own=tensor.to_local(), first=_first_row(tensor), rows=tensor.shape[0])
+
+
+State = dict[str, torch.Tensor | Slice]
+"""By name."""
+Cut = Callable[[str, torch.Tensor], torch.Tensor | Slice]
+"""Returns what a tensor is a slice of, given the parameter's name and one of its tensors; or the tensor, if whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +166,7 @@ class CheckpointFolder:
 class Part:
     """The part of a state that one process saves."""
 
-    tensors: State
+    tensors: dict[str, torch.Tensor]
     """Own tensors and slices by name."""
     places: dict[str, tuple[int, int]]
     """First row of each slice in the whole tensor, and the rows of the whole, by name."""
@@ -150,8 +174,8 @@ class Part:
     @classmethod
     def of(cls, state: State, *, copy: bool = False) -> Part:
         """Return this process' part of ``state``; with ``copy``, in memory of its own, which training leaves alone."""
-        places = {name: (_first_row(each), each.shape[0]) for name, each in state.items() if isinstance(each, DTensor)}
-        own = {name: each.to_local() if isinstance(each, DTensor) else each for name, each in state.items()}
+        places = {name: (each.first, each.rows) for name, each in state.items() if isinstance(each, Slice)}
+        own = {name: each.own if isinstance(each, Slice) else each for name, each in state.items()}
         if copy:
             own = {name: each.to("cpu", copy=True) for name, each in own.items()}
         return cls(tensors={name: each.contiguous() for name, each in own.items()}, places=places)
@@ -182,7 +206,8 @@ class SavedState(Mapping[str, torch.Tensor]):
         if rows is None:
             whole: torch.Tensor = self._slices[name][0][1][...]
             return whole
-        return self.part(name, 0, rows)
+        pieces = sorted(self._slices[name], key=lambda piece: piece[0])
+        return torch.cat([saved[...] for _, saved in pieces])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
@@ -192,17 +217,20 @@ class SavedState(Mapping[str, torch.Tensor]):
         """Return the number of tensors."""
         return len(self._slices)
 
-    def part(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` rows of a tensor from row ``start`` on."""
+    def numbers(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` numbers of a tensor from number ``start`` on, in a row."""
+        if self._rows[name] is None:
+            return self[name].flatten()[start : start + count]
         pieces = []
         for first, saved in sorted(self._slices[name], key=lambda piece: piece[0]):
-            low, high = max(start, first), min(start + count, first + saved.get_shape()[0])
+            rows, *others = saved.get_shape()
+            width = math.prod(others)
+            low, high = max(start, first * width), min(start + count, (first + rows) * width)
             if low < high:
-                pieces.append(saved[low - first : high - first])
-        if not pieces:
-            first, saved = self._slices[name][0]
-            return saved[0:0]  # type: ignore[no-any-return]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+                top, bottom = low // width - first, -(-high // width) - first
+                begin = low - (first + top) * width
+                pieces.append(saved[top:bottom].flatten()[begin : begin + high - low])
+        return torch.cat(pieces) if pieces else self._slices[name][0][1][0:0].flatten()
 
 
 def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -210,44 +238,67 @@ def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
 
     Several processes draw from seeds of their own in each batch. What is whole, process 0 alone returns.
     """
-    state = {}
-    for name, parameter in _trained(model).items():
-        state[f"weight/{name}"] = parameter.detach()
-        state |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    return capture_parts(_trained(model), optimizer, _as_sliced)
+
+
+def capture_parts(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, cut: Cut) -> State:
+    """Return the state of ``parameters`` as ``capture`` does; ``cut`` tells of what each tensor is a slice."""
+    state: State = {}
+    for name, parameter in parameters.items():
+        state[f"weight/{name}"] = cut(name, parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer/{key}/{name}"] = cut(name, value) if key != STEP else value
     if processes.world() == 1:
         state["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             state["random/cuda"] = torch.cuda.get_rng_state()
-    return {name: each for name, each in state.items() if processes.rank() == 0 or isinstance(each, DTensor)}
+    return {name: each for name, each in state.items() if processes.rank() == 0 or isinstance(each, Slice)}
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
     """Restore a captured state, in place; of a sliced tensor, this process' slice."""
-    parameters = _trained(model)
+    restore_parts(_trained(model), optimizer, state, _as_sliced)
+
+
+def restore_parts(
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, torch.Tensor],
+    cut: Cut,
+) -> None:
+    """Restore the state of ``parameters`` as ``restore`` does; ``cut`` tells of what each tensor is a slice."""
     for key in state:
         kind, _, rest = key.partition("/")
         if kind == "weight":
-            _fill(parameters[rest].data, state, key)
+            _fill(cut(rest, parameters[rest].data), state, key)
         elif kind == "optimizer":
             field, _, name = rest.partition("/")
             parameter = parameters[name]
-            if isinstance(parameter.data, DTensor) and field != "step":
+            if field != STEP and isinstance(cut(name, parameter.data), Slice):
                 optimizer.state[parameter][field] = torch.zeros_like(parameter.data)
-                _fill(optimizer.state[parameter][field], state, key)
+                _fill(cut(name, optimizer.state[parameter][field]), state, key)
             else:
-                optimizer.state[parameter][field] = state[key].to(parameter.device)
+                value = state[key].to(parameter.device)
+                like = field != STEP and value.numel() == parameter.numel()
+                optimizer.state[parameter][field] = value.view_as(parameter) if like else value
     if "random/cpu" in state and processes.world() == 1:
         torch.set_rng_state(state["random/cpu"])
         if "random/cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["random/cuda"])
 
 
-def _fill(target: torch.Tensor, state: Mapping[str, torch.Tensor], key: str) -> None:
-    if not isinstance(target, DTensor):
-        target.copy_(state[key])
+def _as_sliced(name: str, tensor: torch.Tensor) -> torch.Tensor | Slice:
+    return Slice.of(tensor)
+
+
+def _fill(target: torch.Tensor | Slice, state: Mapping[str, torch.Tensor], key: str) -> None:
+    if not isinstance(target, Slice):
+        target.copy_(state[key].view(target.shape))  # it may have been cut anywhere
         return
-    start, own = _first_row(target), target.to_local()
-    own.copy_(state.part(key, start, len(own)) if isinstance(state, SavedState) else state[key][start:][: len(own)])
+    own = target.own
+    start, count = target.first * math.prod(own.shape[1:]), own.numel()
+    found = state.numbers(key, start, count) if isinstance(state, SavedState) else state[key].flatten()[start:][:count]
+    own.copy_(found.view(own.shape))
 
 
 def _await(draft: Path, names: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The way of one optimizer step through the devices: how a gradient is taken, summed over processes, and applied.
 
 The loop knows no device beyond this protocol. ``single`` is the plain one; the others give the same gradient to
-rounding, whatever their number of processes: ddp.py holds the whole model in each, fsdp.py a slice of every weight.
+rounding, whatever their number of processes: ddp.py holds the whole model in each, fsdp.py and zero.py a slice of every
+weight.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from posttrain.engine.arithmetic import Arithmetic
@@ -22,7 +24,7 @@ from posttrain.engine.optimizer import clip_gradient, make_optimizer, update_wei
 from posttrain.engine.precision import computing_in
 
 Result = TypeVar("Result")
-SINGLE, DDP, FSDP = "single", "ddp", "fsdp"
+SINGLE, DDP, FSDP, DEEPSPEED = "single", "ddp", "fsdp", "deepspeed"
 
 
 class Engine(Protocol):
@@ -53,6 +55,9 @@ class Engine(Protocol):
 
         ``check`` gets the norm from before, and raises to keep an infinite one from the weights.
         """
+
+    def gradient(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the gradient of each trained parameter, whole, by name, summed over the processes; each calls it."""
 
     def idle(self) -> dict[str, int]:
         """Return the trained parameters that never got a gradient, with their sizes."""
@@ -101,10 +106,15 @@ class Single:
         update_weights(self.optimizer, rate)
         return norm
 
+    def gradient(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what each parameter has."""
+        for name, parameter in _trained(self.model):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
     def idle(self) -> dict[str, int]:
         """Return the parameters without averages: AdamW keeps them of those alone that got a gradient."""
-        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
-        return {name: each.numel() for name, each in trained.items() if not self.optimizer.state.get(each)}
+        return {name: each.numel() for name, each in _trained(self.model) if not self.optimizer.state.get(each)}
 
     def capture(self) -> State:
         """Return the whole state."""
@@ -113,3 +123,7 @@ class Single:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore the whole state."""
         restore(self.model, self.optimizer, state)
+
+
+def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, each) for name, each in model.named_parameters() if each.requires_grad)

@@ -141,7 +141,7 @@ class Evaluation:
         """Return the measurements to keep in a checkpoint."""
         # copies: safetensors saves no tensors that share memory, as these do when the first loss is the lowest
         kept = {"first": self.first, "lowest": self.lowest}
-        state = {f"evaluation/{name}": each.sums.clone() for name, each in kept.items() if each is not None}
+        state: State = {f"evaluation/{name}": each.sums.clone() for name, each in kept.items() if each is not None}
         if self.lowest is not None:
             state["evaluation/lowest_step"] = torch.tensor(self.lowest.step)
         return state

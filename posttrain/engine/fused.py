@@ -25,21 +25,32 @@ from torch.func import functional_call
 
 from posttrain.model.loading import ADAPTER
 
+FORWARD = "posttrain_forward"
+"""Attribute of a layer: the fused forward pass for it, or None."""
 TOLERANCE = 1e-5
 """Largest relative difference between the results of a module and of an RMSNorm for them to be one."""
 
 
 def fuse(model: torch.nn.Module) -> None:
     """Give every layer of ``model`` its fused forward pass, if there is one for it."""
+    recognise(model)
     for module in model.modules():
-        for is_kind, forward in FUSED:
-            if "forward" not in vars(module) and is_kind(module):
-                module.forward = partial(forward, module)
+        forward = vars(module)[FORWARD]
+        if "forward" not in vars(module) and forward is not None:
+            module.forward = partial(forward, module)
+
+
+def recognise(model: torch.nn.Module) -> None:
+    """Note at every layer of ``model`` the fused forward pass for it, or None; it takes whole weights to tell."""
+    for module in model.modules():
+        if FORWARD not in vars(module):
+            setattr(module, FORWARD, next((forward for is_kind, forward in FUSED if is_kind(module)), None))
 
 
 def unfuse(model: torch.nn.Module) -> None:
     """Give every layer its own forward pass again."""
     for module in model.modules():
+        vars(module).pop(FORWARD, None)
         if is_fused(module):
             del module.forward
 

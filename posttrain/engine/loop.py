@@ -4,7 +4,7 @@ One optimizer step, as ``Training._step`` takes it:
 
     order      rows of the step, from the seed and the step's number alone             batches.py
     gradient   micro-batches through the model: packed attention, summed loss/tokens   gradient.py attention.py loss.py
-    sum        over all processes, if there are several                                engine.py ddp.py fsdp.py
+    sum        over all processes, if there are several                                engine.py ddp.py fsdp.py zero.py
     clip       the whole gradient scaled down to max_grad_norm                         optimizer.py
     check      loss and norm finite, or the run stops with its weights as they were    here
     update     AdamW at the step's learning rate                                       optimizer.py, schedule.py
@@ -36,7 +36,7 @@ from posttrain.engine.batches import RowOrder, rows_per_batch
 from posttrain.engine.checkpoint import CheckpointFolder, Position
 from posttrain.engine.config import LoopConfig
 from posttrain.engine.ddp import Replicated
-from posttrain.engine.engine import DDP, FSDP, SINGLE, Engine, Single
+from posttrain.engine.engine import DDP, DEEPSPEED, FSDP, SINGLE, Engine, Single
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
@@ -46,10 +46,11 @@ from posttrain.engine.precision import autocasting
 from posttrain.engine.saves import Saves
 from posttrain.engine.schedule import Schedule
 from posttrain.engine.throughput import Throughput
+from posttrain.engine.zero import Partitioned
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
 
-ENGINES: Mapping[str, type[Single]] = {SINGLE: Single, DDP: Replicated, FSDP: Sharded}
+ENGINES: Mapping[str, type[Single]] = {SINGLE: Single, DDP: Replicated, FSDP: Sharded, DEEPSPEED: Partitioned}
 """Every engine by its name."""
 
 

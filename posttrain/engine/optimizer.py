@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -9,11 +11,18 @@ from posttrain.engine.config import LoopConfig
 
 
 def make_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """Return AdamW (arXiv:1711.05101) that decays matrices only, LoRA's among them: vectors are norms and biases."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return AdamW on the trained parameters of ``model``."""
+    return make_adamw([(each, each.ndim) for each in model.parameters() if each.requires_grad], config)
+
+
+def make_adamw(trained: Sequence[tuple[torch.nn.Parameter, int]], config: LoopConfig) -> torch.optim.AdamW:
+    """Return AdamW (arXiv:1711.05101) on parameters, each given with the dimensions of the weight that it is a part of.
+
+    It decays matrices only, LoRA's among them: vectors are norms and biases.
+    """
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [each for each, dimensions in trained if dimensions >= 2], "weight_decay": config.weight_decay},
+        {"params": [each for each, dimensions in trained if dimensions < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

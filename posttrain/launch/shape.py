@@ -10,7 +10,7 @@ from math import gcd
 from re import fullmatch
 
 from posttrain.config.schema import EngineName, LaunchConfig, Launcher
-from posttrain.cost.engines import SINGLE, choose_engine, gpus
+from posttrain.cost.engines import SINGLE, choose_engine, gpus, missing_extra
 from posttrain.cost.needs import Needs, stage_needs
 from posttrain.engine.config import LoopConfig
 from posttrain.errors import Problem
@@ -147,11 +147,14 @@ def _slurm_problems(launch: LaunchConfig) -> Iterator[Problem]:
 def _engine_problems(plan: Plan, world: int) -> Iterator[Problem]:
     engine = plan.engine
     if engine is EngineName.single and world > 1:
-        fix = "Leave out engine, or give engine=ddp or engine=fsdp"
+        fix = "Leave out engine, or give engine=ddp, engine=fsdp or engine=deepspeed"
         yield Problem(where="engine", what=f"single trains in one process, but the launch starts {world}", fix=fix)
     if engine not in (EngineName.auto, EngineName.single) and world == 1:
         fix = "Add launch=local launch.processes=2 or more, or leave out engine"
         yield Problem(where="engine", what=f"{engine.value} shares training among processes, but there is one", fix=fix)
+    if extra := missing_extra(engine.value):
+        fix = f"pip install 'posttrain[{extra}]', or give engine=fsdp"
+        yield Problem(where="engine", what=f"{extra} is not installed", fix=fix)
 
 
 def _stage_problems(step: Step, world: int) -> Iterator[Problem]:

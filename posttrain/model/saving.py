@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,7 @@ def _save_weights(model: PreTrainedModel, output: Path, dtype: str) -> None:
     for parameter in model.parameters():  # not model.to(): that would also round buffers such as rotary frequencies
         parameter.data = parameter.data.to(DTYPES[dtype])
     with disk_errors(output):
-        model.save_pretrained(output, max_shard_size=SHARD_SIZE)
+        _save_pretrained(model, output)
 
 
 def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
@@ -128,7 +129,19 @@ def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
         shell = AutoModelForCausalLM.from_config(model.config, dtype=DTYPES[dtype])
     shell.generation_config = model.generation_config
     with disk_errors(output):
-        shell.save_pretrained(output, max_shard_size=SHARD_SIZE, state_dict=state | kept)
+        _save_pretrained(shell, output, state_dict=state | kept)
+
+
+def _save_pretrained(model: PreTrainedModel, output: Path, **options: Any) -> None:
+    # Where DeepSpeed is installed, accelerate imports it, for seconds, to see that the model is none of its engines.
+    hidden = "deepspeed" not in sys.modules
+    if hidden:
+        vars(sys)["modules"]["deepspeed"] = None
+    try:
+        model.save_pretrained(output, max_shard_size=SHARD_SIZE, **options)
+    finally:
+        if hidden:
+            del sys.modules["deepspeed"]
 
 
 def _save_generation(model: PreTrainedModel | PeftModel, parent: ModelSource, output: Path) -> None:

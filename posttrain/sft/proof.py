@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessException
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from posttrain.cost.engines import missing_extra
 from posttrain.engine.attention import causal_model, install, packed_hidden
 from posttrain.engine.attention_kernels import ALONE, Choice
 from posttrain.engine.batches import IGNORED
@@ -65,6 +66,7 @@ ISOLATION = "a document when its neighbour changes"
 RANKS = {
     "ddp": "two processes, half of the rows each (ddp)",
     "fsdp": "two processes, a slice of every weight each (fsdp)",
+    "deepspeed": "two processes, a slice of every weight each (deepspeed)",
 }
 CHECKPOINTING = "gradient checkpointing"
 ONE_MASK = "attention of a whole row under one mask"
@@ -206,6 +208,8 @@ class Proof:
 
     def _ranks(self, engine: str, own: Gradient) -> Check:
         name = RANKS[engine]
+        if missing_extra(engine):
+            return Check(name=name, reason=f"{engine} is not installed")
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if parameters > RANKS_PARAMETERS:
             return Check(name=name, reason=f"{parameters:,} parameters are too many to copy twice")
@@ -217,7 +221,9 @@ class Proof:
 
     @cached_property
     def _of_ranks(self) -> dict[str, Gradient]:
-        return gradients_of_ranks(self.model, self._own_rows, self.config, list(RANKS))
+        return gradients_of_ranks(
+            self.model, self._own_rows, self.config, [each for each in RANKS if not missing_extra(each)]
+        )
 
     def _isolation(self, own: Gradient) -> Check:
         """Compare a row with one whose first document has other tokens: the others must compute the same."""

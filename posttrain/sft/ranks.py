@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from posttrain.engine.config import FineTuneConfig
@@ -53,11 +52,7 @@ def _rank(rank: int, task: bytes, folder: str) -> None:
         batches = [rows[start : start + 1] for start in range(len(rows))]
         with engine.prepared():
             add_shares(engine, objective, batches, objective.totals(rows))
-        found = {}
-        for key, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                found[key] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        if rank == 0:
-            save_file({key: each.contiguous() for key, each in found.items()}, Path(folder) / name)
+            found = {key: each.contiguous() for key, each in engine.gradient()}
+            if rank == 0:
+                save_file(found, Path(folder) / name)
     dist.destroy_process_group()

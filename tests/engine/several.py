@@ -77,13 +77,15 @@ CASES: dict[str, Case] = {
     "qlora": Case(qlora, "untied"),
 }
 
+ENGINES = ("ddp", "fsdp", "deepspeed")
+
 RESUMED = ("full", "lora")
 """Cases that are stopped and resumed, by the same number of processes and by another."""
 
 
 def train(case: Case, bases: Path, folder: Path, engine: str = "single", **settings: Any) -> tuple[Any, Recorder]:
     """Train and return the model and what was reported."""
-    model, progress = case.model(bases, mapped=engine == "fsdp"), Recorder()
+    model, progress = case.model(bases, mapped=engine in ("fsdp", "deepspeed")), Recorder()
     given = {**STEPS, **case.settings, **settings}
     rows: list[PackedRow] = given.pop("rows", ROWS)
     training(
@@ -126,7 +128,7 @@ def main(bases: Path, output: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     processes.join(60)
-    for engine in ("ddp", "fsdp"):
+    for engine in ENGINES:
         for name in names:
             case, folder = CASES[name], output / engine / name
             model, progress = train(case, bases, folder / "checkpoints", engine)

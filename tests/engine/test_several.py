@@ -22,7 +22,6 @@ from posttrain.engine.checkpoint import SavedState
 from tests.engine import several
 from tests.support.tiny import sft_config, write_base
 
-ENGINES = ("ddp", "fsdp")
 ROOT = Path(__file__).parents[2]
 WORLDS = {2: list(several.CASES), 3: list(several.RESUMED)}
 TOLERANCE = {"autocast": 3e-2, "lora_bfloat16": 5e-2}
@@ -84,7 +83,7 @@ def steps(artifact: Path) -> list[dict[str, float]]:
 def test_what_is_trained_is_what_one_process_trains(launched: tuple[int, Path], single: Path) -> None:
     world, output = launched
     far = {}
-    for engine in ENGINES:
+    for engine in several.ENGINES:
         for name in WORLDS[world]:
             found = distance(weights(output / engine / name / "artifact"), weights(single / name / "artifact"))
             if not found <= TOLERANCE.get(name, 1e-5):
@@ -94,7 +93,7 @@ def test_what_is_trained_is_what_one_process_trains(launched: tuple[int, Path], 
 
 def test_loss_norm_and_eval_loss_are_those_of_one_process(launched: tuple[int, Path], single: Path) -> None:
     world, output = launched
-    for engine in ENGINES:
+    for engine in several.ENGINES:
         for name in WORLDS[world]:
             found, expected = steps(output / engine / name / "artifact"), steps(single / name / "artifact")
             assert [step.keys() for step in found] == [step.keys() for step in expected]
@@ -104,7 +103,7 @@ def test_loss_norm_and_eval_loss_are_those_of_one_process(launched: tuple[int, P
 
 def test_the_same_run_gives_the_same_bytes_stopped_or_not(launched: tuple[int, Path]) -> None:
     _, output = launched
-    for engine in ENGINES:
+    for engine in several.ENGINES:
         for name in several.RESUMED:
             folder = output / engine / name
             expected = {key: each.numpy().tobytes() for key, each in weights(folder / "artifact").items()}
@@ -122,7 +121,7 @@ def test_a_run_is_taken_over_by_another_number_of_processes(
     _, output = launched
     for name in several.RESUMED:
         expected = weights(single / name / "artifact")
-        for engine in ENGINES:
+        for engine in several.ENGINES:
             assert distance(weights(output / engine / name / "artifact_taken_over"), expected) <= 1e-5
             checkpoints = tmp_path / engine / name
             shutil.copytree(output / engine / name / "stopped", checkpoints)
@@ -134,7 +133,7 @@ def test_a_run_is_taken_over_by_another_number_of_processes(
 
 def test_the_artifact_has_the_files_of_one_process_and_loads(launched: tuple[int, Path], single: Path) -> None:
     world, output = launched
-    for engine in ENGINES:
+    for engine in several.ENGINES:
         for name in WORLDS[world]:
             found, expected = output / engine / name / "artifact", single / name / "artifact"
             assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}

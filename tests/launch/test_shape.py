@@ -83,7 +83,7 @@ def test_the_plan_has_engine_and_launch(host: Host, default: Plan) -> None:
         (["launch=local", "launch.proceses=2"], "unknown key 'launch.proceses'\n    Did you mean launch.processes?"),
         (["launch.processes=two"], "'two' is not an integer"),
         (["launch=local", "launch.processes=0"], "launch.processes: must be at least 1, not 0"),
-        (["engine=dpp"], "engine=dpp: 'dpp' is not one of auto, single, ddp, fsdp"),
+        (["engine=dpp"], "engine=dpp: 'dpp' is not one of auto, single, ddp, fsdp, deepspeed"),
         (["launch.processes=2"], "launch.processes: nothing starts other processes\n    Add launch=local"),
     ],
 )

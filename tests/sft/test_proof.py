@@ -80,7 +80,9 @@ def test_every_comparison_holds_whatever_the_recipe_sets(settings: dict[str, Any
 def test_two_processes_give_the_same_gradient(processes: None) -> None:
     found = [check for check in checks(lora=True) if check.name in RANKS]
     assert [check.name for check in found] == RANKS
-    assert all(check.error is not None and check.error <= 1e-12 for check in found), found
+    # DeepSpeed sums in float32
+    limits = [1e-6 if check.name == proof.RANKS["deepspeed"] else 1e-12 for check in found]
+    assert all(each.error is not None and each.error <= limit for each, limit in zip(found, limits, strict=True)), found
 
 
 def test_one_document_is_enough() -> None:
@@ -140,7 +142,7 @@ def test_each_comparison_is_named_as_it_begins() -> None:
     begun: list[str] = []
     for check in Proof(model=tiny_llama(), documents=DOCUMENTS, config=sft_config()).checks(began=begun.append):
         assert begun[-1] == check.name
-    assert len(begun) == len(set(begun)) == 12
+    assert len(begun) == len(set(begun)) == 13
 
 
 def test_float32_that_is_none_fails() -> None:
