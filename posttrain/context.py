@@ -52,6 +52,8 @@ class StageContext:
     """Start of the processes that run the stage in place of this one; None runs it here."""
     kept: Path | None = None
     """Folder, shared by all runs, for what can be computed again; beside the checkpoints when absent."""
+    data_workers: int | None = None
+    """Processes that render records; None for one on each core."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 

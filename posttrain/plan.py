@@ -89,6 +89,8 @@ class Plan:
     """Seed of the run."""
     plugin_timeout: float | None
     """Longest silence of a plugin, in seconds; None for no limit."""
+    data_workers: int | None
+    """Processes that render records; None for one on each core."""
     output_root: Path
     """Folder of all runs."""
     start_from: Path | None
@@ -126,6 +128,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         "start_from",
         "start_from_unpromoted",
         "plugin_timeout",
+        "data_workers",
         "engine",
         "launch",
         "model",
@@ -143,7 +146,12 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     steps = [_step(name, config, host, problems) for name in names]
     launch: LaunchConfig = _typed(config.launch)
     problems += [Problem(where=f"launch.{key}", what=what) for key, what in out_of_range(launch)]
-    problems += [*_number_problems(config), *_timeout_problems(config), *_consent_problems(config)]
+    problems += [
+        *_number_problems(config),
+        *_timeout_problems(config),
+        *_worker_problems(config),
+        *_consent_problems(config),
+    ]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
         recipe=composition.recipe,
@@ -157,6 +165,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         launch=launch,
         seed=config.seed,
         plugin_timeout=config.plugin_timeout,
+        data_workers=config.data_workers,
         output_root=Path(str(config.output_root)),
         start_from=Path(str(config.start_from)) if config.start_from else None,
         start_from_unpromoted=config.start_from_unpromoted,
@@ -289,6 +298,13 @@ def _consent_problems(config: DictConfig) -> Sequence[Problem]:
     if isinstance(given, bool):
         return ()
     return (Problem(where="start_from_unpromoted", what=f"{given!r} is neither true nor false"),)
+
+
+def _worker_problems(config: DictConfig) -> Sequence[Problem]:
+    count = config.data_workers
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and count > 0):
+        return ()
+    return (Problem(where="data_workers", what=f"{count!r} is not a number of processes", fix="null: one a core"),)
 
 
 def _timeout_problems(config: DictConfig) -> Sequence[Problem]:

@@ -66,6 +66,8 @@ class Job:
     output: str
     kept: str | None
     """Folder for what can be computed again."""
+    data_workers: int | None
+    """Processes that render records."""
     metrics: Mapping[str, Any]
     """Figures that the command has for the manifest."""
     silence_seconds: float
@@ -99,6 +101,7 @@ def write_job(
         checkpoints=str(context.checkpoints.absolute()),
         output=str(context.output.absolute()),
         kept=str(context.kept.absolute()) if context.kept else None,
+        data_workers=context.data_workers,
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,
         command=os.getpid() if launch.kind is Launcher.local else None,

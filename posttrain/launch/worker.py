@@ -86,6 +86,7 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
         name=job.name, config=config_of(job, stage), parent=parent_of(job), records=trained, eval_records=evaluated,
         seed=job.seed, dtype=job.dtype, engine=job.engine, progress=progress, stop_requested=stop.requested,
         checkpoints=Path(job.checkpoints), output=Path(job.output), kept=Path(job.kept) if job.kept else None,
+        data_workers=job.data_workers,
         metrics=dict(job.metrics),
     )  # fmt: skip
     if processes.agree(stop.requested()):

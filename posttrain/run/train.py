@@ -97,7 +97,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
-        kept=job.plan.output_root / "cache",
+        kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
         metrics={"warnings": [*records.unread]} if records.unread else {},
     )  # fmt: skip
     before = ProcessState.now()

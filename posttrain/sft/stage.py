@@ -21,9 +21,10 @@ from posttrain.model.loading import added_token_ids, check_finite, load_model, n
 from posttrain.model.quantisation import NF4
 from posttrain.sft.advice import Known
 from posttrain.sft.examples import Rendering, count_shared, make_evaluation, mix_rows, split_eval
+from posttrain.tokens.filling import Fill, count_workers
 from posttrain.tokens.markers import family_faults
 from posttrain.tokens.packing import Packing, PackingCounts
-from posttrain.tokens.store import Fill, store_key, stored_table
+from posttrain.tokens.store import store_key, stored_table
 from posttrain.tokens.table import Documents, TokenTable
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def documents_of(context: StageContext, records: Sequence[Document], tokenizer: 
         note=context.progress.note,
         part=context.progress.part,
         stop_requested=context.stop_requested,
+        workers=count_workers(context.data_workers),
     )
     key = store_key(digest_records(records), tokenizer, **settings)
     return stored_table((context.kept or context.checkpoints) / "tokens", key, fill)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +23,10 @@ from posttrain.data.records import Conversation, Document, Origin, Text, digest_
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput, Interrupted
 from posttrain.sft.examples import Rendering
-from posttrain.tokens import store
+from posttrain.tokens import filling, store
 from posttrain.tokens.chat import Rendered
-from posttrain.tokens.store import Fill, store_key, stored_table
+from posttrain.tokens.filling import ARRAYS, Fill
+from posttrain.tokens.store import store_key, stored_table
 from posttrain.tokens.table import TableRow, TokenTable
 from tests.support.tiny import TEMPLATE, tiny_tokenizer
 
@@ -42,9 +46,12 @@ RECORDS: list[Document] = [
 ]
 
 
+RENDERING = Rendering(tiny_tokenizer(), TrainOn.each)
+
+
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PIECE", 3)
+    monkeypatch.setattr(filling, "PIECE", 3)
 
 
 @dataclass
@@ -56,7 +63,8 @@ class Work:
     records: list[Document] = field(default_factory=lambda: list(RECORDS))
     done: int = 0
     notes: list[str] = field(default_factory=list)
-    rendering: Rendering = field(default_factory=lambda: Rendering(tiny_tokenizer(), TrainOn.each))
+    workers: int = 1
+    rendering: Rendering = field(default_factory=lambda: RENDERING)
 
     def rows(self, record: Any) -> list[TableRow]:
         if self.done == self.dies_after:
@@ -66,7 +74,9 @@ class Work:
 
     def table(self, folder: Path, key: str = KEY) -> TokenTable:
         stop = lambda: self.stops_after is not None and self.done >= self.stops_after  # noqa: E731
-        fill = Fill(records=self.records, rows=self.rows, note=self.notes.append, stop_requested=stop)
+        fill = Fill(
+            records=self.records, rows=self.rows, note=self.notes.append, stop_requested=stop, workers=self.workers
+        )  # fmt: skip
         return stored_table(folder, key, fill)
 
 
@@ -79,7 +89,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / KEY).iterdir()}
 
 
-EXPECTED = Work().rendering.table(RECORDS)
+EXPECTED = RENDERING.table(RECORDS)
 
 
 def test_a_store_holds_what_rendering_in_memory_gives_and_renders_it_once(tmp_path: Path) -> None:
@@ -99,7 +109,7 @@ def test_a_store_holds_what_rendering_in_memory_gives_and_renders_it_once(tmp_pa
 
 def test_five_bytes_a_token_and_a_fixed_number_a_document(tmp_path: Path) -> None:
     table = Work().table(tmp_path)
-    size = sum((tmp_path / KEY / f"{name}.bin").stat().st_size for name in store.ARRAYS)
+    size = sum((tmp_path / KEY / f"{name}.bin").stat().st_size for name in ARRAYS)
     assert size == 5 * len(table.ids) + 50 * len(table) + len(table.places)
 
 
@@ -123,7 +133,7 @@ def test_a_fill_killed_while_it_joins_its_pieces_goes_on(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_synced", die)
+        patch.setattr(filling, "write_synced", die)
         with pytest.raises(KeyboardInterrupt):
             Work().table(tmp_path)
     again = Work()
@@ -153,7 +163,7 @@ def test_a_torn_piece_of_a_killed_fill_is_rendered_again(tmp_path: Path) -> None
     assert again.done == len(RECORDS) - 3
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.ARRAYS), "manifest.json"])
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in ARRAYS), "manifest.json"])
 @pytest.mark.parametrize("harm", [tear, flip, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_damaged_store_is_named_and_made_again(tmp_path: Path, name: str, harm: Callable[[Path], Any]) -> None:
     Work().table(tmp_path)
@@ -189,6 +199,56 @@ def test_a_stop_keeps_what_is_rendered(tmp_path: Path) -> None:
     again = Work()
     assert content(again.table(tmp_path)) == content(EXPECTED)
     assert again.done == len(RECORDS) - 6
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path) -> None:
+    for workers in (1, 2, 4):
+        work = Work(workers=workers)
+        work.table(tmp_path / str(workers))
+        assert files(tmp_path / str(workers)) == files(tmp_path / "1")
+        assert work.done == (len(RECORDS) if workers == 1 else 0), "others render"
+
+
+def test_of_several_processes_the_first_bad_record_is_named(tmp_path: Path) -> None:
+    forged = ({"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "x"})
+    bad = {place: replace(talk(place), messages=forged, where=f"bad.jsonl:{place}") for place in (7, 8, 10)}
+    records = [bad.get(place, record) for place, record in enumerate(RECORDS)]
+    with pytest.raises(BadInput, match=r"bad\.jsonl:7: turn 1"):
+        Work(records=records, workers=4).table(tmp_path)
+
+
+def test_a_killed_process_is_told_and_the_next_fill_goes_on(tmp_path: Path) -> None:
+    class Killed(Work):
+        def rows(self, record: Any) -> list[TableRow]:
+            if record is RECORDS[7]:
+                while not (tmp_path / f"{KEY}.filling" / "0.piece").exists():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().rows(record)
+
+    with pytest.raises(Interrupted, match="was killed, as the system does when memory runs out; set data_workers"):
+        Killed(workers=2).table(tmp_path)
+    again = Work()
+    assert content(again.table(tmp_path)) == content(EXPECTED)
+    assert again.done <= len(RECORDS) - 3
+
+
+def test_a_stop_ends_several_processes(tmp_path: Path) -> None:
+    class Slow(Work):
+        def rows(self, record: Any) -> list[TableRow]:
+            while record is RECORDS[7] and not (tmp_path / "stopped").exists():
+                time.sleep(0.01)
+            return super().rows(record)
+
+    def stop() -> bool:
+        (tmp_path / "stopped").touch()
+        return True
+
+    slow = Slow(workers=2)
+    fill = Fill(records=RECORDS, rows=slow.rows, stop_requested=stop, workers=2)
+    with pytest.raises(Interrupted, match="goes on there"):
+        stored_table(tmp_path, KEY, fill)
+    assert content(Work().table(tmp_path)) == content(EXPECTED)
 
 
 def test_a_second_process_waits_for_the_first_and_maps_its_work(tmp_path: Path) -> None:
