@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -117,7 +117,7 @@ def count_workers(asked: int | None) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def _made(pieces: Pieces) -> Iterator[tuple[Problem, ...]]:
+def _made(pieces: Pieces) -> Generator[tuple[Problem, ...], None, None]:
     """Make all pieces, yield the problems of each in their order."""
     count = len(pieces.paths)
     workers = min(pieces.fill.workers, count)
