@@ -64,9 +64,9 @@ FLOAT32 = "float32 itself"
 OWN = "the loop, as the recipe sets it"
 ISOLATION = "a document when its neighbour changes"
 RANKS = {
-    "ddp": "two processes, half of the rows each (ddp)",
-    "fsdp": "two processes, a slice of every weight each (fsdp)",
-    "deepspeed": "two processes, a slice of every weight each (deepspeed)",
+    "ddp": "two processes, half of the rows (ddp)",
+    "fsdp": "two processes, slices of weights (fsdp)",
+    "deepspeed": "two processes, slices (deepspeed)",
 }
 CHECKPOINTING = "gradient checkpointing"
 ONE_MASK = "attention of a whole row under one mask"
@@ -130,9 +130,9 @@ class Proof:
         # Dropout would draw other numbers on each way through the code. Checkpointing works in training mode alone, so
         # it has a comparison of its own.
         self.model.eval()
-        _wake_adapter(self.model)
+        wake_adapter(self.model)
         began(FLOAT32)
-        with _plain_experts(causal_model(self.model)):
+        with plain_experts(causal_model(self.model)):
             exact = plain_gradient(self.model.double(), self.documents)
         plain = plain_gradient(self.model.float(), self.documents)  # the same bits as before
         rounding = distance(plain, exact)
@@ -142,7 +142,7 @@ class Proof:
         limit = DRAWS * max(LIMIT, min(rounding, ROUNDING))
         error = distance(self._loop(self._own_rows, self.config), exact)
         yield Check(name=OWN, against="float64", error=error, limit=limit)
-        with _plain_experts(causal_model(self.model)):
+        with plain_experts(causal_model(self.model)):
             yield from self._comparisons(began)
 
     def _comparisons(self, began: Callable[[str], object]) -> Iterator[Check]:
@@ -198,7 +198,7 @@ class Proof:
 
     def _loop(self, rows: Sequence[PackedRow], config: SFTConfig) -> Gradient:
         """Return the gradient as the loop takes it in one optimizer step over ``rows``."""
-        return _gradient(self.model, lambda: add_gradient(self.model, rows, trained_tokens(rows), config, "float32"))
+        return gradient_of(self.model, lambda: add_gradient(self.model, rows, trained_tokens(rows), config, "float32"))
 
     def _checkpointing(self, own: Gradient) -> Check:
         if not causal_model(self.model).supports_gradient_checkpointing:
@@ -269,7 +269,7 @@ def plain_gradient(model: PreTrainedModel | PeftModel, documents: Sequence[Rende
             logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
             (_plain_loss(logits_TV, ids_T, torch.tensor(document.mask, device=model.device)) / trained).backward()
 
-    return _gradient(model, add)
+    return gradient_of(model, add)
 
 
 def masked_gradient(model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], trained: int) -> Gradient:
@@ -286,7 +286,7 @@ def masked_gradient(model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow
             ).logits[0]
             (_plain_loss(logits_TV, ids_T, torch.from_numpy(row.mask).to(model.device)) / trained).backward()
 
-    return _gradient(model, add)
+    return gradient_of(model, add)
 
 
 def distance(actual: Gradient, expected: Gradient) -> float:
@@ -309,7 +309,7 @@ def _block_diagonal(row: PackedRow) -> torch.Tensor:
     return torch.zeros(visible_TT.shape).masked_fill(~visible_TT, float("-inf"))[None, None]
 
 
-def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
+def gradient_of(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
     """Return the gradient added by ``add`` to the trained parameters of ``model``, and leave none behind."""
     model.zero_grad(set_to_none=True)
     add()
@@ -323,7 +323,7 @@ def _gradient(model: torch.nn.Module, add: Callable[[], object]) -> Gradient:
 
 
 @contextmanager
-def _plain_experts(causal: PreTrainedModel) -> Iterator[None]:
+def plain_experts(causal: PreTrainedModel) -> Iterator[None]:
     """Let experts compute one by one, as float64 must: torch has no grouped product for it."""
     given = causal.get_experts_implementation()
     if not any(given.values()):
@@ -347,7 +347,7 @@ def _recomputing(causal: PreTrainedModel) -> Iterator[None]:
     causal.eval()
 
 
-def _wake_adapter(model: torch.nn.Module) -> None:
+def wake_adapter(model: torch.nn.Module) -> None:
     """Give a new adapter's B small values: at 0, their start, A has no gradient and could hide any fault."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
