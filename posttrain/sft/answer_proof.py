@@ -1,8 +1,8 @@
 """The proof that answers are trained right: on the user's own model and records, against plain float64.
 
-The reference knows nothing of packing, shared prompts or chunks: every answer behind its prompt alone through the model's
-own forward pass, all of its logits, one log-softmax. The loop must give the stage's loss of these log-probabilities, and
-its gradient.
+The reference knows nothing of packing, shared prompts or chunks: every answer behind its prompt alone through the
+model's own forward pass, all of its logits, one log-softmax. The loop must give the stage's loss of these
+log-probabilities, and its gradient.
 """
 
 # B = rows, A = answers of a row, N = tokens of an answer, V = vocabulary
@@ -71,7 +71,7 @@ class AnswerProof:
         install(self.model, self.config.packing)
         self._objective.shared = shares_prompts(self.model)
         yield Check(name=name, against="float64", error=_error(self._loop(len(self.rows)), exact), limit=ROUNDING)
-        # Norms of transformers compute in float32 whatever the model: here both sides have the loop's, and nothing rounds.
+        # transformers' norms compute in float32 whatever the model: here both sides have the loop's, and nothing rounds
         began(name := f"{self.stage}: answers packed, in float64")
         self.model.double()
         kernel = causal.config._attn_implementation
