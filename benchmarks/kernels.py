@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,10 +96,6 @@ def document_lengths(tokens: int) -> list[int]:
 
 
 def _timed(compute: Callable[[], Any]) -> float:
-    import torch
-
-    start = time.perf_counter()
+    start = machine.now()
     compute()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return machine.now() - start

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterable
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,15 @@ def described() -> dict[str, Any]:
         "device": device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES if _is_installed(name)},
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:  # run from a source tree, or on a machine with less on it
+        return False
 
 
 def device() -> str:
@@ -40,13 +46,25 @@ def device() -> str:
     return f"CPU {names[0] if names else platform.machine()}"
 
 
-def peak_bytes() -> int:
-    """Return the peak of the memory in use: of the GPU, or of this process."""
+def now() -> float:
+    """Return the seconds of a clock, after all work that a GPU has been given."""
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes() -> int:
+    """Return the peak of the memory in use since ``forget_peak``: of the GPU, or of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def matrix_rate(shapes: Iterable[tuple[int, int]], tokens: int, dtype: str) -> float:
@@ -66,11 +84,9 @@ def matrix_rate(shapes: Iterable[tuple[int, int]], tokens: int, dtype: str) -> f
 def _timed(left: Any, right: Any) -> float:
     import torch
 
-    start = time.perf_counter()
+    start = now()
     torch.nn.functional.linear(left, right)
-    if left.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def torch_device() -> Any:
@@ -99,11 +115,14 @@ def device_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else sys.maxsize
 
 
-def forget_peak() -> None:
-    """Let the peak of the GPU's memory begin anew."""
+def forget_peak() -> int:
+    """Let the peak of the memory begin anew; return what is in use."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _status("VmRSS")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import machine
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart" / "base"
 LLAMA_8B = {
@@ -30,6 +33,26 @@ def random_llama(folder: Path, **settings: int) -> str:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(QUICKSTART).save_pretrained(folder)
     return str(folder)
+
+
+def random_causal(settings: Mapping[str, int], dtype: str) -> Any:
+    """Return a Llama of random weights with these ``settings``, made on the device in ``dtype``."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with machine.torch_device():
+            return llama(settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def llama(settings: Mapping[str, int]) -> Any:
+    """Return a Llama whose output projection is a matrix of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=False))
 
 
 def shapes(model: str) -> list[tuple[int, int]]:

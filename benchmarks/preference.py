@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import machine
+import comparison
+from comparison import Meter, Result
+from models import random_causal
 
 CONTENDERS = ("posttrain", "trl", "trl precomputed")
 RANK, ALPHA, RATE, BETA = 16, 32, 5e-6, 0.1
@@ -33,36 +31,20 @@ class Job:
 
     model: str
     data: str
-    adapter: str
     pairs: int
     batch: int
     sequence_length: int
     dtype: str
     gradient_checkpointing: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of one contender."""
-
-    contender: str
-    seconds: float
-    cpu_seconds: float
-    """Seconds on processors, a measure that survives other work on the machine."""
-    pairs: int
-    activation_bytes: int
-    losses: Sequence[float]
-    """Loss of each step."""
+    adapter: str | None = None
+    """Folder of the adapter that all go on with; None begins a new one."""
+    sizes: Mapping[str, int] | None = None
+    """Settings of a Llama with random weights, which takes the place of the model: that gives the tokenizer alone."""
 
 
 def main() -> None:
-    """Run the comparison given on the command line, or one contender of it."""
+    """Run the comparison given on the command line."""
     arguments = _arguments()
-    if arguments.contender:
-        job = Job(**json.loads(arguments.job))
-        result = _posttrain(job) if arguments.contender == "posttrain" else _trl(job, arguments.contender)
-        print(json.dumps(asdict(result)))
-        return
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             model=arguments.model, data=arguments.data, adapter=folder, pairs=arguments.pairs, batch=arguments.batch,
@@ -70,12 +52,9 @@ def main() -> None:
             gradient_checkpointing=arguments.gradient_checkpointing,
         )  # fmt: skip
         _write_adapter(job)
-        report = _report(job, [_in_process(contender, job) for contender in arguments.contenders.split(",")])
+        report = compare(job, arguments.contenders.split(","))
     print(json.dumps(report["job"]), *_table(report), sep="\n")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / f"preference-{report['device'].split()[0].lower()}-{job.dtype}-{job.batch}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    comparison.write_report(report, arguments.output, f"preference-{job.dtype}-{job.batch}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -89,8 +68,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--output", type=Path, help="folder for the results as JSON")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -100,12 +77,11 @@ def _arguments() -> argparse.Namespace:
 def _write_adapter(job: Job) -> None:
     """Write the adapter that all contenders go on with; its random B makes it one that does something."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), settings)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), _new_adapter())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -113,21 +89,11 @@ def _write_adapter(job: Job) -> None:
     adapted.save_pretrained(job.adapter)
 
 
-def _in_process(contender: str, job: Job) -> Result:
-    command = [sys.executable, __file__, "--model", job.model, "--data", job.data]
-    command += ["--contender", contender, "--job", json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
-    result = Result(**json.loads(done.stdout.strip().splitlines()[-1]))
-    print(f"  {contender:<16}{result.seconds:8.1f} s, {result.cpu_seconds:8.1f} s of processors", flush=True)
-    return result
-
-
-def _report(job: Job, results: Sequence[Result]) -> dict[str, Any]:
-    described = asdict(job) | {"model": Path(job.model).name, "data": Path(job.data).name, "adapter": f"r {RANK}"}
-    rows = [asdict(result) | {"pairs_per_second": result.pairs / result.seconds} for result in results]
-    return {**machine.described(), "job": described, "results": rows}
+def compare(job: Job, contenders: Sequence[str]) -> dict[str, Any]:
+    """Run ``job`` as every contender and return the report."""
+    results = [comparison.measured(__file__, contender, job) for contender in contenders]
+    rows = [asdict(result) | {"pairs_per_second": result.counts["pairs"] / result.seconds} for result in results]
+    return comparison.report_of(replace(job, adapter=job.adapter and f"r {RANK}"), results=rows)
 
 
 def _table(report: Mapping[str, Any]) -> Iterator[str]:
@@ -149,71 +115,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
 # --- The contenders ---------------------------------------------------------------------------------------------------
 
 
-class Meter:
-    """Times and memory from the first forward pass to the last step; a stage's progress, too."""
-
-    def __init__(self) -> None:
-        self.seconds = self.cpu_seconds = 0.0
-        self.held: int | None = None
-        self.losses: list[float] = []
-
-    def begin(self) -> None:
-        """Begin, once."""
-        if self.held is None:
-            self.held = _reset_peak()
-            self._begun = time.perf_counter(), time.process_time()
-
-    def end(self, loss: float) -> None:
-        """Note the end of a step so far."""
-        self.seconds = time.perf_counter() - self._begun[0]
-        self.cpu_seconds = time.process_time() - self._begun[1]
-        self.losses.append(loss)
-
-    def result(self, contender: str, pairs: int) -> Result:
-        """Return all of it."""
-        return Result(
-            contender=contender, seconds=self.seconds, cpu_seconds=self.cpu_seconds, pairs=pairs,
-            activation_bytes=_peak() - (self.held or 0), losses=self.losses,
-        )  # fmt: skip
-
-    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
-        """Begin, where nothing was computed before."""
-        self.begin()
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the end of a step."""
-        self.end(metrics["loss"])
-
-    def part(self, done: int, total: int, what: str) -> None:
-        """Ignore the parts of a step."""
-
-    def note(self, text: str) -> None:
-        """Begin at the note that comes right before the reference's first forward pass."""
-        print(text, file=sys.stderr)
-        if text.startswith("prompts: "):
-            self.begin()
-
-
-def _reset_peak() -> int:
-    """Return the memory in use, and begin to watch its peak anew."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+def _contend(contender: str, job: Job) -> Result:
+    return _posttrain(job) if contender == "posttrain" else _trl(job, contender)
 
 
 def _records(job: Job) -> list[Any]:
@@ -230,34 +133,45 @@ def _posttrain(job: Job) -> Result:
     from posttrain_preference.config import DPOSettings
     from posttrain_preference.stage import run
 
-    from posttrain.config.schema import ModelConfig
+    from posttrain.config.schema import LoraSettings, ModelConfig
     from posttrain.context import StageContext
     from posttrain.model.base import resolve_base
+    from posttrain.model.loading import new_adapter
 
-    parent = replace(resolve_base(ModelConfig(path=job.model)), name="sft", adapter=Path(job.adapter))
+    class InMemory(StageContext):
+        """A stage whose model was never in a file."""
+
+        def policy(self) -> Any:
+            """Return the random model with a new adapter."""
+            return new_adapter(random_causal(job.sizes or {}, job.dtype), LoraSettings(r=RANK, alpha=ALPHA), 0)
+
+        def save(self, model: Any) -> None:
+            """Save nothing."""
+
+    parent = replace(resolve_base(ModelConfig(path=job.model)), name="sft", adapter=job.adapter and Path(job.adapter))
     records = _records(job)
     config = DPOSettings(
         kind="dpo", lr=RATE, beta=BETA, per_device_batch_size=job.batch, gradient_accumulation=1,
         sequence_length=job.sequence_length, gradient_checkpointing=job.gradient_checkpointing,
         checkpoint_steps=10**9,
     )  # fmt: skip
-    meter = Meter()
+    meter = Meter("prompts: ")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         output.mkdir()
-        run(StageContext(
+        run((InMemory if job.sizes else StageContext)(
             name="dpo", config=config, parent=parent, records=records, seed=0, dtype=job.dtype, progress=meter,
             stop_requested=lambda: False, checkpoints=Path(folder, "checkpoints"), output=output,
         ))  # fmt: skip
-    return meter.result("posttrain", len(records))
+    largest = max(int(step["tokens"]) for step in meter.steps)
+    return meter.result("posttrain", pairs=len(records), tokens_of_a_batch=largest)
 
 
 def _trl(job: Job, contender: str) -> Result:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import torch
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     rows = [
@@ -266,17 +180,14 @@ def _trl(job: Job, contender: str) -> Result:
     ]
     meter, cuda = Meter(), torch.cuda.is_available()
 
-    class Stopwatch(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            meter.begin()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                meter.end(float(logs["loss"]))
-
-    base = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=getattr(torch, job.dtype), device_map={"": 0} if cuda else None
-    )
+    if job.sizes:
+        model = random_causal(job.sizes, job.dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=getattr(torch, job.dtype), device_map={"": 0} if cuda else None
+        )
+    if job.adapter:
+        model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
             output_dir=folder, learning_rate=RATE, beta=BETA, num_train_epochs=1, max_length=job.sequence_length,
@@ -286,15 +197,21 @@ def _trl(job: Job, contender: str) -> Result:
             precompute_ref_log_probs=contender == "trl precomputed",
         )  # fmt: skip
         trainer = DPOTrainer(
-            model=PeftModel.from_pretrained(base, job.adapter, is_trainable=True), args=settings,
+            model=model, args=settings, peft_config=None if job.adapter else _new_adapter(),
             train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(job.model),
         )  # fmt: skip
         if contender == "trl precomputed":
             meter.begin()  # its reference is computed when training asks for the first batch
-        trainer.add_callback(Stopwatch())
+        trainer.add_callback(meter.callback())
         trainer.train()
-    return meter.result(contender, len(trainer.train_dataset))
+    return meter.result(contender, pairs=len(trainer.train_dataset))
+
+
+def _new_adapter() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 if __name__ == "__main__":
-    main()
+    comparison.main(Job, _contend, main)

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import comparison
 import machine
+from comparison import Meter, Result
 from models import multiplying_parameters, random_llama, shapes
 
 DTYPES = ("bfloat16", "float32")
@@ -45,29 +43,9 @@ class Job:
     gradient_checkpointing: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of one contender."""
-
-    contender: str
-    seconds: float
-    cpu_seconds: float
-    """Seconds on processors, a measure that survives other work on the machine."""
-    steps: int
-    tokens: int
-    trained_tokens: int
-    peak_bytes: int
-    """Peak memory: of the device on CUDA, of the process on a CPU."""
-    loss: float
-    """Loss of the last step."""
-
-
 def main() -> None:
-    """Run the comparison given on the command line, or one contender of it."""
+    """Run the comparison given on the command line."""
     arguments = _arguments()
-    if arguments.contender:
-        print(json.dumps(asdict(_contend(arguments.contender, Job(**json.loads(arguments.job))))))
-        return
     with tempfile.TemporaryDirectory() as folder:
         model = random_llama(Path(folder)) if arguments.model == "8b" else arguments.model
         for variant in arguments.variants.split(","):
@@ -91,8 +69,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=1, help="rounds of all contenders; the fastest of each counts")
     parser.add_argument("--output", type=Path, help="folder for the results as JSON")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -104,46 +80,24 @@ def _compare(job: Job, repeats: int, output: Path | None) -> None:
     best: dict[str, Result] = {}
     for _ in range(repeats):
         for contender in CONTENDERS:
-            result = _in_process(contender, job)
-            times = f"{result.seconds:8.1f} s, {result.cpu_seconds:8.1f} s of processors"
-            print(f"  {contender:<12}{times}   loss {result.loss:.4f}", flush=True)
+            result = comparison.measured(__file__, contender, job)
             if contender not in best or result.seconds < best[contender].seconds:
                 best[contender] = result
     report = _report(job, list(best.values()), rates)
     print(json.dumps(report["job"]), *_table(report), sep="\n")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        name = f"sft-{report['device'].split()[0].lower()}-{job.variant}-{job.dtype}.json"
-        (output / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _in_process(contender: str, job: Job) -> Result:
-    command = [sys.executable, __file__, "--model", job.model, "--data", job.data]
-    command += ["--contender", contender, "--job", json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
-    return Result(**json.loads(done.stdout.strip().splitlines()[-1]))
+    comparison.write_report(report, output, f"sft-{job.variant}-{job.dtype}")
 
 
 def _report(job: Job, results: Sequence[Result], rates: Mapping[str, float]) -> dict[str, Any]:
-    parameters = multiplying_parameters(job.model)
-    operations = (6 if job.variant == "full" else 4) * parameters
-    described = asdict(job) | {"model": Path(job.model).name, "data": Path(job.data).name}
-    return {
-        **machine.described(),
-        "job": described,
-        "matrix_gflops": {dtype: round(rate, 1) for dtype, rate in rates.items()},
-        "results": [
-            asdict(result)
-            | {
-                "tokens_per_second": round(result.tokens / result.seconds, 1),
-                "trained_tokens_per_second": round(result.trained_tokens / result.seconds, 1),
-                "matrix_share": round(operations * result.tokens / result.seconds / max(rates.values()) / 1e9, 3),
-            }
-            for result in results
-        ],
-    }
+    operations = (6 if job.variant == "full" else 4) * multiplying_parameters(job.model)
+    rows = []
+    for result in results:
+        per_second = {name: count / result.seconds for name, count in result.counts.items()}
+        share = operations * per_second["tokens"] / max(rates.values()) / 1e9
+        speeds = {f"{name}_per_second": round(per_second[name], 1) for name in ("tokens", "trained_tokens")}
+        rows.append(asdict(result) | speeds | {"matrix_share": round(share, 3)})
+    gflops = {dtype: round(rate, 1) for dtype, rate in rates.items()}
+    return comparison.report_of(job, matrix_gflops=gflops, results=rows)
 
 
 def _table(report: Mapping[str, Any]) -> Iterator[str]:
@@ -153,7 +107,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["results"]:
         yield (
             f"{row['contender']:<13}{row['tokens_per_second']:>10.1f}{row['trained_tokens_per_second']:>11.1f}"
-            f"{row['matrix_share']:>9.1%}{row['cpu_seconds']:>9.1f}{row['peak_bytes'] / 1e9:>9.2f}{row['loss']:>9.4f}"
+            f"{row['matrix_share']:>9.1%}{row['cpu_seconds']:>9.1f}{row['peak_bytes'] / 1e9:>9.2f}"
+            f"{row['losses'][-1]:>9.4f}"
         )
     ours, *peers = report["results"]
     better = max(peer["trained_tokens_per_second"] for peer in peers)
@@ -174,31 +129,6 @@ def _contend(contender: str, job: Job) -> Result:
 def _conversations(job: Job) -> list[dict[str, str]]:
     with Path(job.data).open(encoding="utf-8") as lines:
         return [json.loads(line) for line, _ in zip(lines, range(job.rows), strict=False)]
-
-
-class Clock:
-    """A stage's progress that keeps times and metrics."""
-
-    def __init__(self) -> None:
-        self.seconds = self.cpu_seconds = 0.0
-        self.steps: list[Mapping[str, float]] = []
-
-    def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
-        """Note the start of the training."""
-        self._begun = time.perf_counter(), time.process_time()
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the end of a step."""
-        self.seconds = time.perf_counter() - self._begun[0]
-        self.cpu_seconds = time.process_time() - self._begun[1]
-        self.steps.append(dict(metrics))
-
-    def part(self, done: int, total: int, what: str) -> None:
-        """Ignore the parts of a step."""
-
-    def note(self, text: str) -> None:
-        """Show a line."""
-        print(text, file=sys.stderr)
 
 
 def _posttrain(job: Job) -> Result:
@@ -228,24 +158,19 @@ def _posttrain(job: Job) -> Result:
         sequence_length=job.sequence_length, gradient_accumulation=-(-rows // job.steps),
         gradient_checkpointing=job.gradient_checkpointing, checkpoint_steps=10**9,
     )  # fmt: skip
-    clock = Clock()
+    meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "output")
         output.mkdir()
         run(StageContext(
-            name="sft", config=config, parent=source, records=records, seed=0, dtype=job.dtype, progress=clock,
+            name="sft", config=config, parent=source, records=records, seed=0, dtype=job.dtype, progress=meter,
             stop_requested=lambda: False, checkpoints=Path(folder, "checkpoints"), output=output,
         ))  # fmt: skip
-    return Result(
-        contender="posttrain", seconds=clock.seconds, cpu_seconds=clock.cpu_seconds, steps=len(clock.steps),
-        tokens=int(sum(step["tokens"] for step in clock.steps)),
-        trained_tokens=int(sum(step["trained_tokens"] for step in clock.steps)),
-        peak_bytes=machine.peak_bytes(), loss=clock.steps[-1]["loss"],
-    )  # fmt: skip
+    counted = {name: int(sum(step[name] for step in meter.steps)) for name in ("tokens", "trained_tokens")}
+    return meter.result("posttrain", steps=len(meter.steps), **counted)
 
 
 def _trl(job: Job, *, packed: bool) -> Result:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -286,17 +211,12 @@ def _trl(job: Job, *, packed: bool) -> Result:
         )  # fmt: skip
         batches = -(-len(trainer.train_dataset) // batch)
         trainer.args.gradient_accumulation_steps = -(-batches // job.steps)
-        clock = _callback()
-        trainer.add_callback(clock)
+        meter = Meter()
+        trainer.add_callback(meter.callback())
         trainer.train()
-    dataset = trainer.train_dataset
-    tokens = sum(len(ids) for ids in dataset["input_ids"])
-    return Result(
-        contender="trl packed" if packed else "trl padded", seconds=clock.seconds, cpu_seconds=clock.cpu_seconds,
-        steps=trainer.state.global_step, tokens=tokens, trained_tokens=_trained(trainer),
-        peak_bytes=machine.peak_bytes(),
-        loss=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
-    )  # fmt: skip
+    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    counts = {"steps": trainer.state.global_step, "tokens": tokens, "trained_tokens": _trained(trainer)}
+    return meter.result("trl packed" if packed else "trl padded", **counts)
 
 
 def _trained(trainer: Any) -> int:
@@ -307,22 +227,5 @@ def _trained(trainer: Any) -> int:
     return total
 
 
-def _callback() -> Any:
-    from transformers import TrainerCallback
-
-    class Stopwatch(TrainerCallback):  # type: ignore[misc]
-        seconds = cpu_seconds = 0.0
-        begun: tuple[float, float] | None = None
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.begun = self.begun or (time.perf_counter(), time.process_time())
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds = time.perf_counter() - self.begun[0]
-            self.cpu_seconds = time.process_time() - self.begun[1]
-
-    return Stopwatch()
-
-
 if __name__ == "__main__":
-    main()
+    comparison.main(Job, _contend, main)

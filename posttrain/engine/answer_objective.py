@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from posttrain.cost.operations import Work
 from posttrain.digests import digest_of
 from posttrain.engine import processes
+from posttrain.engine.ahead import on_device
 from posttrain.engine.answers import AnswerBatch, AnsweredRow, AnswerScores
 from posttrain.engine.attention import shares_prompts
 from posttrain.engine.batches import deal
@@ -71,6 +72,20 @@ class Numbered(Generic[Row]):
     row: Row
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerInputs:
+    """Rows laid out for one forward pass, or two, on their device."""
+
+    rows: Sequence[Any]
+    answered: AnswerBatch
+    aside: AnswerBatch | None
+    """The answers aside; None where there are none."""
+    reference: torch.Tensor | None
+    """Log-probabilities by the model before training, [B, A]."""
+    aside_reference: torch.Tensor | None
+    """Those of the answers aside, [B]."""
+
+
 @dataclass
 class AnswerObjective(Generic[Row]):
     """The loss of a stage's answers, as the loop takes it."""
@@ -119,7 +134,8 @@ class AnswerObjective(Generic[Row]):
             self.before = self._kept_or_computed(engine)
             self.start.prove_reference(self.before.answers[: len(first)].tolist())
         with torch.no_grad():
-            loss, _ = engine.run(partial(self.share, engine.model, first, self.totals(first)))
+            batch = self.batch(first, engine.model.device)
+            loss, _ = engine.run(partial(self.share, engine.model, batch, self.totals(first)))
         engine.model.train(training)
         self.start.prove_loss(float(loss))
 
@@ -136,25 +152,35 @@ class AnswerObjective(Generic[Row]):
             for families, graph in ((answered, True), (aside, False))
         ]
 
-    def share(
-        self, model: PreTrainedModel | PeftModel, rows: Sequence[Numbered[Row]], totals: Totals
-    ) -> tuple[torch.Tensor, Sums]:
-        """Return the share of ``rows`` in the loss of the step."""
-        return self.loss.share(self.scores(model, rows), totals)
-
-    def scores(self, model: PreTrainedModel | PeftModel, rows: Sequence[Numbered[Row]]) -> AnswerScores:
-        """Return the log-probabilities of the answers of ``rows``."""
-        aside = self._aside(model, rows)  # first: what it holds in memory is freed before the pass with a gradient
-        batch = self._batch(model, [(each.row.prompt, [ids for _, ids in each.row.answers]) for each in rows])
-        log_probs_BA = batch.log_probs(model, self.config, self.dtype, self.config.neftune_alpha)
-        numbers, device = [each.number for each in rows], log_probs_BA.device
-        return AnswerScores(
+    def batch(self, rows: Sequence[Numbered[Row]], device: torch.device) -> AnswerInputs:
+        """Return ``rows`` end to end, with what the model before training gave them."""
+        numbers = [each.number for each in rows]
+        answered = [(each.row.prompt, [ids for _, ids in each.row.answers]) for each in rows]
+        aside = [(each.row.prompt, [each.row.aside]) for each in rows] if all(each.row.aside for each in rows) else []
+        return AnswerInputs(
             rows=[each.row for each in rows],
-            log_probs=log_probs_BA,
-            tokens=batch.tokens,
-            reference=None if self.before is None else self.before.answers[numbers].to(device),
+            answered=AnswerBatch.of(answered, device, self.shared),
+            aside=AnswerBatch.of(aside, device, self.shared) if aside else None,
+            reference=None if self.before is None else on_device(self.before.answers[numbers], device),
+            aside_reference=on_device(self.before.aside[numbers], device) if aside and self.before else None,
+        )
+
+    def share(
+        self, model: PreTrainedModel | PeftModel, batch: AnswerInputs, totals: Totals
+    ) -> tuple[torch.Tensor, Sums]:
+        """Return the share of ``batch`` in the loss of the step."""
+        return self.loss.share(self.scores(model, batch), totals)
+
+    def scores(self, model: PreTrainedModel | PeftModel, batch: AnswerInputs) -> AnswerScores:
+        """Return the log-probabilities of the answers of ``batch``."""
+        aside = self._aside(model, batch)  # first: what it holds in memory is freed before the pass with a gradient
+        return AnswerScores(
+            rows=batch.rows,
+            log_probs=batch.answered.log_probs(model, self.config, self.dtype, self.config.neftune_alpha),
+            tokens=batch.answered.tokens,
+            reference=batch.reference,
             aside=aside,
-            aside_reference=None if aside is None or self.before is None else self.before.aside[numbers].to(device),
+            aside_reference=batch.aside_reference,
         )
 
     def figures(self, sums: Mapping[str, float], totals: Totals) -> dict[str, float]:
@@ -167,15 +193,9 @@ class AnswerObjective(Generic[Row]):
         return repr((list(row.row.prompt), answers, list(row.row.aside))).encode()
 
     @torch.no_grad()
-    def _aside(self, model: PreTrainedModel | PeftModel, rows: Sequence[Numbered[Row]]) -> torch.Tensor | None:
-        """Return the log-probabilities [B] of the answers aside; None where no row has one."""
-        if not all(each.row.aside for each in rows):
-            return None
-        batch = self._batch(model, [(each.row.prompt, [each.row.aside]) for each in rows])
-        return batch.log_probs(model, self.config, self.dtype)[:, 0]
-
-    def _batch(self, model: Any, rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> AnswerBatch:
-        return AnswerBatch.of(rows, model.device, self.shared)
+    def _aside(self, model: PreTrainedModel | PeftModel, batch: AnswerInputs) -> torch.Tensor | None:
+        """Return the log-probabilities [B] of the answers aside; None where there are none."""
+        return None if batch.aside is None else batch.aside.log_probs(model, self.config, self.dtype)[:, 0]
 
     def _kept_or_computed(self, engine: Engine) -> References:
         folder = ReferenceFolder(self.references, self._key(), self.progress.note)
@@ -221,9 +241,9 @@ class AnswerObjective(Generic[Row]):
     def _both(
         self, model: PreTrainedModel | PeftModel, rows: Sequence[Numbered[Row]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self._batch(model, [(each.row.prompt, [ids for _, ids in each.row.answers]) for each in rows])
-        aside_B = self._aside(model, rows)
-        log_probs_BA = batch.log_probs(model, self.config, self.dtype).cpu()
+        batch = self.batch(rows, model.device)
+        aside_B = self._aside(model, batch)
+        log_probs_BA = batch.answered.log_probs(model, self.config, self.dtype).cpu()
         return log_probs_BA, torch.zeros(len(rows), dtype=torch.float64) if aside_B is None else aside_B.cpu()
 
     def _key(self) -> str:
@@ -257,7 +277,8 @@ class AnswerEvaluation(Evaluation):
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         for index, counts in deal(len(batches), processes.rank(), processes.world()):
             chosen = [self.rows[place] for place in batches[index]]
-            scores = engine.run(partial(objective.scores, engine.model, chosen))
+            batch = objective.batch(chosen, engine.model.device)
+            scores = engine.run(partial(objective.scores, engine.model, batch))
             step = len(chosen) if objective.coupled else 1
             for start in range(0, len(chosen) if counts else 0, step):
                 part = slice(start, start + step)

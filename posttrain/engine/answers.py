@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.engine.ahead import on_device
 from posttrain.engine.attention import causal_model, packed_hidden, shared_hidden
 from posttrain.engine.attention_kernels import Family
 from posttrain.engine.config import LoopConfig
@@ -71,6 +72,10 @@ class AnswerScores:
     aside_reference: torch.Tensor | None = None
     """Those of the answers aside by the model before training, [B]."""
 
+    def per_row(self, values: Sequence[Any]) -> torch.Tensor:
+        """Return a value of each row beside the log-probabilities, [B]; no device is waited for."""
+        return on_device(torch.tensor(values), self.log_probs.device)
+
     def part(self, places: slice) -> AnswerScores:
         """Return the rows at ``places`` alone."""
         tensors = ("log_probs", "tokens", "reference", "aside", "aside_reference")
@@ -115,14 +120,15 @@ class AnswerBatch:
                     targets += answer
                     ids += answer
                 families.append((len(prompt), [len(answer) for answer in group]))
-        tokens_BA = torch.tensor([[len(answer) for answer in answers] for _, answers in rows], device=device)
+        tokens_BA = torch.tensor([[len(answer) for answer in answers] for _, answers in rows])
+        owners_N = torch.arange(tokens_BA.numel()).repeat_interleave(tokens_BA.flatten())
         return cls(
-            ids=torch.tensor(ids, device=device)[None],
+            ids=on_device(torch.tensor(ids)[None], device),
             families=families,
-            scored=torch.tensor(scored, device=device),
-            targets=torch.tensor(targets, device=device),
-            owners=torch.arange(tokens_BA.numel(), device=device).repeat_interleave(tokens_BA.flatten()),
-            tokens=tokens_BA,
+            scored=on_device(torch.tensor(scored), device),
+            targets=on_device(torch.tensor(targets), device),
+            owners=on_device(owners_N, device),
+            tokens=on_device(tokens_BA, device),
         )
 
     @property

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.engine import attention_kernels as kernels
+from posttrain.engine.ahead import on_device
 from posttrain.engine.attention_kernels import Choice, Documents, Family, Kernel
 from posttrain.engine.fused import fuse
 from posttrain.engine.loss import OutputHead
@@ -93,7 +94,7 @@ def packed_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, lengths: Sequen
         return torch.cat([_hidden(causal, input_ids=part) for part in ids_BT.split(list(lengths), 1)])
     device = ids_BT.device
     documents = Documents.of(lengths, device)
-    positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    positions_BT = on_device(torch.cat([torch.arange(length) for length in lengths])[None], device)
     return _packed(causal, kernel, ids_BT, positions_BT, documents)
 
 
@@ -108,7 +109,7 @@ def shared_hidden(causal: PreTrainedModel, ids_BT: torch.Tensor, families: Seque
         for prompt, answers in families
         for start, length in ((0, prompt), *((prompt, answer) for answer in answers))
     ]
-    positions_BT = torch.cat(places)[None].to(ids_BT.device)
+    positions_BT = on_device(torch.cat(places)[None], ids_BT.device)
     return _packed(causal, kernel, ids_BT, positions_BT, Documents.sharing(families, ids_BT.device))
 
 

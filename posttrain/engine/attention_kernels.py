@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from posttrain.engine.ahead import on_device
+
 MASKED = "eager"
 """transformers' own attention, with a mask over the whole row."""
 
@@ -57,7 +59,7 @@ class Documents:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
         """Return documents of ``lengths`` tokens, one after another."""
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        bounds = on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
         return cls(lengths=tuple(lengths), bounds=bounds, longest=max(lengths))
 
     @classmethod
@@ -84,7 +86,7 @@ class Documents:
         plain = cls.of(lengths, device)
         if len(spread) == len(gathered):
             return plain
-        places = [torch.tensor(each, device=device) for each in (spread, gathered)]
+        places = [on_device(torch.tensor(each), device) for each in (spread, gathered)]
         return replace(plain, spread=places[0], gathered=places[1])
 
 
@@ -249,8 +251,8 @@ def row_mask(causal: PreTrainedModel, documents: Documents) -> torch.Tensor | di
 
 def _block_mask(documents: Documents, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     device = documents.bounds.device
-    lengths = torch.tensor(documents.lengths, device=device)
-    document_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    lengths = torch.tensor(documents.lengths)
+    document_T = on_device(torch.repeat_interleave(torch.arange(len(lengths)), lengths), device)
     position_T = torch.arange(len(document_T), device=device)
     distance_TT = position_T[:, None] - position_T[None]
     seen_TT = (document_T[:, None] == document_T[None]) & (distance_TT >= 0)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from posttrain.engine.ahead import on_device
 from posttrain.engine.config import LoopConfig
 from posttrain.tokens.packing import PackedRow
 
@@ -39,10 +40,10 @@ class Batch:
         targets = np.concatenate([row.targets(IGNORED) for row in rows]).astype(np.int64)
         trained = np.flatnonzero(targets != IGNORED)
         return cls(
-            ids=torch.from_numpy(ids)[None].to(device),
+            ids=on_device(torch.from_numpy(ids)[None], device),
             lengths=[length for row in rows for length in row.lengths],
-            trained=torch.from_numpy(trained).to(device),
-            targets=torch.from_numpy(targets[trained]).to(device),
+            trained=on_device(torch.from_numpy(trained), device),
+            targets=on_device(torch.from_numpy(targets[trained]), device),
         )
 
 

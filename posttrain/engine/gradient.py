@@ -50,12 +50,13 @@ class MaskedCrossEntropy:
         documents = [(length, ()) for row in rows for length in row.lengths]
         return [Work(families=documents, scored=trained_tokens(rows))]
 
-    def share(
-        self, model: PreTrainedModel | PeftModel, rows: Sequence[PackedRow], totals: Totals
-    ) -> tuple[torch.Tensor, Sums]:
-        """Return the summed loss of ``rows``, divided by the trained tokens of the step."""
+    def batch(self, rows: Sequence[PackedRow], device: torch.device) -> Batch:
+        """Return ``rows`` end to end."""
+        return Batch.of(rows, device)
+
+    def share(self, model: PreTrainedModel | PeftModel, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Sums]:
+        """Return the summed loss of ``batch``, divided by the trained tokens of the step."""
         causal = causal_model(model)
-        batch = Batch.of(rows, causal.device)
         noise = noisy_embeddings(causal, batch.lengths, self.config.neftune_alpha)
         with noise, autocasting(model, self.dtype):
             hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
@@ -88,40 +89,61 @@ def add_gradient(
     through the model ``config.per_device_batch_size`` at a time. ``dtype`` is ``float32`` or ``bfloat16``.
     """
     objective, size = MaskedCrossEntropy(config, dtype), config.per_device_batch_size
-    totals = {"trained_tokens": trained}
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return objective.figures(add_shares(Single(model, config), objective, batches, totals), totals)["loss"]
+    cut = [rows[start : start + size] for start in range(0, len(rows), size)]
+    step = StepBatches.of(objective, cut, {"trained_tokens": trained}, causal_model(model).device)
+    return objective.figures(add_shares(Single(model, config), objective, step), step.totals)["loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """The batches of an optimizer step that this process takes, on its device."""
+
+    totals: Totals
+    """Counts over all rows of the step."""
+    rows: int
+    """Rows of the step."""
+    dealt: Sequence[tuple[int, bool, int, Any]]
+    """Each batch with its number in the step before it, True when it counts, and the number of its rows."""
+
+    @classmethod
+    def of(
+        cls, objective: Objective[Any], cut: Sequence[Sequence[Any]], totals: Totals, device: torch.device
+    ) -> StepBatches:
+        """Return the batches of a step whose rows are ``cut`` into these.
+
+        Every process takes as many as each other: one with fewer takes the first of the step, for nothing.
+        """
+        shares = deal(len(cut), processes.rank(), processes.world())
+        dealt = [(index, counts, len(cut[index]), objective.batch(cut[index], device)) for index, counts in shares]
+        return cls(totals=totals, rows=sum(map(len, cut)), dealt=dealt)
 
 
 def add_shares(
     engine: Engine,
     objective: Objective[Any],
-    batches: Sequence[Sequence[Any]],
-    totals: Totals,
+    step: StepBatches,
     report: Callable[[int, int], None] | None = None,
     seeds: Callable[[int], int] | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of the loss of all ``batches`` to the parameters; return the sums over them, by name.
+    """Add the gradient of the loss of all batches of ``step`` to the parameters; return the sums over them, by name.
 
-    Every process takes its own batches, and as many as each other: one with fewer repeats the first of the step, and
-    takes it for nothing. ``report`` gets the number of rows done and their total after each batch. ``seeds`` are those
-    of the random numbers of each batch; without them, the numbers run on from batch to batch.
+    ``report`` gets the number of rows done and their total after each batch. ``seeds`` are those of the random numbers
+    of each batch; without them, the numbers run on from batch to batch.
     """
-    shares = deal(len(batches), processes.rank(), processes.world())
     summed: Sums = {}
-    done, rows = 0, sum(map(len, batches))
-    for turn, (index, counts) in enumerate(shares):
+    done = 0
+    for turn, (index, counts, size, batch) in enumerate(step.dealt):
         if seeds is not None:
             torch.manual_seed(seeds(index))
 
-        def compute(batch: Sequence[Any] = batches[index], counts: bool = counts) -> tuple[torch.Tensor, Sums]:
-            loss, sums = objective.share(engine.model, batch, totals)
+        def compute(batch: Any = batch, counts: bool = counts) -> tuple[torch.Tensor, Sums]:
+            loss, sums = objective.share(engine.model, batch, step.totals)
             return (loss, sums) if counts else (loss * 0, {name: value * 0 for name, value in sums.items()})
 
-        found = engine.accumulate(compute, last=turn == len(shares) - 1)
+        found = engine.accumulate(compute, last=turn == len(step.dealt) - 1)
         for name, value in found.items():  # float64: the reported loss must not depend on the cut
             summed[name] = summed[name] + value.double() if name in summed else value.double()
-        done = min(done + len(batches[index]) * processes.world(), rows)
+        done = min(done + size * processes.world(), step.rows)
         if report is not None:
-            report(done, rows)
+            report(done, step.rows)
     return processes.totals(summed)

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from posttrain.config.schema import WITHOUT_EFFECT
 from posttrain.digests import digest_of
 from posttrain.engine import processes
+from posttrain.engine.ahead import prepared_ahead
 from posttrain.engine.arithmetic import Arithmetic, choose_arithmetic
 from posttrain.engine.attention import causal_model, install, rehearse
 from posttrain.engine.batches import RowOrder, rows_per_batch
@@ -40,7 +41,7 @@ from posttrain.engine.engine import DDP, DEEPSPEED, FSDP, SINGLE, Engine, Single
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.fsdp import Sharded
 from posttrain.engine.fused import unfuse
-from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
+from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
 from posttrain.engine.objective import Objective
 from posttrain.engine.precision import autocasting
 from posttrain.engine.saves import Saves
@@ -102,23 +103,32 @@ class Training:
             if position.step == 0 and (metrics := self._evaluate(0, engine)):
                 self.progress.step(0, metrics)
             saves = Saves(saved, self.config)
-            with saves.ended():
-                while position.step < self.order.total:
-                    position = self._step(position.step + 1, engine)
+            steps = range(position.step + 1, self.order.total + 1)
+            device = causal_model(self.model).device
+            with saves.ended(), prepared_ahead(partial(self._batches, device), steps, device) as prepared:
+                for step, batches in zip(steps, prepared, strict=True):
+                    position = self._step(step, batches, engine)
                     self._save_or_stop(position, saves, engine)
         self.without_gradient.update(engine.idle())
         return position
 
-    def _step(self, step: int, engine: Engine) -> Position:
+    def _rows(self, step: int) -> list[Any]:
+        return [self.rows[index] for index in self.order.of_step(step)]
+
+    def _batches(self, device: torch.device, step: int) -> StepBatches:
+        """Lay out the rows of a step."""
+        rows, size = self._rows(step), rows_per_batch(self.config, processes.world())
+        cut = [rows[start : start + size] for start in range(0, len(rows), size)]
+        # totals before the first forward pass, over the whole step
+        return StepBatches.of(self.objective, cut, self.objective.totals(rows), device)
+
+    def _step(self, step: int, batches: StepBatches, engine: Engine) -> Position:
         """Take optimizer step ``step``, counted from 1, and report it."""
-        rows = [self.rows[index] for index in self.order.of_step(step)]
-        totals = self.objective.totals(rows)  # before the first forward pass, over the whole step
+        totals = batches.totals
         rate = Schedule.from_config(self.config, self.order.total).rate(step)
-        size = rows_per_batch(self.config, processes.world())
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         report = partial(self.progress.part, what="row")
         seeds = partial(_seed_of, self.seed, step) if processes.world() > 1 else None
-        figures = self.objective.figures(add_shares(engine, self.objective, batches, totals, report, seeds), totals)
+        figures = self.objective.figures(add_shares(engine, self.objective, batches, report, seeds), totals)
         # Both, and before the update: a finite loss can have an infinite gradient, and clipping by an infinite or NaN
         # norm makes every gradient 0 or NaN. Adam's averages would never lose a NaN again.
         self._require_finite(step, "loss", figures["loss"])
@@ -126,7 +136,7 @@ class Training:
         norm = engine.step(rate, self.config.max_grad_norm, check)
         self.last.clear()
         self.last.update(figures)
-        metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals, **self._work(rows)}
+        metrics = {"loss": figures["loss"], "lr": rate, "grad_norm": norm, **figures, **totals, **self._work(step)}
         # The loss was taken before the update, the eval loss after it.
         self.progress.step(step, metrics | self._evaluate(step, engine))
         return Position(step=step, loss=figures["loss"])
@@ -163,10 +173,10 @@ class Training:
         processes.wait()
         return found
 
-    def _work(self, rows: Sequence[Any]) -> dict[str, float]:
+    def _work(self, step: int) -> dict[str, float]:
         if self.throughput is None:
             return {}
-        return {"model_flops": self.throughput.operations.of(self.objective.work(rows))}
+        return {"model_flops": self.throughput.operations.of(self.objective.work(self._rows(step)))}
 
     @contextmanager
     def _prepared(self) -> Iterator[Engine]:

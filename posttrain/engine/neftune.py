@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.engine.ahead import on_device
+
 
 @contextmanager
 def noisy_embeddings(causal: PreTrainedModel, lengths: Sequence[int], alpha: float | None) -> Iterator[None]:
@@ -41,9 +43,9 @@ def noisy_embeddings(causal: PreTrainedModel, lengths: Sequence[int], alpha: flo
 
 def noise_like(embedded_BTD: torch.Tensor, lengths: Sequence[int], alpha: float) -> torch.Tensor:
     """Return noise [B, T, D] for a row of documents, each scaled by its own length."""
-    length_N = torch.tensor(lengths, device=embedded_BTD.device)
+    length_N = torch.tensor(lengths)
     length_T = length_N.repeat_interleave(length_N)
-    scale_T = alpha / (length_T * embedded_BTD.shape[-1]).sqrt()
+    scale_T = on_device(alpha / (length_T * embedded_BTD.shape[-1]).sqrt(), embedded_BTD.device)
     # drawn in float32, because bfloat16 has only 128 numbers between 1/2 and 1; rounded after scaling
     noise_BTD = torch.empty_like(embedded_BTD, dtype=torch.float32).uniform_(-1, 1)
     return (noise_BTD * scale_T[:, None]).to(embedded_BTD.dtype)

@@ -48,10 +48,16 @@ class Objective(Protocol[Row]):
     def work(self, rows: Sequence[Row]) -> Sequence[Work]:
         """Return what the rows of a step ask of the model, to count its operations."""
 
-    def share(self, model: Any, rows: Sequence[Row], totals: Totals) -> tuple[torch.Tensor, Sums]:
-        """Return the share of ``rows`` in the loss of the step, to take the gradient of, and sums for its figures.
+    def batch(self, rows: Sequence[Row], device: torch.device) -> Any:
+        """Return ``rows`` laid out on ``device`` for one forward pass.
 
-        The sums have the same names for all rows.
+        It may be called while another step is computed, in a thread, and draws no random numbers.
+        """
+
+    def share(self, model: Any, batch: Any, totals: Totals) -> tuple[torch.Tensor, Sums]:
+        """Return the share of a batch in the loss of the step, to take the gradient of, and sums for its figures.
+
+        The sums have the same names for all batches. Nothing in here waits for a GPU.
         """
 
     def figures(self, sums: Mapping[str, float], totals: Totals) -> dict[str, float]:

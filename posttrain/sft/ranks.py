@@ -40,7 +40,7 @@ def gradients_of_ranks(
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; it warns of missing kernels
-    from posttrain.engine.gradient import MaskedCrossEntropy, add_shares
+    from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
     from posttrain.engine.loop import ENGINES
 
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
@@ -49,9 +49,10 @@ def _rank(rank: int, task: bytes, folder: str) -> None:
         model, rows, config, _ = pickle.loads(task)  # an engine changes the model for good
         engine = ENGINES[name](model, config)
         objective = MaskedCrossEntropy(config, "float32")
-        batches = [rows[start : start + 1] for start in range(len(rows))]
+        cut = [rows[start : start + 1] for start in range(len(rows))]
         with engine.prepared():
-            add_shares(engine, objective, batches, objective.totals(rows))
+            step = StepBatches.of(objective, cut, objective.totals(rows), torch.device("cpu"))
+            add_shares(engine, objective, step)
             found = {key: each.contiguous() for key, each in engine.gradient()}
             if rank == 0:
                 save_file(found, Path(folder) / name)

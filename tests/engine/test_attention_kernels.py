@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
+from posttrain.config.schema import Dtype
 from posttrain.engine import attention_kernels as kernels
 from posttrain.engine.attention import install, packed_hidden
 from posttrain.engine.attention_kernels import Documents, choose
-from tests.support.tiny import VOCABULARY, tiny_llama
+from posttrain.model.loading import load_trainable
+from tests.support.tiny import VOCABULARY, base_source, tiny_llama, write_base
+from tests.support.training import training
 
 LENGTHS = [12, 3, 15]
 SIZES = {
@@ -163,3 +167,21 @@ def test_kernels_get_the_number_format_of_autocast(monkeypatch: pytest.MonkeyPat
             torch.nn.Module(), query_BNTH, key_BKTH, value_BKTH.bfloat16(), None, documents=documents
         )
     assert given == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_training_of_all_weights_chooses_by_its_arithmetic(
+    compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def obstacle(causal: PreTrainedModel) -> str:
+        asked.append((causal.dtype, kernels.arithmetic_of(causal)))
+        return "not here"
+
+    first = kernels.Kernel(name="first", summary="first", obstacle=obstacle)
+    monkeypatch.setattr(kernels, "KERNELS", (first, *kernels.KERNELS))
+    model = load_trainable(base_source(write_base(tmp_path / "base")), "bfloat16")
+    run = training(model, tmp_path / "run", dtype="bfloat16", compute_dtype=Dtype(compute), max_steps=1)
+    run.run()
+    assert asked == [(torch.float32, getattr(torch, compute))], "trained weights are held in float32"

@@ -329,7 +329,7 @@ class KTOLoss:
         if scores.reference is None:
             raise ValueError("KTO compares with a reference, and none was given")
         settings = self.settings
-        good_B = torch.tensor([row.label for row in scores.rows], device=scores.log_probs.device)
+        good_B = scores.per_row([row.label for row in scores.rows])
         ratio_B = (scores.log_probs - scores.reference)[:, 0]
         kl = ratio_B.new_zeros(())
         if scores.aside is not None and scores.aside_reference is not None:
@@ -341,8 +341,8 @@ class KTOLoss:
         reward_B = settings.beta * ratio_B.detach()
         return loss, {
             "loss": loss.detach(),
-            "good": reward_B[good_B].sum(),
-            "bad": reward_B[~good_B].sum(),
+            "good": reward_B.where(good_B, 0.0).sum(),
+            "bad": reward_B.where(~good_B, 0.0).sum(),
             "kl": kl,
         }
 

@@ -169,8 +169,9 @@ def test_no_answer_sees_another(make_context: MakeContext) -> None:
         rows = list(training.rows)
         changed = replace(rows[1].row, rejected=[*reversed(rows[1].row.rejected[:-1]), rows[1].row.rejected[-1]])
         for second in (rows[1], Numbered(rows[1].number, changed)):
+            batch = objective(training).batch([rows[0], second, rows[2]], training.model.device)
             with torch.no_grad():
-                found.append(objective(training).scores(training.model.eval(), [rows[0], second, rows[2]]).log_probs)
+                found.append(objective(training).scores(training.model.eval(), batch).log_probs)
 
     before_steps(make_context(records=3), score)
     same = torch.isclose(found[0], found[1], rtol=1e-6)

@@ -230,6 +230,32 @@ def test_the_loss_of_kto_and_its_gradient_are_trls(
     assert float(sums["kl"]) == pytest.approx(max(divergence, 0.0) if name == "kto" else 0.0)
 
 
+DEVICE = torch.device("meta")
+"""A device without numbers stands for a GPU: whatever asks it for a value fails, as boolean indexing does."""
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(
+            DPOLoss(DPOSettings(lr=1.0, loss_type=[name], label_smoothing=0.1 if name in ("exo_pair", "robust") else 0))
+            for name in NAMES
+        ),
+        *(kind(settings) for settings, kind in FREE),
+        KTOLoss(KTOSettings(lr=1.0)),
+    ],
+)
+def test_no_loss_waits_for_the_device(loss: Any) -> None:
+    answers = 1 if isinstance(loss, KTOLoss) else 2
+    policy, reference = log_probs(0)[:, :answers], log_probs(1)[:, :answers]
+    rows = [TokenAnswer([1], [2], number > 2, "here", [3]) for number in range(6)] if answers == 1 else ROWS
+    given = {"log_probs": policy, "reference": reference, "aside": policy[:, 0], "aside_reference": reference[:, 0]}
+    sent = {name: each.to(DEVICE).requires_grad_(name == "log_probs") for name, each in given.items()}
+    share, sums = loss.share(AnswerScores(rows=rows, tokens=TOKENS[:, :answers].to(DEVICE), **sent), loss.totals(rows))
+    share.backward()
+    assert {each.device for each in sums.values()} == {DEVICE}
+
+
 # --- Shares and figures -----------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,8 @@ def objective(training: Training) -> AnswerObjective[Any]:
 def loss_of(training: Training, rows: Sequence[Numbered[Any]] | None = None) -> torch.Tensor:
     """The loss of ``rows`` as one batch of a step of their own."""
     chosen = training.rows if rows is None else rows
-    share, _ = training.objective.share(training.model, chosen, training.objective.totals(chosen))
+    batch = training.objective.batch(chosen, training.model.device)
+    share, _ = training.objective.share(training.model, batch, training.objective.totals(chosen))
     return share
 
 
