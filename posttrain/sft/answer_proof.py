@@ -103,7 +103,8 @@ class AnswerProof:
 
         def add() -> None:
             for start in range(0, len(self.rows), size):
-                share, _ = objective.share(self.model, objective.rows[start : start + size], totals)
+                batch = objective.batch(objective.rows[start : start + size], self.model.device)
+                share, _ = objective.share(self.model, batch, totals)
                 share.backward()
                 losses.append(float(share.detach()))
 
