@@ -37,6 +37,22 @@ class PreferenceSettings(LoopConfig):
     beta: float = number(0.1, above=0)
     """Hold of the policy to its start; each stage defines it."""
 
+    @property
+    def referenced(self) -> bool:
+        """True for a loss that compares the policy with the model before training."""
+        return False
+
+    @property
+    def per_token(self) -> bool:
+        """True for a loss that is blind to the lengths of a pair's answers."""
+        return True
+
+    def advice(self, examples: int | None) -> Sequence[str]:
+        """Return departures from the field's practice, as far as they show before the data is read."""
+        from posttrain_preference.advice import Known, departures  # the rules know these settings
+
+        return departures(self, Known(rows=examples))
+
 
 @dataclass(kw_only=True)
 class DPOSettings(PreferenceSettings):
@@ -55,6 +71,16 @@ class DPOSettings(PreferenceSettings):
     """Probability that a pair's answers are swapped, for robust (0.1), exo_pair (1e-3), aot and aot_unpaired."""
     discopop_tau: float = number(0.05, above=0)
     """Temperature of discopop."""
+
+    @property
+    def referenced(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def per_token(self) -> bool:
+        """True without a loss of summed log-probabilities."""
+        return set(self.loss_type) <= {"ipo", "sigmoid_norm", losses.SFT}
 
     @property
     def coupled(self) -> bool:
@@ -122,6 +148,11 @@ class KTOSettings(PreferenceSettings):
     """Weight of the answers judged bad."""
 
     @property
+    def referenced(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def coupled(self) -> bool:
         """True for the loss with a KL term, which the answers of a forward pass estimate."""
         return self.loss_type == "kto"
@@ -155,6 +186,11 @@ class CPOSettings(PreferenceSettings):
     """Probability that a pair's answers are swapped, for sigmoid."""
     cpo_alpha: float = number(1.0, least=0)
     """Weight of the chosen answer's negative log-likelihood."""
+
+    @property
+    def per_token(self) -> bool:
+        """True for ipo."""
+        return self.loss_type == "ipo"
 
     def problems(self) -> Sequence[Fault]:
         """Return values out of range or against each other, as (setting, what is wrong)."""

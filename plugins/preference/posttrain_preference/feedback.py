@@ -32,6 +32,16 @@ class TokenAnswer:
     """The answer to another prompt of the batch, for the KL term; empty where the loss has none."""
 
     @property
+    def judgement(self) -> tuple[object, ...]:
+        """Return what is judged, and how."""
+        return tuple(self.prompt), tuple(self.completion), self.label
+
+    @property
+    def opposite(self) -> tuple[object, ...]:
+        """Return the other judgement of the same answer."""
+        return tuple(self.prompt), tuple(self.completion), not self.label
+
+    @property
     def answers(self) -> tuple[tuple[str, list[int]], ...]:
         """Return the one answer."""
         return (("good" if self.label else "bad", self.completion),)
@@ -44,11 +54,15 @@ class Judged(TokenRows[TokenAnswer]):
     repeated: int
     """Answers at the end that repeat those of the beginning."""
 
+    @property
+    def own(self) -> list[TokenAnswer]:
+        """Return the answers without those that fill the last batch."""
+        return self.rows[: len(self.rows) - self.repeated]
+
     def figures(self) -> dict[str, int]:
         """Return the manifest's figures of the answers."""
-        answers = len(self.rows) - self.repeated
-        good = sum(row.label for row in self.rows[:answers])
-        return {"answers": answers, "good": good, "repeated": self.repeated, "dropped": self.dropped}
+        good = sum(row.label for row in self.own)
+        return {"answers": len(self.own), "good": good, "repeated": self.repeated, "dropped": self.dropped}
 
 
 def render_feedback(context: StageContext) -> Judged:
@@ -129,13 +143,13 @@ def _require_both(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
 
 
 def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
-    """Note when one kind outweighs the other, or is too rare for every batch."""
+    """Warn when one kind outweighs the other, or is too rare for every batch."""
     settings: KTOSettings = context.config
     good = sum(row.label for row in rows)
     bad = len(rows) - good
     least, most = BALANCE
     if not least <= good * settings.desirable_weight / (bad * settings.undesirable_weight) <= most:
-        context.progress.note(
+        context.warn(
             f"good answers: {good}, bad ones: {bad}; set {context.name}.desirable_weight between "
             f"{_rounded(least * bad / good * settings.undesirable_weight)} and "
             f"{_rounded(most * bad / good * settings.undesirable_weight)}, or undesirable_weight between "
@@ -143,7 +157,7 @@ def _advise(context: StageContext, rows: Sequence[TokenAnswer]) -> None:
             f"{_rounded(good / bad * settings.desirable_weight / least)}"
         )
     if min(good, bad) * settings.per_device_batch_size < len(rows):
-        context.progress.note(
+        context.warn(
             f"some batches hold only {'good' if good > bad else 'bad'} answers (good: {good}, bad: {bad}): "
             f"set {context.name}.per_device_batch_size to at least {-(-len(rows) // min(good, bad))}"
         )

@@ -20,6 +20,16 @@ class TokenPair:
     """File and line of the record, for messages."""
 
     @property
+    def judgement(self) -> tuple[object, ...]:
+        """Return what is judged, and how."""
+        return tuple(self.prompt), tuple(self.chosen), tuple(self.rejected)
+
+    @property
+    def opposite(self) -> tuple[object, ...]:
+        """Return the other judgement of the same answers."""
+        return tuple(self.prompt), tuple(self.rejected), tuple(self.chosen)
+
+    @property
     def answers(self) -> tuple[tuple[str, list[int]], ...]:
         """Return both answers, the chosen one first."""
         return ("chosen", self.chosen), ("rejected", self.rejected)

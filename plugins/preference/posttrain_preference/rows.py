@@ -27,6 +27,11 @@ class TokenRows(Generic[Row]):
     dropped: int
     """Rows whose prompt plus answer exceed the sequence length."""
 
+    @property
+    def own(self) -> list[Row]:
+        """Rows to train, each as often as the data has it."""
+        return self.rows
+
     def figures(self) -> dict[str, int]:
         """Return the manifest's figures of the rows."""
         return {self.noun: len(self.rows), "dropped": self.dropped}

@@ -265,6 +265,7 @@ def test_metrics_tell_about_the_whole_run(make_context: MakeContext) -> None:
     reach = {each["kind"]: each["trained_matrices"] for each in context.metrics.pop("reach")}
     assert sum(reach.values()) > 0
     assert reach["embeddings"] == 0
+    assert all("; usual is " in line for line in context.metrics.pop("warnings"))
     assert context.metrics == {
         "pairs": 12,
         "dropped": 0,
