@@ -64,6 +64,8 @@ class Memory:
     """A chunk of logits, with what the loss keeps."""
     gathered: int = 0
     """Weights and gradients that are whole for a while, and copies for sending."""
+    copy: int = 0
+    """Copy of a checkpoint that is written in the background, where the device is the CPU."""
 
     @property
     def total(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.cost.architecture import Architecture, read_architecture
 from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, gpus
-from posttrain.cost.memory import KEPT_CHECKPOINTS, Memory, Training, checkpoint_bytes, training_memory
+from posttrain.cost.memory import KEPT_CHECKPOINTS, WHOLE, Memory, Training, checkpoint_bytes, training_memory
 from posttrain.errors import BadInput
 from posttrain.plan import Plan, Step
 
@@ -27,6 +27,8 @@ class Needs:
     """Bytes of a device; None when they are not known."""
     checkpoint: int
     """Bytes of one checkpoint."""
+    host: int
+    """Bytes of a machine's own memory, beside its GPUs, for the copy of a checkpoint in writing; 0 without GPUs."""
     packed: bool
     """True when rows are filled up to the sequence length; else their tokens are fewer, and the memory is a bound."""
 
@@ -39,6 +41,8 @@ class Needs:
             where = f"at most {where}, if every record is as long as sequence_length,"
         listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
         yield f"{where} with engine {self.engine} ({self.reason}): {listed}"
+        if self.host:
+            yield f"{gigabytes(self.host)} of the machine's own while a checkpoint is written in the background"
         if self.packed and self.device is not None and self.memory.total > HEADROOM * self.device:
             largest = max(parts, key=lambda name: parts[name])
             fix = {
@@ -68,15 +72,20 @@ def stage_needs(plan: Plan, engine: str, processes: int, per_node: int) -> dict[
         if training is None:
             continue
         former = training
+        checkpoint = checkpoint_bytes(model, training)
+        on_gpus = bool(gpus())  # without, a copy lies in the memory in which it trains
         whole = training_memory(model, training, "ddp", processes)
-        chosen, reason = choose_engine(engine, processes, whole.total, device)
+        chosen, reason = choose_engine(engine, processes, whole.total + (0 if on_gpus else checkpoint), device)
+        copies = 1 if chosen in WHOLE else processes  # process 0 alone writes what is whole
+        memory = training_memory(model, training, chosen, processes)
         found[step.name] = Needs(
             engine=chosen,
             reason=reason,
             processes=processes,
-            memory=training_memory(model, training, chosen, processes),
+            memory=memory if on_gpus else replace(memory, copy=checkpoint // copies),
             device=device,
-            checkpoint=checkpoint_bytes(model, training),
+            checkpoint=checkpoint,
+            host=checkpoint // copies * min(copies, per_node) if on_gpus else 0,
             packed=step.stage.records in ("conversations", "documents"),
         )
     return found

@@ -61,6 +61,7 @@ def test_experts_that_four_bits_leave_out_are_advised_of(project: Path, capsys: 
 def test_memory_and_disk_are_shown_for_each_stage(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = plan(capsys)
     assert re.search(r"memory [\d.]+ GB with engine single \(there is one device\): weights [\d.]+ GB", text)
+    assert re.search(r"memory .*, copy [\d.]+ GB", text)
     assert re.search(r"disk   checkpoints: [\d.]+ GB each, [\d.]+ GB for the 2 that are kept, [\d.]+ GB while", text)
     (stage,) = json.loads(plan(capsys, "--json"))["stages"]
     needs = stage["needs"]

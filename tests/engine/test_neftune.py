@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from scipy import stats
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import Method
+from posttrain.engine import processes
 from posttrain.engine.attention import install, packed_hidden
-from posttrain.engine.gradient import add_gradient, trained_tokens
+from posttrain.engine.gradient import StepBatches, add_gradient, add_shares, trained_tokens
+from posttrain.engine.loop import _seed_of
 from posttrain.engine.neftune import noise_like, noisy_embeddings
 from tests.support.tiny import Killed, Recorder, base_source, packed_rows, sft_config, tiny_llama, write_base
 from tests.support.training import policy, trained_bytes, training
@@ -26,6 +29,51 @@ WIDTH = 64
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return base_source(write_base(tmp_path_factory.mktemp("models") / "base"))
+
+
+class Drawing:
+    """An objective, and the model and engine of it, that keeps the numbers drawn for each batch."""
+
+    model = None
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[float, ...]] = []
+
+    def batch(self, rows: Any, device: Any) -> Any:
+        return rows
+
+    def share(self, *given: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.drawn.append(tuple(torch.rand(3).tolist()))
+        return torch.zeros(()), {}
+
+    def accumulate(self, compute: Any, last: bool) -> dict[str, torch.Tensor]:
+        compute()
+        return {}
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, world: int, step: int = 1) -> list[list[tuple[float, ...]]]:
+    """The numbers that each of ``world`` processes draws in a step of seven batches."""
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "world", lambda: world)
+        one: Any = Drawing()
+        batches = StepBatches.of(one, [[0]] * 7, {}, torch.device("cpu"))
+        with torch.random.fork_rng():
+            torch.manual_seed(rank)
+            add_shares(one, one, batches, seeds=partial(_seed_of, 0, step))
+        found.append(one.drawn)
+    return found
+
+
+def test_several_processes_draw_each_its_own_numbers_and_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, three = drawn(monkeypatch, 2), drawn(monkeypatch, 3)
+    # what is left over is drawn as for the first batch, and counts for nothing
+    assert {each for rank in two for each in rank} == {each for rank in three for each in rank}
+    assert len({each for rank in two for each in rank}) == 7
+    assert not set(two[0][:3]) & set(two[1][:3])
+    assert drawn(monkeypatch, 2) == two
+    assert not {each for rank in drawn(monkeypatch, 2, step=2) for each in rank} & set(two[0])
 
 
 def test_the_noise_of_each_document_is_uniform_at_the_papers_scale() -> None:

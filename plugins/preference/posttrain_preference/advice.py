@@ -206,7 +206,7 @@ RULES = (
         _dropped,
     ),
     Rule("data", "each judgement once", "repeated rows weigh more than the others: remove them", _repeated),
-    Rule("data", "one judgement of two answers", "such rows take back what the others teach: remove them", _contradicted),
+    Rule("data", "one judgement of two answers", "such rows take back what others teach: remove them", _contradicted),
     Rule(
         "data",
         "chosen and rejected answers of about equal length",
