@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import GateTask, OnFail
+from posttrain.config.schema import GateTask, Launcher, OnFail
 from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import explain_error, replace_text
@@ -23,6 +23,7 @@ from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.procedure import STATES, policy_for, verdict_error
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
+from posttrain.launch.shape import in_slurm_job, launch_problems
 from posttrain.regression.gate import Outcome, is_scores, judge_adapter
 from posttrain.scoring.checks import check_backend, check_tasks
 
@@ -103,7 +104,11 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     if settings.update_baseline and (settings.baseline is None or not is_scores(settings.baseline)):
         what = "there is no file to write the scores to"
         problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))
-    return problems
+    if settings.launch.kind is Launcher.slurm and not in_slurm_job():
+        what = "posttrain gate queues no Slurm job"
+        problems.append(Problem(where="launch", what=what, fix="Run it inside of one, or use launch=local"))
+        return problems
+    return [*problems, *launch_problems(settings.launch)]
 
 
 def _make_report(name: str, outcome: Outcome) -> RunReport:

@@ -12,13 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import GateConfig, GateTask, Method, Sequential
+from posttrain.config.schema import Backend, GateConfig, GateTask, LaunchConfig, Method, Sequential
 from posttrain.data.mixing import count_records
 from posttrain.errors import BadInput
 from posttrain.gate.reasons import weaknesses
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
-from posttrain.launch.shape import needs_of
+from posttrain.launch.shape import BLOCKS, needs_of, shape_of
 from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
@@ -83,7 +83,7 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
         lines += [f"  reach  {line}" for line in _reach(step, stored)]
         if need := needs.get(step.name):
             lines += [*(f"  memory {line}" for line in need.memory_lines()), f"  disk   {need.disk_line()}"]
-        lines += [f"  gate   {line}" for line in _gate(step)]
+        lines += [f"  gate   {line}" for line in _gate(step, plan.launch)]
         lines += [f"  advice {line}" for line in _advice(step, stored)]
         lines += [""]
     return lines[:-1]
@@ -165,7 +165,7 @@ def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> lis
     return lines
 
 
-def _gate(step: Step) -> list[str]:
+def _gate(step: Step, launch: LaunchConfig) -> list[str]:
     gate = step.gate
     if not gate.enabled:
         return ["none: the artifact is promoted unseen", *(f"warning: {each}" for each in weaknesses(gate, {}))]
@@ -180,7 +180,17 @@ def _gate(step: Step) -> list[str]:
         shares = " or ".join(f"{share:.0%}" for share in DISCORDANCES)
         lines.append(f"power assuming the two systems disagree on {shares} of the documents")
     lines += [f"warning: {_warning(each)}" for each in outlooks if each.hopeless]
-    return [head, *lines, *(f"warning: {weakness}" for weakness in weaknesses(gate, step.tasks))]
+    warnings = [f"warning: {weakness}" for weakness in weaknesses(gate, step.tasks)]
+    return [head, *lines, *_processes(gate, shape_of(launch).world), *warnings]
+
+
+def _processes(gate: GateConfig, world: int) -> list[str]:
+    """Return who asks the questions, where there are several processes."""
+    if world == 1:
+        return []
+    if gate.backend is Backend.vllm:
+        return ["vLLM answers in the command's own process: the launch is for training alone"]
+    return [f"asked by {world} processes, or by fewer with {BLOCKS} blocks of {gate.batch_size} documents each"]
 
 
 def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:

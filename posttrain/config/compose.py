@@ -35,7 +35,7 @@ from posttrain.host.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "regression"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""
-GROUPS = {"config": ("recipe", "model", "variant", "tracker", "launch"), "regression": ("gate",)}
+GROUPS = {"config": ("recipe", "model", "variant", "tracker", "launch"), "regression": ("launch", "gate")}
 """Groups in the defaults of that file."""
 CONFIG_DIR = ("--config-dir", "-cd")
 """Flags that name a folder of the user's own gates, models and variants."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.config.schema import MISSING, Dtype, GateConfig
+from posttrain.config.schema import MISSING, Dtype, GateConfig, LaunchConfig
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,8 @@ class RegressionConfig:
     """Write the scores of an adapter that passes against its base into ``baseline`` (FILE.json)."""
     model: BaseSettings = field(default_factory=BaseSettings)
     gate: GateConfig = field(default_factory=GateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Processes that share the questions."""
     gate_data: Any = None
     """Files of rows to score, for gates that ask for them."""
     output_root: str = "runs"

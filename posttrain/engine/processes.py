@@ -21,10 +21,15 @@ def join(seconds: float = SECONDS) -> None:
     """Meet the other processes; the device is ``LOCAL_RANK``'s GPU, or the CPU. Do nothing without a launch."""
     if "RANK" not in os.environ or dist.is_initialized():  # Ray has joined them before
         return
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    gpu = take_device()
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=seconds))
+
+
+def take_device() -> bool:
+    """Compute on ``LOCAL_RANK``'s GPU from now on; return False on a machine without GPUs."""
+    if gpu := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return gpu
 
 
 def leave() -> None:

@@ -12,6 +12,7 @@ from posttrain.gate.sequential import Look
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.config.schema import GateConfig, GateTask
+    from posttrain.scoring.inquiry import Inquirers
 
 VerdictState = Literal["pass", "fail", "undecided"]
 """The decision of a gate, in one word."""
@@ -58,6 +59,8 @@ class GateRequest:
     """The scorecard.jsonl to write: one row per system, task, filter and document."""
     unpromoted: tuple[str, ...] = ()
     """Artifacts below the candidate that no gate passed, each with its verdict."""
+    launch: Inquirers | None = None
+    """Start of the processes that answer in place of this one; None asks here."""
 
 
 @dataclass(frozen=True, kw_only=True)

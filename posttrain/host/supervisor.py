@@ -131,15 +131,21 @@ class Watch:
 
     def _check(self, seconds: float) -> None:
         """Add up the time without a sign of life, and end the child beyond its limit."""
+        if self.hangs(seconds):
+            os.kill(self.child, signal.SIGKILL)
+
+    def hangs(self, seconds: float) -> bool:
+        """Add up the time without a sign of life; return True beyond its limit."""
         seen = self.memory[:SIZE]
         self.silence = self.silence + seconds if seen == self._seen else 0.0
         self._seen = seen
         report = activity.read(seen)
         call = report.activity
         limit = ENDING if report.code is not None else None if call is None else call.silence_limit
-        if limit is not None and self.silence > limit:
-            self.hanging = report.code is None
-            os.kill(self.child, signal.SIGKILL)
+        if limit is None or self.silence <= limit:
+            return False
+        self.hanging = report.code is None
+        return True
 
 
 def _fork(memory: mmap.mmap, lost: Mapping[str, str]) -> int:
@@ -168,6 +174,31 @@ def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def watch_files(tell: Callable[[PosttrainError], None]) -> None:
+    """Have a process end this one, after ``tell`` with the reason, when a tokenizer takes too long with a text.
+
+    It is for the processes of a launch, which have no supervisor. Elsewhere than on Linux, do nothing.
+    """
+    if sys.platform != "linux":
+        return
+    memory, watched = mmap.mmap(-1, SIZE), os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork():
+        activity.attach(memory, {})
+        return
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+    die_with(watched)
+    watch = Watch(watched, memory)
+    while True:
+        time.sleep(TICK)
+        hangs, call = watch.hangs(TICK), watch.report().activity
+        if hangs and call is not None and call.file is not None:  # a plugin may: the stage may take its time
+            tell(_reason(watch, -signal.SIGKILL, call))
+            os.kill(watched, signal.SIGKILL)
 
 
 def _explain(error: PosttrainError, report: Report) -> int:

@@ -1,4 +1,4 @@
-"""The processes of a stage, started, watched and ended by the command.
+"""Processes of a launch, started, watched and ended by the command; those of a stage.
 
 The command keeps lock, ledger, display and publishing. It starts a launcher (torchrun, or srun with torchrun on every
 node), shows what process 0 tells, and takes the result from the outcomes that the processes leave. However it ends,
@@ -15,11 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from posttrain.config.schema import LaunchConfig, Launcher
 from posttrain.context import StageContext
@@ -28,7 +27,7 @@ from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.supervisor import die_with
 from posttrain.launch import slurm
 from posttrain.launch.job import FOLDER, JOB, STOP, write_job
-from posttrain.launch.outcome import Outcome, first_fault, first_stop, read_outcomes
+from posttrain.launch.outcome import first_fault, first_stop, read_outcomes
 from posttrain.launch.shape import LAUNCHER, Shape, cores, shape_of
 from posttrain.launch.signs import Signs, is_alive
 from posttrain.stage import Stage
@@ -67,64 +66,85 @@ class Group:
         if self.launch.kind is Launcher.slurm:
             slurm.check_shared(self.launch, path)
         context.progress.note(f"{shape.world} processes, engine {context.engine}")
-        watch = Watch(launch=self.launch, shape=shape, path=path, context=context)
+        watch = Watch(
+            launch=self.launch, shape=shape, path=path, show=lambda signs: signs.show(context.progress),
+            stop_requested=context.stop_requested,
+        )  # fmt: skip
         watch.run()
-        context.metrics.update(self._metrics(watch))
+        context.metrics.update(figures(watch, context.progress.note, partial(self._failure, context.name)))
         shutil.rmtree(path.parent / FOLDER)
         path.unlink()
 
-    def _metrics(self, watch: Watch) -> dict[str, object]:
-        """Return the figures of the stage; raise the error that explains the end of the processes."""
-        world = watch.shape.world
-        outcomes = read_outcomes(watch.folder, world)
-        if len(outcomes) == world and not any(each.code for each in outcomes.values()):
-            return dict(outcomes[0].metrics)
-        if (fault := first_fault(outcomes)) is not None:
-            watch.context.progress.note(f"rank {fault.rank} of {world} ended with {fault.kind}")
-            raise fault.error(world)
-        if (stop := first_stop(outcomes)) is not None and (watch.stopped is not None or not watch.dead):
-            raise Interrupted(stop.message)
-        if watch.slow:
-            limit = f"launch.shutdown_seconds={self.launch.shutdown_seconds:g}"
-            raise Interrupted(f"stopped by a signal, but no step was saved within {limit}")
-        if watch.stopped is not None and not watch.dead and not watch.ended:
-            raise Interrupted("stopped by a signal; the processes ended without a checkpoint of their last step")
-        self._fail(watch, outcomes)
-
-    def _fail(self, watch: Watch, outcomes: dict[int, Outcome]) -> NoReturn:
-        """Raise the error about processes that ended without a word, or hang."""
-        world, log = watch.shape.world, watch.folder / LOG
-        missing = [rank for rank in range(world) if rank not in outcomes]
-        if not missing:  # each noticed that another was gone
-            raise min(outcomes.values(), key=lambda each: each.time).error(world)
-        if watch.dead or (missing and not watch.ended and watch.status >= 0):
-            rank = (watch.dead or missing)[0]
-            what = f"rank {rank} of {world} {_fate(watch, rank)}"
-        elif watch.status < 0 and not watch.ended:
-            what = f"the launcher of {world} processes was taken down by {signal.Signals(-watch.status).name}"
-        else:
-            rank = watch.signs.quietest(missing)
-            silent = f"no sign of life for launch.silence_seconds={watch.launch.silence_seconds:g}"
-            why = "the others waited for it in vain" if len(missing) < world else silent
-            what = f"rank {rank} of {world} hung: {why}"
-        text = f"{what} (see {log}). Nothing published is lost: run the same command to resume"
+    def _failure(self, stage: str, what: str) -> PosttrainError:
         if self.origin == CORE_ORIGIN:
-            raise PosttrainError(text)
-        raise PluginFailed(f"stage {watch.context.name!r} of plugin {self.origin}: {text}")
+            return PosttrainError(what)
+        return PluginFailed(f"stage {stage!r} of plugin {self.origin}: {what}")
+
+
+def figures(
+    watch: Watch, note: Callable[[str], None], failure: Callable[[str], PosttrainError] = PosttrainError
+) -> dict[str, object]:
+    """Return the figures of process 0 at the end of all; raise the error that explains the end of the processes.
+
+    One that ended without a word, or hangs, is described by ``failure``.
+    """
+    world, launch = watch.shape.world, watch.launch
+    outcomes = read_outcomes(watch.folder, world)
+    if len(outcomes) == world and not any(each.code for each in outcomes.values()):
+        return dict(outcomes[0].metrics)
+    if (fault := first_fault(outcomes)) is not None:
+        note(f"rank {fault.rank} of {world} ended with {fault.kind}")
+        raise fault.error(world)
+    missing = [rank for rank in range(world) if rank not in outcomes]
+    if watch.stopped is None and not watch.dead:  # the launcher may have ended the others before anybody looked
+        watch.dead = [rank for rank in missing if _exit_code(watch, rank) is not None]
+    if (stop := first_stop(outcomes)) is not None and (watch.stopped is not None or not watch.dead):
+        raise Interrupted(stop.message)
+    if watch.slow:
+        limit = f"launch.shutdown_seconds={launch.shutdown_seconds:g}"
+        raise Interrupted(f"stopped by a signal, but no step was saved within {limit}")
+    if watch.stopped is not None and not watch.dead and not watch.ended:
+        raise Interrupted("stopped by a signal; the processes ended without a checkpoint of their last step")
+    if not missing:  # each noticed that another was gone
+        raise min(outcomes.values(), key=lambda each: each.time).error(world)
+    kept = f"(see {watch.folder / LOG}). Nothing published is lost: run the same command to resume"
+    raise failure(f"{_loss(watch, missing)} {kept}")
+
+
+def _loss(watch: Watch, missing: list[int]) -> str:
+    """Describe processes that ended without a word, or hang."""
+    world = watch.shape.world
+    if watch.dead or (not watch.ended and watch.status >= 0):
+        rank = (watch.dead or missing)[0]
+        return f"rank {rank} of {world} {_fate(watch, rank)}"
+    if watch.status < 0 and not watch.ended:
+        return f"the launcher of {world} processes was taken down by {signal.Signals(-watch.status).name}"
+    rank = watch.signs.quietest(missing)
+    silent = f"no sign of life for launch.silence_seconds={watch.launch.silence_seconds:g}"
+    why = "the others waited for it in vain" if len(missing) < world else silent
+    return f"rank {rank} of {world} hung: {why}"
 
 
 def _fate(watch: Watch, rank: int) -> str:
     """Describe the end of a process that left no outcome."""
     about = watch.signs.processes().get(rank)
-    log = (watch.folder / LOG).read_text(encoding="utf-8", errors="replace")
     if about is None:
+        log = (watch.folder / LOG).read_text(encoding="utf-8", errors="replace")
         said = [line.strip() for line in log.splitlines() if line.strip()]
         return f"never began; its launcher ended with {watch.status}" + (f": {said[-1][:200]}" if said else "")
-    code = {int(pid): int(code) for code, pid in FATE.findall(log)}.get(about["pid"])
+    code = _exit_code(watch, rank)
     if code is not None and code < 0:
         memory = ". The system does this when memory runs out" if code == -signal.SIGKILL else ""
         return f"on {about['host']} was taken down by {signal.Signals(-code).name}{memory}"
     return f"on {about['host']} ended" + ("" if code is None else f" with exit code {code}")
+
+
+def _exit_code(watch: Watch, rank: int) -> int | None:
+    """Return the exit code of a process that torchrun reports as failed, minus the signal that ended it."""
+    log = (watch.folder / LOG).read_text(encoding="utf-8", errors="replace")
+    about = watch.signs.processes().get(rank)
+    codes = {int(pid): int(code) for code, pid in FATE.findall(log)}
+    return None if about is None else codes.get(about["pid"])
 
 
 @dataclass(kw_only=True)
@@ -135,7 +155,12 @@ class Watch:
     shape: Shape
     path: Path
     """The job's file."""
-    context: StageContext
+    show: Callable[[Signs], None]
+    """Display of what the processes tell."""
+    stop_requested: Callable[[], bool] = lambda: False
+    """Check for a request to stop, which is passed on to them."""
+    enough: Callable[[], bool] = lambda: False
+    """Check for an end of their work before they are done: they are ended at once."""
     status: int = 0
     """Exit status of the launcher; minus the signal that ended it."""
     stopped: float | None = None
@@ -163,19 +188,19 @@ class Watch:
                 start_new_session=True, env=self._environment(), preexec_fn=dying,
             )  # fmt: skip
         try:
-            while process.poll() is None and not self.ended:
-                self.signs.show(self.context.progress)
+            while process.poll() is None and not self.ended and not self.enough():
+                self.show(self.signs)
                 self._look(process)
                 time.sleep(TICK)
         finally:
             self._end(process)
         self.status = process.wait()
-        self.signs.show(self.context.progress)
+        self.show(self.signs)
 
     def _look(self, process: subprocess.Popen[bytes]) -> None:
         """Forward a request to stop; notice processes that died, failed or hang."""
         now = time.monotonic()
-        if self.stopped is None and self.context.stop_requested():
+        if self.stopped is None and self.stop_requested():
             self.stopped = now
             (self.folder / STOP).touch()
             if self.launch.kind is not Launcher.own:  # no other one is known to pass it on

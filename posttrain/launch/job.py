@@ -1,7 +1,7 @@
-"""The job of the processes of a stage: ``job.json`` and its records, written by the command, read by each of them.
+"""The job of processes: ``job.json`` and the records of a stage, or ``gate.json`` and the requests of a gate.
 
-They compose no recipe and ask no hook for records: what the command read, filtered and verified is what they train on.
-Nothing in it is pickled.
+The command writes them, each process reads them. They compose no recipe and load no task: what the command read,
+filtered and verified is what they train on, what it asks is what they ask. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from posttrain.stage import Stage
 from posttrain.version import __version__
 
 JOB = "job.json"
+GATE_JOB = "gate.json"
 FOLDER = "launch"
 """Folder beside it: records, signs of life, outcomes, the launcher's log."""
 RECORDS = "records.jsonl"
+REQUESTS = "requests.jsonl"
 STOP = "stop"
 """File in that folder that asks the processes to stop, where no signal reaches them."""
 KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback)}
@@ -92,7 +94,7 @@ def write_job(
         kind=stage.name,
         origin=origin,
         config=_settings(context.config),
-        parent=_as_json(plain(context.parent)),
+        parent=as_json(plain(context.parent)),
         seed=context.seed,
         dtype=context.dtype,
         engine=context.engine,
@@ -110,18 +112,23 @@ def write_job(
 
 
 def read_job(path: Path) -> Job:
-    """Return the job in a file.
+    """Return the job of a stage in a file.
 
     Raises BadInput for processes of other versions than the command's, ArtifactDamaged for a torn file.
     """
+    return as_kind(Job, read_checked(path, versions()), str(path))
+
+
+def read_checked(path: Path, own: Mapping[str, str]) -> Any:
+    """Return the values of a job. Raises BadInput when this process has other versions than the command."""
     values = read_json(path)
     given = values.get("versions") if isinstance(values, dict) else None
-    if isinstance(given, dict) and given != versions():
-        found = ", ".join(f"{name} {found}" for name, found in versions().items() if given.get(name) != found)
-        wanted = ", ".join(f"{name} {each}" for name, each in given.items() if versions().get(name) != each)
+    if isinstance(given, dict) and given != own:
+        found = ", ".join(f"{name} {found}" for name, found in own.items() if given.get(name) != found)
+        wanted = ", ".join(f"{name} {each}" for name, each in given.items() if own.get(name) != each)
         fix = "Install the same versions on every node, or give every node the same environment"
         reject(str(path), f"a process on {os.uname().nodename} has {found}, but the command {wanted}", fix)
-    return as_kind(Job, values, str(path))
+    return values
 
 
 def config_of(job: Job, stage: Stage) -> Any:
@@ -131,7 +138,12 @@ def config_of(job: Job, stage: Stage) -> Any:
 
 def parent_of(job: Job) -> ModelSource:
     """Return the model to start from."""
-    given = dict(job.parent) | {name: Path(job.parent[name]) for name in PATHS if job.parent[name] is not None}
+    return source_of(job.parent)
+
+
+def source_of(values: Mapping[str, Any]) -> ModelSource:
+    """Return a model's source from its JSON values."""
+    given = dict(values) | {name: Path(values[name]) for name in PATHS if values[name] is not None}
     made: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
     return ModelSource(**made)
 
@@ -188,9 +200,9 @@ def _lines(groups: Iterable[tuple[bool, Sequence[Any]]], stage: str) -> Iterator
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return _as_json(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    return as_json(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
-def _as_json(values: Any) -> dict[str, Any]:
-    """Return settings with their paths as texts."""
+def as_json(values: Any) -> dict[str, Any]:
+    """Return values with their paths as texts."""
     return dict(json.loads(json.dumps(values, default=str)))

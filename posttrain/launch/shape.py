@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from re import fullmatch
 
@@ -23,6 +23,8 @@ OPTIONS = {
 """Settings of a Slurm job, with the names of sbatch's options."""
 WORD = r"[\w.:,=/+@&|*()\[\]][\w.:,=/+@&|*()\[\]-]*"
 """Value of such an option: one word that is no option itself."""
+BLOCKS = 2
+"""Blocks of a gate that each of its processes gets at least: starting them takes as long as many a block."""
 LAUNCHER = "POSTTRAIN_LAUNCHER"
 """Variable of the environment with a launcher of the user's own: a recipe is data and names no program."""
 
@@ -46,6 +48,13 @@ def shape_of(launch: LaunchConfig) -> Shape:
     if launch.kind is Launcher.none:
         return Shape(nodes=1, per_node=1)
     return Shape(nodes=launch.nodes, per_node=launch.processes or _gpus_of(launch.kind) or 1)
+
+
+def for_blocks(launch: LaunchConfig, blocks: int) -> LaunchConfig:
+    """Return the launch with as many processes as have two of a gate's blocks each: fewer would not pay its start."""
+    shape, most = shape_of(launch), max(1, blocks // BLOCKS)
+    nodes = min(shape.nodes, -(-most // shape.per_node))
+    return replace(launch, nodes=nodes, processes=min(shape.per_node, most // nodes))
 
 
 def needs_of(plan: Plan) -> dict[str, Needs]:
@@ -84,7 +93,7 @@ def _gpus_of(kind: Launcher) -> int:
 def check(plan: Plan) -> Sequence[Problem]:
     """Return the problems of a plan's engine and launch."""
     launch = plan.launch
-    problems = [*_launch_problems(launch)]
+    problems = [*launch_problems(launch)]
     if problems:
         return problems
     world = shape_of(launch).world
@@ -94,7 +103,8 @@ def check(plan: Plan) -> Sequence[Problem]:
     return problems
 
 
-def _launch_problems(launch: LaunchConfig) -> Iterator[Problem]:
+def launch_problems(launch: LaunchConfig) -> Iterator[Problem]:
+    """Yield the problems of a launch by itself."""
     kind, processes = launch.kind, launch.processes
     if kind is Launcher.none:
         if processes is not None or launch.nodes > 1:

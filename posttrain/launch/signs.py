@@ -1,6 +1,7 @@
-"""Signs of life of the processes of a stage: a file of each, written by it and read by the command.
+"""Signs of life of the processes of a launch: a file of each, written by it and read by the command.
 
-Process 0 writes what it has to show: steps with their metrics, parts of steps, notes. The others touch their files.
+In a stage process 0 writes what it has to show: steps with their metrics, parts of steps, notes. The others touch their
+files. In a gate each writes its answered documents.
 """
 
 from __future__ import annotations
@@ -24,14 +25,47 @@ def _file(folder: Path, rank: int) -> Path:
     return folder / f"signs.{rank}.jsonl"
 
 
-class RankProgress:
+class RankSigns:
+    """The signs of one process."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = _file(folder, rank)
+        about = {"pid": os.getpid(), "host": os.uname().nodename, "step": os.environ.get("SLURM_STEP_ID")}
+        self._path.write_text(json.dumps(["process", about]) + "\n", encoding="utf-8")
+
+    def tell(self, *event: Any) -> None:
+        """Write an event for the command."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+
+    def live(self) -> None:
+        """Give a sign of life."""
+        os.utime(self._path)
+
+
+class RankAnswers(RankSigns):
+    """Progress of one of the processes that ask the systems of a gate."""
+
+    def answered(self, part: int, documents: int, tokens: int = 0) -> None:
+        """Tell the answered documents of a part, and the tokens of the next ones."""
+        self.tell("answered", part, documents, tokens)
+
+    def cut(self, part: int, prompts: int) -> None:
+        """Tell prompts of a part that lost their beginning."""
+        self.tell("cut", part, prompts)
+
+    def looked(self, look: int) -> None:
+        """Tell that this process has asked its share of a look."""
+        self.tell("looked", look)
+
+
+class RankProgress(RankSigns):
     """Progress of a stage in one of its processes."""
 
     def __init__(self, folder: Path, rank: int, stage: str) -> None:
-        self._path, self._rank, self._stage = _file(folder, rank), rank, stage
+        super().__init__(folder, rank)
+        self._rank, self._stage = rank, stage
         self._parted = 0.0
-        about = {"pid": os.getpid(), "host": os.uname().nodename, "step": os.environ.get("SLURM_STEP_ID")}
-        self._path.write_text(json.dumps(["process", about]) + "\n", encoding="utf-8")
 
     def start(self, total_steps: int, done_steps: int = 0, device_flops: float | None = None) -> None:
         """Tell the number of steps."""
@@ -46,7 +80,7 @@ class RankProgress:
         """Tell a part of the step in work."""
         now = time.monotonic()
         if now - self._parted < PART_SECONDS and done < total:
-            os.utime(self._path)
+            self.live()
             return
         self._parted = now
         self._tell("part", done, total, what)
@@ -56,11 +90,10 @@ class RankProgress:
         self._tell("note", text)
 
     def _tell(self, *event: Any) -> None:
-        if self._rank != 0:
-            os.utime(self._path)
-            return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(event) + "\n")
+        if self._rank == 0:
+            self.tell(*event)
+        else:
+            self.live()
 
 
 class Signs:
@@ -68,8 +101,8 @@ class Signs:
 
     def __init__(self, folder: Path, world: int) -> None:
         self._folder, self._world = folder, world
-        self._stream: IO[str] | None = None
-        self._rest = ""
+        self._streams: dict[int, IO[str]] = {}
+        self._rests: dict[int, str] = {}
         self._times: dict[int, int] = {}
         self._heard = time.monotonic()
         self._about: dict[int, dict[str, Any]] = {}
@@ -87,7 +120,7 @@ class Signs:
 
     def show(self, progress: Progress) -> None:
         """Pass what process 0 has told since the last call to ``progress``."""
-        for name, *values in self._events():
+        for _, name, *values in self.events():
             if name in ("start", "step", "part", "note"):
                 getattr(progress, name)(*values)
 
@@ -107,15 +140,17 @@ class Signs:
         here = {rank: each for rank, each in self.processes().items() if each["host"] == os.uname().nodename}
         return [rank for rank, each in sorted(here.items()) if not is_alive(each["pid"])]
 
-    def _events(self) -> Iterator[list[Any]]:
-        if self._stream is None:
-            try:
-                self._stream = _file(self._folder, 0).open(encoding="utf-8")
-            except FileNotFoundError:
-                return
-        text = self._rest + self._stream.read()
-        whole, newline, self._rest = text.rpartition("\n")
-        yield from (json.loads(line) for line in lines_of(whole) if newline)
+    def events(self) -> Iterator[list[Any]]:
+        """Yield what the processes have told since the last call, each event after the rank of its process."""
+        for rank in range(self._world):
+            if rank not in self._streams:
+                try:
+                    self._streams[rank] = _file(self._folder, rank).open(encoding="utf-8")
+                except FileNotFoundError:
+                    continue
+            text = self._rests.get(rank, "") + self._streams[rank].read()
+            whole, newline, self._rests[rank] = text.rpartition("\n")
+            yield from ([rank, *json.loads(line)] for line in lines_of(whole) if newline)
 
 
 def is_alive(pid: int) -> bool:

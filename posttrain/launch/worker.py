@@ -1,7 +1,7 @@
-"""One of the processes of a stage: ``torchrun ... -m posttrain.launch.worker job.json``.
+"""One of the processes of a launch: ``torchrun ... -m posttrain.launch.worker job.json``, or ``gate.json``.
 
-It reads the job, runs the stage, and leaves its outcome beside the job. It knows nothing of recipes and of Hydra, and
-publishes nothing: the command that wrote the job verifies and publishes.
+It reads the job, runs the stage or asks its share of a gate, and leaves its outcome beside the job. It knows nothing of
+recipes and of Hydra, and publishes nothing: the command that wrote the job verifies and publishes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from types import FrameType
 
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
-from posttrain.host.supervisor import die_with
-from posttrain.launch.job import FOLDER, RECORDS, STOP, config_of, parent_of, read_job, read_records
+from posttrain.host.supervisor import die_with, watch_files
+from posttrain.launch.job import FOLDER, GATE_JOB, RECORDS, REQUESTS, STOP, config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
-from posttrain.launch.signs import RankProgress, descends_from
+from posttrain.launch.signs import RankAnswers, RankProgress, descends_from
 
 
 class Stop:
@@ -50,9 +50,10 @@ def main(arguments: list[str]) -> int:
     if threading.current_thread() is threading.main_thread():  # in Ray's workers it is another, which gets no signals
         stop.install()
         die_with(os.getppid())
+        watch_files(lambda error: write_outcome(path.parent / FOLDER, outcome_of(rank, error)))
     environment.prepare()
     try:
-        metrics = _work(path, rank, stop)
+        metrics = _ask(path, rank, stop) if path.name == GATE_JOB else _work(path, rank, stop)
         outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=metrics if rank == 0 else {})
     except BaseException as error:
         outcome = outcome_of(rank, error)
@@ -64,8 +65,7 @@ def main(arguments: list[str]) -> int:
 def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     """Run the stage; return its figures."""
     job = read_job(path)
-    if job.command is not None and not descends_from(job.command):
-        raise Interrupted("the launcher is gone")
+    _require_command(job.command)
     progress = RankProgress(path.parent / FOLDER, rank, job.name)
     from posttrain.context import StageContext
     from posttrain.engine import processes
@@ -94,6 +94,39 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     run_here(stage, context, writes=rank == 0)
     processes.leave()
     return context.metrics
+
+
+def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:
+    """Ask this process' share of a gate; there are no figures."""
+    from posttrain.launch.gate import read_gate_job, read_requests
+
+    job = read_gate_job(path)
+    _require_command(job.command)
+    progress = RankAnswers(path.parent / FOLDER, rank)
+    from posttrain.engine import processes
+    from posttrain.host import plugins
+    from posttrain.model.loading import default_device, load_model, load_tokenizer
+    from posttrain.scoring.inquiry import ask_share
+    from posttrain.scoring.systems import Loading
+
+    plugins.load()  # one may know the architecture of a model
+    if (world := int(os.environ["WORLD_SIZE"])) != job.world:
+        reject(str(path), f"the launcher started {world} processes, but the job is for {job.world}")
+    processes.take_device()
+    inquiry, device = job.inquiry(), default_device().type
+    if device != inquiry.device:
+        where = f"rank {rank} on {os.uname().nodename} computes on {device}, but the command on {inquiry.device}"
+        reject(str(path), where, "Give each process a GPU, or none of them and the command")
+    requests = read_requests(path.parent / FOLDER / REQUESTS, job.requests, inquiry.places(rank, world))
+    loading = Loading(load_model, load_tokenizer, device)
+    ask_share(inquiry, requests, (rank, world), loading, progress, stop.requested)
+    return {}
+
+
+def _require_command(command: int | None) -> None:
+    """Raise Interrupted unless this process descends from the command, where it has to."""
+    if command is not None and not descends_from(command):
+        raise Interrupted("the launcher is gone")
 
 
 if __name__ == "__main__":

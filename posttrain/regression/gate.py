@@ -18,6 +18,7 @@ from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
 from posttrain.gate.verdict import join
 from posttrain.host.plugins import Host
+from posttrain.launch.gate import gate_group
 from posttrain.regression.baseline import (
     add_baseline,
     make_baseline,
@@ -176,6 +177,7 @@ class _Regression:
             dtype=self.candidate.dtype,
             cache=root / "cache",
             scorecard=root / ledger.GATES / self._folder_name(systems, gate) / "scorecard.jsonl",
+            launch=gate_group(self.settings.launch),
         )
 
     def _folder_name(self, systems: Mapping[str, ModelSource], gate: GateConfig) -> str:

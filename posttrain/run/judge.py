@@ -12,6 +12,7 @@ from posttrain.artifact import Artifact, ModelSource
 from posttrain.errors import BadInput, Problem
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import GateRequest, Verdict
+from posttrain.launch.gate import gate_group
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
 from posttrain.run.published import keep_evidence
@@ -75,6 +76,7 @@ def _request(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tupl
         cache=job.plan.output_root / "cache",
         scorecard=job.folder / SCORECARD,
         unpromoted=unpromoted,
+        launch=gate_group(job.plan.launch),
     )
 
 

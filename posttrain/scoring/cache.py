@@ -2,6 +2,7 @@
 
     <cache>/<key>.jsonl       scores: a header {"key", "sha256"}, then one row per filter and document
     <cache>/<key>.answers     answers: a line {"block", "answers", "sha256"} per block, added as soon as it is answered
+    <cache>/<key>.N.answers   the same of process N, where several ask
 
 A key covers everything behind the content (see ``score_key``), never a name.
 
@@ -14,6 +15,7 @@ A key covers everything behind the content (see ``score_key``), never a name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -64,9 +66,10 @@ class ScoreCache:
         header = canonical({"key": key, "sha256": hashlib.sha256(body.encode()).hexdigest()})
         replace_text(self._path(key), f"{header}\n{body}")
 
-    def blocks(self, key: str, size: int) -> Blocks:
-        """Return the answers under ``key``, in blocks of ``size`` documents."""
-        return Blocks(self._folder / f"{key}.answers", key, size)
+    def blocks(self, key: str, size: int, rank: int | None = None) -> Blocks:
+        """Return the answers under ``key``, in blocks of ``size`` documents; process ``rank`` writes its own file."""
+        own = "" if rank is None else f".{rank}"
+        return Blocks(self._folder / f"{key}{own}.answers", key, size)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.jsonl"
@@ -74,20 +77,23 @@ class ScoreCache:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The answers of one system to the requests of one task, in a file written block by block."""
+    """The answers of one system to the requests of one task, in files written block by block."""
 
     path: Path
+    """The file to write; all files of the key beside it are read."""
     key: str
     size: int
     """Documents of a block."""
 
     def read(self) -> dict[int, Sequence[Any]]:
         """Return the answers to each request of each block, by the block's number."""
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        except FileNotFoundError:
-            return {}
-        return {block: answers for line in lines for block, answers in self._block(line)}
+        found: dict[int, Sequence[Any]] = {}
+        stem = self.path.name.partition(".")[0]
+        for path in (self.path.with_name(f"{stem}.answers"), *sorted(self.path.parent.glob(f"{stem}.*.answers"))):
+            with contextlib.suppress(FileNotFoundError):
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                found |= {block: answers for line in lines for block, answers in self._block(line)}
+        return found
 
     def add(self, block: int, answers: Sequence[Any]) -> None:
         """Append one block and sync it to disk."""

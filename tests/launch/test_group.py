@@ -28,6 +28,7 @@ from posttrain.launch import group
 from posttrain.launch.group import Group, Watch
 from posttrain.launch.job import config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import RankFailed
+from posttrain.launch.shape import shape_of
 from posttrain.sft.plugin import register_stages
 from posttrain.testing import Recorder
 from tests.support.tiny import sft_config
@@ -101,13 +102,14 @@ ACTS = {
     "death": (
         {"ACT_0": "lose", "ACT_1": "die"},
         PosttrainError,
-        r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)",
+        DEATH,
     ),
     "death, others stuck": (
         {"ACT_0": "hang", "ACT_1": "die"},
         PosttrainError,
-        r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)",
+        DEATH,
     ),
+    "death, others stop": ({"ACT_0": "wait", "ACT_1": "die"}, PosttrainError, DEATH),
     "hang, noticed": ({"ACT_0": "lose", "ACT_1": "hang"}, PosttrainError, "rank 1 of 2 hung"),
     "one is asked to stop": ({"ACT": "wait"}, Interrupted, "stopped after step 3 of 10"),
 }
@@ -118,6 +120,8 @@ def test_the_first_fault_is_the_error(name: str, tmp_path: Path, monkeypatch: py
     acts, kind, message = ACTS[name]
     for variable, act in acts.items():
         monkeypatch.setenv(variable, act)
+    if name == "death, others stop":
+        monkeypatch.setattr(group, "TICK", 2.0)  # all is over before anybody looks
     given = context(tmp_path, stop_requested=lambda: name == "one is asked to stop" and len(seen(tmp_path)) == 2)
     with pytest.raises(kind, match=message) as caught:
         make_group(tmp_path)(SFT, given)
@@ -155,6 +159,23 @@ def test_silence_ends_a_stage_of_a_plugin_under_its_name(tmp_path: Path, monkeyp
     monkeypatch.setenv("ACT", "hang")
     with pytest.raises(PluginFailed, match=r"stage 'mine' of plugin mine \(mine 1.0\): rank . of 2 hung"):
         make_group(tmp_path, origin="mine (mine 1.0)", silence_seconds=2.0)(SFT, context(tmp_path))
+
+
+def test_processes_that_did_enough_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT", "hang")
+    make_group(tmp_path)  # its folder
+    given, path = context(tmp_path), tmp_path / "stage" / "job.json"
+    (tmp_path / "stage" / "launch").mkdir()
+    launch = LaunchConfig(kind=Launcher.local, processes=2)
+    group.write_job(path, SFT, given, origin="posttrain", world=2, launch=launch)
+    told: list[Any] = []
+    watch = Watch(
+        launch=launch, shape=shape_of(launch), path=path, show=lambda signs: told.extend(signs.events()),
+        enough=lambda: len(seen(tmp_path)) == 2,
+    )  # fmt: skip
+    watch.run()
+    assert [0, "start", 10, 0] in told
+    assert not left(tmp_path)
 
 
 def test_processes_that_do_not_stop_in_time_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,16 +218,14 @@ def test_a_killed_command_leaves_nothing_running(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("ACT", "hang")
     (tmp_path / "stage" / "launch").mkdir(parents=True)
     code = (
-        "import json, os, sys; from pathlib import Path; from types import SimpleNamespace as N\n"
+        "import json, os, sys; from pathlib import Path\n"
         "from posttrain.config.schema import *; from posttrain.launch.group import Watch\n"
         "from posttrain.launch.shape import shape_of\n"
         f"Watch._command = lambda watch: [sys.executable, {str(PROCESSES)!r}, str(watch.path)]\n"
         "launch = LaunchConfig(kind=Launcher.local, processes=2)\n"
         f"path = Path({str(tmp_path)!r}, 'stage', 'job.json')\n"
         "path.write_text(json.dumps({'world': 2, 'command': os.getpid()}))\n"
-        "progress = N(start=print, step=print, part=print, note=print)\n"
-        "Watch(launch=launch, shape=shape_of(launch), path=path, "
-        "context=N(progress=progress, stop_requested=lambda: False)).run()"
+        "Watch(launch=launch, shape=shape_of(launch), path=path, show=print).run()"
     )
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     wait_for(lambda: len(seen(tmp_path)) == 2)

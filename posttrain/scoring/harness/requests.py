@@ -54,6 +54,10 @@ class ChatPrompt(Instance):
     prompt_ids: list[int] = field(default_factory=list)
 
 
+KINDS: Mapping[str, type[Instance]] = {"plain": Instance, "answer": AnswerRequest, "chat": ChatPrompt}
+"""Kinds of requests by name."""
+
+
 def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> PreparedTask:
     """Load a task and build the requests of its documents, or of a seeded sample of ``task.limit`` of them.
 
@@ -245,6 +249,27 @@ def _ids(request: Any) -> list[list[int]]:
     if isinstance(request, AnswerRequest):
         return [request.prompt_ids, request.answer_ids]
     return [request.prompt_ids] if isinstance(request, ChatPrompt) else []
+
+
+def request_values(request: Any) -> list[Any]:
+    """Return a request as JSON values for ``read_request``. Raises BadInput when they would come back as others."""
+    kind = next(name for name, kind in KINDS.items() if type(request) is kind)
+    extra = {name: getattr(request, name) for name in ("prompt_ids", "answer_ids") if hasattr(request, name)}
+    about = [request.task_name, request.doc_id, request.repeats]
+    values = [kind, request.request_type, list(request.args), request.idx, about, extra]
+    found = read_request(json.loads(json.dumps(values)))
+    if found.args != request.args or any(getattr(found, name) != ids for name, ids in extra.items()):
+        what = "its requests have values that JSON lacks, so that several processes cannot be given them"
+        reject(f"tasks.{request.task_name}", what, "Use lists and texts in its file, or score it with launch=none")
+    return values
+
+
+def read_request(values: Sequence[Any]) -> Any:
+    """Return the request, without its document."""
+    kind, request_type, arguments, idx, about, extra = values
+    return KINDS[kind](
+        request_type=request_type, doc={}, arguments=tuple(arguments), idx=idx, metadata=tuple(about), **extra
+    )
 
 
 def _context(where: str, leaf: Any, doc: Any, chats: _Chats | None) -> Any:

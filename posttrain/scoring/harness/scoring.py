@@ -38,24 +38,45 @@ def answer(
     finite, BadInput when the task's own functions fail or give no number.
     """
     kept, total = blocks.read(), len(task.questions)
-    for index, requests in enumerate(_split(task, blocks.size)):
+    for index, requests in enumerate(requests_by_block(task, blocks.size)):
         if not _restore(requests, kept.get(index)):
-            with seeded(seed + index):  # by block, so that a resumed evaluation samples the same texts
-                where, tell = f"{system}, {task.name}", partial(report, index * blocks.size, total)
-                responder.respond(requests, task.ends, where, tell)
+            tell = partial(report, index * blocks.size, total)
+            ask_block(requests, index, task.ends, responder, seed, f"{system}, {task.name}", tell)
             blocks.add(index, [request.resps for request in requests])
         report(min((index + 1) * blocks.size, total), total)
     return _scores(task, system, digest)
 
 
+def ask_block(
+    requests: Sequence[Any],
+    index: int,
+    ends: Sequence[int],
+    responder: Responder,
+    seed: int,
+    where: str,
+    report: Callable[[int], None],
+) -> None:
+    """Answer the requests of one block in place, the same whatever was asked before; see ``Responder.respond``."""
+    with seeded(seed + index):
+        responder.respond(requests, ends, where, report)
+
+
+def missing_blocks(task: PreparedTask, blocks: Blocks) -> list[int]:
+    """Return the numbers of the blocks without kept answers."""
+    kept = blocks.read()
+    asked = enumerate(requests_by_block(task, blocks.size))
+    return [index for index, requests in asked if not _restore(requests, kept.get(index))]
+
+
 def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list[DocumentScore] | None:
     """Score a system's kept answers; return None when some are missing."""
     kept = blocks.read()
-    complete = all(_restore(requests, kept.get(index)) for index, requests in enumerate(_split(task, blocks.size)))
+    asked = enumerate(requests_by_block(task, blocks.size))
+    complete = all(_restore(requests, kept.get(index)) for index, requests in asked)
     return _scores(task, system, digest) if complete else None
 
 
-def _split(task: PreparedTask, size: int) -> list[list[Any]]:
+def requests_by_block(task: PreparedTask, size: int) -> list[list[Any]]:
     """Return the requests of each block."""
     ordered = task.ordered
     return [
