@@ -174,7 +174,7 @@ def test_processes_that_did_enough_are_ended(tmp_path: Path, monkeypatch: pytest
         enough=lambda: len(seen(tmp_path)) == 2,
     )  # fmt: skip
     watch.run()
-    assert [0, "start", 10, 0] in told
+    assert any(event[:3] == [0, "start", 10] for event in told)
     assert not left(tmp_path)
 
 
