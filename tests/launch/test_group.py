@@ -89,6 +89,27 @@ def test_the_command_shows_what_rank_0_tells_and_takes_its_figures(tmp_path: Pat
     assert not list((tmp_path / "stage").glob("*.json")) + list((tmp_path / "stage" / "launch").glob("*"))
 
 
+HOLES = """
+import sys
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+freed = [bytearray(b"x") * (4 << 20) for _ in range(2)]
+del freed  # a first big block makes the heap hold later ones
+blocks = [bytearray(b"x") * (3 << 20) for _ in range(20)]
+full = resident()
+del blocks[::2]
+open(sys.argv[1], "w").write(str(full - resident()))
+"""
+
+
+def test_processes_give_back_memory_between_blocks_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, returned = context(tmp_path), tmp_path / "returned"
+    monkeypatch.setattr(Watch, "_command", lambda watch: [sys.executable, "-c", HOLES, str(returned)])
+    with pytest.raises(PosttrainError):
+        make_group(tmp_path)(SFT, given)
+    assert int(returned.read_text()) > 25_000  # of 30,000 kB
+
+
 DEATH = r"rank 1 of 2 on .* (ended|was taken down by SIGKILL)"
 ACTS = {
     "bad input": ({"ACT_0": "lose", "ACT_1": "reject"}, BadInput, "^sft.data: has a bad record\n    Mend it$"),
