@@ -39,7 +39,7 @@ SETTLING = 20.0
 HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2097152:glibc.malloc.trim_threshold=67108864"
 """Tunables of glibc's memory: weights gathered and freed layer by layer would fill its heap with holes.
 
-Blocks of two megabytes and more are mapped, each given back when it is freed, in huge pages, so that this costs no time.
+Blocks of two megabytes and more are mapped and given back when freed; as huge pages, so that this costs no time.
 """
 MARGIN = 30.0
 """Seconds that a launcher may take beyond ``shutdown_seconds``."""
