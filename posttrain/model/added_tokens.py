@@ -70,7 +70,7 @@ def token_rows(adapter: Path) -> dict[str, torch.Tensor]:
 def fold_token_rows(model: PreTrainedModel, adapter: Path) -> LoraConfig:
     """Write the adapter's trained rows into the embeddings of ``model``; return its configuration without them.
 
-    Later stages train the low-rank part alone: their trainers copy low-rank weights and would leave the rows out.
+    Later stages train the low-rank part alone.
     """
     config = LoraConfig.from_pretrained(adapter)
     layers = embedding_layers(model)

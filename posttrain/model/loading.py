@@ -42,7 +42,7 @@ from posttrain.model.tokenizer_watch import TokenizerWatch
 from posttrain.model.trust import check_adapter, foreign
 
 ADAPTER = "default"
-"""Name of the trained adapter: peft's default, the only one copied, saved and reloaded by trainers on their own."""
+"""Name of the trained adapter: peft's default."""
 
 PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Existing tokens for padding, best first."""

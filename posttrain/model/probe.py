@@ -74,7 +74,7 @@ def random_ids(vocabulary: int, added: Sequence[int] = ()) -> torch.Tensor:
 def logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
     """Return the logits [T, V] of one row in float32 on the CPU, by plain attention.
 
-    A trainer's own attention kernel rounds differently, and the reloaded model has none.
+    A training's own attention kernel rounds differently, and the reloaded model has none.
     """
     with torch.no_grad(), _plain_attention(model):
         logits_TV: torch.Tensor = model(input_ids=ids_1T.to(model.device), use_cache=False).logits[0]
