@@ -271,7 +271,7 @@ class AnswerEvaluation(Evaluation):
         """
         objective, size, count = self.objective, self.config.per_device_batch_size, len(self.rows)
         totals = objective.totals(self.rows)
-        sums_D = torch.zeros(count, dtype=torch.float64)
+        found: list[tuple[list[int], torch.Tensor]] = []
         training, done = engine.model.training, 0
         engine.model.eval()
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -283,11 +283,14 @@ class AnswerEvaluation(Evaluation):
             for start in range(0, len(chosen) if counts else 0, step):
                 part = slice(start, start + step)
                 loss, _ = objective.loss.share(scores.part(part), totals)
-                sums_D[list(batches[index][part])] = float(loss) * count / step
+                found.append((list(batches[index][part]), loss * count / step))
             done = min(done + len(chosen) * processes.world(), count)
             if report is not None:
                 report(done, count)
         engine.model.train(training)
+        sums_D = torch.zeros(count, dtype=torch.float64)
+        for places, loss in found:  # only here, so that no pass waits for the one before it
+            sums_D[places] = float(loss)
         return processes.total(sums_D)
 
     def figures(self) -> dict[str, int | float]:

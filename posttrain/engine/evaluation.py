@@ -199,7 +199,7 @@ def document_losses(
     ``dtype`` is ``float32`` or ``bfloat16``. ``report`` gets the number of documents done and their total after each.
     """
     training = engine.model.training
-    sums_D = torch.zeros(len(rows), dtype=torch.float64)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     engine.model.eval()
     # Documents do not see each other, so they can share rows in any grouping: best fit takes the fewest forward passes.
     # The sums are float64, because the differences of interest are small against them.
@@ -211,11 +211,14 @@ def document_losses(
         tokens_D = torch.tensor([int(row.mask.sum()) for row in chosen])
         owner_N = torch.repeat_interleave(torch.tensor(groups[index]), tokens_D)
         if counts:
-            sums_D.index_add_(0, owner_N, losses_N.double().cpu())
+            found.append((owner_N, losses_N))
         done = min(done + len(chosen) * processes.world(), len(rows))
         if report is not None:
             report(done, len(rows))
     engine.model.train(training)
+    sums_D = torch.zeros(len(rows), dtype=torch.float64)
+    for owner_N, losses_N in found:  # only here, so that no pass waits for the one before it
+        sums_D.index_add_(0, owner_N, losses_N.double().cpu())
     return processes.total(sums_D)
 
 
