@@ -173,17 +173,17 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int, tokens: S
 
 
 def check_finite(model: torch.nn.Module, source: ModelSource) -> None:
-    """Raise BadInput naming the first weight of ``model`` with NaN or infinity.
+    """Raise BadInput naming the first weight of ``model`` that is empty, or has NaN or infinity.
 
     Quantising hides them, so the weights of a quantised model are read from its files again.
     """
     tensors = chain(model.named_parameters(), _stored_weights(source) if source.quantization else ())
     for name, tensor in tensors:
-        if not torch.isfinite(tensor).all():
+        if not tensor.numel() or not torch.isfinite(tensor).all():
             raise BadInput(
                 Problem(
                     where=str(source.adapter or source.model),
-                    what=f"weight {name} holds NaN or infinity",
+                    what=f"weight {name} {'holds NaN or infinity' if tensor.numel() else 'is empty'}",
                     fix="Copy the model again, or use another one",
                 )
             )

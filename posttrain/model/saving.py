@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.artifact import ModelSource
 from posttrain.chat_template import TEMPLATE, TOKENIZER_CONFIG
+from posttrain.errors import ArtifactDamaged
 from posttrain.model.added_tokens import add_tokens, token_rows
 from posttrain.model.base import ADAPTER_WEIGHTS, TOKENIZER_FILES
 from posttrain.model.loading import ADAPTER, DTYPES, load_stored_tokenizer, load_tokenizer
@@ -64,8 +65,10 @@ def is_sliced(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter.data, DTensor) for parameter in model.parameters())
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor gathered from all processes, on the CPU."""
+def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor gathered from all processes, on the CPU; raise ArtifactDamaged for the place of one elsewhere."""
+    if not tensor.numel():
+        raise ArtifactDamaged(f"weight {name} is empty: its numbers are in other processes, and nobody gathered them")
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
@@ -84,7 +87,7 @@ def _save_adapter(model: PeftModel, parent: ModelSource, output: Path) -> None:
     # peft's save_pretrained would add a model card and other adapters, ask the hub about the base, and write sets in
     # the order of their hashes, which differs between processes.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {name: _whole(tensor).float().contiguous() for name, tensor in state.items()}
+    tensors = {name: _whole(name, tensor).float().contiguous() for name, tensor in state.items()}
     if not writes():
         return
     config = model.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": parent.base, "inference_mode": True}
@@ -119,7 +122,7 @@ def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
         if id(parameter) not in gathered:  # tied weights are gathered, and written, once
             own = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
             own.copy_(own.to(DTYPES[dtype]))
-            whole = _whole(parameter).to(DTYPES[dtype])
+            whole = _whole(name, parameter).to(DTYPES[dtype])
             gathered[id(parameter)] = whole if writes() else whole[:0]
         state[name] = gathered[id(parameter)]
     if not writes():

@@ -126,6 +126,9 @@ def test_what_is_shared_out_takes_less_on_each_device(method: Method, tmp_path: 
     assert four.moments == pytest.approx(single.moments / 4, rel=0.01)
     assert (four.gradients < single.gradients) == (method is Method.full)
     assert four.activations == single.activations
+    zero = training_memory(model, asked, "deepspeed", 4)  # sums every gradient at once, and gathers no layer ahead
+    assert (zero.weights, zero.moments) == (four.weights, four.moments)
+    assert zero.gradients == pytest.approx(single.gradients / 4, rel=0.01)
 
 
 def test_four_bits_and_an_adapter_take_less_than_sixteen_and_all_weights(tmp_path: Path) -> None:

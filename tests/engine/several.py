@@ -5,12 +5,15 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import Dtype, LoraSettings
 from posttrain.context import StageContext
 from posttrain.engine import processes
-from posttrain.errors import Interrupted
+from posttrain.engine.arithmetic import Arithmetic
+from posttrain.engine.checkpoint import Part
+from posttrain.engine.gradient import MaskedCrossEntropy
+from posttrain.engine.loop import ENGINES as ENGINES_BY_NAME
+from posttrain.errors import Diverged, Interrupted, require_finite
 from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.tokens.packing import PackedRow
-from tests.support.tiny import Recorder, base_source, packed_rows
+from tests.support.tiny import Recorder, base_source, packed_rows, sft_config
 from tests.support.training import EVAL_ROWS, evaluation, training
 
 ROWS = packed_rows([3, 1, 2, 2, 1, 2, 1], seed=3)
@@ -123,12 +130,37 @@ def interrupt(case: Case, bases: Path, folder: Path, engine: str, after: int) ->
     raise AssertionError("it was not stopped")
 
 
+def step_once(bases: Path, output: Path, name: str) -> None:
+    """Take two steps with an idle weight, the second with an infinite gradient; write what changed, by step."""
+    model, config = CASES["full"].model(bases), sft_config(**STEPS)
+    model.idle = torch.nn.Parameter(torch.ones(3, 5))
+    engine, changed = ENGINES_BY_NAME[name](model, config), []
+    totals = MaskedCrossEntropy(config, "float32").totals(ROWS)
+
+    def loss(scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value, sums = MaskedCrossEntropy(config, "float32").share(model, ROWS[:1], totals)
+        return value * scale, sums
+
+    with engine.prepared(Arithmetic(dtype="float32", stored="float32")):
+        for scale in (1.0, math.inf):
+            before = Part.of(engine.capture(), copy=True).tensors
+            engine.accumulate(partial(loss, scale), last=True)
+            with contextlib.suppress(Diverged):
+                engine.step(1e-2, 1.0, lambda norm: require_finite(1, "norm", norm, ""))
+            after = Part.of(engine.capture(), copy=True).tensors
+            changed.append([key for key, each in before.items() if not torch.equal(each, after[key])])
+        idle = engine.idle()
+    if processes.rank() == 0:
+        (output / f"{name}.json").write_text(json.dumps({"changed": changed, "idle": idle}))
+
+
 def main(bases: Path, output: Path, names: Sequence[str]) -> None:
     """Run the cases by every engine for several processes."""
     torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     processes.join(60)
     for engine in ENGINES:
+        step_once(bases, output, engine)
         for name in names:
             case, folder = CASES[name], output / engine / name
             model, progress = train(case, bases, folder / "checkpoints", engine)

@@ -146,16 +146,30 @@ def test_the_artifact_has_the_files_of_one_process_and_loads(launched: tuple[int
 
 def test_slices_are_all_that_a_process_saves(launched: tuple[int, Path]) -> None:
     world, output = launched
-    folder = max((output / "fsdp/full/stopped").iterdir())
-    sizes = [path.stat().st_size for path in sorted(folder.glob("state*.safetensors"))]
-    assert len(sizes) == world
     whole = max((output / "ddp/full/stopped").iterdir())
-    assert sum(sizes) < 1.2 * (whole / "state.safetensors").stat().st_size
-    assert max(sizes) < 1.5 * sum(sizes) / world
-    sliced, plain = SavedState(folder), SavedState(whole)
-    assert set(sliced) == set(plain)
-    assert all(sliced[name].shape == plain[name].shape for name in plain)
+    plain = SavedState(whole)
+    for engine in ("fsdp", "deepspeed"):
+        folder = max((output / engine / "full/stopped").iterdir())
+        sizes = [path.stat().st_size for path in sorted(folder.glob("state*.safetensors"))]
+        assert len(sizes) == world
+        assert sum(sizes) < 1.2 * (whole / "state.safetensors").stat().st_size
+        assert max(sizes) < 1.5 * sum(sizes) / world
+        sliced = SavedState(folder)
+        assert set(sliced) == set(plain)
+        assert all(sliced[name].numel() == plain[name].numel() for name in plain)
+        assert all(torch.equal(sliced.numbers(name, 5, 7), sliced[name].flatten()[5:12]) for name in plain)
     assert not [path for path in output.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".distcp")]
+
+
+def test_a_step_leaves_idle_weights_alone_and_an_infinite_gradient_everything(launched: tuple[int, Path]) -> None:
+    _, output = launched
+    for engine in several.ENGINES:
+        found = json.loads((output / f"{engine}.json").read_text())
+        first, second = found["changed"]
+        assert "weight/model.norm.weight" in first
+        assert "weight/idle" not in first
+        assert found["idle"] == {"idle": 15}
+        assert second == []
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,7 @@ LOCAL, SLURM = Launcher.local, Launcher.slurm
         ({"kind": LOCAL, "processes": 2, "partition": "x"}, "auto", {}, "launch.partition: belongs to launch=slurm"),
         ({"kind": LOCAL, "processes": 2}, "single", {}, "single trains in one process, but the launch starts 2"),
         ({"kind": LOCAL, "processes": 1}, "ddp", {}, "ddp shares training among processes, but there is one"),
+        ({"kind": LOCAL, "processes": 1}, "deepspeed", {}, "deepspeed shares training among processes, but there is"),
         ({}, "fsdp", {}, "fsdp shares training among processes, but there is one"),
         (
             {"kind": LOCAL, "processes": 2},
@@ -163,3 +165,13 @@ def test_launches_are_listed_and_completed() -> None:
     assert "launch.processes: int | None = null\n      Processes on each node" in call("list", "launch").stdout
     assert complete("posttrain recipe=quickstart launch=lo") == ["launch=local"]
     assert "launch.processes=" in complete("posttrain recipe=quickstart launch.pro")
+
+
+def test_an_engine_needs_its_extra(default: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {"kind": LOCAL, "processes": 2}
+    assert problems(default, "deepspeed", **several) == ""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert problems(default, "deepspeed", **several) == (
+        "engine: deepspeed is not installed\n    pip install 'posttrain[deepspeed]', or give engine=fsdp"
+    )
+    assert problems(default, "fsdp", **several) == ""

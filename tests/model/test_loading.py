@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain.config.schema import ModelConfig
-from posttrain.errors import BadInput
+from posttrain.config.schema import LoraSettings, ModelConfig
+from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.model.base import resolve_base
-from posttrain.model.loading import check_finite, load_model, load_tokenizer, load_trainable
+from posttrain.model.loading import check_finite, load_model, load_tokenizer, load_trainable, new_adapter
+from posttrain.model.saving import save_model
 from tests.support.tiny import TEMPLATE, VOCABULARY, base_source, tiny_llama, tiny_tokenizer, write_base
 
 
@@ -223,6 +224,21 @@ def test_a_base_that_is_not_finite_is_rejected_by_name(base: Path, value: float)
         load_trainable(source, "float32")
     with pytest.raises(BadInput, match=r"model\.norm\.weight"):
         check_finite(load_model(source, "float32"), source)
+
+
+def test_weights_that_are_elsewhere_are_neither_finite_nor_saved(base: Path, tmp_path: Path) -> None:
+    source, empty = base_source(base), torch.empty(0)
+    model = load_model(source, "float32")
+    adapted = new_adapter(load_model(source, "float32"), LoraSettings(r=2, alpha=4), seed=0)
+    model.model.norm.weight.data = empty
+    with pytest.raises(BadInput, match=r"weight model\.norm\.weight is empty"):
+        check_finite(model, source)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = empty
+    with pytest.raises(ArtifactDamaged, match=r"weight .*lora_A.* is empty"):
+        save_model(adapted, source, tmp_path, "float32")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_tokenizer_of_a_base_round_trips(base: Path) -> None:
