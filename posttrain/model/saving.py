@@ -111,7 +111,7 @@ def _save_weights(model: PreTrainedModel, output: Path, dtype: str) -> None:
     for parameter in model.parameters():  # not model.to(): that would also round buffers such as rotary frequencies
         parameter.data = parameter.data.to(DTYPES[dtype])
     with disk_errors(output):
-        _save_pretrained(model, output)
+        write_files(model, output)
 
 
 def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
@@ -132,10 +132,11 @@ def _save_slices(model: PreTrainedModel, output: Path, dtype: str) -> None:
         shell = AutoModelForCausalLM.from_config(model.config, dtype=DTYPES[dtype])
     shell.generation_config = model.generation_config
     with disk_errors(output):
-        _save_pretrained(shell, output, state_dict=state | kept)
+        write_files(shell, output, state_dict=state | kept)
 
 
-def _save_pretrained(model: PreTrainedModel, output: Path, **options: Any) -> None:
+def write_files(model: PreTrainedModel, output: Path, **options: Any) -> None:
+    """Write configuration and weights by transformers; ``options`` are its own."""
     # Where DeepSpeed is installed, accelerate imports it, for seconds, to see that the model is none of its engines.
     hidden = "deepspeed" not in sys.modules
     if hidden:

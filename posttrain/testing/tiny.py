@@ -66,7 +66,9 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
 
 def write_base(folder: Path, **settings: Any) -> Path:
     """Write weights, configuration and tokenizer of a base model; return ``folder``."""
-    tiny_llama(**settings).save_pretrained(folder)
+    from posttrain.model.saving import write_files
+
+    write_files(tiny_llama(**settings), folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 
 from posttrain.config.schema import LoraSettings, ModelConfig
@@ -236,7 +237,8 @@ def test_weights_that_are_elsewhere_are_neither_finite_nor_saved(base: Path, tmp
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = empty
-    with pytest.raises(ArtifactDamaged, match=r"weight .*lora_A.* is empty"):
+    damaged = pytest.raises(ArtifactDamaged, match=r"weight .*lora_A.* is empty")
+    with pytest.warns(PeftWarning, match="have invalid shape"), damaged:  # peft would save them all the same
         save_model(adapted, source, tmp_path, "float32")
     assert not list(tmp_path.glob("*.safetensors"))
 
