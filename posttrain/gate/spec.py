@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -12,7 +12,6 @@ from posttrain.gate.sequential import Look
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
     from posttrain.config.schema import GateConfig, GateTask
-    from posttrain.scoring.inquiry import Inquirers
 
 VerdictState = Literal["pass", "fail", "undecided"]
 """The decision of a gate, in one word."""
@@ -59,8 +58,8 @@ class GateRequest:
     """The scorecard.jsonl to write: one row per system, task, filter and document."""
     unpromoted: tuple[str, ...] = ()
     """Artifacts below the candidate that no gate passed, each with its verdict."""
-    launch: Inquirers | None = None
-    """Start of the processes that answer in place of this one; None asks here."""
+    launch: Callable[..., None] | None = None
+    """Start of the processes that answer in place of this one, the core's own affair; None asks here."""
 
 
 @dataclass(frozen=True, kw_only=True)

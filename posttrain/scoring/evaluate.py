@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
@@ -24,15 +24,12 @@ from posttrain.scoring.harness.rehearsal import rehearse_task
 from posttrain.scoring.harness.requests import prepare_task, request_values
 from posttrain.scoring.harness.responder import Responder
 from posttrain.scoring.harness.scoring import answer, missing_blocks, recall, requests_by_block
-from posttrain.scoring.inquiry import Inquiry, Part, Place, describe_cut
+from posttrain.scoring.inquiry import Inquirers, Inquiry, Part, Place, describe_cut
 from posttrain.scoring.isolation import quiet, seeded
 from posttrain.scoring.questions import PreparedTask
 from posttrain.scoring.responders import Responders
 from posttrain.scoring.scorecard import write_questions, write_scorecard
 from posttrain.scoring.systems import Loading
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
@@ -101,14 +98,15 @@ class _Evaluation:
     def ask_elsewhere(self) -> None:
         """Have the processes of the launch answer what is missing, look by look until the gate is settled."""
         request, asked = self._request, set[str]()
-        if request.launch is None or self._is_settled(len(self._sessions)):
+        inquirers: Inquirers | None = request.launch
+        if inquirers is None or self._is_settled(len(self._sessions)):
             return
         parts = [part for session in self._sessions for part in session.missing_parts(asked)]
         inquiry = Inquiry(
             systems=request.systems, dtype=request.dtype, device=self._loading.device, seed=request.gate.seed,
             size=request.gate.batch_size, cache=request.cache, parts=tuple(parts),
         )  # fmt: skip
-        request.launch(inquiry, self._requests(parts), request.scorecard.parent, self._progress, self._is_settled)
+        inquirers(inquiry, self._requests(parts), request.scorecard.parent, self._progress, self._is_settled)
 
     def _is_settled(self, looks: int) -> bool:
         """Return True when kept answers settle the gate at one of so many looks, the last one included."""
