@@ -87,9 +87,14 @@ def render_pinned(apply: Callable[..., Any], variables: Mapping[str, Any], conve
     The clock of the template stands at midnight of the variable ``date``.
     """
     template = options.pop("chat_template", None) or apply.__self__.chat_template  # type: ignore[attr-defined]
+    return apply(conversation, chat_template=pinned_source(template, variables), **{**variables, **options})
+
+
+def pinned_source(template: str, variables: Mapping[str, Any]) -> str:
+    """Return a template whose clock stands at midnight of the variable ``date``, if it has the two."""
     if CLOCK in template and _is_day(variables.get(DATE)):
-        template = _stopped_clock(variables[DATE]) + template
-    return apply(conversation, chat_template=template, **{**variables, **options})
+        return _stopped_clock(variables[DATE]) + template
+    return template
 
 
 def _stopped_clock(day: str) -> str:

@@ -15,6 +15,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from posttrain.data.records import OUR_KEYS, Conversation, Document, Feedback, Message, Preference, Record, Text
 from posttrain.errors import BadInput, reject
 from posttrain.tokens.spans import AnswerSpan, Template
@@ -91,6 +93,7 @@ class ChatRenderer:
         unknown = tokenizer.unk_token_id
         self._controls = {token.content: key for key, token in added if token.special and key != unknown}
         self._control_ids = set(self._controls.values())
+        self._sorted_controls = np.array(sorted(self._control_ids), np.int64)
         self._head_ids = lru_cache(maxsize=1024)(self._encode)
 
     def document(self, record: Document, *, last_only: bool = False) -> Rendered:
@@ -128,9 +131,17 @@ class ChatRenderer:
         text = self._template.render(record)
         self._template.check(record, text)
         trained = [index for index in answers if record.messages[index].get("train", True)]
-        spans = [self._template.find_answer(record, index, text) for index in trained]
+        spans = self._spans(record, trained, text)
         ids, mask = self._tokens(text, spans, record.where)
         return Rendered(ids, mask, text, record.where)
+
+    def _spans(self, record: Conversation, trained: Sequence[int], text: str) -> list[AnswerSpan]:
+        if len(trained) > 1:
+            # What one rendering of the history proves needs no other; what it leaves open, the others decide.
+            with self._template.following(record, text) as followed, contextlib.suppress(BadInput):
+                if followed:
+                    return [self._template.find_answer(record, index, text) for index in trained]
+        return [self._template.find_answer(record, index, text) for index in trained]
 
     def preference(self, record: Preference) -> RenderedPair:
         """Render the prompt with both answers; raises BadInput as ``conversation`` does, or if they come out equal."""
@@ -213,7 +224,7 @@ class ChatRenderer:
         """
         whole = self._encode(text)
         found = list(self._template.control.finditer(text))
-        places = [place for place, token in enumerate(whole) if token in self._control_ids]
+        places = np.flatnonzero(np.isin(np.array(whole, np.int64), self._sorted_controls)).tolist()
         if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
             reject(where, "the tokenizer does not keep the special tokens of the chat template whole")
         ends = [match.end() for match in found]
@@ -256,7 +267,7 @@ class ChatRenderer:
             reject(where, what, "The tokenizer cannot express the content")
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return decode(self._tokenizer, ids)
 
     def _encode(self, text: str, *, whole: bool = False) -> list[int]:
         """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
@@ -290,6 +301,17 @@ def answer_ends(tokenizer: Any) -> list[int]:
                 shown = renderer.conversation(Conversation(messages=(_QUESTION, turn), tools=tools, where="template"))
                 ends.append([token for token, trained in zip(shown.ids, shown.mask, strict=True) if trained][-1])
     return list(dict.fromkeys(ends))
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of ``ids``, special tokens included, as it is."""
+    from transformers import TokenizersBackend
+
+    # transformers looks at every id in Python before it decodes: most of the time of a proof
+    kind = type(tokenizer)
+    if (kind.decode, kind._decode) == (TokenizersBackend.decode, TokenizersBackend._decode):
+        return str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def without_space(text: str) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
+import numpy as np
+
 from posttrain.data.records import Conversation, Document, Message, Text
-from posttrain.tokens.chat import Rendered, without_space
+from posttrain.tokens.chat import Rendered, decode, without_space
 
 _TAG = re.compile(r"^<\w+>")
 """A tag at the beginning of an answer, such as ``<think>``; untrained when the generation prompt writes it."""
@@ -44,8 +44,7 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
     """
     answers = [message for message in record.messages if message["role"] == "assistant"]
     answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
-    pairs = zip(rendered.ids, rendered.mask, strict=True)
-    runs = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if trained]
+    runs = _runs(rendered, trained=True)
     if len(runs) != len(answers):
         return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
     special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -67,16 +66,21 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
 
 def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: Any) -> str | None:
     """Return the first content of a user or system turn that occurs in the text but not in its untrained tokens."""
-    pairs = zip(rendered.ids, rendered.mask, strict=True)
-    context = [[token for token, _ in run] for trained, run in groupby(pairs, key=itemgetter(1)) if not trained]
-    untrained, whole = [_bare(tokenizer, run) for run in context], _bare(tokenizer, rendered.ids)
+    untrained = [_bare(tokenizer, run) for run in _runs(rendered, trained=False)]
     for message in messages:
-        said = without_space(message["content"])
-        told = message["role"] in ("user", "system") and said and said in whole
-        if told and not any(said in text for text in untrained):
+        said = without_space(message["content"]) if message["role"] in ("user", "system") else ""
+        # the whole is decoded only for a content that is nowhere else
+        if said and not any(said in text for text in untrained) and said in _bare(tokenizer, rendered.ids):
             return str(message["content"])
     return None
 
 
+def _runs(rendered: Rendered, *, trained: bool) -> list[list[int]]:
+    """Return the ids of each run of tokens that are all trained, or all untrained."""
+    mask = np.array(rendered.mask, np.bool_) == trained
+    borders = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    return [rendered.ids[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+
+
 def _bare(tokenizer: Any, ids: list[int]) -> str:
-    return without_space(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+    return without_space(decode(tokenizer, ids))

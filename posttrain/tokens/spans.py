@@ -18,12 +18,9 @@ form in a template; their span must equal the one in a conversation of nothing e
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
-
-from jinja2 import TemplateError
 
 from posttrain.data.calls import (
     called_functions,
@@ -35,20 +32,9 @@ from posttrain.data.calls import (
     with_content,
     words,
 )  # fmt: skip
-from posttrain.data.records import OUR_KEYS, Conversation, Message
+from posttrain.data.records import Conversation, Message
 from posttrain.errors import reject
-from posttrain.tokens.dialect import CallDialect
-from posttrain.tokens.time_limit import time_limit
-
-SECONDS = 5
-"""Computing time of a template for one conversation; templates of published models take a thousandth."""
-SIZE, SIZE_PER_CHARACTER = 1_000_000, 10
-"""Largest text of a template in characters, in any case and for every character of the conversation."""
-
-_FAILURES = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
-)  # fmt: skip
-"""The exceptions of a failing template."""
+from posttrain.tokens.texts import OTHER_TEMPLATE, ChatTexts
 
 _SHORT = 16
 """Contents of fewer characters occur in any text by chance, so finding them proves nothing."""
@@ -74,7 +60,6 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 _END_OF_THOUGHT = "</think>"
 
-_OTHER_TEMPLATE = "Use another chat template: model.chat_template=FILE"
 _NOT_ALL = "Make a row of each answer (train_on=each), train the last one only (train_on=last), or mark it train: false"
 
 
@@ -100,9 +85,8 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         source: str = tokenizer.get_chat_template()
-        self._dialect = CallDialect(lambda messages: self._write(messages, "model.chat_template"))
-        self.adapt = self._dialect.adapt
-        """Gives a conversation the ids of calls that the template needs."""
+        texts = ChatTexts(tokenizer)
+        self.adapt, self.render, self.following = texts.adapt, texts.render, texts.following
         self._visible = _MARKER.sub(_make_visible, source)
         self._marked = self._visible != source
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -110,49 +94,21 @@ class Template:
         self.control = re.compile(longest_first or "(?!)")
         """The pattern of the tokenizer's special tokens."""
 
-    def render(self, chat: Conversation, *, prompt: bool = False, template: str | None = None) -> str:
-        """Return the text of a conversation; with ``prompt``, followed by the generation prompt.
-
-        Raises:
-            BadInput: The template fails, takes too long or writes too much.
-        """
-        messages = [self._dialect.spell(message) for message in chat.messages]
-        tools = [dict(tool) for tool in chat.tools] or None
-        return self._write(messages, chat.where, add_generation_prompt=prompt, chat_template=template, tools=tools)
-
-    def _write(self, listed: Sequence[Message], where: str, tools: Any = None, **options: Any) -> str:
-        """Return the text of messages as they are."""
-        messages = [{key: value for key, value in message.items() if key not in OUR_KEYS} for message in listed]
-        try:
-            with time_limit(SECONDS):
-                text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **options))
-            text.encode()
-        except TimeoutError:
-            reject(where, f"the chat template takes longer than {SECONDS} s", _OTHER_TEMPLATE)
-        except _FAILURES as error:
-            why = str(error) or type(error).__name__
-            reject(where, f"the chat template cannot render the conversation: {why}", _OTHER_TEMPLATE)
-        if len(text) > SIZE and len(text) > SIZE_PER_CHARACTER * sum(
-            len(str(word)) for word in words([messages, tools])
-        ):
-            reject(where, f"the chat template writes {len(text):,} characters for it", _OTHER_TEMPLATE)
-        return text
-
     def check(self, chat: Conversation, text: str) -> None:
         """Raise BadInput for special tokens in a record, and for a template without a content or the tools."""
         bos = self._tokenizer.bos_token
         if bos and text.startswith(2 * bos):
-            reject(chat.where, f"the chat template begins with {bos} twice", _OTHER_TEMPLATE)
+            reject(chat.where, f"the chat template begins with {bos} twice", OTHER_TEMPLATE)
         for turn, message in enumerate(chat.messages, start=1):
             self._check_special(message, f"turn {turn} ({message['role']})", chat.where)
             if not is_written(message, text) or not self._has_own_place(chat, turn - 1):
                 what = f"the chat template leaves out or rewrites turn {turn} ({message['role']})"
-                reject(chat.where, what, _OTHER_TEMPLATE)
+                reject(chat.where, what, OTHER_TEMPLATE)
         if chat.tools:
             self._check_special(chat.tools, "tools", chat.where)
             offer = self.render(replace(chat, messages=(_QUESTION,)))
             if not all(name in offer for name in tool_names(chat.tools)):
-                reject(chat.where, "the chat template leaves out the tools", _OTHER_TEMPLATE)
+                reject(chat.where, "the chat template leaves out the tools", OTHER_TEMPLATE)
 
     def _has_own_place(self, chat: Conversation, index: int) -> bool:
         """Return whether turn ``index`` is written at a place of its own.
@@ -217,7 +173,7 @@ class Template:
         left_out = next((key for key in _THOUGHTS if str(message.get(key) or "").strip() not in text[before:]), None)
         if left_out:
             why = f"the template leaves out its {left_out}"
-            _reject_span(chat.where, turn, why, f"Remove the key. {_OTHER_TEMPLATE}")
+            _reject_span(chat.where, turn, why, f"Remove the key. {OTHER_TEMPLATE}")
         # A token that also ends the prompt, such as a separator of turns, would stop the model before its answer.
         stop = text[answer.content_end : answer.end].strip()
         if prompt.rstrip().endswith(stop):
@@ -394,5 +350,5 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...") if text else ""
 
 
-def _reject_span(where: str, turn: int, why: str, fix: str = _OTHER_TEMPLATE) -> NoReturn:
+def _reject_span(where: str, turn: int, why: str, fix: str = OTHER_TEMPLATE) -> NoReturn:
     reject(where, f"the mask for turn {turn} cannot be proven: {why}", fix)
