@@ -24,6 +24,7 @@ from posttrain.config.schema import Dtype, LoraSettings
 from posttrain.context import StageContext
 from posttrain.engine import processes
 from posttrain.engine.arithmetic import Arithmetic
+from posttrain.engine.batches import Batch
 from posttrain.engine.checkpoint import Part
 from posttrain.engine.gradient import MaskedCrossEntropy
 from posttrain.engine.loop import ENGINES as ENGINES_BY_NAME
@@ -135,10 +136,10 @@ def step_once(bases: Path, output: Path, name: str) -> None:
     model, config = CASES["full"].model(bases), sft_config(**STEPS)
     model.idle = torch.nn.Parameter(torch.ones(3, 5))
     engine, changed = ENGINES_BY_NAME[name](model, config), []
-    totals = MaskedCrossEntropy(config, "float32").totals(ROWS)
+    totals, batch = MaskedCrossEntropy(config, "float32").totals(ROWS), Batch.of(ROWS[:1], torch.device("cpu"))
 
     def loss(scale: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        value, sums = MaskedCrossEntropy(config, "float32").share(model, ROWS[:1], totals)
+        value, sums = MaskedCrossEntropy(config, "float32").share(model, batch, totals)
         return value * scale, sums
 
     with engine.prepared(Arithmetic(dtype="float32", stored="float32")):
