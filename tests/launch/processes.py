@@ -79,10 +79,13 @@ class Process:
 
     def fill(self) -> None:
         """Find the disk full."""
+        self.seen.with_name("full").touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/step")
 
     def lack(self) -> None:
-        """Miss the part of another."""
+        """Miss the part of another, who found it at the same step."""
+        while not self.seen.with_name("full").exists():
+            time.sleep(0.02)
         raise Interrupted("another process could not write its part")
 
     def diverge(self) -> None:

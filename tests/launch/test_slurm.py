@@ -91,7 +91,7 @@ def test_a_stop_reaches_the_processes_through_srun(tmp_path: Path, monkeypatch: 
 def test_a_step_that_hangs_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACT", "hang")
     with pytest.raises(PosttrainError, match=r"rank . of 2 hung"):
-        make_group(tmp_path, silence_seconds=3.0)(SFT, context(tmp_path))
+        make_group(tmp_path, silence_seconds=10.0)(SFT, context(tmp_path))
     assert "scancel --signal=KILL 31.4" in calls()
     wait_for(lambda: not left(tmp_path))
 
