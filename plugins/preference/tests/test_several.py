@@ -94,15 +94,15 @@ def test_a_stopped_stage_goes_on_to_the_same_bytes_from_the_references_of_its_st
             assert KEPT not in report(whole)["notes"]
             assert told["metrics"] == report(whole)["metrics"]
             # one entry for one stage: whatever process began, and whichever went on
-            assert len([each for each in (output / engine / name / "kept").iterdir() if each.is_dir()]) == 1
+            assert len([each for each in (output / engine / name / "kept/references").iterdir() if each.is_dir()]) == 1
 
 
 def test_references_are_those_of_one_process_under_the_same_name(launched: tuple[int, Path], single: Path) -> None:
     world, output = launched
     for name in WORLDS[world]:
-        (expected,) = (single / name / "kept").iterdir()
+        (expected,) = (single / name / "kept/references").iterdir()
         for engine in several.ENGINES:
-            (found,) = (output / engine / name / "kept").iterdir()
+            (found,) = (output / engine / name / "kept/references").iterdir()
             assert found.name == expected.name
             theirs = weights(expected)
             for tensor, each in weights(found).items():
