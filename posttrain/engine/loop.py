@@ -47,6 +47,7 @@ from posttrain.engine.precision import autocasting
 from posttrain.engine.saves import Saves
 from posttrain.engine.schedule import Schedule
 from posttrain.engine.throughput import Throughput
+from posttrain.engine.units import reject_lone_documents
 from posttrain.engine.zero import Partitioned
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
@@ -192,6 +193,8 @@ class Training:
             self.progress.note(f"arithmetic: {self.arithmetic}")
             with autocasting(self.model, self.compute_dtype):  # kernels are chosen by the arithmetic
                 choice = engine.run(partial(install, self.model, self.config.packing))
+            if self.engine in (FSDP, DEEPSPEED):
+                reject_lone_documents(causal_model(self.model), choice.kernel, self.engine)
             self.progress.note(f"attention: {choice}")
             if self.config.gradient_checkpointing:
                 self._recompute_activations()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from posttrain.engine.arithmetic import Arithmetic
+from posttrain.engine.attention_kernels import ALONE, Kernel
 from posttrain.errors import reject
 from posttrain.model.loading import DTYPES
 from posttrain.model.targets import text_decoder
@@ -35,6 +36,17 @@ def convert(unit: torch.nn.Module, arithmetic: Arithmetic) -> None:
             parameter.data = parameter.data.float()
         else:
             parameter.data = parameter.data.to(DTYPES[arithmetic.stored]).to(DTYPES[arithmetic.dtype])
+
+
+def reject_lone_documents(model: torch.nn.Module, kernel: Kernel, engine: str) -> None:
+    """Raise BadInput for a model that computes each document alone.
+
+    Its layers are gathered once for each document, of which batches have different numbers, but all processes gather
+    together: they would wait for each other without end.
+    """
+    if kernel == ALONE:
+        what = f"{engine} cannot train {type(model).__name__}, which computes each document alone"
+        reject("engine", what, "Use engine=ddp")
 
 
 def reject_lone_experts(model: torch.nn.Module, engine: str) -> None:
