@@ -76,7 +76,7 @@ def test_an_adapter_that_lifts_passes(
 
 def test_a_second_time_nothing_is_asked(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gate("artifact") == 0
-    monkeypatch.setattr("posttrain.scoring.evaluate.Transformers", None)
+    monkeypatch.setattr("posttrain.scoring.responders.Transformers", None)
     assert gate("artifact") == 0
 
 
