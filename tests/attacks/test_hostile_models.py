@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain import cli
 from posttrain.model import reloading, tokenizer_watch
-from posttrain.tokens import spans
+from posttrain.tokens import texts
 from tests.support.audit import watched
 from tests.support.tiny import write_base
 
@@ -206,7 +206,7 @@ def test_a_hostile_base(
     project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     if name == "template loops":  # it uses the time up; the others would meet so short a limit on a busy machine
-        monkeypatch.setattr(spans, "SECONDS", 0.5)
+        monkeypatch.setattr(texts, "SECONDS", 0.5)
     BASES[name](project / "base")
     check(project / "base", capfd, "recipe=mine")
 

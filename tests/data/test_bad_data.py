@@ -14,7 +14,7 @@ import pytest
 
 from posttrain import cli
 from posttrain.data import files
-from posttrain.tokens import spans
+from posttrain.tokens import texts
 from tests.support.tiny import TEMPLATE, write_base
 
 RECIPE = """\
@@ -277,7 +277,7 @@ def test_a_template_that_never_ends_is_rejected(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the one case that uses the time up: the others would meet so short a limit on a busy machine
-    monkeypatch.setattr(spans, "SECONDS", 0.2)
+    monkeypatch.setattr(texts, "SECONDS", 0.2)
     template(ENDLESS)()
     check_rejected(capfd, f"{RENDERED} takes longer than 0.2 s")
 
