@@ -112,13 +112,13 @@ def test_references_are_computed_once_for_all_runs(make_context: MakeContext, tm
     assert "reference log-probabilities: kept from an earlier run" in progress(again).notes
     assert computed(other)[-1] == 11
     assert computed(replace(less, parent=replace(less.parent, digest="2" * 64)))[-1] == 12
-    assert len(list((tmp_path / "kept").iterdir())) == 3
+    assert len(list((tmp_path / "kept/references").iterdir())) == 3
 
 
 def test_damaged_references_are_computed_again(make_context: MakeContext, tmp_path: Path) -> None:
     whole, again = (replace(make_context(folder=name), kept=tmp_path / "kept") for name in ("a", "b"))
     run(whole)
-    (path,) = (tmp_path / "kept").glob("*/references.safetensors")
+    (path,) = (tmp_path / "kept/references").glob("*/references.safetensors")
     path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
     assert computed(again)[-1] == 12
     assert any("are not used: " in note and "SHA-256" in note for note in progress(again).notes)
@@ -129,9 +129,9 @@ def test_references_of_another_model_under_the_right_key_are_rejected(
     make_context: MakeContext, tmp_path: Path
 ) -> None:
     run(replace(make_context(folder="a"), kept=tmp_path / "kept"))
-    (kept,) = (tmp_path / "kept").iterdir()
+    (kept,) = (tmp_path / "kept/references").iterdir()
     tensors = load_file(kept / "references.safetensors")
-    folder = ReferenceFolder(tmp_path / "kept", kept.name, print)
+    folder = ReferenceFolder(kept.parent, kept.name, print)
     rmtree(kept)
     folder.write(References(tensors["answers"] + 1, tensors["aside"]))
     with pytest.raises(ArtifactDamaged, match="the reference is not the SFT model"):
