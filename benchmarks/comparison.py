@@ -31,15 +31,15 @@ class Result:
     seconds: float
     """Seconds from the first forward pass to the end of the last step."""
     cpu_seconds: float
-    """Seconds on processors, a measure that survives other work on the machine."""
+    """Seconds on processors, which count no other work on the machine."""
     peak_bytes: int
     """Peak memory: of the device on CUDA, of the process on a CPU."""
     activation_bytes: int
-    """What of the peak came after the beginning of the first forward pass."""
+    """Part of the peak that came after the beginning of the first forward pass."""
     losses: Sequence[float]
     """Loss of each step."""
     counts: Mapping[str, int]
-    """What was trained, such as pairs or tokens."""
+    """Amounts that were trained, such as pairs or tokens."""
     mfu: float | None = None
     """The model-FLOPs share, where the contender reports it."""
 

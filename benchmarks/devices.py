@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import machine
 from comparison import Meter, report_of, write_report
+from sft import conversations
 
 CONTENDERS = ("single", "ddp", "fsdp", "deepspeed")
 
@@ -74,10 +75,7 @@ def main() -> None:
     if arguments.contender:
         _work(arguments.contender, Job(**json.loads(arguments.job)), arguments.output)
         return
-    job = Job(
-        model=arguments.model, data=arguments.data, rows=arguments.rows, sequence_length=arguments.sequence_length,
-        steps=arguments.steps, batch=arguments.batch, dtype=arguments.dtype, method=arguments.method,
-    )  # fmt: skip
+    job = Job(**{each.name: getattr(arguments, each.name) for each in fields(Job)})
     contenders = arguments.contenders.split(",")
     report = _report(job, {name: _launched(name, job, arguments.processes) for name in contenders})
     print(json.dumps(report["job"]), *_table(report), sep="\n")
@@ -167,20 +165,13 @@ def _work(engine: str, job: Job, output: Path) -> None:
     environment.prepare()
     from posttrain.config.schema import Method, ModelConfig
     from posttrain.context import StageContext
-    from posttrain.data.records import Conversation
     from posttrain.engine import processes
     from posttrain.model.base import resolve_base
     from posttrain.sft.config import SFTConfig
     from posttrain.sft.stage import run
 
     processes.join()
-    with Path(job.data).open(encoding="utf-8") as lines:
-        asked = [json.loads(line) for line, _ in zip(lines, range(job.rows), strict=False)]
-    records = [
-        Conversation(messages=({"role": "user", "content": row["question"]},
-                               {"role": "assistant", "content": row["answer"]}), where=str(number))
-        for number, row in enumerate(asked)
-    ]  # fmt: skip
+    records = conversations(job.data, job.rows)
     config = SFTConfig(
         data=None, method=Method[job.method], lr=1e-5, max_steps=job.steps, sequence_length=job.sequence_length,
         per_device_batch_size=1, gradient_accumulation=job.batch,

@@ -126,9 +126,21 @@ def _contend(contender: str, job: Job) -> Result:
     return _trl(job, packed=contender == "trl packed")
 
 
-def _conversations(job: Job) -> list[dict[str, str]]:
-    with Path(job.data).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line, _ in zip(lines, range(job.rows), strict=False)]
+def questions(data: str, count: int) -> list[dict[str, str]]:
+    """Return the first rows of a JSONL file with question and answer."""
+    with Path(data).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+
+
+def conversations(data: str, count: int) -> list[Any]:
+    """Return them as this project's records."""
+    from posttrain.data.records import Conversation
+
+    return [
+        Conversation(messages=({"role": "user", "content": row["question"]},
+                               {"role": "assistant", "content": row["answer"]}), where=str(number))
+        for number, row in enumerate(questions(data, count))
+    ]  # fmt: skip
 
 
 def _posttrain(job: Job) -> Result:
@@ -137,7 +149,6 @@ def _posttrain(job: Job) -> Result:
     environment.prepare()
     from posttrain.config.schema import LoraSettings, Method, ModelConfig
     from posttrain.context import StageContext
-    from posttrain.data.records import Conversation
     from posttrain.model.base import resolve_base
     from posttrain.model.loading import load_tokenizer
     from posttrain.sft.config import SFTConfig
@@ -146,11 +157,7 @@ def _posttrain(job: Job) -> Result:
     from posttrain.tokens.packing import pack
 
     source = resolve_base(ModelConfig(path=job.model))
-    records = [
-        Conversation(messages=({"role": "user", "content": row["question"]},
-                               {"role": "assistant", "content": row["answer"]}), where=str(number))
-        for number, row in enumerate(_conversations(job))
-    ]  # fmt: skip
+    records = conversations(job.data, job.rows)
     renderer = ChatRenderer(load_tokenizer(source))
     rows = pack([renderer.conversation(record) for record in records], job.sequence_length).counts.rows
     config = SFTConfig(
@@ -180,7 +187,7 @@ def _trl(job: Job, *, packed: bool) -> Result:
     rows = [
         {"prompt": [{"role": "user", "content": row["question"]}],
          "completion": [{"role": "assistant", "content": row["answer"]}]}
-        for row in _conversations(job)
+        for row in questions(job.data, job.rows)
     ]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     quantization = None

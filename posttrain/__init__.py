@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from posttrain.version import __version__
 
 if TYPE_CHECKING:
+    from posttrain.advice import Advice, Rule
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
     from posttrain.config.schema import (
         Backend,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MISSING",
+    "Advice",
     "AnswerLoss",
     "AnswerScores",
     "AnsweredRow",
@@ -113,6 +115,7 @@ __all__ = [
     "Rendered",
     "RenderedPair",
     "Role",
+    "Rule",
     "Scorecard",
     "Sequential",
     "Settings",
@@ -139,6 +142,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "posttrain.advice": ("Advice", "Rule"),
     "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
     "posttrain.config.schema": (
         "Backend",

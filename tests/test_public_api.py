@@ -18,6 +18,7 @@ from posttrain.context import StageContext
 
 PUBLIC = [
     "MISSING",
+    "Advice",
     "AnswerLoss",
     "AnswerScores",
     "AnsweredRow",
@@ -66,6 +67,7 @@ PUBLIC = [
     "Rendered",
     "RenderedPair",
     "Role",
+    "Rule",
     "Scorecard",
     "Sequential",
     "Settings",

@@ -190,7 +190,8 @@ def _processes(gate: GateConfig, world: int) -> list[str]:
         return []
     if gate.backend is Backend.vllm:
         return ["vLLM answers in the command's own process: the launch is for training alone"]
-    return [f"asked by {world} processes, or by fewer with {BLOCKS} blocks of {gate.batch_size} documents each"]
+    fewer = f"by fewer where each would get less than {BLOCKS} blocks of {gate.batch_size} documents"
+    return [f"asked by {world} processes, {fewer}"]
 
 
 def _asked(gate: GateConfig, name: str, task: GateTask | None, outlook: Outlook) -> str:

@@ -92,9 +92,9 @@ def stage_needs(plan: Plan, engine: str, processes: int, per_node: int) -> dict[
 
 
 def training_of(step: Step, stored: Dtype, former: Training | None) -> Training | None:
-    """Return the sizes of a stage's training; None when its settings do not tell them.
+    """Return the sizes of a stage's training; None where its settings have none.
 
-    A stage without a method of its own goes on with the weights of ``former``, the stage before it.
+    A stage without a method of its own trains the weights of ``former``, the stage before it.
     """
     config = step.config
     tokens = getattr(config, "sequence_length", None)

@@ -32,7 +32,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """What a token and a pair of tokens cost a model in training."""
+    """Operations of a model in training, for a token and for a pair of tokens."""
 
     model: Architecture
     adapter: int | None

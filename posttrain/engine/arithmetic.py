@@ -199,7 +199,8 @@ def _seconds(model: PreTrainedModel | PeftModel, shape: tuple[int, int], tokens:
 def _clock(device: torch.device) -> float:
     """Return the seconds of work so far: of a GPU by the clock, of a CPU by its processors.
 
-    The processors' time over the number of threads survives other work on the machine.
+    The processors' time over the number of threads counts no other work on the machine, whose use of the caches slows
+    this all the same.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

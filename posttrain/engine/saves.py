@@ -1,4 +1,4 @@
-"""The times at which a training is saved, and the thread that writes a copy while the training goes on.
+"""Saves of a training: when they are due, and the thread that writes a copy during the next steps.
 
 A step waits for the copy, and for nothing else: hashing and syncing all of 8 billion weights, 96 GB, takes minutes. One
 checkpoint is written at a time.

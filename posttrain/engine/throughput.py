@@ -1,4 +1,4 @@
-"""The model-FLOPs share of a training: the operations of its steps, and what its devices could do instead.
+"""Model-FLOPs share of a training: the operations of its steps, beside the rate of its devices.
 
 The yardstick is measured, not taken from a data sheet: products of the model's own shapes in the number format of the
 training, alone on the device. 100 % would be a step of nothing but such products, without a pause.
@@ -36,7 +36,7 @@ class Throughput:
 
 
 def operations_of(model: PreTrainedModel | PeftModel) -> Operations | None:
-    """Return what tokens cost ``model`` in training; None when its configuration does not tell its sizes."""
+    """Return the operations of ``model`` in training; None when its configuration does not tell its sizes."""
     causal = causal_model(model)
     weights = {name.replace(".base_layer", ""): matrix_shape(each) for name, each in causal.named_parameters()}
     adapters = {name: shape for name, shape in weights.items() if ".lora_" in name}

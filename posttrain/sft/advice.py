@@ -6,10 +6,10 @@ are not judged: a plan applies the rules it can, and the start of a stage applie
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from posttrain.advice import Advice, Rule
 from posttrain.config.schema import Method
 
 if TYPE_CHECKING:
@@ -45,29 +45,6 @@ class Known:
     """Parameters of the model."""
     positions: int | None = None
     """Longest document the model was made for, in tokens."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One setting, its usual value, and the reason."""
-
-    setting: str
-    usual: str
-    why: str
-    departure: Callable[[SFTConfig, Known], str | None]
-    """Returns the departure from the usual value; None when there is none, or a fact is unknown."""
-
-
-def departures(config: SFTConfig, known: Known) -> list[str]:
-    """Return every departure: the setting as it is, its usual value, and the reason."""
-    found = [(rule, rule.departure(config, known)) for rule in RULES]
-    return [f"{rule.setting}: {what}; usual is {rule.usual}, because {rule.why}" for rule, what in found if what]
-
-
-def table() -> str:
-    """Return all rules as a Markdown table."""
-    rows = [f"| `{rule.setting}` | {rule.usual} | {rule.why} |" for rule in RULES]
-    return "\n".join(["| setting | usual | because |", "|---|---|---|", *rows])
 
 
 def usual_epochs(examples: int) -> int:
@@ -188,103 +165,108 @@ def _outside(value: float | None, low: float, high: float) -> str | None:
     return None if value is None or low <= value <= high else f"{value:g}"
 
 
-RULES = (
-    Rule(
-        "lr",
-        "1e-4 to 5e-4 for an adapter",
-        "adapters learn best at about ten times the rate of all weights (arXiv:2106.09685, LoRA Without Regret)",
-        _adapter_rate,
-    ),
-    Rule(
-        "lr",
-        "1e-6 to 5e-5 for all weights",
-        "higher rates overwrite what the base knows, and lower ones hardly move it in a few epochs",
-        _full_rate,
-    ),
-    Rule(
-        "epochs",
-        "at most 1 from 50,000 examples on, 3 from 10,000, 5 from 1,000, 15 below",
-        "large sets are learned in one pass, and after the first one the eval loss tends to rise",
-        _epochs,
-    ),
-    Rule(
-        "eval_share",
-        "0.01 to 0.1, or eval_data, for more than one epoch",
-        "overfitting after the first epoch shows in the eval loss alone",
-        _eval_loss,
-    ),
-    Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
-    Rule(
-        "gradient_accumulation",
-        "32 to 256 documents in an optimizer step",
-        "smaller steps follow the noise of single documents, and larger ones leave too few of them",
-        _batch,
-    ),
-    Rule(
-        "warmup_ratio",
-        "0.01 to 0.1",
-        "Adam's averages are noise in the first steps, and a longer warm-up leaves little at the peak",
-        _warmup,
-    ),
-    Rule(
-        "min_lr_ratio", "0 to 0.1", "a high rate at the end leaves the noise of the last steps in the weights", _floor
-    ),
-    Rule(
-        "weight_decay",
-        "0 to 0.1",
-        "stronger decay pulls weights away from the base rather than to the data",
-        _weight_decay,
-    ),
-    Rule(
-        "sequence_length",
-        "at most the length the model was made for",
-        "it has seen no position beyond, and computes those badly",
-        _positions,
-    ),
-    Rule(
-        "sequence_length",
-        "long enough for 99 of 100 records",
-        "a cut answer has no end and no stop token to learn",
-        _truncated,
-    ),
-    Rule(
-        "packing",
-        "on",
-        "a row of one short document uses little of the device; packed documents do not see each other",
-        _packing,
-    ),
-    Rule(
-        "gradient_checkpointing",
-        "on from 1 billion parameters or 8,192 tokens in a forward pass on",
-        "kept activations then take more memory than the weights",
-        _checkpointing,
-    ),
-    Rule(
-        "neftune_alpha",
-        "5 to 15, or null",
-        "the paper chooses among these values (arXiv:2310.05914)",
-        _noise,
-    ),
-    Rule(
-        "neftune_alpha",
-        "5 for fewer than 1,000 examples seen more than once",
-        "noise on the embeddings keeps few records from being learned by heart (arXiv:2310.05914)",
-        _no_noise,
-    ),
-    Rule("lora.r", "8 to 256", "less holds too little of the data, and more costs memory without a gain", _rank),
-    Rule("lora.alpha", "r to 2 r", "it multiplies the update, so that it acts like another learning rate", _alpha),
-    Rule("lora.dropout", "0 to 0.1", "more slows learning down within the few epochs of fine-tuning", _dropout),
-    Rule(
-        "lora.target_modules",
-        "all-linear",
-        "adapters on attention alone learn less, at the same number of parameters too (LoRA Without Regret)",
-        _targets,
-    ),
-    Rule(
-        "data",
-        "at most a tenth of refusals",
-        "a model that sees more of them learns to decline what it could answer",
-        _refusals,
-    ),
+ADVICE: Advice[SFTConfig, Known] = Advice(
+    (
+        Rule(
+            "lr",
+            "1e-4 to 5e-4 for an adapter",
+            "adapters learn best at about ten times the rate of all weights (arXiv:2106.09685, LoRA Without Regret)",
+            _adapter_rate,
+        ),
+        Rule(
+            "lr",
+            "1e-6 to 5e-5 for all weights",
+            "higher rates overwrite what the base knows, and lower ones hardly move it in a few epochs",
+            _full_rate,
+        ),
+        Rule(
+            "epochs",
+            "at most 1 from 50,000 examples on, 3 from 10,000, 5 from 1,000, 15 below",
+            "large sets are learned in one pass, and after the first one the eval loss tends to rise",
+            _epochs,
+        ),
+        Rule(
+            "eval_share",
+            "0.01 to 0.1, or eval_data, for more than one epoch",
+            "overfitting after the first epoch shows in the eval loss alone",
+            _eval_loss,
+        ),
+        Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
+        Rule(
+            "gradient_accumulation",
+            "32 to 256 documents in an optimizer step",
+            "smaller steps follow the noise of single documents, and larger ones leave too few of them",
+            _batch,
+        ),
+        Rule(
+            "warmup_ratio",
+            "0.01 to 0.1",
+            "Adam's averages are noise in the first steps, and a longer warm-up leaves little at the peak",
+            _warmup,
+        ),
+        Rule(
+            "min_lr_ratio",
+            "0 to 0.1",
+            "a high rate at the end leaves the noise of the last steps in the weights",
+            _floor,
+        ),
+        Rule(
+            "weight_decay",
+            "0 to 0.1",
+            "stronger decay pulls weights away from the base rather than to the data",
+            _weight_decay,
+        ),
+        Rule(
+            "sequence_length",
+            "at most the length the model was made for",
+            "it has seen no position beyond, and computes those badly",
+            _positions,
+        ),
+        Rule(
+            "sequence_length",
+            "long enough for 99 of 100 records",
+            "a cut answer has no end and no stop token to learn",
+            _truncated,
+        ),
+        Rule(
+            "packing",
+            "on",
+            "a row of one short document uses little of the device; packed documents do not see each other",
+            _packing,
+        ),
+        Rule(
+            "gradient_checkpointing",
+            "on from 1 billion parameters or 8,192 tokens in a forward pass on",
+            "kept activations then take more memory than the weights",
+            _checkpointing,
+        ),
+        Rule(
+            "neftune_alpha",
+            "5 to 15, or null",
+            "the paper chooses among these values (arXiv:2310.05914)",
+            _noise,
+        ),
+        Rule(
+            "neftune_alpha",
+            "5 for fewer than 1,000 examples seen more than once",
+            "noise on the embeddings keeps few records from being learned by heart (arXiv:2310.05914)",
+            _no_noise,
+        ),
+        Rule("lora.r", "8 to 256", "less holds too little of the data, and more costs memory without a gain", _rank),
+        Rule("lora.alpha", "r to 2 r", "it multiplies the update, so that it acts like another learning rate", _alpha),
+        Rule("lora.dropout", "0 to 0.1", "more slows learning down within the few epochs of fine-tuning", _dropout),
+        Rule(
+            "lora.target_modules",
+            "all-linear",
+            "adapters on attention alone learn less, at the same number of parameters too (LoRA Without Regret)",
+            _targets,
+        ),
+        Rule(
+            "data",
+            "at most a tenth of refusals",
+            "a model that sees more of them learns to decline what it could answer",
+            _refusals,
+        ),
+    )
 )
 """All rules, as docs/advice.md shows them."""

@@ -41,9 +41,9 @@ class SFTConfig(FineTuneConfig):
 
     def departures(self, known: Known) -> Sequence[str]:
         """Return departures from the field's recipe."""
-        from posttrain.sft.advice import departures
+        from posttrain.sft.advice import ADVICE
 
-        return departures(self, known)
+        return ADVICE.departures(self, known)
 
     def _targets(self) -> Iterator[tuple[str, str]]:
         targets = self.lora.target_modules

@@ -1,7 +1,7 @@
-"""Filling a store: records are rendered piece by piece, by several processes, and the pieces joined in their order.
+"""Filling of a store: several processes render records piece by piece; the pieces are joined in their order.
 
 The pieces are the same whoever renders them, so the bytes of a store do not depend on the number of processes. A
-piece is whole or absent: after a kill the next fill goes on with those that are missing.
+piece is whole or absent: after a kill the next fill makes the missing ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 """The arrays of a table by name, each a file."""
 POLL_SECONDS = 0.2
 """Seconds between two looks for a request to stop."""
-AGAIN = "run the same command again, and it goes on there"
+AGAIN = "run the same command again to resume there"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""The store of rendered rows: a folder of flat files for each key, filled once, checked and mapped ever after.
+"""Store of rendered rows: for each key a folder of flat files, filled once, checked and mapped by every reader.
 
     <cache>/tokens/<key>/             ids.bin  mask.bin  rows.bin  places.bin   the arrays of a TokenTable
                          manifest.json  the key, counts, the size and the SHA-256 of every file; written last
-    <cache>/tokens/<key>.filling/     pieces of a fill that goes on, or was killed: the next one takes them over
+    <cache>/tokens/<key>.filling/     pieces of a fill at work, or of a killed one: the next takes them over
     <cache>/tokens/<key>.lock         held by the process that fills it; others wait for it, and map its work
 
 The key covers all that rows depend on: records, tokenizer, template and its variables, settings, code. So a store
@@ -43,7 +43,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete store holds."""
+    """Contents of a complete store."""
 
     key: str
     files: dict[str, str]
@@ -55,7 +55,7 @@ class Manifest:
 
 
 def store_key(records: str, tokenizer: Any, **settings: Any) -> str:
-    """Return the key of a store: a digest of all that its rows depend on.
+    """Return the key of a store: the digest of everything behind its rows.
 
     Args:
         records: Digest of the records.

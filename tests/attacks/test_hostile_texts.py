@@ -144,9 +144,9 @@ def hostile(working_folder: Path) -> Path:
     return run
 
 
-def clean(text: str) -> None:
-    assert obeyed(text) == []
-    assert "[red]" in text, "markup is shown, not obeyed"
+def clean(text: str) -> bool:
+    """Return True for a text that obeys nothing and shows its markup."""
+    return obeyed(text) == [] and "[red]" in text
 
 
 def main(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -159,7 +159,7 @@ def main(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_report_shows_hostile_texts(hostile: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clean(main(capsys, "report", str(hostile)))
+    assert clean(main(capsys, "report", str(hostile)))
     for name in ("report.md", "report.html", "junit.xml"):
         text = (hostile / name).read_text()
         assert obeyed(text) == []
@@ -179,7 +179,7 @@ def test_a_hostile_verdict_in_every_form(hostile: Path, capsys: pytest.CaptureFi
     verdict = Verdict(state="fail", gated=True, tasks=(task,), reason=ALL)
     found = replace(found, stages=tuple(replace(stage, verdict=verdict) for stage in found.stages))
     print_table(found, table_console())
-    clean(capsys.readouterr().out)
+    assert clean(capsys.readouterr().out)
     for text in (page(found), summary(found, ()), junit(found)):
         assert obeyed(text) == []
         assert "<img src=x" not in text
@@ -217,7 +217,7 @@ def test_plan_tokens_and_gate_show_hostile_names(working_folder: Path, capsys: p
 def test_list_shows_hostile_names_and_summaries(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipes").mkdir()
     (Path("recipes") / f"{tame(ALL)[:80]}.yaml").write_text(f"# {ALL}\nx: 1\n", errors="ignore")
-    clean(main(capsys, "list", "recipes"))
+    assert clean(main(capsys, "list", "recipes"))
 
 
 def test_a_run_shows_hostile_reasons(
@@ -228,7 +228,7 @@ def test_a_run_shows_hostile_reasons(
     script.during_training = lambda context: context.progress.note(ALL)
     host = scripted_host(script)
     monkeypatch.setattr(plugins, "load", lambda: host)
-    clean(main(capsys, "recipe=mine", *GATES))
+    assert clean(main(capsys, "recipe=mine", *GATES))
 
 
 def test_the_help_of_a_stage_shows_hostile_defaults(
@@ -236,4 +236,4 @@ def test_the_help_of_a_stage_shows_hostile_defaults(
 ) -> None:
     row = Setting(name=ALL, type=ALL, default=ALL, help=ALL)
     monkeypatch.setattr("posttrain.config.help.settings", lambda kind: [row])
-    clean(main(capsys, "list", "sft"))
+    assert clean(main(capsys, "list", "sft"))

@@ -23,7 +23,7 @@ from posttrain.data.mixing import count_records
 from posttrain.hookspecs import hookimpl
 from posttrain.host.plugins import Host
 from posttrain.plan import make_plan
-from posttrain.sft.advice import RULES, Known, departures, table, usual_epochs
+from posttrain.sft.advice import ADVICE, Known, usual_epochs
 from posttrain.sft.config import SFTConfig
 from posttrain.stage import Stage
 from tests.support.fakes import Script, only_run, run_recipe, write_project
@@ -40,8 +40,8 @@ def test_what_is_usual_is_not_mentioned() -> None:
         parameters=8_000_000_000, positions=8192,
     )  # fmt: skip
     for config in (ADAPTER, FULL):
-        assert departures(config, known) == []
-        assert departures(config, Known()) == []
+        assert ADVICE.departures(config, known) == []
+        assert ADVICE.departures(config, Known()) == []
         assert list(config.advice(None)) == []
 
 
@@ -90,22 +90,24 @@ DEPARTURES: list[tuple[str, SFTConfig, dict[str, Any], Known]] = [
 def test_a_departure_is_named_alone_with_what_is_usual_and_why(
     expected: str, config: SFTConfig, settings: dict[str, Any], known: Known
 ) -> None:
-    (line,) = departures(replace(config, **settings), known)
+    (line,) = ADVICE.departures(replace(config, **settings), known)
     assert line.startswith(expected)
-    rule = next(rule for rule in RULES if line.endswith(f"usual is {rule.usual}, because {rule.why}"))
+    rule = next(rule for rule in ADVICE.rules if line.endswith(f"usual is {rule.usual}, because {rule.why}"))
     assert line.startswith(f"{rule.setting}: ")
 
 
 def test_every_rule_is_tried() -> None:
     said = {
-        line for _, config, settings, known in DEPARTURES for line in departures(replace(config, **settings), known)
+        line
+        for _, config, settings, known in DEPARTURES
+        for line in ADVICE.departures(replace(config, **settings), known)
     }
-    assert all(any(line.endswith(f"because {rule.why}") for line in said) for rule in RULES)
+    assert all(any(line.endswith(f"because {rule.why}") for line in said) for rule in ADVICE.rules)
 
 
 def test_the_adapters_settings_do_not_matter_to_full_fine_tuning() -> None:
     lora = LoraSettings(r=1, alpha=100, dropout=0.9, target_modules=["q_proj"])
-    assert departures(replace(FULL, lora=lora), Known()) == []
+    assert ADVICE.departures(replace(FULL, lora=lora), Known()) == []
 
 
 @given(st.integers(0, 10**7), st.integers(0, 10**7))
@@ -115,8 +117,8 @@ def test_more_examples_never_allow_more_epochs(one: int, other: int) -> None:
 
 
 def test_the_documentation_holds_every_rule_as_it_is() -> None:
-    command = 'python -c "from posttrain.sft.advice import table; print(table())"'
-    assert table() in DOCUMENTS.read_text(), f"put into docs/advice.md what this prints: {command}"
+    command = 'python -c "from posttrain.sft.advice import ADVICE; print(ADVICE.table())"'
+    assert ADVICE.table() in DOCUMENTS.read_text(), f"put into docs/advice.md what this prints: {command}"
 
 
 # --- Examples, before the data is read --------------------------------------------------------------------------------

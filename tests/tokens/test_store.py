@@ -194,7 +194,7 @@ def test_a_bad_record_ends_the_fill_and_names_itself(tmp_path: Path) -> None:
 
 
 def test_a_stop_keeps_what_is_rendered(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="goes on there"):
+    with pytest.raises(Interrupted, match="resume there"):
         Work(stops_after=4).table(tmp_path)
     again = Work()
     assert content(again.table(tmp_path)) == content(EXPECTED)
@@ -246,7 +246,7 @@ def test_a_stop_ends_several_processes(tmp_path: Path) -> None:
 
     slow = Slow(workers=2)
     fill = Fill(records=RECORDS, rows=slow.rows, stop_requested=stop, workers=2)
-    with pytest.raises(Interrupted, match="goes on there"):
+    with pytest.raises(Interrupted, match="resume there"):
         stored_table(tmp_path, KEY, fill)
     assert content(Work().table(tmp_path)) == content(EXPECTED)
 

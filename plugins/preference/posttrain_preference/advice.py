@@ -6,9 +6,11 @@ can, and the start of a stage applies all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from posttrain import Advice, Rule
 
 if TYPE_CHECKING:
     from posttrain_preference.config import PreferenceSettings
@@ -67,28 +69,6 @@ class Known:
             longer=sum(apart) / len(apart) if apart else 0.5,
             lengths=(_mean([chosen for chosen, _ in pairs]), _mean([rejected for _, rejected in pairs])),
         )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One setting, its usual value, the reason, and the departure from it; None when there is none."""
-
-    setting: str
-    usual: str
-    why: str
-    departure: Callable[[PreferenceSettings, Known], str | None]
-
-
-def departures(config: PreferenceSettings, known: Known) -> list[str]:
-    """Return every departure: the setting as it is, its usual value, and the reason."""
-    found = [(rule, rule.departure(config, known)) for rule in RULES]
-    return [f"{rule.setting}: {what}; usual is {rule.usual}, because {rule.why}" for rule, what in found if what]
-
-
-def table() -> str:
-    """Return all rules as a Markdown table."""
-    rows = [f"| `{rule.setting}` | {rule.usual} | {rule.why} |" for rule in RULES]
-    return "\n".join(["| setting | usual | because |", "|---|---|---|", *rows])
 
 
 def _rate(config: PreferenceSettings, known: Known) -> str | None:
@@ -166,53 +146,57 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-RULES = (
-    Rule(
-        "lr",
-        "5e-7 to 5e-5 for an adapter and a tenth of it for all weights, four times as much without a reference",
-        "higher rates drive both answers' likelihoods down, and lower ones hardly move the policy in one pass",
-        _rate,
-    ),
-    Rule(
-        "beta",
-        "0.01 to 0.5 against a reference",
-        "less lets the policy run away from it, and more holds it where it was (arXiv:2305.18290)",
-        _beta,
-    ),
-    Rule("epochs", "1 to 3", "rewards of pairs seen more often grow without the model getting better", _epochs),
-    Rule(
-        "eval_share",
-        "0.01 to 0.1, or eval_data, for more than one epoch",
-        "overfitting after the first epoch shows in the eval loss alone",
-        _eval_loss,
-    ),
-    Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
-    Rule(
-        "gradient_accumulation",
-        f"at least {STEPS} optimizer steps",
-        "the rate of fewer is warm-up and decay: lower it, or train more epochs",
-        _steps,
-    ),
-    Rule(
-        "gradient_accumulation",
-        "8 to 256 rows in an optimizer step",
-        "smaller steps follow the noise of single judgements, and larger ones leave too few of them",
-        _batch,
-    ),
-    Rule(
-        "sequence_length",
-        "long enough for 99 of 100 rows",
-        "what is dropped are the long ones, and the policy learns from short answers alone",
-        _dropped,
-    ),
-    Rule("data", "each judgement once", "repeated rows weigh more than the others: remove them", _repeated),
-    Rule("data", "one judgement of two answers", "such rows take back what others teach: remove them", _contradicted),
-    Rule(
-        "data",
-        "chosen and rejected answers of about equal length",
-        "a loss of summed log-probabilities learns the length (arXiv:2403.19159): even it out, or take simpo or "
-        "loss_type=[sigmoid_norm], which count per token",
-        _length,
-    ),
+ADVICE: Advice[PreferenceSettings, Known] = Advice(
+    (
+        Rule(
+            "lr",
+            "5e-7 to 5e-5 for an adapter and a tenth of it for all weights, four times as much without a reference",
+            "higher rates drive both answers' likelihoods down, and lower ones hardly move the policy in one pass",
+            _rate,
+        ),
+        Rule(
+            "beta",
+            "0.01 to 0.5 against a reference",
+            "less lets the policy run away from it, and more holds it where it was (arXiv:2305.18290)",
+            _beta,
+        ),
+        Rule("epochs", "1 to 3", "rewards of pairs seen more often grow without the model getting better", _epochs),
+        Rule(
+            "eval_share",
+            "0.01 to 0.1, or eval_data, for more than one epoch",
+            "overfitting after the first epoch shows in the eval loss alone",
+            _eval_loss,
+        ),
+        Rule("eval_data", "records that are not in data", "the loss of what is trained falls in any case", _overlap),
+        Rule(
+            "gradient_accumulation",
+            f"at least {STEPS} optimizer steps",
+            "the rate of fewer is warm-up and decay: lower it, or train more epochs",
+            _steps,
+        ),
+        Rule(
+            "gradient_accumulation",
+            "8 to 256 rows in an optimizer step",
+            "smaller steps follow the noise of single judgements, and larger ones leave too few of them",
+            _batch,
+        ),
+        Rule(
+            "sequence_length",
+            "long enough for 99 of 100 rows",
+            "what is dropped are the long ones, and the policy learns from short answers alone",
+            _dropped,
+        ),
+        Rule("data", "each judgement once", "repeated rows weigh more than the others: remove them", _repeated),
+        Rule(
+            "data", "one judgement of two answers", "such rows take back what others teach: remove them", _contradicted
+        ),
+        Rule(
+            "data",
+            "chosen and rejected answers of about equal length",
+            "a loss of summed log-probabilities learns the length (arXiv:2403.19159): even it out, or take simpo or "
+            "loss_type=[sigmoid_norm], which count per token",
+            _length,
+        ),
+    )
 )
 """All rules, as the README of this plugin shows them."""

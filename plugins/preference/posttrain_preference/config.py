@@ -49,9 +49,9 @@ class PreferenceSettings(LoopConfig):
 
     def advice(self, examples: int | None) -> Sequence[str]:
         """Return departures from the field's practice, as far as they show before the data is read."""
-        from posttrain_preference.advice import Known, departures  # the rules know these settings
+        from posttrain_preference.advice import ADVICE, Known  # the rules know these settings
 
-        return departures(self, Known(rows=examples))
+        return ADVICE.departures(self, Known(rows=examples))
 
 
 @dataclass(kw_only=True)

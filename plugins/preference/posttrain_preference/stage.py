@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from posttrain import StageContext
-from posttrain_preference.advice import Known, departures
+from posttrain_preference.advice import ADVICE, Known
 from posttrain_preference.feedback import render_feedback
 from posttrain_preference.methods import METHODS
 from posttrain_preference.pairs import render_pairs
@@ -36,6 +36,6 @@ def run(context: StageContext) -> None:
 
     loss = getattr(objectives, method.loss)(context.config)
     context.metrics.update(rows.figures())
-    for line in departures(context.config, Known.of(rows, adapter=context.parent.adapter is not None)):
+    for line in ADVICE.departures(context.config, Known.of(rows, adapter=context.parent.adapter is not None)):
         context.warn(line)
     context.train_answers(rows.rows, loss, partial(method.start, context.config), rows.eval_rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from posttrain_preference.advice import Known, departures, table
+from posttrain_preference.advice import ADVICE, Known
 from posttrain_preference.methods import METHODS
 from posttrain_preference.pairs import TokenPair
 from posttrain_preference.rows import TokenRows
@@ -18,7 +18,7 @@ USUAL = Known(adapter=True, rows=2000, lengths=(100.0, 95.0), longer=0.52)
 
 
 def told(stage: str = "dpo", known: Known = USUAL, **settings: Any) -> list[str]:
-    return departures(METHODS[stage].settings(kind=stage, data="x.jsonl", **{"lr": 1e-5, **settings}), known)
+    return ADVICE.departures(METHODS[stage].settings(kind=stage, data="x.jsonl", **{"lr": 1e-5, **settings}), known)
 
 
 @pytest.mark.parametrize("stage", METHODS)
@@ -83,4 +83,4 @@ def test_a_stage_warns_before_it_trains(make_context: MakeContext, stage: str) -
 
 
 def test_the_readme_has_every_rule() -> None:
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
+    assert ADVICE.table() in (Path(__file__).parents[1] / "README.md").read_text()
