@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
+from posttrain import environment
 from posttrain.engine.config import FineTuneConfig
 from posttrain.tokens.packing import PackedRow
 
@@ -39,7 +39,7 @@ def gradients_of_ranks(
 
 
 def _rank(rank: int, task: bytes, folder: str) -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; it warns of missing kernels
+    environment.prepare()
     from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
     from posttrain.engine.loop import ENGINES
 
