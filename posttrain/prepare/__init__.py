@@ -1,0 +1,1 @@
+"""Preparation of records between reading and rendering: rules, duplicates, contamination, balance, and their ledger."""
