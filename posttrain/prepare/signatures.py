@@ -1,7 +1,7 @@
 """Signatures of rows: the digest of the normalised text, and a key for each band of its MinHash.
 
 Rows with the key of a band in common are candidates for near duplicates. The keys of a chunk lie in a file of their
-own, sealed by a digest over the texts' digests: a killed run takes up what belongs to its rows and makes all else again.
+own, sealed by a digest over the digests of the texts: a killed run takes up what belongs to its rows, no more.
 
 R = rows, S = slots of a MinHash, K = bands.
 """
