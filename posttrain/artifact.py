@@ -25,6 +25,9 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 QUANTIZATION = "quantization_config.json"
 """File beside an adapter: the quantisation of the weights under it, in the format of transformers."""
+CARD = "README.md"
+ABOUT = (CARD, ".gitattributes")
+"""Files in an artifact's folder that are about it: written after its verdict, so that its digest cannot cover them."""
 FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of pickled files: reading one can run any code."""
 DOUBT = "unpromoted"
@@ -297,9 +300,10 @@ def check_files(path: Path, expected: Mapping[str, Any]) -> None:
     """Raise ArtifactDamaged unless the files in ``path`` are exactly the ones in its manifest."""
     present = _content(path)
     missing, extra = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+    extra = [name for name in extra if name not in ABOUT]
     if missing or extra:
         raise ArtifactDamaged(f"{path} is damaged: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
-    for name, sha in file_digests(present).items():
+    for name, sha in file_digests({name: present[name] for name in expected}).items():
         wanted = expected[name]["sha256"]
         if sha != wanted:
             raise ArtifactDamaged(f"{path / name} is damaged: its SHA-256 is {sha[:12]}, in the manifest {wanted[:12]}")

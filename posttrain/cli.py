@@ -36,6 +36,11 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain gate adapter=DIR gate=NAME [baseline=FILE|DIR] [junit=FILE] [markdown=FILE]
                                                judge an existing adapter or model, for CI; --update-baseline writes FILE
   posttrain merge ADAPTER_DIR OUTPUT_DIR       write an adapter and its base as one model, logits compared
+  posttrain card ARTIFACT [base_model=NAME] [license=ID]
+                                               write its README.md for the hub: lineage, gate, what was not measured
+  posttrain push ARTIFACT OWNER/NAME [public=true]
+                                               upload a promoted artifact with its card as a revision of the hub named
+                                               by its digest; private by default, the token in HF_TOKEN
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
   posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
@@ -58,7 +63,20 @@ Exit codes:        0 done, 1 a bug, 2 bad input or no room, 3 a gate failed an a
 """
 HELP_FLAGS = ("--help", "-h")
 COMPLETION = ("-sc", "--shell-completion")
-COMMANDS = ("doctor", "gate", "leaderboard", "ledger", "list", "merge", "new-plugin", "plan", "report", "tokens")
+COMMANDS = (
+    "card",
+    "doctor",
+    "gate",
+    "leaderboard",
+    "ledger",
+    "list",
+    "merge",
+    "new-plugin",
+    "plan",
+    "push",
+    "report",
+    "tokens",
+)
 """Commands of ``posttrain.commands``, each the ``main(words)`` of the module of its name."""
 
 

@@ -67,7 +67,7 @@ def test_every_setting_of_every_stage_has_help() -> None:
     ("words", "expected"),
     [
         (["plann"], "Did you mean plan?"),
-        (["foo"], "Commands: doctor, gate, leaderboard"),
+        (["foo"], "Commands: card, doctor"),
         (["ledger"], "needs one of export, rebuild, verify"),
         (["ledger", "verify", "--format", "csv"], "'--format' is no flag of this command"),
         (["list", "stagse"], "Did you mean stages?"),

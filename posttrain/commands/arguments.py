@@ -20,11 +20,15 @@ class Arguments:
     """Values by key."""
     format: str
     """One of the command's formats, by default the first; empty for a command without formats."""
+    flags: frozenset[str] = frozenset()
+    """Flags that were given, such as ``--html``."""
 
 
-def parse(command: str, words: Sequence[str], keys: Sequence[str], formats: Sequence[str] = ()) -> Arguments:
-    """Parse the words of a command with these keys and formats. Raises BadInput naming the first wrong word."""
-    plain, settings, chosen = [], {}, formats[0] if formats else ""
+def parse(
+    command: str, words: Sequence[str], keys: Sequence[str], formats: Sequence[str] = (), flags: Sequence[str] = ()
+) -> Arguments:
+    """Parse the words of a command with these keys, formats and flags. Raises BadInput naming the first wrong word."""
+    plain, settings, chosen, seen = [], {}, formats[0] if formats else "", set()
     waiting = iter(words)
     for word in waiting:
         key, given, value = word.partition("=")
@@ -32,13 +36,14 @@ def parse(command: str, words: Sequence[str], keys: Sequence[str], formats: Sequ
             chosen = value if given else next(waiting, "")
             _require(f"{command} {FORMAT} {chosen}", "format", chosen, formats)
         elif word.startswith("-"):
-            _require(f"{command} {word}", "flag", key, [FORMAT] if formats else [])
+            _require(f"{command} {word}", "flag", word, [*([FORMAT] if formats else []), *flags])
+            seen.add(word)
         elif given:
             _require(f"{command} {word}", "setting", key, keys)
             settings[key] = value
         else:
             plain.append(word)
-    return Arguments(plain=plain, settings=settings, format=chosen)
+    return Arguments(plain=plain, settings=settings, format=chosen, flags=frozenset(seen))
 
 
 def _require(where: str, kind: str, name: str, known: Sequence[str]) -> None:
