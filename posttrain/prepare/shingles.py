@@ -41,6 +41,8 @@ PUNCTUATION = re.compile(
 )
 """Frequent characters beyond ASCII that end a word."""
 
+WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
+
 SPACES = bytes.maketrans(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f", b"abcdefghijklmnopqrstuvwxyz" + b" " * 9
 )
@@ -100,6 +102,11 @@ def words(texts: Sequence[bytes]) -> Flat:
         parts.append(found)
         first = last
     return Flat(np.concatenate(parts) if parts else np.empty(0, np.uint64), _offsets(counts))
+
+
+def spell(text: bytes) -> list[str]:
+    """Return the words of a normalised text as they are written."""
+    return [word.decode("utf-8", "replace") for word in WORD.findall(_space(text))]
 
 
 def shingles(texts: Sequence[bytes]) -> Flat:
