@@ -17,7 +17,7 @@ from posttrain.config.compose import compose
 from posttrain.config.schema import Source
 from posttrain.console import DataConsole, styled
 from posttrain.data import records
-from posttrain.data.mixing import describe_unread, read_sources
+from posttrain.data.mixing import describe_bad, describe_unread, read_sources
 from posttrain.engine.config import FineTuneConfig, LoopConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
@@ -74,7 +74,8 @@ class Page:
     def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
         """Print a stage, from at most ``count`` records of each source."""
         sources = [_limited(source, count) for source in step.sources]
-        found = [r for r in read_sources(sources, step.stage.records, step.seed) if isinstance(r, records.Document)]
+        read = read_sources(sources, step.stage.records, step.seed)
+        found = [record for record in read if isinstance(record, records.Document)]
         table = Rendering(self.tokenizer, config.train_on, proven=False).table(found)
         trained, held = split_eval(table.all(), config.eval_share, step.seed)
         numbers = trained.column("origin")
@@ -93,7 +94,11 @@ class Page:
             self.console.print(note)
         if held:
             self.console.print(f"{len(held):,} different records are set aside for the eval loss by eval_share")
-        for line in (*describe_unread(found), *ChatRenderer(self.tokenizer).describe_unread(found)):
+        for line in (
+            *describe_bad(read),
+            *describe_unread(found),
+            *ChatRenderer(self.tokenizer).describe_unread(found),
+        ):
             self.console.print(styled(f"warning: {line}"))
         if count is not None and any(_has_more(step.sources, share, count) for share in mixed.shares):
             self.console.print(f"Only the first {count:,} records of each source were read; {ALL} reads every one.")

@@ -55,7 +55,8 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     cause = reason if isinstance(reason, OmegaConfBaseException) else None
     override = _culprit(str(error), overrides)
     if override is not None:
-        instead = f"++{override}" if _adds_to_a_gate_task(override, cause) else None
+        adds = _adds_to_a_gate_task(override, cause) or _adds_to_a_source(override, cause)
+        instead = f"++{override}" if adds else None
         return Fault(problem=_override_problem(override, cause, str(error), host), override=override, instead=instead)
     if cause is not None and cause.full_key:
         where = f"recipe: {cause.full_key}"
@@ -95,6 +96,15 @@ def _adds_to_a_gate_task(override: str, cause: OmegaConfBaseException | None) ->
     match = re.fullmatch(r"(?:\w+\.)?gate\.tasks\.[^.]+\.(\w+)", _key(override))
     exists = cause is not None and isinstance(cause.parent_node, DictConfig) and "role" in cause.parent_node
     return bool(match and exists and match[1] in {field.name for field in fields(GateTask)})
+
+
+def _adds_to_a_source(override: str, cause: OmegaConfBaseException | None) -> bool:
+    """Check for a setting of a stage's source that its recipe does not give: Hydra knows only those it gives.
+
+    A misspelt one is added as well, and named where the source is typed.
+    """
+    below = re.fullmatch(r"\w+\.(?:eval_)?data\.\w+(?:\.\w+)?", _key(override))
+    return below is not None and cause is not None and str(cause.full_key).count(".") >= 2
 
 
 def _missing_option(error: MissingConfigException, overrides: Sequence[str], host: Host) -> Fault:

@@ -177,11 +177,12 @@ class Source:
     """One source of records."""
 
     path: str = MISSING
-    """JSON, JSONL, Parquet or text file, a directory of them, or a hub name."""
+    """JSON, JSONL, Parquet, CSV, TSV or text file, a directory of them, a pattern such as ``data/**/*.jsonl.gz``, or a
+    hub name."""
     format: Format = Format.auto
     """Shape of the records; text trains every token of the key ``text``, or of .txt files, each one document."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Keys to rename before the shape is read: {prompt: question, completion: answer}."""
+    """Keys to rename before the shape is read: {prompt: question, completion: answers.0.text}."""
     split: str = "train"
     """Split of a hub dataset."""
     subset: str | None = None
@@ -192,6 +193,8 @@ class Source:
     """Number of records to read, from the first."""
     weight: float = 1.0
     """Times that an epoch sees each record: 0.5 takes a seeded half, 2 takes each twice."""
+    max_bad_share: float = 0.0
+    """Share of rows that may be left out because they cannot be read; more of them stop the run before it trains."""
     share: float | None = None
     """Share of the mix's tokens: 0.15 draws records, repeatedly if need be; sources without a share are the rest."""
 

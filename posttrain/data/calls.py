@@ -19,7 +19,7 @@ def read_tools(value: Any, where: str) -> tuple[Tool, ...]:
     Raises:
         BadInput: ``value`` is neither, or a tool has no name.
     """
-    listed = _parse_json(value)
+    listed = parse_json(value)
     if listed in (None, ""):
         return ()
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
@@ -56,7 +56,7 @@ def parse_calls(value: Any, where: str, name: str) -> list[Any]:
     Raises:
         BadInput: ``value`` is none of these, or an empty list.
     """
-    parsed = _parse_json(value)
+    parsed = parse_json(value)
     calls = [parsed] if isinstance(parsed, Mapping) else parsed
     if not isinstance(calls, list) or not calls:
         reject(where, f"{name} must be a call, as JSON with name and arguments, not {shown(value)}")
@@ -151,7 +151,7 @@ def _read_call(call: Any, where: str, name: str) -> dict[str, Any]:
     unknown = sorted(key for key in {**call, **function} if key not in _CALL_KEYS)
     if unknown and function.get("arguments") is None:
         reject(where, f"{name} has no arguments, but {unknown[0]}, which nothing reads", "Rename it to arguments")
-    arguments = _parse_json(function.get("arguments"))
+    arguments = parse_json(function.get("arguments"))
     if arguments is not None and not isinstance(arguments, Mapping):
         reject(where, f"{name}: arguments must be an object, not {shown(arguments)}")
     outer = {key: value for key, value in call.items() if key not in ("name", "arguments") and value is not None}
@@ -178,7 +178,7 @@ def _new_word(taken: list[str]) -> str:
     return taken[-1]
 
 
-def _parse_json(value: Any) -> Any:
+def parse_json(value: Any) -> Any:
     """Return the value of JSON text; return anything else, and text without readable JSON, unchanged."""
     if not isinstance(value, str):
         return value

@@ -8,29 +8,51 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from posttrain.config.schema import Source
-from posttrain.data.reading import count_selected, read_source
+from posttrain.data.reading import count_selected, read_records
 from posttrain.data.records import Conversation, Origin, Record, Text
-from posttrain.errors import reject
+from posttrain.data.rows import BadRows
+from posttrain.errors import BadInput, reject
 
 
-def read_sources(sources: Sequence[Source], shape: str, seed: int) -> list[Record]:
+class Mix(list[Record]):
+    """The records of all sources of a stage, and the rows of them that cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: list[BadRows] = []
+        """The rows left out, for each source with any."""
+
+
+def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
     """Read the records of all sources, source by source, each record repeated by the weight.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
     a fraction is rounded to whole records, at least one. The same seed takes the same records. A ``share`` is a share
     of tokens, unknown here: documents carry their origin for ``tokens.shares``.
 
+    Rows that cannot be read are left out up to the source's ``max_bad_share``.
+
     Raises:
-        BadInput: There is no source, or one cannot be read.
+        BadInput: There is no source, one cannot be read, or more of its rows than ``max_bad_share``; the first ten of
+            each kind are named, of all sources at once.
     """
     if not sources:
         reject("data", "names no source of records")
-    mixed: list[Record] = []
+    mixed, problems = Mix(), []
     for number, source in enumerate(sources):
-        origin = Origin(number=number, path=source.path, share=source.share or 0.0)
-        records = [_with_origin(record, origin) for record in read_source(source, shape)]
+        origin, bad = Origin(number=number, path=source.path, share=source.share or 0.0), BadRows(path=source.path)
+        try:
+            records = [_with_origin(record, origin) for record in bad.sift(read_records(source, shape))]
+            bad.check(source.max_bad_share)
+        except BadInput as error:
+            # The rows before the place at which a file ends the reading are named all the same.
+            problems += [row.problem() for row in bad.first() if row.problem() not in error.problems] + error.problems
+            continue
         # Each source draws by its own number: adding a source leaves the draws of those before it alone.
         mixed += _repeat(records, source.weight, random.Random(f"mix/{seed}/{number}"))
+        mixed.bad += [bad] if bad.rows else []
+    if problems:
+        raise BadInput(problems)
     return mixed
 
 
@@ -49,6 +71,12 @@ def describe_unread(records: Iterable[Record]) -> list[str]:
             places.setdefault(key, {})[record.where] = None
     named = [f"{key!r} ({len(found):,} records, first {next(iter(found))})" for key, found in places.items()]
     return [f"nothing reads these keys of the data: {', '.join(named)}"] if named else []
+
+
+def describe_bad(records: Iterable[Record]) -> list[str]:
+    """Return a line about the rows of each source that are left out because they cannot be read."""
+    left_out = records.bad if isinstance(records, Mix) else []
+    return [f"{bad.path}: {bad.summary()} and are left out, first {bad.rows[0].where}" for bad in left_out]
 
 
 def _with_origin(record: Record, origin: Origin) -> Record:

@@ -45,6 +45,9 @@ def _check_source(source: Source, where: str) -> Iterator[Problem]:
     if not 0 < source.weight < math.inf:
         what = f"weight of {source.path} is {source.weight}, must be above 0 and finite"
         yield Problem(where=where, what=what, fix="To take no record, remove the source")
+    if not 0 <= source.max_bad_share < 1:
+        what = f"max_bad_share of {source.path} is {source.max_bad_share}, must be at least 0 and below 1"
+        yield Problem(where=where, what=what, fix="0 stops at any row that cannot be read")
     try:
         local_files(source.path)
     except BadInput as error:

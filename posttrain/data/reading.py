@@ -10,29 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from enum import Enum
 from itertools import islice
 from typing import Any
 
 from posttrain.config.schema import Source
-from posttrain.data.files import RawRow, Rows, count_rows, drop_filled, local_files, read_rows
+from posttrain.data.files import count_rows, local_files, read_found
 from posttrain.data.records import Record
+from posttrain.data.rows import BadRow, Found, RawRow, Rows, bad_row, strict
 from posttrain.data.shapes import to_record
+from posttrain.data.tables import drop_filled
 from posttrain.errors import BadInput, Problem, reject, suggest
+
+_ABSENT = object()
 
 
 def select_rows(source: Source) -> Rows:
     """Yield ``(where, row)`` for the rows of ``source`` selected by its options, under the keys of its files.
 
-    An existing path is read from disk (JSON, JSONL, Parquet, text, or a directory of them in the order of their
-    names), any other name is streamed from the hub.
+    An existing path is read from disk (a file, a directory or a pattern, in the order of the names), any other name is
+    streamed from the hub.
 
     Raises:
         BadInput: The source cannot be found or read; names file and line.
     """
-    return islice(_all_rows(source), source.limit)
+    return strict(islice(_all_rows(source), source.limit))
 
 
 def count_selected(source: Source) -> int | None:
@@ -48,20 +52,42 @@ def count_selected(source: Source) -> int | None:
 
 
 def read_source(source: Source, shape: str) -> Iterator[Record]:
-    """Yield the records of ``source`` in the shape for a stage; ``columns`` renames keys first.
+    """Yield the records of ``source`` in the shape for a stage.
+
+    Raises:
+        BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
+    """
+    return strict(read_records(source, shape))
+
+
+def read_records(source: Source, shape: str) -> Iterator[Record | BadRow]:
+    """Yield the records of ``source`` in the shape for a stage, and its rows that make none.
+
+    ``columns`` renames keys first, and ``limit`` counts both.
 
     Args:
         source: Path or hub name, with options.
         shape: One of RECORD_SHAPES.
 
     Raises:
-        BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
+        BadInput: The source cannot be found, or a file cannot be read to its end.
     """
-    for where, row in select_rows(source):
-        record = to_record(_rename(row, source.columns, where), source.format, shape, where)
-        # A key renamed to one that nothing reads is set aside on purpose.
-        unread = tuple(key for key in record.unread if key not in source.columns)
-        yield record if unread == record.unread else replace(record, unread=unread)
+    for found in islice(_all_rows(source), source.limit):
+        yield found if isinstance(found, BadRow) else _record(source, shape, *found)
+
+
+def _record(source: Source, shape: str, where: str, row: RawRow) -> Record | BadRow:
+    kind = "columns"
+    try:
+        renamed = _rename(row, source.columns, where)
+        kind = "shape"
+        record = to_record(renamed, source.format, shape, where)
+    except BadInput as error:
+        return bad_row(error, kind)
+    # A key renamed to one that nothing reads is set aside on purpose, as is one of which columns take a part.
+    aside = {*source.columns, *(name.split(".")[0] for name in source.columns.values())}
+    unread = tuple(key for key in record.unread if key not in aside)
+    return record if unread == record.unread else replace(record, unread=unread)
 
 
 def data_digest(sources: Sequence[Source]) -> str:
@@ -74,13 +100,13 @@ def data_digest(sources: Sequence[Source]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _all_rows(source: Source) -> Rows:
+def _all_rows(source: Source) -> Iterator[Found]:
     paths = local_files(source.path)
     if paths is None:
         yield from _read_hub(source)
         return
     for path in paths:
-        yield from read_rows(path)
+        yield from read_found(path)
 
 
 def _read_hub(source: Source) -> Rows:
@@ -109,12 +135,28 @@ def _hub_failure(source: Source, error: Exception) -> BadInput:
 
 
 def _rename(row: RawRow, columns: dict[str, str], where: str) -> RawRow:
-    absent = [name for name in columns.values() if name not in row]
+    taken = {target: _at(row, name) for target, name in columns.items()}
+    absent = [columns[target] for target, value in taken.items() if value is _ABSENT]
     if absent:
         reject(where, f"columns names {absent[0]!r}, a key that the record lacks", suggest(absent[0], row))
     # All old keys leave before the new ones come, so that two columns can swap.
     kept = {key: value for key, value in row.items() if key not in columns.values()}
-    return kept | {target: row[name] for target, name in columns.items()}
+    return kept | taken
+
+
+def _at(row: RawRow, name: str) -> Any:
+    """Return the value of a key, or of a path of keys and of numbers in lists, such as ``turns.0.text``."""
+    if name in row:
+        return row[name]
+    value: Any = row if "." in name else None
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return _ABSENT
+    return value
 
 
 def _options(source: Source) -> dict[str, Any]:

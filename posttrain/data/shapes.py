@@ -8,9 +8,18 @@ from typing import Any
 
 from posttrain.config.schema import Format
 from posttrain.data.calls import check_results, read_tools
-from posttrain.data.files import RawRow
 from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text, Tool
-from posttrain.data.turns import TRAIN_MARKS, check_order, make_turn, read_mark, read_turns, reject_media, require_text
+from posttrain.data.rows import RawRow
+from posttrain.data.turns import (
+    TRAIN_MARKS,
+    check_order,
+    is_parts,
+    make_turn,
+    read_mark,
+    read_turns,
+    reject_media,
+    require_text,
+)
 from posttrain.errors import reject, shown
 
 SHAPES = {
@@ -31,6 +40,9 @@ _WEIGHTS = ("sample_weight", "example_weight", *(key for key in TRAIN_MARKS if k
 
 _JUDGEMENTS = ("label", "kto_tag")
 """Keys of a record that judge its answer."""
+
+_MARKS_IN_CELLS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
+"""Marks as the cells of a table hold them."""
 
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
 SERVES = {
@@ -117,16 +129,21 @@ def _listed(shape: str) -> str:
 def _reject_bad_answer(row: RawRow, where: str) -> None:
     # Feedback data marks bad answers by label: false. Trained as conversations they would be taught.
     for key in _JUDGEMENTS:
-        if read_mark(dict(row).get(key)) is not None and not row.get(key):
+        if _mark(dict(row).get(key)) is not None and _mark(row.get(key)) is False:
             what = f"{key} is false: the answer was judged bad, and this stage would teach it"
             reject(where, what, f"Remove such records, or set the key aside with columns: {{judged: {key}}}")
 
 
 def _reject_weight(row: RawRow, where: str) -> None:
     for key in _WEIGHTS:
-        if row.get(key) is not None and read_mark(row[key]) is not True:
+        if row.get(key) is not None and _mark(row[key]) is not True:
             fix = f"Give the source a weight, mark turns train: false, or set the key aside: columns: {{unused: {key}}}"
             reject(where, f"{key} of the record is {shown(row[key])}, but a record counts as a whole", fix)
+
+
+def _mark(value: Any) -> bool | None:
+    """Return a mark of a record as true or false, that in a cell of a table too; None for a value that is neither."""
+    return read_mark(_MARKS_IN_CELLS.get(value.strip().lower()) if isinstance(value, str) else value)
 
 
 def _is_sharegpt(value: Any) -> bool:
@@ -180,6 +197,7 @@ def _preference(row: RawRow, where: str) -> Preference:
 
 def _feedback(row: RawRow, where: str) -> Feedback:
     label = row.get("label")
+    label = {"true": True, "false": False}.get(label.strip().lower(), label) if isinstance(label, str) else label
     if not isinstance(label, bool):
         reject(where, f"label must be true or false, not {label!r}", "true marks a good answer, false a bad one")
     prompt, completion = _split_judged(row, where)
@@ -249,7 +267,7 @@ def _core(message: Message) -> tuple[str, Any]:
 
 def _read_side(value: Any, role: str, where: str, name: str) -> list[Message]:
     """Return text as one turn of ``role``, or messages with roles of their own."""
-    if isinstance(value, Mapping | list):
+    if isinstance(value, Mapping | list) and not is_parts(value):
         return read_turns(value, where, name)
     return [make_turn(role, value, where, name)]
 

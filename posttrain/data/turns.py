@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.data.calls import parse_calls, read_calls
+from posttrain.data.calls import parse_calls, parse_json, read_calls
 from posttrain.data.records import Message
 from posttrain.errors import reject, shown, suggest
 
@@ -45,6 +45,9 @@ _UNCLEAR_MARKS = ("mask", "masked", "ignore", "train_detail", "training_detail")
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
 """Keys of content other than text."""
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a part of content that is text; chat templates write such parts one behind the other."""
+
 _FOLLOWS = {
     "system": ("start",),
     "user": ("start", "system", "user", "assistant"),
@@ -64,10 +67,17 @@ def read_turns(value: Any, where: str, name: str) -> list[Message]:
 
     ``name`` is their key in the record. Errors quote it and count turns from 1.
     """
+    value = _parsed(value)
     listed = [value] if isinstance(value, Mapping) else value
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         reject(where, f"{name} must be a list of messages, not {shown(value)}")
     return [_message(entry, where, f"turn {number} of {name}") for number, entry in enumerate(listed, start=1)]
+
+
+def _parsed(value: Any) -> Any:
+    """Return the list in a text of JSON, as tables of cells hold it; anything else unchanged."""
+    parsed = parse_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    return parsed if isinstance(parsed, list) else value
 
 
 def check_order(messages: Sequence[Message], where: str) -> None:
@@ -89,7 +99,8 @@ def check_order(messages: Sequence[Message], where: str) -> None:
 
 
 def require_text(content: Any, where: str, name: str) -> str:
-    """Return ``content`` if it is text, not blank and valid in UTF-8; raises BadInput otherwise."""
+    """Return ``content`` if it is text or parts of text, not blank and valid in UTF-8; raises BadInput otherwise."""
+    content = _joined(content, where, name)
     if not isinstance(content, str):
         reject(where, f"{name}: content must be a string, not {shown(content)}")
     if not content.strip():
@@ -99,6 +110,33 @@ def require_text(content: Any, where: str, name: str) -> str:
     except UnicodeEncodeError:
         reject(where, f"{name}: content holds half of a surrogate pair, no character")
     return content
+
+
+def is_parts(value: Any) -> bool:
+    """Return whether a value is the parts of one content, and no list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(e, Mapping) and _is_part(e) for e in value)
+
+
+def _is_part(entry: Mapping[str, Any]) -> bool:
+    return "type" in entry and "role" not in entry and "from" not in entry
+
+
+def _joined(content: Any, where: str, name: str) -> Any:
+    """Return a list of parts of text as one text, and anything else unchanged; raises BadInput for other parts."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, Mapping) for part in content):
+        return content
+    texts = []
+    for number, part in enumerate(content, start=1):
+        place, kind = f"{name}: part {number} of content", part.get("type")
+        if kind in MEDIA or (kind not in _TEXT_PARTS and kind is not None):
+            reject(where, f"{place} is of type {shown(kind)}, but only text is trained", "Leave such records out")
+        reject_media(part, where, f"{place} ")
+        if other := next((key for key, value in part.items() if key not in ("type", "text") and value), None):
+            reject(where, f"{place} has {other}, which nothing reads", "Leave it out")
+        if not isinstance(part.get("text"), str):
+            reject(where, f"{place}: text must be a string, not {shown(part.get('text'))}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _message(entry: Any, where: str, name: str) -> Message:
@@ -132,6 +170,7 @@ def _make_message(role: str, content: Any, extra: dict[str, Any], where: str, na
         reject(where, f"{name}: only an assistant turn can have tool_calls")
     if calls:
         extra["tool_calls"] = calls
+    content = _joined(content, where, name)
     silent = content is None or (isinstance(content, str) and not content.strip())
     if silent and (calls or (role == "tool" and content is not None)):
         return {"role": role, "content": "", **extra}

@@ -34,8 +34,8 @@ class Records:
 
     trained: Sequence[Record]
     eval_records: Sequence[Record]
-    unread: Sequence[str] = ()
-    """Warnings about keys that nothing reads."""
+    warnings: Sequence[str] = ()
+    """Lines about rows that cannot be read, and about keys that nothing reads."""
 
 
 def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
@@ -98,7 +98,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
-        metrics={"warnings": [*records.unread]} if records.unread else {},
+        metrics={"warnings": [*records.warnings]} if records.warnings else {},
     )  # fmt: skip
     before = ProcessState.now()
     try:
@@ -201,7 +201,8 @@ def read_records(job: Job) -> Records:
     evaluation = replace(job.step, sources=job.step.eval_sources)
     eval_records = _read(job, evaluation) if evaluation.sources else ()
     trained = _read(job, job.step)
-    records = Records(trained=trained, eval_records=eval_records, unread=_unread(job, [*trained, *eval_records]))
+    warnings = [*_left_out(job, trained), *_left_out(job, eval_records), *_unread(job, [*trained, *eval_records])]
+    records = Records(trained=trained, eval_records=eval_records, warnings=warnings)
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
@@ -213,6 +214,16 @@ def read_records(job: Job) -> Records:
             what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"
             job.display.line(job.name, "data", what)
     return records
+
+
+def _left_out(job: Job, records: Sequence[Record]) -> list[str]:
+    """Return and show a line about the rows of each source that are left out."""
+    from posttrain.data.mixing import describe_bad
+
+    lines = describe_bad(records)
+    for line in lines:
+        job.display.line(job.name, "data", f"warning: {line}")
+    return lines
 
 
 def _unread(job: Job, records: Sequence[Record]) -> list[str]:

@@ -224,3 +224,24 @@ def test_documents_of_a_task_may_come_from_a_file(host: Host, tmp_path: Path) ->
 def test_nearest_name() -> None:
     assert nearest("quickstrat", ["quickstart", "blank"]) == "quickstart"
     assert nearest("zzz", ["quickstart"]) is None
+
+
+def test_sources_are_given_on_the_command_line_in_every_form(host: Host, working_folder: Path) -> None:
+    for name in ("train.jsonl", "a.jsonl", "b.jsonl"):
+        Path(name).write_text("[]")
+    recipe(working_folder, "defaults: [/stage@sft: sft, /gate@sft.gate: none, _self_]\nsft: {data: train.jsonl}\n")
+    forms = [
+        (["sft.data=a.jsonl"], ["a.jsonl"]),
+        (["sft.data.path=a.jsonl"], ["a.jsonl"]),
+        (["sft.data=[a.jsonl,{path: b.jsonl}]"], ["a.jsonl", "b.jsonl"]),
+        (["sft.data.path=*.jsonl", "sft.data.limit=3", "sft.data.columns.prompt=q"], ["*.jsonl"]),
+    ]
+    for words, paths in forms:
+        (step,) = plan(host, "recipe=mine", "model.path=m", *words).steps
+        assert [source.path for source in step.sources] == paths
+    assert (step.sources[0].limit, step.sources[0].columns) == (3, {"prompt": "q"})
+    (step,) = plan(host, "recipe=mine", "model.path=m", "sft.eval_data.path=b.jsonl").steps
+    assert [source.path for source in step.eval_sources] == ["b.jsonl"]
+    text = problems(host, "recipe=mine", "model.path=m", "sft.data.path=a.jsonl", "sft.data.limti=3")
+    assert "sft.data.limti: unknown key 'limti'\n    Did you mean limit?" in text
+    assert "sft.data.path: has no value" in problems(host, "recipe=mine", "model.path=m", "sft.data.limit=3")

@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 
 from posttrain import cli
 from posttrain.data import files
+from posttrain.data import texts as readers
+from posttrain.data.rows import Found
 from posttrain.tokens import texts
 from tests.support.tiny import TEMPLATE, write_base
 
@@ -74,7 +76,7 @@ def instead(make: Callable[[], object]) -> Spoil:
 
 def long_line() -> None:
     with DATA.open("ab") as file:
-        file.truncate(len(LINE) + 1 + files.LONGEST_LINE + 1)  # sparse
+        file.truncate(len(LINE) + 1 + readers.LONGEST_LINE + 1)  # sparse
 
 
 def packed_zeros() -> None:
@@ -293,7 +295,7 @@ def check_rejected(capfd: pytest.CaptureFixture[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words", "message"),
     [
-        (packed_zeros, ["sft.data=train.jsonl.gz"], "train.jsonl.gz: unknown ending"),
+        (packed_zeros, ["sft.data=train.jsonl.gz"], "train.jsonl.gz:1: is not valid JSON"),
         (unknown_stop, ["model.path=small"], "the tokenizer gives token 104, but the model has only 104 embeddings"),
         (lambda: None, ["sft.sequence_length=5"], "no trained token in 1 records\n    The longest has 11 tokens"),
         (lambda: None, ["sft.sequence_length=1"], "sft.sequence_length: must be at least 2"),
@@ -355,14 +357,14 @@ def test_one_trained_token_is_enough(capfd: pytest.CaptureFixture[str]) -> None:
 def test_data_that_change_while_they_are_read_are_rejected(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = files.read_rows
+    read = files.read_found
 
-    def change(path: Path) -> files.Rows:
+    def change(path: Path) -> Iterator[Found]:
         yield from read(path)
         with path.open("ab") as file:
             file.write(LINE + b"\n")
 
-    monkeypatch.setattr("posttrain.data.reading.read_rows", change)
+    monkeypatch.setattr("posttrain.data.reading.read_found", change)
     assert run("recipe=mine") == 2
     assert "sft.data: the data changed while it was read" in capfd.readouterr().err
     assert not list(Path("runs").rglob("artifact"))

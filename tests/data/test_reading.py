@@ -121,7 +121,7 @@ GOOD = json.dumps(PAIR).encode()
         ("digits.jsonl", b'{"prompt": 1' + b"0" * 5000 + b"}", ":1", "is not valid JSON"),
         ("half.jsonl", b'{"prompt": "\\ud800", "completion": "b"}', ":1", "half of a surrogate pair"),
         ("bad.parquet", b"PAR1 but not really", "", "is not a sound Parquet file"),
-        ("bad.csv", b"a,b", "", "unknown ending"),
+        ("bad.xml", b"<a>", "", "unknown ending"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, data: bytes, where: str, what: str) -> None:

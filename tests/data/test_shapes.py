@@ -150,7 +150,7 @@ def said(role: Any, content: Any = "x") -> dict[str, Any]:
         ([USER, {"role": "assistant"}], r"turn 2 of messages \(assistant\): content must be a string, not null"),
         ([USER, said("assistant", None)], "content must be a string, not null"),
         ([USER, said("assistant", 7)], "content must be a string, not 7"),
-        ([USER, said("assistant", [{"type": "text"}])], "content must be a string, not "),
+        ([USER, said("assistant", [{"type": "text"}])], "part 1 of content: text must be a string, not null"),
         ([USER, said("assistant", "")], "content is empty"),
         ([USER, said("assistant", " \n")], r"turn 2 of messages \(assistant\): content is empty"),
         ([ANSWER, USER], r"turn 1 \(assistant\) begins the conversation"),
