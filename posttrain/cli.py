@@ -41,6 +41,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain push ARTIFACT OWNER/NAME [public=true]
                                                upload a promoted artifact with its card as a revision of the hub named
                                                by its digest; private by default, the token in HF_TOKEN
+  posttrain serve RUN|ARTIFACT... [--port N]   serve promoted artifacts and their base over HTTP in OpenAI's form, each
+                                               proven first; --host, --token-file FILE, --allow-unpromoted
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
   posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
@@ -75,6 +77,7 @@ COMMANDS = (
     "plan",
     "push",
     "report",
+    "serve",
     "tokens",
 )
 """Commands of ``posttrain.commands``, each the ``main(words)`` of the module of its name."""

@@ -18,15 +18,29 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "posttrain" in capsys.readouterr().out
 
 
+WEB = ("fastapi", "uvicorn", "starlette", "httpx")
+
+
 @pytest.mark.parametrize(
     ("words", "forbidden"),
     [
-        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "pluggy", "importlib.metadata")),
+        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "pluggy", "importlib.metadata", *WEB)),
         (
             ["list"],
-            ("posttrain.data.records", "hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "transformers", "trl"),
+            (
+                "posttrain.data.records",
+                "hydra",
+                "omegaconf",
+                "yaml",
+                "torch",
+                "rich",
+                "numpy",
+                "transformers",
+                "trl",
+                *WEB,
+            ),
         ),
-        (["plan", "recipe=quickstart"], ("torch", "transformers", "trl", "lm_eval", "datasets")),
+        (["plan", "recipe=quickstart"], ("torch", "transformers", "trl", "lm_eval", "datasets", *WEB)),
     ],
 )
 def test_light_commands_import_nothing_heavy(words: list[str], forbidden: tuple[str, ...]) -> None:

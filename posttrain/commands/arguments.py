@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from posttrain.errors import reject, suggest
 
@@ -20,30 +20,47 @@ class Arguments:
     """Values by key."""
     format: str
     """One of the command's formats, by default the first; empty for a command without formats."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Values of ``--option VALUE``, by option."""
     flags: frozenset[str] = frozenset()
-    """Flags that were given, such as ``--html``."""
+    """Flags that are given."""
 
 
 def parse(
-    command: str, words: Sequence[str], keys: Sequence[str], formats: Sequence[str] = (), flags: Sequence[str] = ()
+    command: str,
+    words: Sequence[str],
+    keys: Sequence[str],
+    formats: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> Arguments:
-    """Parse the words of a command with these keys, formats and flags. Raises BadInput naming the first wrong word."""
-    plain, settings, chosen, seen = [], {}, formats[0] if formats else "", set()
+    """Parse the words of a command with these keys, formats, options and flags.
+
+    Raises BadInput naming the first wrong word.
+    """
+    plain, settings, chosen = [], {}, formats[0] if formats else ""
+    found: dict[str, str] = {}
+    raised: set[str] = set()
     waiting = iter(words)
     for word in waiting:
         key, given, value = word.partition("=")
         if key == FORMAT and formats:
             chosen = value if given else next(waiting, "")
             _require(f"{command} {FORMAT} {chosen}", "format", chosen, formats)
+        elif key in options:
+            found[key] = value if given else next(waiting, "")
+            if not found[key]:
+                reject(f"{command} {key}", "needs a value")
+        elif word in flags:
+            raised.add(word)
         elif word.startswith("-"):
-            _require(f"{command} {word}", "flag", word, [*([FORMAT] if formats else []), *flags])
-            seen.add(word)
+            _require(f"{command} {word}", "flag", key, [*([FORMAT] if formats else []), *options, *flags])
         elif given:
             _require(f"{command} {word}", "setting", key, keys)
             settings[key] = value
         else:
             plain.append(word)
-    return Arguments(plain=plain, settings=settings, format=chosen, flags=frozenset(seen))
+    return Arguments(plain=plain, settings=settings, format=chosen, options=found, flags=frozenset(raised))
 
 
 def _require(where: str, kind: str, name: str, known: Sequence[str]) -> None:

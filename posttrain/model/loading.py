@@ -92,10 +92,13 @@ def load_model(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrai
     return model.eval()
 
 
-def attach(model: PreTrainedModel, adapter: Path, rows: int | None = None, **options: Any) -> PeftModel:
+def attach(
+    model: PreTrainedModel | PeftModel, adapter: Path, rows: int | None = None, name: str = ADAPTER, **options: Any
+) -> PeftModel:
     """Put the adapter in the folder ``adapter`` on ``model``, which may change its weights; ``options`` are peft's.
 
-    ``rows`` are those of the embeddings that the adapter was trained with, where the model has others.
+    ``rows`` are those of the embeddings that the adapter was trained with, where the model has others. A model with
+    adapters takes one more under another ``name``; the active one stays active.
 
     The same numbers are drawn every time: fast PiSSA takes the base apart with random ones. Raises ArtifactDamaged
     when a tensor of the adapter is missing or has no place: peft would leave it out in silence; BadInput when peft
@@ -108,16 +111,20 @@ def attach(model: PreTrainedModel, adapter: Path, rows: int | None = None, **opt
     with foreign(adapter, what), torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         warnings.simplefilter("ignore")  # peft warns of what is checked below
-        adapted: PeftModel = PeftModel.from_pretrained(model, adapter, adapter_name=ADAPTER, **options)
-    _check_whole(adapted, adapter)
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, adapter_name=name, **options)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, adapter, adapter_name=name, **options)
+    _check_whole(adapted, adapter, name)
     return adapted
 
 
-def _check_whole(model: PeftModel, adapter: Path) -> None:
+def _check_whole(model: PeftModel, adapter: Path, name: str) -> None:
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         found = {name for name in file.keys() if not name.endswith(DELTA)}  # noqa: SIM118  safe_open is no mapping
     own, whole = (
-        set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=embeddings))
+        set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings))
         for embeddings in (False, True)
     )
     own = {name for name in own if not name.endswith(DELTA)}  # rows of tokens may be folded into the weights

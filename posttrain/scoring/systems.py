@@ -57,9 +57,9 @@ class SharedWeights:
         weights, source = self._untouched(), self._systems[name]
         model = weights
         if source.adapter is not None:
-            model = attach(_twin(weights), source.adapter, source.rows)
+            model = attach(twin(weights), source.adapter, source.rows)
         elif source.rows is not None:
-            model = _twin(weights)
+            model = twin(weights)
             read_rows(model, source.rows)
         with evaluating(model):
             yield model
@@ -77,7 +77,7 @@ class SharedWeights:
         return model, _bits(model)
 
 
-def _twin(model: torch.nn.Module) -> Any:
+def twin(model: torch.nn.Module) -> Any:
     """Return a copy of every module, configuration and hook of ``model`` on the same weights and buffers."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
     scales = [tensor.quant_state for tensor in _tensors(model) if hasattr(tensor, "quant_state")]

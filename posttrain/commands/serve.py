@@ -1,0 +1,99 @@
+"""``posttrain serve``: promoted artifacts, and the base under them, over HTTP in OpenAI's form."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+from posttrain import environment
+from posttrain.commands.arguments import Arguments, parse
+from posttrain.errors import reject
+from posttrain.saved import read_text
+
+USAGE = "posttrain serve RUN|ARTIFACT... [--port N] [--host ADDRESS] [--token-file FILE] [--allow-unpromoted]"
+KEYS = ("model.path", "model.revision", "output_root", "batch", "queue", "max_tokens", "max_body")
+OPTIONS = ("--port", "--host", "--token-file")
+FLAGS = ("--allow-unpromoted",)
+TOKEN = "POSTTRAIN_TOKEN"
+PORT = 8000
+LOOPBACK = "127.0.0.1"
+
+
+def main(words: list[str]) -> int:
+    """Prove the models that are given, then serve them until a signal."""
+    given = parse("serve", words, KEYS, options=OPTIONS, flags=FLAGS)
+    if not given.plain:
+        reject("serve", "needs a run or an artifact", USAGE)
+    host, token = given.options.get("--host", LOOPBACK), _token(given)
+    if token is None and not _is_loopback(host):
+        fix = f"Set {TOKEN} in the environment, or give --token-file FILE"
+        reject(f"--host {host}", "others can reach this address, and there is no token", fix)
+    environment.prepare()
+    require_extra()
+    from posttrain.serve.catalogue import BasePlace, read_catalogue
+    from posttrain.serve.server import listen, open_service, take_port
+    from posttrain.serve.service import Limits
+
+    limits = Limits(
+        rows=whole(given, "batch", 32), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
+        body=whole(given, "max_body", 1_000_000),
+    )  # fmt: skip
+    number = given.options.get("--port", str(PORT))
+    if not number.isdecimal():
+        reject(f"--port {number}", "is no number", USAGE)
+    root = given.settings.get("output_root")
+    with take_port(host, int(number)) as port:
+        place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
+        unpromoted = "--allow-unpromoted" in given.flags
+        catalogue = read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
+        for why in catalogue.skipped:
+            print(f"left out   {why}")
+        service = open_service(catalogue, limits, token)
+        for served in (*catalogue.artifacts, *catalogue.bases):
+            doubt = f", not promoted: {served.doubt}" if served.doubt else ""
+            print(f"serving    {served.name} as {', '.join(service.names.of(served.digest))}{doubt}")
+        address = f"[{host}]" if ":" in host else host
+        print(f"proven     listening on http://{address}:{port.getsockname()[1]}/v1", flush=True)
+        listen(service, port)
+    print("stopped    no answer is under way")
+    return 0
+
+
+def require_extra() -> None:
+    """Raise BadInput when the packages of a server are not installed."""
+    try:
+        import fastapi
+        import uvicorn
+    except ImportError as error:
+        reject("serve", f"{error.name} is not installed", "pip install 'posttrain[serve]'")
+    del fastapi, uvicorn
+
+
+def whole(given: Arguments, key: str, default: int) -> int:
+    """Return a setting that is a whole number above 0. Raises BadInput for anything else."""
+    value = given.settings.get(key, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        reject(f"{key}={value}", "is no whole number above 0", f"{key}={default} is the default")
+    return int(value)
+
+
+def _token(given: Arguments) -> str | None:
+    """Return the token in the file or in the environment; None when neither is given."""
+    file = given.options.get("--token-file")
+    if file is None:
+        return os.environ.get(TOKEN) or None
+    try:
+        token = read_text(Path(file)).strip()
+    except FileNotFoundError:
+        reject(f"--token-file {file}", "there is no such file")
+    if not token:
+        reject(f"--token-file {file}", "the file is empty")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,140 @@
+"""The engine: one thread that generates, with a queue before it. Requests join between two tokens of the others."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+from posttrain.errors import first_line
+from posttrain.serve.ask import Ask, Ended
+from posttrain.serve.lane import Lane
+
+T = TypeVar("T")
+PREFILL = 8192
+"""Most tokens, with padding, of the prompts that are read in one pass; a longer prompt is read alone."""
+STOPPED = "the server is stopping"
+
+
+class QueueFull(Exception):
+    """More answers are waiting than the server lets wait."""
+
+
+class Engine:
+    """The generation thread over the lanes of all models."""
+
+    def __init__(self, places: Mapping[str, tuple[Lane, str]], *, rows: int = 32, queue: int = 256) -> None:
+        """Take the lane and the adapter's name of each digest, a mapping that grows as models are added.
+
+        ``rows`` are made at once, ``queue`` more may wait.
+        """
+        self._places, self._most_rows, self._most_waiting = places, rows, queue
+        self._waiting: deque[Ask] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of answers in the making."""
+        return sum(map(len, self._lanes()))
+
+    def submit(self, asks: Sequence[Ask]) -> None:
+        """Queue the answers of one request, all or none. Raises QueueFull."""
+        with self._changed:
+            if len(self._waiting) + len(asks) > self._most_waiting:
+                raise QueueFull
+            if self._stopping:
+                for ask in asks:
+                    ask.send(Ended("failed", STOPPED))
+                return
+            self._waiting += asks
+            self._changed.notify()
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Call ``job`` in the generation thread, between two tokens; return its result or raise its error."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:  # handed to the caller, whatever it is
+                future.set_exception(error)
+
+        with self._changed:
+            self._jobs.append(work)
+            self._changed.notify()
+        return future.result()
+
+    def stop(self) -> None:
+        """End the thread after the present token; answers that are not complete fail."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _lanes(self) -> list[Lane]:
+        return list(dict.fromkeys(lane for lane, _ in list(self._places.values())))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._jobs or self._stopping or self.running):
+                    self._changed.wait()
+                jobs, stopping = list(self._jobs), self._stopping
+                self._jobs.clear()
+            for job in jobs:
+                job()
+            if stopping:
+                self._fail_all()
+                return
+            for lane, asks in self._admitted().items():
+                _guarded(partial(lane.admit, asks), partial(_fail, [ask for ask, _ in asks]))
+            for lane in self._lanes():
+                if len(lane):
+                    _guarded(lane.step, lane.fail)
+
+    def _admitted(self) -> dict[Lane, list[tuple[Ask, str]]]:
+        """Take the answers that fit from the queue, the oldest first."""
+        found: dict[Lane, list[tuple[Ask, str]]] = {}
+        room, longest, count = self._most_rows - self.running, 0, 0
+        with self._changed:
+            while self._waiting and count < room:
+                longest = max(longest, len(self._waiting[0].prompt))
+                if count and longest * (count + 1) > PREFILL:
+                    break
+                ask = self._waiting.popleft()
+                if ask.cancelled:
+                    continue
+                lane, adapter = self._places[ask.system]
+                found.setdefault(lane, []).append((ask, adapter))
+                count += 1
+        return found
+
+    def _fail_all(self) -> None:
+        for lane in self._lanes():
+            lane.fail(STOPPED)
+        _fail(self._waiting, STOPPED)
+
+
+def _fail(asks: Iterable[Ask], fault: str) -> None:
+    for ask in asks:
+        ask.send(Ended("failed", fault))
+
+
+def _guarded(work: Callable[[], object], fail: Callable[[str], None]) -> None:
+    """Do ``work``; whatever goes wrong ends the answers that ``fail`` ends, and no others."""
+    try:
+        work()
+    except Exception as error:  # of torch, of a model's code, or memory that ran out
+        fail(f"{type(error).__name__}: {first_line(error)}")

@@ -1,0 +1,184 @@
+"""A lane: one model and the answers that it is making, all of them a token further with every step.
+
+Rows have different lengths and join at any token. They share one cache of keys and values, padded on the left:
+
+    row 0   . . . p p p a a a a        p = prompt, a = answer so far, . = padding, masked
+    row 1   p p p p p p p p p a
+    row 2   . . . . . . . . p p        has just joined
+
+A lane whose model carries several adapters gives each row its own one, in the same forward pass.
+"""
+
+# B = rows, T = tokens in the cache, V = vocabulary
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from posttrain.serve.ask import Ask, Ended, Event
+from posttrain.serve.drawing import draw, generator_of
+
+BASE = "__base__"
+"""peft's name of no adapter in a mixed batch."""
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in the making."""
+
+    ask: Ask
+    adapter: str
+    """Name of the adapter in a mixed batch, or BASE."""
+    length: int
+    """Tokens of prompt and answer."""
+    left: int
+    """Tokens that may still come."""
+    generator: torch.Generator | None
+    last: int = 0
+    """The newest token, which is not in the cache yet."""
+
+
+class Lane:
+    """The rows of one model."""
+
+    def __init__(self, model: Any, *, mixed: bool) -> None:
+        """Take a model in evaluation mode; a ``mixed`` one gets the adapter of each row, another is asked as it is."""
+        self.model = model
+        self._mixed = mixed
+        self._rows: list[Row] = []
+        self._mask_BT = torch.zeros(0, 0, dtype=torch.long)
+        self._cache = DynamicCache()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def admit(self, asks: Sequence[tuple[Ask, str]]) -> None:
+        """Read the prompts of new rows, each with its adapter's name, and send their first tokens."""
+        rows = [
+            Row(ask, adapter, len(ask.prompt), ask.sampling.max_tokens, generator_of(ask.sampling))
+            for ask, adapter in asks
+        ]
+        width = max(row.length for row in rows)
+        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for place, row in enumerate(rows):
+            ids_BT[place, width - row.length :] = torch.tensor(row.ask.prompt)
+            mask_BT[place, width - row.length :] = 1
+        cache = DynamicCache()
+        logits_BV = self._forward(rows, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+        kept = self._send(rows, logits_BV)
+        if kept:
+            _select(cache, kept)
+            self._join([rows[place] for place in kept], mask_BT[kept], cache)
+
+    def step(self) -> None:
+        """Send the next token of every row, and let go of those that end or are cancelled."""
+        going = [place for place, row in enumerate(self._rows) if not row.ask.cancelled]
+        if not self._keep(going):
+            return
+        ids_B1 = torch.tensor([[row.last] for row in self._rows])
+        positions_B1 = torch.tensor([[row.length - 1] for row in self._rows])
+        self._mask_BT = F.pad(self._mask_BT, (0, 1), value=1)
+        logits_BV = self._forward(self._rows, ids_B1, self._mask_BT, positions_B1, self._cache)
+        self._keep(self._send(self._rows, logits_BV))
+
+    def fail(self, fault: str) -> None:
+        """End every answer of the lane."""
+        rows, self._rows = self._rows, []
+        self._keep([])
+        for row in rows:
+            row.ask.send(Ended("failed", fault))
+
+    def _forward(
+        self, rows: Sequence[Row], ids_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {"position_ids": positions_BT, "logits_to_keep": 1}
+        known = _parameters(type(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model))
+        options = {name: value for name, value in options.items() if name in known}
+        if self._mixed and isinstance(self.model, PeftModel):
+            options["adapter_names"] = [row.adapter for row in rows]
+        device = self.model.device
+        with torch.inference_mode():
+            moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+            logits_BTV: torch.Tensor = self.model(
+                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), past_key_values=cache, use_cache=True,
+                **moved,
+            ).logits  # fmt: skip
+        return logits_BTV[:, -1]
+
+    def _send(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> list[int]:
+        """Send each row its next token or its end; return the places of the rows that go on."""
+        tokens = draw(logits_BV, [row.ask.sampling for row in rows], [row.generator for row in rows])
+        going = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            events: list[Event] = []
+            if token is None:
+                events.append(Ended("failed", "the model's logits are not finite"))
+            elif token.id in row.ask.ends:
+                events.append(Ended("stop"))
+            else:
+                row.last, row.length, row.left = token.id, row.length + 1, row.left - 1
+                events += [token] if row.left else [token, Ended("length")]
+                going += [place] if row.left else []
+            for event in events:
+                row.ask.send(event)
+        return going
+
+    def _keep(self, places: list[int]) -> bool:
+        """Keep the rows at ``places``, without the columns that only others needed; return True when some are left."""
+        if len(places) < len(self._rows) or not places:
+            self._rows = [self._rows[place] for place in places]
+            if not places:
+                self._mask_BT, self._cache = torch.zeros(0, 0, dtype=torch.long), DynamicCache()
+                return False
+            self._mask_BT = self._mask_BT[places]
+            _select(self._cache, places)
+            self._trim()
+        return True
+
+    def _trim(self) -> None:
+        padding = int((self._mask_BT.cumsum(-1) == 0).all(0).sum())
+        if padding:
+            self._mask_BT = self._mask_BT[:, padding:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[..., padding:, :], layer.values[..., padding:, :]
+
+    def _join(self, rows: list[Row], mask_BT: torch.Tensor, cache: Any) -> None:
+        if not self._rows:
+            self._rows, self._mask_BT, self._cache = rows, mask_BT, cache
+            self._trim()
+            return
+        self._rows += rows
+        width = max(self._mask_BT.shape[1], mask_BT.shape[1])
+        self._mask_BT = torch.cat([_widened(each, width, dim=1) for each in (self._mask_BT, mask_BT)])
+        for own, new in zip(self._cache.layers, cache.layers, strict=True):
+            own.keys = torch.cat([_widened(each.keys, width, dim=2) for each in (own, new)])
+            own.values = torch.cat([_widened(each.values, width, dim=2) for each in (own, new)])
+        self._trim()
+
+
+def _widened(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Return a tensor padded at the beginning of dimension ``dim``, the last or the one before it."""
+    missing = width - tensor.shape[dim]
+    return F.pad(tensor, (missing, 0) if dim == tensor.dim() - 1 else (0, 0, missing, 0)) if missing else tensor
+
+
+def _select(cache: Any, places: list[int]) -> None:
+    for layer in cache.layers:
+        index_B = torch.tensor(places, device=layer.keys.device)
+        layer.keys, layer.values = layer.keys.index_select(0, index_B), layer.values.index_select(0, index_B)
+
+
+@functools.cache
+def _parameters(kind: Hashable) -> frozenset[str]:
+    found: Any = kind
+    return frozenset(inspect.signature(found.forward).parameters)

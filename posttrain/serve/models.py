@@ -1,0 +1,119 @@
+"""The loaded models: weights once for all the artifacts on them, and the lane of each artifact.
+
+Plain adapters of one base share a lane and its batches. DoRA has no mixed batches in peft, so such an adapter has a
+lane of its own on the same weights. Full weights, another base, or added tokens are weights of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from posttrain.artifact import ModelSource
+from posttrain.errors import reject
+from posttrain.model.loading import attach, load_model, load_tokenizer
+from posttrain.model.trust import read_json
+from posttrain.scoring.systems import twin
+from posttrain.serve.catalogue import Served
+from posttrain.serve.lane import BASE, Lane
+from posttrain.serve.prompts import Prompter
+from posttrain.tokens.chat import answer_ends
+
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Names that configurations have for the longest text of a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that answers."""
+
+    served: Served
+    prompter: Prompter
+    ends: frozenset[int]
+    """Ids that end its answers: those that the gate's generation ends with."""
+    context: int | None
+    """Most tokens of prompt and answer; None when the model names no limit."""
+    rows: int
+    """Number of the ids that it has embeddings for."""
+
+
+@dataclass(eq=False)
+class Weights:
+    """Weights in memory, and the lane in which their adapters are mixed."""
+
+    plain: PreTrainedModel
+    """The weights without any adapter."""
+    lane: Lane
+
+
+class Models:
+    """Every loaded model."""
+
+    def __init__(self) -> None:
+        self.loaded: Mapping[str, Loaded] = {}
+        """Each model by its digest."""
+        self.places: dict[str, tuple[Lane, str]] = {}
+        """Lane of each model by its digest, with the name of its adapter."""
+        self._weights: dict[Hashable, Weights] = {}
+
+    def add(self, served: Served) -> None:
+        """Load a model, unless it is loaded. Call it where nothing is generated meanwhile.
+
+        Raises BadInput for a model that cannot be loaded, ArtifactDamaged for an adapter that does not fit its base.
+        """
+        if served.digest in self.loaded:
+            return
+        source = served.source
+        key = (source.weights, source.rows, served.dtype)
+        if source.adapter is not None:
+            require_plain(source)
+        if key not in self._weights:
+            plain: Any = load_model(replace(source, adapter=None), served.dtype)
+            self._weights[key] = Weights(plain, Lane(plain, mixed=True))
+        weights = self._weights[key]
+        self.places[served.digest] = _place(served, weights)
+        self.loaded = {**self.loaded, served.digest: _describe(served, weights.plain)}
+
+    def alone(self, digest: str) -> Any:
+        """Return the model as ``load_model`` would give it, on the weights that are in memory."""
+        served = self.loaded[digest].served
+        plain = self._weights[served.source.weights, served.source.rows, served.dtype].plain
+        if served.source.adapter is None:
+            return plain
+        return attach(twin(plain), served.source.adapter, served.source.rows).eval()
+
+
+def require_plain(source: ModelSource) -> None:
+    """Raise BadInput for an adapter that would change the weights under the others."""
+    assert source.adapter is not None
+    config = read_json(source.adapter / "adapter_config.json")
+    start, bias = config.get("init_lora_weights"), config.get("bias", "none")
+    if bias != "none" or not (isinstance(start, bool) or start in (None, "gaussian", "orthogonal")):
+        what = f"it changes the weights under it (init_lora_weights={start}, bias={bias}), and others stand on them"
+        reject(str(source.adapter), what, "Merge it (posttrain merge), and serve the merged weights")
+
+
+def _place(served: Served, weights: Weights) -> tuple[Lane, str]:
+    adapter = served.source.adapter
+    if adapter is None:
+        return weights.lane, BASE
+    if read_json(adapter / "adapter_config.json").get("use_dora"):
+        return Lane(attach(twin(weights.plain), adapter, served.source.rows).eval(), mixed=False), BASE
+    lane, name = weights.lane, served.digest[:16]
+    under = twin(weights.plain) if lane.model is weights.plain else lane.model
+    lane.model = attach(under, adapter, served.source.rows, name).eval()
+    return lane, name
+
+
+def _describe(served: Served, plain: Any) -> Loaded:
+    tokenizer = load_tokenizer(served.source)
+    own = plain.generation_config.eos_token_id
+    owns = own if isinstance(own, list) else [own]
+    ends = frozenset(end for end in (*owns, tokenizer.eos_token_id, *answer_ends(tokenizer)) if end is not None)
+    config = plain.config.get_text_config()
+    context = next((int(value) for name in CONTEXT if (value := getattr(config, name, None))), None)
+    rows = plain.get_input_embeddings().weight.shape[0]
+    return Loaded(served=served, prompter=Prompter(tokenizer), ends=ends, context=context, rows=rows)
