@@ -24,7 +24,10 @@ WEB = ("fastapi", "uvicorn", "starlette", "httpx")
 @pytest.mark.parametrize(
     ("words", "forbidden"),
     [
-        (["--help"], ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "pluggy", "importlib.metadata", *WEB)),
+        (
+            ["--help"],
+            ("hydra", "omegaconf", "yaml", "torch", "rich", "numpy", "pluggy", "importlib.metadata", *WEB),
+        ),
         (
             ["list"],
             (
