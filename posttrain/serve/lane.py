@@ -13,9 +13,8 @@ A lane whose model carries several adapters gives each row its own one, in the s
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +53,8 @@ class Lane:
         """Take a model in evaluation mode; a ``mixed`` one gets the adapter of each row, another is asked as it is."""
         self.model = model
         self._mixed = mixed
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._known = frozenset(inspect.signature(causal.forward).parameters)
         self._rows: list[Row] = []
         self._mask_BT = torch.zeros(0, 0, dtype=torch.long)
         self._cache = DynamicCache()
@@ -102,8 +103,7 @@ class Lane:
         self, rows: Sequence[Row], ids_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         options: dict[str, Any] = {"position_ids": positions_BT, "logits_to_keep": 1}
-        known = _parameters(type(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model))
-        options = {name: value for name, value in options.items() if name in known}
+        options = {name: value for name, value in options.items() if name in self._known}
         if self._mixed and isinstance(self.model, PeftModel):
             options["adapter_names"] = [row.adapter for row in rows]
         device = self.model.device
@@ -176,9 +176,3 @@ def _select(cache: Any, places: list[int]) -> None:
     for layer in cache.layers:
         index_B = torch.tensor(places, device=layer.keys.device)
         layer.keys, layer.values = layer.keys.index_select(0, index_B), layer.values.index_select(0, index_B)
-
-
-@functools.cache
-def _parameters(kind: Hashable) -> frozenset[str]:
-    found: Any = kind
-    return frozenset(inspect.signature(found.forward).parameters)
