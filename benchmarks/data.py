@@ -20,7 +20,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from posttrain import environment
-from posttrain.data.records import Conversation, digest_records
+from posttrain.data.held import digest_records
+from posttrain.data.records import Conversation
 from posttrain.engine.config import TrainOn
 from posttrain.sft.examples import Rendering
 from posttrain.tokens.filling import Fill

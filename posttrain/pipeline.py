@@ -28,7 +28,7 @@ from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.published import withdraw
 from posttrain.run.start import read_base, read_start
-from posttrain.run.train import read_records, train
+from posttrain.run.train import read_all, train
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | dict.fromkeys(
     (Interrupted, DiskFailed), "interrupted"
@@ -70,7 +70,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             ]  # fmt: skip
             # All data is read and all gates are checked before the first stage trains: a bad row or a
             # broken gate, even the last stage's, ends the run now instead of after hours of training.
-            records = {job.name: read_records(job) for job in jobs}
+            records = read_all(jobs)
             check_gates(jobs)
             for number, job in enumerate(jobs):
                 _forget_former(jobs[number:], parent)

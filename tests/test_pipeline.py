@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from posttrain import artifact, ledger
 from posttrain.artifact import verify
 from posttrain.context import StageContext
+from posttrain.data.records import Preference
 from posttrain.errors import (
     ArtifactDamaged,
     BadInput,
@@ -340,6 +342,40 @@ def test_bad_records_of_a_later_stage_cost_no_training() -> None:
     with pytest.raises(BadInput, match=r"pairs\.jsonl:1"):
         run_recipe(script)
     assert script.trained == []
+
+
+def test_records_of_a_later_stage_are_not_held_while_an_earlier_one_trains() -> None:
+    def pairs() -> list[Preference]:
+        return [each for each in gc.get_objects() if type(each) is Preference]
+
+    def look(context: StageContext) -> None:
+        held[context.name] = any(each not in before for each in pairs())
+        known[context.name] = (len(context.records), len(list(context.records)))
+
+    Path("pairs.jsonl").write_text(Path("pairs.jsonl").read_text().replace('"prompt": "', '"prompt": "here: '))
+    before = pairs()  # of other tests, whose failures are kept
+    held: dict[str, bool] = {}
+    known: dict[str, tuple[int, int]] = {}
+    script = Script()
+    script.during_training = look
+    run_recipe(script)
+    lines = len(Path("pairs.jsonl").read_text().splitlines())
+    assert held["sft"] is False
+    assert known["dpo"] == (lines, lines), "the stage itself reads them"
+
+
+def test_records_of_a_later_stage_that_change_meanwhile_are_not_trained() -> None:
+    def change(context: StageContext) -> None:
+        if context.name == "sft":
+            pairs = Path("pairs.jsonl")
+            pairs.write_text(pairs.read_text().replace("a", "b"))
+        else:
+            list(context.records)
+
+    script = Script()
+    script.during_training = change
+    with pytest.raises(BadInput, match=r"dpo\.data: the data changed after it was checked"):
+        run_recipe(script)
 
 
 def test_a_gate_that_cannot_work_costs_no_training() -> None:

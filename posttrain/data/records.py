@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from hashlib import sha256
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -110,16 +108,3 @@ Document = Conversation | Text
 
 Record = Document | Preference | Feedback
 """A training record of any shape."""
-
-
-def digest_records(records: Iterable[Record]) -> str:
-    """Return the SHA-256 of records, in their order, with their places and origins."""
-    digest = sha256()
-    for record in records:
-        values = [type(record).__name__, *(getattr(record, field.name) for field in fields(record))]
-        digest.update(json.dumps(values, default=_spelled).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _spelled(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Origin) else repr(value)

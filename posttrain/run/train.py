@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of
 from posttrain.context import StageContext
+from posttrain.data.held import HeldRecords
 from posttrain.data.overlap import count_overlap
 from posttrain.data.records import Record
 from posttrain.disk import is_machine_error, naming
@@ -32,10 +35,15 @@ from posttrain.saved import plain
 class Records:
     """Records of a stage, for training and for the eval loss."""
 
-    trained: Sequence[Record]
-    eval_records: Sequence[Record]
+    trained: HeldRecords
+    eval_records: HeldRecords
     warnings: Sequence[str] = ()
     """Lines about rows that cannot be read, and about keys that nothing reads."""
+
+    def release(self) -> None:
+        """Let the records go until the stage trains, which reads them again."""
+        self.trained.release()
+        self.eval_records.release()
 
 
 def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
@@ -193,16 +201,28 @@ def _known(job: Job) -> contextlib.AbstractContextManager[None]:
     return activity.calling(Activity(plugin=plugin.name, origin=plugin.origin, call=call, silence_limit=limit))
 
 
+def read_all(jobs: Sequence[Job]) -> dict[str, Records]:
+    """Read and check the records of all stages; hold those of the first. Raises BadInput as ``read_records`` does."""
+    found: dict[str, Records] = {}
+    for job in jobs:
+        found[job.name] = read_records(job)
+        if job is not jobs[0]:
+            found[job.name].release()
+    gc.collect()  # what a hook answered may be held by a circle of its frames
+    return found
+
+
 def read_records(job: Job) -> Records:
     """Read the stage's records; show the number of the gate's rows trained on as well.
 
     Raises BadInput when the data changed after the run was named by its digest.
     """
     evaluation = replace(job.step, sources=job.step.eval_sources)
-    eval_records = _read(job, evaluation) if evaluation.sources else ()
-    trained = _read(job, job.step)
-    warnings = [*_left_out(job, trained), *_left_out(job, eval_records), *_unread(job, [*trained, *eval_records])]
-    records = Records(trained=trained, eval_records=eval_records, warnings=warnings)
+    eval_records = _held(job, evaluation, "eval_data") if evaluation.sources else HeldRecords.of(tuple)
+    trained = _held(job, job.step, "data")
+    left_out = [line for each in (trained, eval_records) for line in _left_out(job, each.all())]
+    unread = _unread(job, [*trained, *eval_records])
+    records = Records(trained=trained, eval_records=eval_records, warnings=[*left_out, *unread])
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
@@ -239,6 +259,10 @@ def _unread(job: Job, records: Sequence[Record]) -> list[str]:
     for line in lines:
         job.display.line(job.name, "data", f"warning: {line}")
     return lines
+
+
+def _held(job: Job, step: Step, setting: str) -> HeldRecords:
+    return HeldRecords.of(partial(_read, job, step), f"{job.name}.{setting}")
 
 
 def _read(job: Job, step: Step) -> Sequence[Record]:

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
-from posttrain.data.records import Document, digest_records
+from posttrain.data.held import digest_records, release
+from posttrain.data.records import Document
 from posttrain.engine.attention import causal_model
 from posttrain.engine.checkpoint import Position
 from posttrain.engine.config import FineTuneConfig
@@ -112,7 +113,9 @@ def documents_of(context: StageContext, records: Sequence[Document], tokenizer: 
         workers=count_workers(context.data_workers),
     )
     key = store_key(digest_records(records), tokenizer, **settings)
-    return stored_table((context.kept or context.checkpoints) / "tokens", key, fill)
+    table = stored_table((context.kept or context.checkpoints) / "tokens", key, fill)
+    release(records)  # the loop reads the table alone
+    return table
 
 
 def known(training: Training, counts: PackingCounts, documents: Documents, measured: Sequence[Documents]) -> Known:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def fill_store(folder: Path, place: Path, key: str, fill: Fill) -> None:
         Interrupted: A stop was requested, or a process was killed; the pieces stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = Pieces(folder, fill)
+    # as a list: records that are read on demand would be read by each of the processes
+    pieces = Pieces(folder, replace(fill, records=fill.records[:]))
     total = len(fill.records)
     with contextlib.closing(_made(pieces)) as made:
         for number, problems in enumerate(made):

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.records import Conversation, Document, Origin, Text, digest_records
+from posttrain.data.held import digest_records
+from posttrain.data.records import Conversation, Document, Origin, Text
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput, Interrupted
 from posttrain.sft.examples import Rendering
