@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from posttrain.sft.declines import declines
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
+    from posttrain.tokens.judged import JudgedAnswer
 
 __all__ = [
     "MISSING",
@@ -93,6 +94,7 @@ __all__ = [
     "GateTask",
     "GateUndecided",
     "Interrupted",
+    "JudgedAnswer",
     "LaunchConfig",
     "Launcher",
     "Look",
@@ -224,6 +226,7 @@ HOMES = {
         "Rendered",
         "RenderedPair",
     ),
+    "posttrain.tokens.judged": ("JudgedAnswer",),
 }
 """The module that defines each public name, as type checkers read it above."""
 

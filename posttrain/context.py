@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.artifact import ModelSource
-    from posttrain.data.records import Document
+    from posttrain.data.records import Document, Feedback, Preference
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow
     from posttrain.engine.checkpoint import CheckpointFolder, Position
     from posttrain.stage import Progress, Stage
     from posttrain.tokens.chat import ChatRenderer
+    from posttrain.tokens.judged import JudgedAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,16 @@ class StageContext:
         from posttrain.tokens.chat import ChatRenderer
 
         return ChatRenderer(self.tokenizer())
+
+    def answers(self, records: Sequence[Preference | Feedback]) -> Iterator[JudgedAnswer]:
+        """Yield the answers of ``records`` as token ids: both of a preference, the chosen one first, one of feedback.
+
+        They are rendered by ``data_workers`` once for all runs, and read from the store of ``kept``. Raises BadInput
+        for a record that cannot be rendered, Interrupted after ``stop_requested``.
+        """
+        from posttrain.engine.stage import judged_answers
+
+        return judged_answers(self, records)
 
     def policy(self) -> PreTrainedModel | Any:
         """Return the parent's model, ready to train: its adapter (named ``default``) trainable, or all weights."""

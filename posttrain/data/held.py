@@ -83,7 +83,7 @@ def digest_records(records: Iterable[Record]) -> str:
         return records.digest
     digest = sha256()
     for record in records:
-        values = _values_of(type(record))(record)
+        values = (type(record).__name__, *_values_of(type(record))(record))
         try:
             digest.update(marshal.dumps(values, MARSHAL))
         except ValueError:  # a plugin's records may hold any type
@@ -92,14 +92,13 @@ def digest_records(records: Iterable[Record]) -> str:
 
 
 @cache
-def _values_of(kind: type[Record]) -> Callable[[Record], tuple[Any, ...]]:
+def _values_of(kind: Any) -> Callable[[Record], tuple[Any, ...]]:
     """Return the function that takes the values of a record of one kind."""
     names = [field.name for field in fields(kind)]
     if "origin" in names:
         names[names.index("origin")] = "origin.number"
         names += [f"origin.{field.name}" for field in fields(Origin)]
-    values = attrgetter(*names)
-    return lambda record: (kind.__name__, *values(record))
+    return attrgetter(*names)
 
 
 def _as_plain(value: Any) -> Any:
@@ -110,7 +109,9 @@ def _as_plain(value: Any) -> Any:
         return tuple(map(_as_plain, value))
     if isinstance(value, list):
         return list(map(_as_plain, value))
-    for kind in (str, bool, int, float, bytes):
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (bool, int, float):
         if isinstance(value, kind):
-            return kind(value) if kind is not str else str.__str__(value)
-    return value if value is None else ("repr", repr(value))
+            return kind(value)
+    return value if value is None or isinstance(value, bytes) else ("repr", repr(value))

@@ -1,13 +1,15 @@
-"""The loop in a stage: reach, idle weights and eval loss are reported and recorded, and answers trained."""
+"""The loop in a stage: rows from the store, reach, idle weights and eval loss in reports and records, answers trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from posttrain.data.held import digest_records, release
+from posttrain.data.records import Feedback, Preference
 from posttrain.engine.answer_objective import AnswerEvaluation, AnswerLoss, AnswerObjective, Numbered
 from posttrain.engine.answers import AnsweredRow
 from posttrain.engine.checkpoint import Position
@@ -17,11 +19,52 @@ from posttrain.engine.loop import Training
 from posttrain.engine.start import LogProbs, Start
 from posttrain.errors import BadInput, Problem
 from posttrain.model.targets import measure_reach, reach_faults, reach_note
+from posttrain.tokens.filling import Fill, count_workers
+from posttrain.tokens.judged import JudgedAnswer, Judging, answers_of
+from posttrain.tokens.store import store_key, stored_table
+from posttrain.tokens.table import TableRow, TokenTable
 
 if TYPE_CHECKING:
     from posttrain.context import StageContext
 
 Row = TypeVar("Row", bound=AnsweredRow)
+
+
+def stored_rows(
+    context: StageContext,
+    records: Sequence[Any],
+    tokenizer: Any,
+    rows: Callable[[Any], list[TableRow]],
+    **settings: Any,
+) -> TokenTable:
+    """Return the rows of ``records`` from the store of all runs; rendered by ``rows`` when they are not in it.
+
+    ``settings`` are all that ``rows`` is told beside the tokenizer, as JSON values. Raises BadInput for a record that
+    cannot be rendered, Interrupted when a stop is requested.
+    """
+    if not records:
+        return TokenTable.of([])
+    fill = Fill(
+        records=records,
+        rows=rows,
+        note=context.progress.note,
+        part=context.progress.part,
+        stop_requested=context.stop_requested,
+        workers=count_workers(context.data_workers),
+    )
+    variables = dict(context.parent.template_variables)
+    key = store_key(digest_records(records), tokenizer, **settings, variables=variables)
+    table = stored_table((context.kept or context.checkpoints) / "tokens", key, fill)
+    release(records)  # what trains reads the table alone
+    return table
+
+
+def judged_answers(context: StageContext, records: Sequence[Preference | Feedback]) -> Iterator[JudgedAnswer]:
+    """Yield the answers of ``records``; see ``StageContext.answers``."""
+    if not records:
+        return iter(())
+    tokenizer = context.tokenizer()
+    return answers_of(stored_rows(context, records, tokenizer, Judging(tokenizer).rows, judged=True))
 
 
 def make_training(

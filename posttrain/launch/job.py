@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LaunchConfig, Launcher
 from posttrain.context import StageContext
+from posttrain.data.held import HeldRecords, digest_records, release
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record, Text
 from posttrain.disk import naming, write_synced
 from posttrain.errors import ArtifactDamaged, PluginFailed, reject
@@ -33,12 +35,27 @@ GATE_JOB = "gate.json"
 FOLDER = "launch"
 """Folder beside it: records, signs of life, outcomes, the launcher's log."""
 RECORDS = "records.jsonl"
+EVAL_RECORDS = "eval_records.jsonl"
 REQUESTS = "requests.jsonl"
 STOP = "stop"
 """File in that folder that asks the processes to stop, where no signal reaches them."""
 KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback)}
 PATHS = ("model", "adapter", "tokenizer")
 """Fields of a ModelSource that are paths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsFile:
+    """What is known of records in a file: enough to find them in the store of rendered rows, without reading it."""
+
+    name: str
+    """Name of the file in FOLDER."""
+    sha256: str
+    """SHA-256 of the file."""
+    count: int
+    """Number of records."""
+    digest: str
+    """Digest of the records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +79,10 @@ class Job:
     engine: str
     world: int
     """Number of processes."""
-    records: str
-    """SHA-256 of the records' file."""
+    records: RecordsFile
+    """The records to train on."""
+    eval_records: RecordsFile
+    """The records of the eval loss."""
     checkpoints: str
     output: str
     kept: str | None
@@ -87,7 +106,8 @@ def write_job(
     path: Path, stage: Stage, context: StageContext, *, origin: str, world: int, launch: LaunchConfig
 ) -> None:
     """Write the job of a stage to ``path``, and its records into the folder beside it."""
-    records = _write_records(path.parent / FOLDER / RECORDS, context.records, context.eval_records, context.name)
+    records = _write_records(path.parent / FOLDER / RECORDS, context.records, context.name)
+    eval_records = _write_records(path.parent / FOLDER / EVAL_RECORDS, context.eval_records, context.name)
     job = Job(
         versions=versions(),
         name=context.name,
@@ -100,6 +120,7 @@ def write_job(
         engine=context.engine,
         world=world,
         records=records,
+        eval_records=eval_records,
         checkpoints=str(context.checkpoints.absolute()),
         output=str(context.output.absolute()),
         kept=str(context.kept.absolute()) if context.kept else None,
@@ -148,18 +169,24 @@ def source_of(values: Mapping[str, Any]) -> ModelSource:
     return ModelSource(**made)
 
 
-def read_records(path: Path, digest: str) -> tuple[list[Record], list[Record]]:
-    """Return the trained and the eval records. Raises ArtifactDamaged when the file is not the command's."""
+def read_records(folder: Path, file: RecordsFile) -> HeldRecords:
+    """Return the records of a file in ``folder``, which is read when they are asked for, not before.
+
+    Reading raises ArtifactDamaged when the file is not the command's.
+    """
+    return HeldRecords(partial(_read_file, folder / file.name, file.sha256), count=file.count, digest=file.digest)
+
+
+def _read_file(path: Path, digest: str) -> list[Record]:
     found = sha256()
-    kept: tuple[list[Record], list[Record]] = ([], [])
+    records: list[Record] = []
     with path.open("rb") as stream:
         for line in stream:
             found.update(line)
-            kind, is_eval, values = json.loads(line)
-            kept[is_eval].append(_record(kind, values))
+            records.append(_record(*json.loads(line)))
     if found.hexdigest() != digest:
         raise ArtifactDamaged(f"{path} is damaged: its SHA-256 is not the one in {JOB}")
-    return kept
+    return records
 
 
 def _record(kind: str, values: dict[str, Any]) -> Record:
@@ -171,32 +198,35 @@ def _record(kind: str, values: dict[str, Any]) -> Record:
     return record
 
 
-def _write_records(path: Path, trained: Sequence[Any], evaluated: Sequence[Any], stage: str) -> str:
-    """Write the records of both kinds; return the SHA-256 of the file."""
+def _write_records(path: Path, records: Sequence[Any], stage: str) -> RecordsFile:
+    """Write records, and let them go."""
     digest = sha256()
     with naming(path), path.open("wb") as stream:
-        for line in _lines([(False, trained), (True, evaluated)], stage):
+        for record in records:
+            line = _line(record, stage)
             digest.update(line)
             stream.write(line)
-    return digest.hexdigest()
+    known = RecordsFile(
+        name=path.name, sha256=digest.hexdigest(), count=len(records), digest=digest_records(records)
+    )  # fmt: skip
+    release(records)
+    return known
 
 
-def _lines(groups: Iterable[tuple[bool, Sequence[Any]]], stage: str) -> Iterator[bytes]:
-    for is_eval, records in groups:
-        for record in records:
-            kind = next(name for name, kind in KINDS.items() if isinstance(record, kind))
-            values = {field.name: getattr(record, field.name) for field in fields(KINDS[kind])}
-            if "origin" in values:
-                values["origin"] = {field.name: getattr(record.origin, field.name) for field in fields(Origin)}
-            try:
-                line = json.dumps([kind, is_eval, values])
-                sound = _record(kind, json.loads(line)[2]) == record
-            except (TypeError, ValueError):
-                sound = False
-            if not sound:  # a tuple where JSON has a list, say: a template may print the two differently
-                what = f"the record {record.where} of stage {stage!r} has values that JSON lacks"
-                raise PluginFailed(f"{what}, so that several processes cannot be given it")
-            yield line.encode() + b"\n"
+def _line(record: Any, stage: str) -> bytes:
+    kind = next(name for name, kind in KINDS.items() if isinstance(record, kind))
+    values = {field.name: getattr(record, field.name) for field in fields(KINDS[kind])}
+    if "origin" in values:
+        values["origin"] = {field.name: getattr(record.origin, field.name) for field in fields(Origin)}
+    try:
+        line = json.dumps([kind, values])
+        sound = _record(*json.loads(line)) == record
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:  # a tuple where JSON has a list, say: a template may print the two differently
+        what = f"the record {record.where} of stage {stage!r} has values that JSON lacks"
+        raise PluginFailed(f"{what}, so that several processes cannot be given it")
+    return line.encode() + b"\n"
 
 
 def _settings(config: Any) -> dict[str, Any]:

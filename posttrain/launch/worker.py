@@ -17,7 +17,7 @@ from types import FrameType
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
 from posttrain.host.supervisor import die_with, watch_files
-from posttrain.launch.job import FOLDER, GATE_JOB, RECORDS, REQUESTS, STOP, config_of, parent_of, read_job, read_records
+from posttrain.launch.job import FOLDER, GATE_JOB, REQUESTS, STOP, config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
 from posttrain.launch.signs import RankAnswers, RankProgress, descends_from
 
@@ -78,7 +78,8 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
         fix = "Install the same plugins on every node"
         reject(str(path), f"stage {job.name!r} is that of {job.origin}, but {found} has it here", fix)
     stage = host.stages[job.kind]
-    trained, evaluated = read_records(path.parent / FOLDER / RECORDS, job.records)
+    folder = path.parent / FOLDER
+    trained, evaluated = read_records(folder, job.records), read_records(folder, job.eval_records)
     processes.join(job.silence_seconds)
     if processes.world() != job.world:
         reject(str(path), f"the launcher started {processes.world()} processes, but the job is for {job.world}")

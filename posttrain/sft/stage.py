@@ -10,22 +10,19 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.config.schema import Method
-from posttrain.data.held import digest_records, release
 from posttrain.data.records import Document
 from posttrain.engine.attention import causal_model
 from posttrain.engine.checkpoint import Position
 from posttrain.engine.config import FineTuneConfig
 from posttrain.engine.loop import Training
-from posttrain.engine.stage import carry_out, check_vocabulary, make_training
+from posttrain.engine.stage import carry_out, check_vocabulary, make_training, stored_rows
 from posttrain.errors import BadInput, Problem
 from posttrain.model.loading import added_token_ids, check_finite, load_model, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.sft.advice import Known
 from posttrain.sft.examples import Rendering, count_shared, make_evaluation, mix_rows, split_eval
-from posttrain.tokens.filling import Fill, count_workers
 from posttrain.tokens.markers import family_faults
 from posttrain.tokens.packing import Packing, PackingCounts
-from posttrain.tokens.store import store_key, stored_table
 from posttrain.tokens.table import Documents, TokenTable
 
 if TYPE_CHECKING:
@@ -101,21 +98,7 @@ def documents_of(context: StageContext, records: Sequence[Document], tokenizer: 
     Raises BadInput for a record that cannot be rendered or read back.
     """
     rendering = Rendering(tokenizer, context.config.train_on)
-    if not records:
-        return rendering.table(records)
-    settings = {"train_on": context.config.train_on.value, "variables": dict(context.parent.template_variables)}
-    fill = Fill(
-        records=records,
-        rows=rendering.rows,
-        note=context.progress.note,
-        part=context.progress.part,
-        stop_requested=context.stop_requested,
-        workers=count_workers(context.data_workers),
-    )
-    key = store_key(digest_records(records), tokenizer, **settings)
-    table = stored_table((context.kept or context.checkpoints) / "tokens", key, fill)
-    release(records)  # the loop reads the table alone
-    return table
+    return stored_rows(context, records, tokenizer, rendering.rows, train_on=context.config.train_on.value)
 
 
 def known(training: Training, counts: PackingCounts, documents: Documents, measured: Sequence[Documents]) -> Known:

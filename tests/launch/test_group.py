@@ -21,8 +21,9 @@ import pytest
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
 from posttrain.context import StageContext
+from posttrain.data.held import digest_records
 from posttrain.data.records import Conversation, Text
-from posttrain.errors import BadInput, DiskFailed, Diverged, Interrupted, PluginFailed, PosttrainError
+from posttrain.errors import ArtifactDamaged, BadInput, DiskFailed, Diverged, Interrupted, PluginFailed, PosttrainError
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.launch import group
 from posttrain.launch.group import Group, Watch
@@ -270,7 +271,14 @@ def test_a_job_gives_back_what_the_command_had(tmp_path: Path) -> None:
     group.write_job(path, SFT, given, origin="posttrain", world=2, launch=LaunchConfig())
     job = read_job(path)
     assert parent_of(job) == given.parent
-    assert read_records(path.parent / "launch" / "records.jsonl", job.records) == (RECORDS[:1], RECORDS[1:])
+    folder = path.parent / "launch"
+    found = read_records(folder, job.records), read_records(folder, job.eval_records)
+    assert [digest_records(each) for each in found] == [digest_records(RECORDS[:1]), digest_records(RECORDS[1:])]
+    assert [list(each) for each in found] == [RECORDS[:1], RECORDS[1:]]
+    (folder / "records.jsonl").write_text((folder / "records.jsonl").read_text().replace("x:1", "x:2"))
+    assert len(read_records(folder, job.records)) == 1, "what the store has is trained without a look at the file"
+    with pytest.raises(ArtifactDamaged, match=r"records\.jsonl is damaged: its SHA-256 is not the one in job\.json"):
+        list(read_records(folder, job.records))
     made = config_of(job, SFT)
     assert type(made) is type(given.config)
     assert made == given.config

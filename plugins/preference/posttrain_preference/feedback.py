@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from posttrain import BadInput, Conversation, Feedback, Preference, Problem, StageContext
+from posttrain import BadInput, Feedback, Preference, Problem, StageContext
 from posttrain_preference.rows import TokenRows, split_fitting
 
 if TYPE_CHECKING:
-    from posttrain import ChatRenderer
     from posttrain_preference.config import KTOSettings
 
 BALANCE = (1.0, 4 / 3)
@@ -22,13 +21,13 @@ BALANCE = (1.0, 4 / 3)
 class TokenAnswer:
     """A prompt and one judged answer as token ids; the answer ends with the end-of-turn token."""
 
-    prompt: list[int]
-    completion: list[int]
+    prompt: Sequence[int]
+    completion: Sequence[int]
     label: bool
     """True when the answer was judged good."""
     where: str
     """File and line of the record, for messages."""
-    aside: list[int] = field(default_factory=list)
+    aside: Sequence[int] = ()
     """The answer to another prompt of the batch, for the KL term; empty where the loss has none."""
 
     @property
@@ -42,7 +41,7 @@ class TokenAnswer:
         return tuple(self.prompt), tuple(self.completion), not self.label
 
     @property
-    def answers(self) -> tuple[tuple[str, list[int]], ...]:
+    def answers(self) -> tuple[tuple[str, Sequence[int]], ...]:
         """Return the one answer."""
         return (("good" if self.label else "bad", self.completion),)
 
@@ -70,7 +69,7 @@ def render_feedback(context: StageContext) -> Judged:
 
     Raises BadInput for a record that cannot be rendered, without any short enough one, and for a single label.
     """
-    trained, measured = (_render(context, records) for records in (context.records, context.eval_records))
+    trained, measured = (_judged(context, records) for records in (context.records, context.eval_records))
     found = split_fitting(context, trained, measured, "answers")
     _require_both(context, found.rows)
     _advise(context, found.rows)
@@ -108,24 +107,9 @@ def interleave(rows: Sequence[TokenAnswer], seed: int) -> list[TokenAnswer]:
     return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
 
 
-def _render(context: StageContext, records: Iterable[Feedback | Preference]) -> Iterator[TokenAnswer]:
-    renderer = context.renderer()
-    for record in records:
-        if isinstance(record, Preference):
-            pair = renderer.preference(record)
-            yield TokenAnswer(pair.prompt, pair.chosen, True, record.where)
-            yield TokenAnswer(pair.prompt, pair.rejected, False, record.where)
-        else:
-            yield _render_judged(renderer, record)
-
-
-def _render_judged(renderer: ChatRenderer, record: Feedback) -> TokenAnswer:
-    """Render the last turn with the ids that SFT would train."""
-    chat = Conversation(messages=(*record.prompt, *record.completion), where=record.where, tools=record.tools)
-    rendered = renderer.conversation(chat, last_only=True)
-    start = rendered.mask.index(True)
-    end = start + sum(rendered.mask)
-    return TokenAnswer(rendered.ids[:start], rendered.ids[start:end], record.label, record.where)
+def _judged(context: StageContext, records: Sequence[Feedback | Preference]) -> Iterator[TokenAnswer]:
+    for each in context.answers(records):
+        yield TokenAnswer(each.prompt, each.answer, each.label, each.where)
 
 
 def _require_both(context: StageContext, rows: Sequence[TokenAnswer]) -> None:

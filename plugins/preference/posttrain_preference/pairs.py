@@ -1,21 +1,25 @@
-"""Preference records as token ids, rendered once by the renderer of SFT and evaluation."""
+"""Preference records as token ids, from the store of rendered rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from posttrain import Preference, StageContext
+from posttrain import StageContext
 from posttrain_preference.rows import TokenRows, split_fitting
+
+if TYPE_CHECKING:
+    from posttrain import JudgedAnswer
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
     """A prompt and its two answers as token ids; an answer ends with the end-of-turn token."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
     where: str
     """File and line of the record, for messages."""
 
@@ -30,24 +34,22 @@ class TokenPair:
         return tuple(self.prompt), tuple(self.rejected), tuple(self.chosen)
 
     @property
-    def answers(self) -> tuple[tuple[str, list[int]], ...]:
+    def answers(self) -> tuple[tuple[str, Sequence[int]], ...]:
         """Return both answers, the chosen one first."""
         return ("chosen", self.chosen), ("rejected", self.rejected)
 
     @property
-    def aside(self) -> list[int]:
+    def aside(self) -> Sequence[int]:
         """Return no answer to another prompt: no loss of pairs needs one."""
         return []
 
 
 def render_pairs(context: StageContext) -> TokenRows[TokenPair]:
     """Render every record; raises BadInput for one that cannot be rendered, and without any short enough pair."""
-    trained, measured = (_render(context, records) for records in (context.records, context.eval_records))
+    trained, measured = (_pairs(context.answers(records)) for records in (context.records, context.eval_records))
     return split_fitting(context, trained, measured, "pairs")
 
 
-def _render(context: StageContext, records: Iterable[Preference]) -> Iterator[TokenPair]:
-    renderer = context.renderer()
-    for record in records:
-        rendered = renderer.preference(record)
-        yield TokenPair(rendered.prompt, rendered.chosen, rendered.rejected, record.where)
+def _pairs(answers: Iterator[JudgedAnswer]) -> Iterator[TokenPair]:
+    for chosen in answers:
+        yield TokenPair(chosen.prompt, chosen.answer, next(answers).answer, chosen.where)

@@ -106,8 +106,8 @@ def test_a_judged_answer_has_the_ids_that_sft_trains(make_context: MakeContext) 
         chat = Conversation(messages=(*record.prompt, *record.completion), where="here")
         whole = renderer.conversation(chat)
         row = by_prompt[tuple(whole.ids[: whole.mask.index(True)])]
-        assert row.completion == [token for token, trained in zip(whole.ids, whole.mask, strict=True) if trained]
-        assert row.completion.count(context.tokenizer().eos_token_id) == 1
+        assert list(row.completion) == [token for token, trained in zip(whole.ids, whole.mask, strict=True) if trained]
+        assert list(row.completion).count(context.tokenizer().eos_token_id) == 1
         assert row.label == record.label
 
 
@@ -119,7 +119,7 @@ def test_a_preference_becomes_a_good_and_a_bad_answer(make_context: MakeContext)
         (True, tuple(pair.chosen)),
         (False, tuple(pair.rejected)),
     }
-    assert all(row.prompt == pair.prompt for row in rows)
+    assert all(list(row.prompt) == pair.prompt for row in rows)
 
 
 @pytest.mark.parametrize("label", [True, False])
