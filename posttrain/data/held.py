@@ -83,7 +83,8 @@ def digest_records(records: Iterable[Record]) -> str:
         return records.digest
     digest = sha256()
     for record in records:
-        values = (type(record).__name__, *_values_of(type(record))(record))
+        kind: Any = type(record)
+        values = (kind.__name__, *_values_of(kind)(record))
         try:
             digest.update(marshal.dumps(values, MARSHAL))
         except ValueError:  # a plugin's records may hold any type
