@@ -174,7 +174,7 @@ def test_the_mismatched_answers_of_a_batch_are_its_own_with_other_prompts(count:
     rows = with_mismatches(answers(count, 0), size)
     for start in range(0, count, size):
         batch = rows[start : start + size]
-        assert sorted(row.completion for row in batch) == sorted(row.aside for row in batch)
+        assert sorted(list(row.completion) for row in batch) == sorted(list(row.aside) for row in batch)
         assert len(batch) == 1 or all(row.completion != row.aside for row in batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ def _quantised(parent: ModelSource) -> Any:
     return dequantise(AutoModelForCausalLM.from_pretrained(parent.model, dtype=torch.float32, **settings))
 
 
-def log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+def log_prob(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """Log-probability of an answer, token by token, with its gradient."""
     total = torch.zeros((), dtype=torch.float64)
     for place in range(len(answer)):
-        logits = model(torch.tensor([prompt + answer[:place]])).logits[0, -1]
+        logits = model(torch.tensor([[*prompt, *answer[:place]]])).logits[0, -1]
         total = total + logits[answer[place]] - torch.logsumexp(logits, 0)
     return total
 
