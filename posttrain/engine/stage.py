@@ -1,4 +1,4 @@
-"""The loop in a stage: rows from the store, reach, idle weights and eval loss in reports and records, answers trained."""
+"""The loop in a stage: rows from the store, reach, idle weights and eval loss in reports, and answers trained."""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ def columns(stage: str, rows: Sequence[Any]) -> dict[str, list[Any]]:
     """The columns of TRL's collators."""
     found: dict[str, list[Any]] = {"prompt_ids": [list(row.prompt) for row in rows]}
     if stage != "kto":
-        return found | {"chosen_ids": [list(row.chosen) for row in rows], "rejected_ids": [list(row.rejected) for row in rows]}
+        sides = {"chosen_ids": [list(row.chosen) for row in rows]}
+        return found | sides | {"rejected_ids": [list(row.rejected) for row in rows]}
     found |= {"completion_ids": [list(row.completion) for row in rows], "label": [row.label for row in rows]}
     return found | ({"KL_completion_ids": [row.aside for row in rows]} if rows[0].aside else {})
 
