@@ -65,9 +65,7 @@ def rendered() -> list[tuple[list[int], list[int], bool, str]]:
     return found
 
 
-def test_the_store_gives_the_ids_of_the_renderer_once_rendered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_gives_the_ids_of_the_renderer_once_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
 
     def read() -> Sequence[Preference | Feedback]:
