@@ -36,8 +36,12 @@ MOST_OF_GROUP = 256
 """Staying rows of a group that a later row may be compared with."""
 MOST_COMPARED = 32
 """Rows that one row is compared with, those first that have most bands in common with it."""
-OPERATORS = re.compile(r"[+/=<>^%&|~×÷−±≤≥≠√]|(?<![^\W\d])[-*](?=\s*\d)")
+OPERATORS = "+/=<>^%&|~×÷−±≤≥≠√"
 """Signs that tell two problems of the same words apart."""
+NO_OPERATORS = bytes(byte for byte in range(256) if byte >= 128 or chr(byte) not in OPERATORS)
+SIGNS = re.compile(rb"(?<![a-z_])[-*](?= ?\d)")
+"""A minus or a times before a number, and no hyphen or star of a word."""
+BEYOND_ASCII = re.compile("[×÷−±≤≥≠√]")
 
 Places = NDArray[np.intp]
 Chunks = Callable[[], Iterable[Sequence[str]]]
@@ -179,11 +183,12 @@ class _ShingleSets:
         flat = shingles(texts)
         for number, text in enumerate(texts):
             ordered = np.sort(flat.row(number))
-            distinct = ordered[np.r_[True, ordered[1:] != ordered[:-1]]]
-            stream.write(distinct.tobytes())
+            new = ordered[1:] != ordered[:-1]
+            distinct = ordered if new.all() else ordered[np.concatenate(([True], new))]
+            stream.write(distinct.data)
             self._offsets.append(self._offsets[-1] + len(distinct))
-            signs = "".join(OPERATORS.findall(text.decode("utf-8", "surrogatepass")))
-            self._operators.append(blake2b(signs.encode(), digest_size=8).digest() if signs else b"")
+            signs = _operators(text)
+            self._operators.append(blake2b(signs, digest_size=8).digest() if signs else b"")
 
     def similarity(self, row: int, other: int) -> float:
         """Return the Jaccard similarity of two rows; below 1 when the same words have other operators between them."""
@@ -203,6 +208,14 @@ class _ShingleSets:
         """Remove the file."""
         del self._hashes
         self._path.unlink(missing_ok=True)
+
+
+def _operators(text: bytes) -> bytes:
+    """Return the operators of a normalised text."""
+    found = text.translate(None, NO_OPERATORS)
+    if b"-" in text or b"*" in text:
+        found += b"".join(SIGNS.findall(text))
+    return found if text.isascii() else found + "".join(BEYOND_ASCII.findall(text.decode("utf-8", "replace"))).encode()
 
 
 def _decide(

@@ -27,7 +27,7 @@ CHARACTERS = 5
 """Characters of a shingle in a text without spaces."""
 UNSPACED_SHARE = 0.3
 """Share of characters without spaces from which on a text counts as one without."""
-SLAB = 1 << 18
+SLAB = 1 << 16
 """Bytes hashed at once: the arrays stay in the processor's cache."""
 
 UNSPACED = re.compile(
@@ -47,6 +47,9 @@ SPACES = bytes.maketrans(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f", b"abcdefghijklmnopqrstuvwxyz" + b" " * 9
 )
 """ASCII in lower case, each space a blank."""
+
+WORD_BYTES = bytes(byte if byte >= 128 or chr(byte).isalnum() or chr(byte) == "_" else 0 for byte in range(256))
+"""Each byte of a word as it is, all others 0."""
 
 Hashes = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
@@ -93,12 +96,13 @@ def words(texts: Sequence[bytes]) -> Flat:
     """Return the hashes of the words of normalised texts."""
     spaced = [text if text.isascii() else _space(text) for text in texts]
     parts, counts = [], np.zeros(len(texts), np.int64)
+    scratch_B = np.empty(SLAB + 1, np.uint64)  # used again and again: fresh memory takes longer than the hashing
     first = 0
     while first < len(spaced):
         last, size = first + 1, len(spaced[first])
         while last < len(spaced) and (size := size + 1 + len(spaced[last])) <= SLAB:
             last += 1
-        found, counts[first:last] = _hash_words(spaced[first:last])
+        found, counts[first:last] = _hash_words(spaced[first:last], scratch_B)
         parts.append(found)
         first = last
     return Flat(np.concatenate(parts) if parts else np.empty(0, np.uint64), _offsets(counts))
@@ -135,7 +139,7 @@ def k_grams(flat: Flat, k: int, *, whole: bool = True) -> Flat:
     """
     starts_R, lengths_R = flat.offsets[:-1], np.diff(flat.offsets)
     short_R = (lengths_R < k) & (lengths_R > 0)
-    grams_W = combine([np.roll(flat.hashes, -step) for step in range(k)])  # the last ones wrap around
+    grams_W = _runs(flat.hashes, k)
     keep_W = np.ones(len(flat.hashes), bool)
     for back in range(1, k):  # the last k - 1 words of a row begin no run
         at_R = flat.offsets[1:] - back
@@ -158,37 +162,45 @@ def combine(terms: Sequence[Hashes]) -> Hashes:
     return _mix(total)
 
 
+def _runs(hashes_W: Hashes, k: int) -> Hashes:
+    """Return ``combine`` of the ``k`` hashes from each one on; of the last ones, with fewer behind them, some number."""
+    total_W = hashes_W + np.uint64(k)
+    for step in range(1, k):
+        total_W *= np.uint64(BASE)
+        total_W[:-step] += hashes_W[step:]
+    return _mix(total_W)
+
+
 def _space(text: bytes) -> bytes:
     """Return a text with blanks for punctuation beyond ASCII, and around characters that are words of their own."""
     characters = PUNCTUATION.sub(" ", text.decode("utf-8", "surrogatepass"))
     return UNSPACED.sub(r" \g<0> ", characters).encode("utf-8", "surrogatepass")
 
 
-def _hash_words(texts: Sequence[bytes]) -> tuple[Hashes, Offsets]:
+def _hash_words(texts: Sequence[bytes], scratch_B: Hashes) -> tuple[Hashes, Offsets]:
     """Return the hashes of the words of texts that fit a slab, or of one that does not, and the words of each text."""
     if len(texts) == 1 and len(texts[0]) > SLAB:
-        found = _hash_long(texts[0])
+        found = _hash_long(texts[0], scratch_B)
         return found, np.array([len(found)], np.int64)
-    bytes_B = _word_bytes()[np.frombuffer(b" ".join(texts) + b" ", np.uint8)]
-    hashes_W, starts_W = _hash_slab(bytes_B)
+    bytes_B = np.frombuffer((b" ".join(texts) + b" ").translate(WORD_BYTES), np.uint8)
+    hashes_W, starts_W = _hash_slab(bytes_B, scratch_B)
     sizes_R = np.array([len(text) + 1 for text in texts], np.int64)
     return hashes_W, np.diff(np.searchsorted(starts_W, _offsets(sizes_R)))
 
 
-def _hash_long(text: bytes) -> Hashes:
+def _hash_long(text: bytes, scratch_B: Hashes) -> Hashes:
     """Return the hashes of the words of one text longer than a slab; a word that is longer is cut."""
     parts, first = [], 0
-    table = _word_bytes()
     while first < len(text):
-        bytes_B = table[np.frombuffer(text, np.uint8, min(SLAB, len(text) - first), first)]
+        bytes_B = np.frombuffer(text[first : first + SLAB].translate(WORD_BYTES), np.uint8)
         if first + len(bytes_B) < len(text) and len(ends := np.flatnonzero(bytes_B[-SLAB // 2 :] == 0)):
             bytes_B = bytes_B[: len(bytes_B) - SLAB // 2 + ends[-1] + 1]
-        parts.append(_hash_slab(bytes_B)[0])
+        parts.append(_hash_slab(bytes_B, scratch_B)[0])
         first += len(bytes_B)
     return np.concatenate(parts)
 
 
-def _hash_slab(bytes_B: NDArray[np.uint8]) -> tuple[Hashes, Offsets]:
+def _hash_slab(bytes_B: NDArray[np.uint8], scratch_B: Hashes) -> tuple[Hashes, Offsets]:
     """Return the hash and the place of each word, a run of bytes that are not 0."""
     powers_B, inverses_B = _powers()
     inside_B = bytes_B != 0
@@ -197,13 +209,17 @@ def _hash_slab(bytes_B: NDArray[np.uint8]) -> tuple[Hashes, Offsets]:
     starts_W = np.flatnonzero(begins_B)
     if not len(starts_W):
         return np.empty(0, np.uint64), starts_W
-    sums_W = np.add.reduceat(bytes_B * powers_B[: len(bytes_B)], starts_W)
-    return _mix(sums_W * inverses_B[starts_W]), starts_W
+    terms_B = scratch_B[: len(bytes_B)]
+    terms_B[:] = bytes_B
+    terms_B *= powers_B[: len(bytes_B)]
+    sums_W = np.add.reduceat(terms_B, starts_W)
+    sums_W *= inverses_B[starts_W]
+    return _mix(sums_W), starts_W
 
 
 def _mix(values: Hashes) -> Hashes:
-    """Return splitmix64's mixture of values: every bit of the result depends on every bit of the value."""
-    values = values ^ (values >> np.uint64(30))
+    """Mix values in place as splitmix64 does: every bit of the result depends on every bit of the value."""
+    values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
     values *= np.uint64(0x94D049BB133111EB)
@@ -213,14 +229,6 @@ def _mix(values: Hashes) -> Hashes:
 
 def _offsets(counts: NDArray[Any]) -> Offsets:
     return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-
-
-@cache
-def _word_bytes() -> NDArray[np.uint8]:
-    """Return a table of all bytes: those of words as they are, all others 0."""
-    table = np.arange(256, dtype=np.uint8)
-    table[[byte for byte in range(128) if not (chr(byte).isalnum() or chr(byte) == "_")]] = 0
-    return table
 
 
 @cache

@@ -150,6 +150,7 @@ def test_rows_of_one_template_stay_and_their_copies_go() -> None:
         ("Is 3 < 5 here", "is 3 > 5 here?"),
         ("Add -5 and 7 to it", "add 5 and 7 to it"),
         ("3 * 4 is", "3 / 4 is"),
+        ("3 × 4 is", "3 ÷ 4 is"),
     ],
 )
 def test_problems_with_other_operators_are_no_duplicates(one: str, other: str) -> None:
