@@ -2,8 +2,8 @@
 
     python benchmarks/duplicates.py [--rows 100000] [--unchecked]
 
-Rows of random sentences, 158 words on average: 70 % distinct, 10 % copies (a quarter of them in capitals and other spaces),
-18 % with 1 to 20 % of their words edited, 2 % with other numbers. Each contender is a process of its own, on one thread, and
+Rows of random sentences, 155 words on average: 70 % distinct, 10 % copies (a quarter of them in capitals and other
+spaces), 18 % with 1 to 20 % of their words edited, 2 % with other numbers. Each contender is a process of its own, and
 reads the same Parquet file. A row with an earlier one of its family at a Jaccard similarity of 0.8 ought to go.
 """
 

@@ -163,7 +163,7 @@ def combine(terms: Sequence[Hashes]) -> Hashes:
 
 
 def _runs(hashes_W: Hashes, k: int) -> Hashes:
-    """Return ``combine`` of the ``k`` hashes from each one on; of the last ones, with fewer behind them, some number."""
+    """Return ``combine`` of the ``k`` hashes from each one on, and of those left at the end."""
     total_W = hashes_W + np.uint64(k)
     for step in range(1, k):
         total_W *= np.uint64(BASE)
