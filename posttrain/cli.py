@@ -27,8 +27,11 @@ from posttrain.version import __version__
 HELP = """\
 posttrain: post-training of language models in which an evaluation gates every stage
 
+  posttrain init FILE [--model DIR] [--pairs FILE] [--questions FILE]
+                                               write a commented recipe for a file of chats, with a gate
   posttrain recipe=NAME [key=value ...]        run a recipe, or resume it
   posttrain plan recipe=NAME [key=value ...]   check it and show its stages, settings and gates
+  posttrain show recipe=NAME [...]             print it in full, with the place each value comes from; --all: defaults too
   posttrain tokens recipe=NAME [...]           show rendered and packed rows, trained tokens in colour; --all reads all
   posttrain doctor recipe=NAME [...]           prove the SFT gradient on the recipe's model and data
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
@@ -45,6 +48,7 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                proven first; --host, --token-file FILE, --allow-unpromoted
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
+  posttrain runs [recipe=NAME]                 list the runs: state, lifts, what differs
   posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
   posttrain ledger export|verify|rebuild       every recorded lift: print them, detect changed rows, or rebuild them
                                                from the runs
@@ -69,6 +73,7 @@ COMMANDS = (
     "card",
     "doctor",
     "gate",
+    "init",
     "leaderboard",
     "ledger",
     "list",
@@ -77,7 +82,9 @@ COMMANDS = (
     "plan",
     "push",
     "report",
+    "runs",
     "serve",
+    "show",
     "tokens",
 )
 """Commands of ``posttrain.commands``, each the ``main(words)`` of the module of its name."""
@@ -169,7 +176,11 @@ def _help(words: list[str]) -> str | None:
     if words[:1] == ["--version"]:
         return f"posttrain {__version__}\n"
     asked = not words or words[0] == "help" or (words[0] in HELP_FLAGS)
-    return HELP if asked or (words[0] in COMMANDS and any(word in HELP_FLAGS for word in words)) else None
+    if asked or not any(word in HELP_FLAGS for word in words):
+        return HELP if asked else None
+    from posttrain.commands.help import help_of  # a page a command, read when one is asked for
+
+    return help_of(words[0] if words[0] in COMMANDS else "run") or HELP
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -12,6 +12,7 @@ PosttrainError          1  a bug, or anything without a better class
 │   └── ProofFailed     5  doctor found a wrong mask or gradient
 ├── PluginFailed        6  a plugin raised, or returned the wrong type
 └── Interrupted        75  stopped from outside; run the same command to resume
+    └── SpendCapReached  75  the run has spent what it may; with a higher cap it resumes
 """
 
 from __future__ import annotations
@@ -139,11 +140,15 @@ class Interrupted(PosttrainError):
     exit_code = 75
 
 
-def nearest(name: str, options: Iterable[str]) -> str | None:
-    """Return the option most like ``name``, or None when none is close."""
+class SpendCapReached(Interrupted):
+    """The run has spent what it may; with a higher ``spend_cap`` the same command resumes it."""
+
+
+def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the option most like ``name`` and other than it, or None when none is close."""
     import difflib
 
-    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, [each for each in options if each != name], n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
@@ -160,7 +165,7 @@ def explain(error: PosttrainError) -> int:
     problems = error.problems if isinstance(error, BadInput) else [error]
     for problem in problems:
         print(f"error: {lines(str(problem))}", file=sys.stderr)
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted) and not isinstance(error, SpendCapReached):
         print("Run the same command again to resume.", file=sys.stderr)
     return error.exit_code
 

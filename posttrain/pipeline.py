@@ -27,6 +27,7 @@ from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.published import withdraw
+from posttrain.run.spending import within_cap
 from posttrain.run.start import read_base, read_start
 from posttrain.run.train import read_all, train
 
@@ -51,7 +52,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         )
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
-        with open_run(path, plan) as directory, host.restored(), _closing(directory, plan, host, display):
+        capped = within_cap(plan, path, interrupts, display.announce)
+        with open_run(path, plan) as directory, capped, host.restored(), _closing(directory, plan, host, display):
             host.start_run(plan, path)
             display.console.print(styled(("posttrain", "bold"), f" {plan.recipe} ─► {path}"))
             for line in plan.shadows:

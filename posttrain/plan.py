@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
+from posttrain.config.money import EXAMPLES, Amount, amount, prices
 from posttrain.config.ranges import out_of_range
 from posttrain.config.schema import (
     ROOT,
@@ -95,6 +96,10 @@ class Plan:
     """Folder of all runs."""
     start_from: Path | None
     """Folder of the artifact to start from; None: the base."""
+    spend_cap: Amount | None
+    """Most that the run may spend, in money or hours; None for no limit."""
+    price_per_hour: Amount | None
+    """Price of one device for an hour; None for that of the table."""
     start_from_unpromoted: bool
     """True when ``start_from`` may be an artifact that no gate passed."""
     resolved: Mapping[str, Any]
@@ -131,6 +136,8 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         "data_workers",
         "engine",
         "launch",
+        "spend_cap",
+        "price_per_hour",
         "model",
         "tracker",
         *host.own_nodes(),
@@ -151,6 +158,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         *_timeout_problems(config),
         *_worker_problems(config),
         *_consent_problems(config),
+        *_cap_problems(config),
     ]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
@@ -168,6 +176,8 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         data_workers=config.data_workers,
         output_root=Path(str(config.output_root)),
         start_from=Path(str(config.start_from)) if config.start_from else None,
+        spend_cap=None if config.spend_cap is None else amount(config.spend_cap),
+        price_per_hour=None if config.price_per_hour is None else amount(config.price_per_hour),
         start_from_unpromoted=config.start_from_unpromoted,
         resolved={key: _plain(config[key]) for key in used},
         shadows=composition.shadows,
@@ -188,11 +198,18 @@ def _unknown_nodes(composition: Composition, host: Host) -> list[Problem]:
         Problem(
             where=f"recipe: {key}",
             what=f"{key!r} is neither a setting nor a stage of this recipe",
-            fix=f"For a stage, add - /stage@{key}: KIND to the defaults. {suggest(key, [*keys, *host.stages])}",
+            fix=_mend(key, [*keys, *host.stages], host),
         )
         for key in map(str, composition.config)
         if key not in known
     ]
+
+
+def _mend(key: str, known: Sequence[str], host: Host) -> str:
+    """Return the fix of a top-level key without an owner: a stage in the defaults, or the nearest name."""
+    if key in host.stages:
+        return f"Add it to the defaults: - /stage@{key}: {key}; or leave out the defaults: then it is a stage as it is"
+    return f"For a stage, add - /stage@{key}: KIND to the defaults. {suggest(key, known)}"
 
 
 def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
@@ -312,3 +329,18 @@ def _timeout_problems(config: DictConfig) -> Sequence[Problem]:
     if seconds is None or (isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0):
         return ()
     return (Problem(where="plugin_timeout", what=f"{seconds!r} is not a number of seconds", fix="null: wait for ever"),)
+
+
+def _cap_problems(config: DictConfig) -> Sequence[Problem]:
+    cap, price = amount(config.spend_cap), amount(config.price_per_hour)
+    if config.spend_cap is not None and cap is None:
+        return (Problem(where="spend_cap", what=f"{config.spend_cap!r} is no amount", fix=EXAMPLES),)
+    if config.price_per_hour is not None and (price is None or price.is_time):
+        what = f"{config.price_per_hour!r} is no amount of money"
+        return (Problem(where="price_per_hour", what=what, fix="Write it with its currency, such as 2.50 USD"),)
+    currency = prices()["currency"] if price is None else price.unit
+    if cap is not None and not cap.is_time and cap.unit != currency:
+        known = "the prices of conf/prices.yaml are" if price is None else "price_per_hour is"
+        fix = f"Give price_per_hour='2.50 {cap.unit}', or a cap in {currency}"
+        return (Problem(where="spend_cap", what=f"is in {cap.unit}, and {known} in {currency}", fix=fix),)
+    return ()

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config.compose import compose
+from posttrain.config.money import HOURS, Amount
 from posttrain.config.schema import Backend, GateConfig, GateTask, LaunchConfig, Method, Sequential
 from posttrain.data.mixing import count_records
 from posttrain.errors import BadInput
@@ -76,6 +77,8 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
     stored, needs = _stored(plan), needs_of(plan)
     lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored)]
     lines += [*(f"warning  stands on what no gate passed: {each}" for each in read_base(plan)), ""]
+    if plan.spend_cap is not None:
+        lines[-1:] = [_cap(plan), ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
@@ -87,6 +90,17 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
         lines += [f"  advice {line}" for line in _advice(step, stored)]
         lines += [""]
     return lines[:-1]
+
+
+def _cap(plan: Plan) -> str:
+    """Return the line about the spend cap."""
+    cap, price, world = plan.spend_cap, plan.price_per_hour, shape_of(plan.launch).world
+    what = f"spend  at most {cap}: the run stops before that with a checkpoint and exit code 75"
+    if cap is None or cap.is_time:
+        return what
+    if price is None:
+        return f"{what}; at the price that conf/prices.yaml has for the device, or price_per_hour=2.50 {cap.unit}"
+    return f"{what}, after {Amount(value=cap.value / price.value / world, unit=HOURS)} at {price} an hour a device"
 
 
 def _advice(step: Step, stored: Kinds) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,16 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from posttrain.config import explain, sources
+from posttrain.config.expansion import check_interpolations, leaves, shown_key
 from posttrain.config.paths import shipped
-from posttrain.config.settings_file import (
-    FAULTS,
-    HYDRA,
-    Reading,
-    check_interpolations,
-    check_words,
-    leaves,
-    shown_key,
-)
+from posttrain.config.settings_file import FAULTS, HYDRA, Reading, check_words
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host import consent
 from posttrain.host.plugins import Host
@@ -59,6 +52,10 @@ class Composition:
     shadows: tuple[str, ...] = ()
     """A line for each chosen option with a second file of its name, which is not used."""
     problems: list[Problem] = field(default_factory=list)
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Chosen options by group and place, such as ``gate@sft.gate``."""
+    reading: Reading = field(default_factory=Reading)
+    """The files that it was read from."""
 
 
 def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Composition:
@@ -68,7 +65,7 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
     problems: list[Problem] = []
     with _hydra(host, own):
         while True:
-            sources.FolderSource.reading = Reading()
+            reading = sources.FolderSource.begin()
             try:
                 config = hydra.compose(PRIMARY[choice], remaining, return_hydra_config=True)
                 break
@@ -92,6 +89,7 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
     return Composition(
         recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
         tracker=choices.get("tracker", "none"), shadows=tuple(sources.shadows(choices)), problems=problems,
+        choices=choices, reading=reading,
     )  # fmt: skip
 
 

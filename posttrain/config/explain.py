@@ -169,12 +169,23 @@ def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, hos
         return Problem(where=where, what="no tracker is chosen", fix=f"Add tracker=NAME. {suggest('', options)}")
     if leaf in known and cause is not None and not isinstance(cause, ConfigKeyError):
         return Problem(where=where, what=readable(str(cause.msg)), fix=_expected(key, host))
-    close = nearest(leaf, known)
+    close = nearest(leaf, known) if parent else _of_a_stage(leaf, known, host) or nearest(leaf, known)
     prefix = f"{parent}." if parent else ""
     fix = (f"Did you mean {prefix}{close}? " if close else "") + f"Available: {', '.join(known)}"
     if re.fullmatch(r"(\w+\.)?gate\.tasks\.[^.]+", key) and "=" in where:
         fix += f"\n    For a new task, add a +: +{where.lstrip('+')}"
     return Problem(where=where, what=f"unknown key {key!r}", fix=fix)
+
+
+def _of_a_stage(leaf: str, known: Sequence[str], host: Host) -> str | None:
+    """Return the dotted name of a stage's setting that is given without the stage, as a plain recipe writes it."""
+    stages = [name for name in known if name in host.stages]
+    owners = [name for name in stages if leaf in {field.name for field in fields(host.stages[name].config)}]
+    if leaf == "rank":
+        return f"{stages[0]}.lora.r" if stages else None
+    if leaf == "gate" and owners:
+        return f"gate@{owners[0]}.gate=NAME"
+    return f"{owners[0]}.{leaf}" if owners else None
 
 
 def _composition_problem(text: str, host: Host) -> Problem:

@@ -17,7 +17,7 @@ from posttrain.config.ranges import number, out_of_range
 
 ROOT = (
     "seed", "output_root", "stages", "start_from", "start_from_unpromoted", "model", "data", "gate_data", "tracker",
-    "variant", "plugin_timeout", "data_workers", "engine", "launch",
+    "variant", "plugin_timeout", "data_workers", "engine", "launch", "spend_cap", "price_per_hour",
 )  # fmt: skip
 """Keys at the top level of every recipe, other than its stages and the settings of plugins."""
 MISSING: Any = "???"

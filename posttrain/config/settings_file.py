@@ -7,7 +7,7 @@ code, reads no environment, sets nothing of Hydra's own and holds no secret; the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,22 +16,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from posttrain.config.expansion import MOST_DEPTH, MOST_KEY, check_interpolations, items, leaves, shown_key
 from posttrain.errors import BadInput, Problem, reject, shown
 from posttrain.quoting import SECRET, is_secret
 
 MOST_BYTES = 100_000
-MOST_DEPTH = 30
 MOST_VALUES = 5_000
 """Values of all files of a recipe, aliases replaced by what they stand for."""
 MOST_CHARACTERS = 10_000
 """Characters of one value, and of one word of the command line."""
-MOST_KEY = 200
-"""Characters of one key."""
 MOST_DEFAULTS = 100
 """Entries of a list of defaults, and files that a recipe includes, each as often as it is included."""
-MOST_RESOLVED = 5_000
-"""Interpolations of a recipe, each as often as it has to be resolved."""
-MOST_RESOLVED_CHARACTERS = 1_000_000
 RESOLVERS = ("shipped",)
 """Resolvers that files and words may use."""
 GROUPS = ("recipe", "gate", "model", "variant", "tracker", "launch", "stage", "settings")
@@ -40,7 +35,6 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "b
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FAULTS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError)
 """What the parsers raise for text that is no sound YAML, such as an integer of 5,000 digits."""
-INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 HYDRA = "hydra"
 
 
@@ -48,6 +42,12 @@ HYDRA = "hydra"
 class Reading:
     """The files that one composition has read, as far as it has come."""
 
+    form: Callable[[Path, Mapping[str, Any]], tuple[dict[str, Any], dict[str, str]]] | None = None
+    """Return the full form of a plain recipe, and the keys of the recipe by those of the full form."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Key of a plain recipe by key of its full form, where the two differ."""
+    files: dict[str, tuple[Path, Mapping[str, Any]]] = field(default_factory=dict)
+    """Path and settings of each file, by its name."""
     included: dict[str, list[str]] = field(default_factory=dict)
     """The files that each file includes, by their paths without a suffix, such as ``recipe/mine``."""
     values: int = 0
@@ -68,8 +68,24 @@ class Reading:
         _reject_code(path, raw)
         if name.startswith("recipe/"):  # alone, it is measured before Hydra may resolve any of it
             check_interpolations(raw, str(path))
+            if self.form is not None and "defaults" not in raw and not self._is_part(name):
+                config, raw = self._full_form(path, name, raw)
+        self.files[name] = (path, raw)
         self._include(path, name, raw.get("defaults"))
         return config, _package(path, text)
+
+    def _full_form(self, path: Path, name: str, plain: Mapping[str, Any]) -> tuple[DictConfig, dict[str, Any]]:
+        """Return the full form of a plain recipe. Raises BadInput for one that is no data, or grows too large."""
+        raw, self.origins = self.form(path, plain) if self.form is not None else (dict(plain), {})
+        _reject_code(path, raw)
+        self._include(path, name, raw["defaults"])
+        if sum(1 for _ in leaves(raw)) > MOST_VALUES:
+            _reject_size(path, f"{MOST_VALUES:,} values in its full form")
+        return OmegaConf.create(raw), raw
+
+    def _is_part(self, name: str) -> bool:
+        """Return True for a file that another one includes: it needs no stages of its own."""
+        return any(name in included for included in self.included.values())
 
     def _include(self, path: Path, name: str, defaults: Any) -> None:
         """Add the file's list of defaults. Raises BadInput for a ring of files, and for too many."""
@@ -262,11 +278,6 @@ def _reject_code(path: Path, raw: Any) -> None:
         raise BadInput(problems)
 
 
-def shown_key(key: str) -> str:
-    """Return a key for a message, in 80 characters at most."""
-    return key if len(key) <= 80 else f"{key[:77]}..."
-
-
 def _text_problems(where: str, text: str) -> list[Problem]:
     """Return the problems of the interpolations in a text."""
     if "${" not in text:
@@ -286,24 +297,9 @@ def _text_problems(where: str, text: str) -> list[Problem]:
 
 
 def _keys(raw: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in _items(raw):
+    for key, value in items(raw):
         yield f"{prefix}{key}"
         yield from _keys(value, f"{prefix}{key}.")
-
-
-def leaves(raw: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and the value of everything in mappings and lists that is neither."""
-    for key, value in _items(raw):
-        if isinstance(value, Mapping | list | tuple):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _items(raw: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(raw, Mapping):
-        return raw.items()
-    return enumerate(raw) if isinstance(raw, list | tuple) else ()
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -337,63 +333,3 @@ def _depth(text: str) -> int:
         depth += 1 if mark in "[({" else -1
         deepest = max(deepest, depth)
     return deepest
-
-
-def check_interpolations(raw: Mapping[Any, Any], name: str) -> None:
-    """Raise BadInput for values that refer to themselves, or that grow beyond all bounds when they are resolved."""
-    expansion = _Expansion(raw, name)
-    references = characters = 0
-    for path in [(str(key),) for key in raw]:
-        more_references, more_characters = expansion.size(path, ())
-        references, characters = references + more_references, characters + more_characters
-        if references > MOST_RESOLVED or characters > MOST_RESOLVED_CHARACTERS:
-            what = "grows beyond all bounds when its interpolations are resolved"
-            reject(f"{name}: {path[0]}", what, "Write the values themselves")
-
-
-@dataclass
-class _Expansion:
-    """The size of values with their interpolations resolved, found without resolving any."""
-
-    raw: Any
-    name: str
-    """Name of the recipe or gate."""
-    known: dict[tuple[str, ...], tuple[int, int]] = field(default_factory=dict)
-
-    def size(self, path: tuple[str, ...], above: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
-        """Return the number of interpolations to resolve in the value at ``path``, and of its characters."""
-        if path in self.known:
-            return self.known[path]
-        where = f"{self.name}: {shown_key('.'.join(path))}"
-        if path in above:
-            reject(where, "refers to itself", "Write the value itself")
-        if len(above) > MOST_DEPTH:
-            reject(where, f"is interpolated over more than {MOST_DEPTH} other values")
-        above = (*above, path)
-        value, _ = self._follow(path)
-        if isinstance(value, str):
-            found = INNERMOST.findall(value)
-            sizes = [(len(found), len(value)), *(self._reference(each, path, above) for each in found)]
-        else:
-            sizes = [(0, 1), *(self.size((*path, str(key)), above) for key, _ in _items(value))]
-        total = (sum(each[0] for each in sizes), sum(each[1] for each in sizes))
-        self.known[path] = total
-        return total
-
-    def _reference(self, found: str, path: tuple[str, ...], above: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
-        if ":" in found:  # a resolver: its argument is a short text
-            return 0, MOST_KEY
-        dots = len(found) - len(found.lstrip("."))
-        start = path[:-dots] if dots else ()
-        _, target = self._follow((*start, *filter(None, re.split(r"[.\[\]]+", found.strip()))))
-        return (0, 0) if not target else self.size(target, above)
-
-    def _follow(self, path: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-        """Return the value at ``path``, or the interpolation on the way to it, with its own path."""
-        node = self.raw
-        for index, part in enumerate(path):
-            children = {str(key): value for key, value in _items(node)}
-            if part not in children:
-                return (node, path[:index]) if isinstance(node, str) else (None, ())
-            node = children[part]
-        return node, path

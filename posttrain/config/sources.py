@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, EnumNode, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
+from posttrain.config.plain import Known, full_form
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import (
     FROM_VARIANT,
@@ -68,7 +69,9 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
     store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant, "engine": engine}))
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf, RecipeSearchPath.named = conf[1:], list(named)
-    FolderSource.reading, FolderSource.dropped = Reading(), set()
+    RecipeSource.known = _known(host)
+    FolderSource.begin()
+    FolderSource.dropped = set()
     plugins = Plugins.instance()
     for plugin in (FolderSource, RecipeSource, RecipeSearchPath):
         plugins.register(plugin)
@@ -81,6 +84,29 @@ def _stage_settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageCo
         return stage.config(kind=stage.name)
     variant[stage.name] = {name: str(default) for name, default in defaults.items()}
     return stage.config(kind=stage.name, **{name: from_recipe(f"variant.{stage.name}.{name}") for name in defaults})
+
+
+def _known(host: Host) -> Known:
+    """Return the names that a plain recipe may use."""
+    return Known(
+        stages={name: stage.config for name, stage in host.stages.items()},
+        nodes=host.own_nodes(),
+        is_model=lambda name: option_file("model", name) is not None,
+        gate=_gate_settings,
+    )
+
+
+def _gate_settings(name: str) -> Mapping[str, Any]:
+    path = option_file("gate", name)
+    raw: Any = {} if path is None else OmegaConf.to_container(Reading().read(path, f"gate/{name}")[0], resolve=False)
+    return cast(Mapping[str, Any], raw)
+
+
+def option_file(group: str, name: str) -> Path | None:
+    """Return the file of an option of a group; None when there is none."""
+    folders = [shipped("conf"), *RecipeSearchPath.conf, *RecipeSearchPath.named]
+    found = [] if "/" in name else [folder / group / f"{name}.yaml" for folder in folders]
+    return next((path for path in found if path.is_file()), None)
 
 
 def _from_variant(method: str, adapter: float, full: float) -> float:
@@ -126,6 +152,12 @@ class FolderSource(ConfigSource):
     """The files of this composition."""
     dropped: ClassVar[set[str]] = set()
     """Dotted keys to leave out of recipes: each is reported already, and composing continues to find the next."""
+
+    @staticmethod
+    def begin() -> Reading:
+        """Begin to read the files of another composition."""
+        FolderSource.reading = Reading(form=RecipeSource.full_form)
+        return FolderSource.reading
 
     @staticmethod
     def scheme() -> str:
@@ -175,6 +207,14 @@ class FolderSource(ConfigSource):
 
 class RecipeSource(FolderSource):
     """Serves ``<folder>/<name>.yaml`` as the option ``recipe=<name>``."""
+
+    known: ClassVar[Known]
+    """The names that a plain recipe may use."""
+
+    @classmethod
+    def full_form(cls, path: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the full form of a plain recipe, and its keys by those of the full form."""
+        return full_form(path, raw, cls.known)
 
     @staticmethod
     def scheme() -> str:

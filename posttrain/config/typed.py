@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from posttrain.config.expansion import leaves
 from posttrain.config.explain import readable
 from posttrain.config.schema import GateConfig, GateTask, Role, Source
-from posttrain.config.settings_file import leaves
 from posttrain.errors import Problem, suggest
 from posttrain.host.plugins import Host
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -27,10 +29,29 @@ class Interrupts:
         self._say = say
         self._deferred = False
         self._requested = False
+        self._installed = False
+        self._asked: float | None = None
+        self._steps: deque[float] = deque(maxlen=5)
 
     def requested(self) -> bool:
         """Return True after the first signal."""
+        now = time.monotonic()
+        if self._asked is not None:
+            self._steps.append(now - self._asked)
+        self._asked = now
         return self._requested
+
+    @property
+    def longest_step(self) -> float:
+        """Longest of the newest times in seconds between two looks at ``requested``: a stage looks after each step."""
+        return max(self._steps, default=0.0)
+
+    def stop(self) -> None:
+        """Request a stop from another thread, unless there was a request already."""
+        if not self._installed:
+            self._requested = True
+        elif not self._requested:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -40,16 +61,18 @@ class Interrupts:
             return
         with self._answered():
             former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._installed = True
             try:
                 yield
             finally:
+                self._installed = False
                 for number, handler in former.items():
                     signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Let the code inside poll ``requested`` and stop by itself."""
-        self._deferred = True
+        self._deferred, self._asked = True, None
         try:
             yield
         finally:

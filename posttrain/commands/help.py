@@ -1,0 +1,134 @@
+"""The help of every command: its words, its flags, an example. Standard library alone, so that it is shown at once."""
+
+from __future__ import annotations
+
+RECIPE_FLAGS = """\
+  --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml; may be repeated
+  --trust-tasks      let task files of your own run their code"""
+ROOT_FLAG = "  output_root=DIR    folder of the runs; ./runs by default"
+FORMAT_FLAG = "  --format NAME      "
+PAGES = {
+    "run": f"""\
+posttrain recipe=NAME [key=value ...]
+Run a recipe, or resume it: train, score and decide, stage by stage.
+
+  key=value          any setting, such as sft.lr=1e-3; posttrain list STAGE has them, posttrain show those of a recipe
+  gate@STAGE.gate=X  another gate of a stage
+  +stage@NAME=KIND   one more stage; ~stage@NAME takes one out; 'stages=[sft,dpo]' selects and orders
+  --multirun, -m     run every combination of comma-separated values
+{RECIPE_FLAGS}
+
+Example: posttrain recipe=quickstart sft.epochs=3""",
+    "plan": f"""\
+posttrain plan recipe=NAME [key=value ...]     or posttrain recipe=NAME ... --dry-run
+Check a recipe with all of its problems at once, and show its stages, settings, memory, disk and gates. Trains nothing.
+
+  --json             print JSON
+{RECIPE_FLAGS}
+
+Example: posttrain plan recipe=quickstart sft.lr=1e-3""",
+    "show": f"""\
+posttrain show recipe=NAME [key=value ...]
+Print a recipe in full, after each value the place that it comes from. What is printed is a recipe, too.
+
+  --all              defaults, too
+{RECIPE_FLAGS}
+
+Example: posttrain show recipe=quickstart variant=full""",
+    "init": """\
+posttrain init FILE [--model DIR] [--pairs FILE] [--questions FILE] [--name NAME]
+Look at a file of chats and write a commented recipe into ./recipes. A tenth of the chats is set aside for its gate.
+
+  --model DIR        the model: a folder, or a name on the hub
+  --pairs FILE       pairs of a chosen and a rejected answer: adds a DPO stage
+  --questions FILE   your own questions with their answers, for the gate in place of chats set aside
+  --name NAME        name of the recipe; by default that of the file. Nothing is written over
+
+Example: posttrain init chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct""",
+    "runs": f"""\
+posttrain runs [recipe=NAME]
+List the runs, the newest first: state, lifts, time, and the settings in which those of one recipe differ.
+
+{ROOT_FLAG}
+{FORMAT_FLAG}table, markdown or json
+
+Example: posttrain runs recipe=quickstart""",
+    "tokens": f"""\
+posttrain tokens recipe=NAME [key=value ...]
+Show rendered records and a packed row as the model reads them, trained tokens marked, and count them.
+
+  --all              read every record, not the first 1,000 of each source
+{RECIPE_FLAGS}
+
+Example: posttrain tokens recipe=quickstart 'stages=[sft]'""",
+    "doctor": f"""\
+posttrain doctor recipe=NAME [key=value ...]
+Prove on the recipe's own model and data that loss and gradient are right, against plain float64. Ends with 5 when not.
+
+{RECIPE_FLAGS}
+
+Example: posttrain doctor recipe=quickstart""",
+    "list": """\
+posttrain list [LIST | STAGE | NODE | gate NAME | tasks [PATTERN]]
+Print what is available: recipes, stages, gates, models, variants, trackers, launches, settings, plugins.
+
+  STAGE              the settings of a stage, such as sft
+  NODE               those of model, source, lora, gate, task or launch
+  gate NAME          the tasks of a gate and its settings
+  tasks [PATTERN]    names of lm-eval's tasks, such as 'gsm8k*'; the first time takes a while, then an index is kept
+  --json             print JSON
+
+Example: posttrain list sft""",
+    "gate": """\
+posttrain gate adapter=DIR gate=NAME [key=value ...]
+Judge an existing adapter or model, for CI. Ends with 0 when it passes, 3 when it fails, 4 when undecided.
+
+  baseline=FILE|DIR  compare with the scores in FILE.json, or with an earlier adapter
+  --update-baseline  write the scores of an adapter that passes into the baseline
+  junit=FILE         write JUnit XML; markdown=FILE writes the comment for a pull request
+  model.path=DIR     the base, where it has moved; gate_data=FILE the rows for gates that ask for them
+  --config-dir DIR   your own gates, as in DIR/gate/NAME.yaml
+  --trust-tasks      let task files of your own run their code
+
+Example: posttrain gate adapter=runs/quickstart-1a2b/stages/sft/artifact gate=quickstart junit=gate.xml""",
+    "merge": """\
+posttrain merge ADAPTER_DIR OUTPUT_DIR
+Write an adapter and its base as one model, once its logits are shown to match.
+
+  model.path=DIR     the base, where it has moved; model.revision=COMMIT
+
+Example: posttrain merge runs/quickstart-1a2b/stages/sft/artifact merged""",
+    "report": """\
+posttrain report [RUN]
+Print the table of a run, by default the newest below ./runs, and write its report.html and report.md again.
+
+Example: posttrain report quickstart-1a2b3c4d5e6f""",
+    "leaderboard": f"""\
+posttrain leaderboard [task=NAME]
+Rank every recorded artifact beside its base, by task.
+
+{ROOT_FLAG}
+{FORMAT_FLAG}table, markdown or json
+
+Example: posttrain leaderboard task=gsm8k --format markdown""",
+    "ledger": f"""\
+posttrain ledger export|verify|rebuild
+Every recorded lift: print them, detect rows that were changed, or rebuild them from the runs.
+
+{ROOT_FLAG}
+{FORMAT_FLAG}with export: jsonl or csv
+
+Example: posttrain ledger verify""",
+    "new-plugin": """\
+posttrain new-plugin NAME
+Write a distribution with a stage of your own, its tests and its recipe into ./posttrain-NAME.
+
+Example: posttrain new-plugin rejection""",
+}  # fmt: skip
+"""The page of each command; ``run`` is the one of a recipe."""
+
+
+def help_of(command: str) -> str | None:
+    """Return the page of a command; None for one without."""
+    page = PAGES.get(command)
+    return None if page is None else f"{page}\n"
