@@ -31,7 +31,7 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                write a commented recipe for a file of chats, with a gate
   posttrain recipe=NAME [key=value ...]        run a recipe, or resume it
   posttrain plan recipe=NAME [key=value ...]   check it and show its stages, settings and gates
-  posttrain show recipe=NAME [...]             print it in full, with the place each value comes from; --all: defaults too
+  posttrain show recipe=NAME [...]             print it in full, with the origin of each value; --all: defaults too
   posttrain tokens recipe=NAME [...]           show rendered and packed rows, trained tokens in colour; --all reads all
   posttrain doctor recipe=NAME [...]           prove the SFT gradient on the recipe's model and data
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
@@ -68,6 +68,8 @@ Exit codes:        0 done, 1 a bug, 2 bad input or no room, 3 a gate failed an a
                    5 an artifact is damaged, 6 a plugin failed, 75 interrupted; run the same command to resume
 """
 HELP_FLAGS = ("--help", "-h")
+DRY_RUN = "--dry-run"
+"""Flag that makes a run a plan."""
 COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = (
     "card",
@@ -150,6 +152,8 @@ def dispatch(words: list[str]) -> int:
         return 0
     if words[0] in COMMANDS:
         return _command(words[0])(words[1:])
+    if DRY_RUN in words:
+        return _command("plan")([word for word in words if word != DRY_RUN])
     if "=" in words[0] or words[0].startswith(("-", "~", "+")):
         return _command("run")(words)
     close = nearest(words[0], COMMANDS)

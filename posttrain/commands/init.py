@@ -238,9 +238,7 @@ def _lengths(chats: Looked) -> list[str]:
     lines = [
         _setting("epochs", epochs, "passes over the data"),
         _setting("sequence_length", window, f"tokens of a row; the longest record has about {tokens[-1]:,.0f}"),
-        _setting(
-            "gradient_accumulation", batches, f"rows of a step; an epoch has {round(rows / batches) or 1:,}"
-        ),
+        _setting("gradient_accumulation", batches, f"rows of a step; an epoch has {round(rows / batches) or 1:,}"),
     ]
     if chats.kind == "chats" and len(tokens) >= LEAST_EVAL:
         lines.append(_setting("eval_share", 0.05, "of the records tell by their loss when training goes too far"))

@@ -13,7 +13,7 @@ from posttrain.config.paths import shipped
 from posttrain.host.plugins import Host
 from posttrain.plan import make_plan
 from tests.support.command import main
-from tests.support.fakes import GATES, Script, run_recipe, write_project
+from tests.support.fakes import Script, run_recipe, write_project
 
 BASE = str(shipped("recipes") / "quickstart/base")
 
@@ -31,6 +31,10 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 def test_help_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("recipe=quickstart", "--help") == 0
     assert "--multirun" in capsys.readouterr().out
+    assert main("recipe=quickstart", "--dry-run") == 0
+    planned = capsys.readouterr().out
+    assert main("plan", "recipe=quickstart") == 0
+    assert capsys.readouterr().out == planned
 
 
 def write_rows(path: str, rows: list[dict[str, object]]) -> None:
@@ -45,7 +49,7 @@ def chat(number: int) -> dict[str, object]:
 def test_a_file_of_chats_becomes_a_recipe_that_plans(
     working_folder: Path, host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows("my chats.jsonl", [*map(chat, range(200)), *map(chat, range(0, 20))])
+    write_rows("my chats.jsonl", [*map(chat, range(200)), *map(chat, range(20))])
     assert main("init", "my chats.jsonl", "--model", BASE) == 0
     assert "posttrain recipe=my_chats" in capsys.readouterr().out
     text = Path("recipes/my_chats.yaml").read_text()
