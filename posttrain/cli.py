@@ -182,9 +182,11 @@ def _help(words: list[str]) -> str | None:
     asked = not words or words[0] == "help" or (words[0] in HELP_FLAGS)
     if asked or not any(word in HELP_FLAGS for word in words):
         return HELP if asked else None
+    if words[0] not in COMMANDS and "=" not in words[0] and words[0][0] not in "-+~":
+        return None
     from posttrain.commands.help import help_of  # a page a command, read when one is asked for
 
-    return help_of(words[0] if words[0] in COMMANDS else "run") or HELP
+    return help_of(words[0] if words[0] in COMMANDS else "run", HELP)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE_FLAGS = """\
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml; may be repeated
   --trust-tasks      let task files of your own run their code"""
@@ -119,6 +121,32 @@ Every recorded lift: print them, detect rows that were changed, or rebuild them 
 {FORMAT_FLAG}with export: jsonl or csv
 
 Example: posttrain ledger verify""",
+    "card": f"""\
+posttrain card ARTIFACT [output=FILE] [base_model=OWNER/NAME] [license=ID]
+Write the README.md of an artifact for the hub: lineage, data, gate, and what was not measured.
+
+  output=FILE        write it elsewhere
+{ROOT_FLAG}
+
+Example: posttrain card runs/quickstart-1a2b/stages/sft/artifact license=apache-2.0""",
+    "push": f"""\
+posttrain push ARTIFACT OWNER/NAME [public=true] [base_model=OWNER/NAME] [license=ID]
+Upload a promoted artifact with its card as a revision named by its digest; private by default, the token in HF_TOKEN.
+
+{ROOT_FLAG}
+
+Example: posttrain push runs/quickstart-1a2b/stages/sft/artifact me/my-adapter""",
+    "serve": f"""\
+posttrain serve RUN|ARTIFACT... [--port N] [--host ADDRESS]
+Serve promoted artifacts and their base over HTTP in OpenAI's form, each proven first.
+
+  --port N           8000 by default
+  --host ADDRESS     address to listen on; by default this machine alone
+  --token-file FILE  token that a client has to give; or POSTTRAIN_TOKEN in the environment
+  --allow-unpromoted serve what no gate passed, too
+{ROOT_FLAG}
+
+Example: posttrain serve runs/quickstart-1a2b --port 8000""",
     "new-plugin": """\
 posttrain new-plugin NAME
 Write a distribution with a stage of your own, its tests and its recipe into ./posttrain-NAME.
@@ -128,7 +156,9 @@ Example: posttrain new-plugin rejection""",
 """The page of each command; ``run`` is the one of a recipe."""
 
 
-def help_of(command: str) -> str | None:
-    """Return the page of a command; None for one without."""
-    page = PAGES.get(command)
-    return None if page is None else f"{page}\n"
+def help_of(command: str, overview: str) -> str:
+    """Return the page of a command; its lines of the overview where it has none."""
+    if (page := PAGES.get(command)) is not None:
+        return f"{page}\n"
+    entries = re.findall(rf"^  (posttrain {re.escape(command)}\b.*(?:\n   +.*)*)", overview, re.MULTILINE)
+    return "\n".join([*entries, "", "posttrain --help has every command and flag"]) + "\n"
