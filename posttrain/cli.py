@@ -46,6 +46,8 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                by its digest; private by default, the token in HF_TOKEN
   posttrain serve RUN|ARTIFACT... [--port N]   serve promoted artifacts and their base over HTTP in OpenAI's form, each
                                                proven first; --host, --token-file FILE, --allow-unpromoted
+  posttrain promote ALIAS DIGEST               name an artifact for users; running servers follow within a second
+  posttrain rollback ALIAS                     give the name back to the artifact before
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
   posttrain runs [recipe=NAME]                 list the runs: state, lifts, what differs
@@ -82,8 +84,10 @@ COMMANDS = (
     "merge",
     "new-plugin",
     "plan",
+    "promote",
     "push",
     "report",
+    "rollback",
     "runs",
     "serve",
     "show",

@@ -32,6 +32,7 @@ def main(words: list[str]) -> int:
     environment.prepare()
     require_extra()
     from posttrain.serve.catalogue import BasePlace, read_catalogue
+    from posttrain.serve.follower import Follower
     from posttrain.serve.server import listen, open_service, take_port
     from posttrain.serve.service import Limits
 
@@ -50,12 +51,14 @@ def main(words: list[str]) -> int:
         for why in catalogue.skipped:
             print(f"left out   {why}")
         service = open_service(catalogue, limits, token)
+        follower = Follower(service, catalogue, place, unpromoted=unpromoted)
+        follower.start()
         for served in (*catalogue.artifacts, *catalogue.bases):
             doubt = f", not promoted: {served.doubt}" if served.doubt else ""
             print(f"serving    {served.name} as {', '.join(service.names.of(served.digest))}{doubt}")
         address = f"[{host}]" if ":" in host else host
         print(f"proven     listening on http://{address}:{port.getsockname()[1]}/v1", flush=True)
-        listen(service, port)
+        listen(service, port, follower)
     print("stopped    no answer is under way")
     return 0
 

@@ -16,10 +16,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from posttrain.errors import ArtifactDamaged
-from posttrain.ledger import history
+from posttrain.ledger import history, releases
 from posttrain.ledger.chain import Row, changed, faults, link
 from posttrain.ledger.history import GATES
 from posttrain.ledger.lift import Judgement, Lift, same_finding
+from posttrain.ledger.releases import Release, Standing
 from posttrain.ledger.store import (
     append,
     last_finding,
@@ -32,7 +33,7 @@ from posttrain.ledger.store import (
     writing,
 )
 
-__all__ = ["GATES", "Judgement", "Lift", "Row", "check", "lifts", "record"]
+__all__ = ["GATES", "Judgement", "Lift", "Release", "Row", "Standing", "check", "lifts", "move", "record"]
 
 
 def check(root: Path) -> None:
@@ -61,6 +62,14 @@ def record(root: Path, folder: Path, judgement: Judgement) -> None:
         # The copy is written before the transaction ends. A crash between the two leaves rows in the copy alone: the
         # same command, or a rebuild, adds them. In the other order, rows of the ledger could lack a copy for ever.
         history.add(folder, former if known else finding)
+
+
+def move(root: Path, alias: str, standing: Standing | None, unpromoted: str = "") -> Release:
+    """Record that ``alias`` names another artifact, or with None the one before, for running servers to follow.
+
+    Raises BadInput for a rollback of a name that has nothing before it, and the errors of ``record``.
+    """
+    return releases.add(root, alias, standing, unpromoted, _time_after(None), _user())
 
 
 def lifts(root: Path) -> list[Row]:

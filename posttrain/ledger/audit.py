@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.artifact import MANIFEST, Manifest, read_manifest
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.ledger import history
+from posttrain.ledger import history, releases
 from posttrain.ledger.chain import Row, changed, faults, link
 from posttrain.ledger.lift import Lift
 from posttrain.ledger.store import append, clear, ledger_path, raw_rows, reading, rows_ever, writing
@@ -34,6 +34,7 @@ def verify(root: Path) -> list[dict[str, Any]]:
     with writing(root) as connection:  # no run may be between its copy of a row and the ledger's
         records, ever = raw_rows(connection), rows_ever(connection)
         found = faults(records, ever) or list(_disagreements(root, records))
+        found += releases.faults(connection, root, records)
     if found:
         raise changed(ledger_path(root), found)
     return records
@@ -55,6 +56,7 @@ def rebuild(root: Path) -> tuple[int, int]:
         _check_nothing_is_lost(root, before, rows)
         clear(connection)
         append(connection, rows)
+        releases.rebuild(connection, root, rows)
         return len(rows), _count_differences(before, raw_rows(connection))
 
 

@@ -58,7 +58,7 @@ class TokenizerWatch:
         self._characters += characters
         limit = SECONDS + characters / CHARACTERS
         call = f"a text of {characters:,} characters or tokens"
-        began = time.process_time()
+        began = time.thread_time()  # other threads may be generating meanwhile
         try:
             with activity.calling(Activity(file=str(self._folder), call=call, silence_limit=limit)):
                 yield
@@ -66,7 +66,7 @@ class TokenizerWatch:
             if type(error).__name__ != "PanicException":  # compiled code raises it beside all of Python's exceptions
                 raise
             reject(str(self._folder), f"its tokenizer fails at {call}: {first_line(error)}", OTHER)
-        self._seconds += time.process_time() - began
+        self._seconds += time.thread_time() - began
         if self._seconds > SECONDS + self._characters / CHARACTERS:
             what = (
                 f"its tokenizer took {self._seconds:.0f} s of computing for {self._characters:,} characters or tokens"

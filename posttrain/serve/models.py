@@ -77,6 +77,10 @@ class Models:
         self.places[served.digest] = _place(served, weights)
         self.loaded = {**self.loaded, served.digest: _describe(served, weights.plain)}
 
+    def drop(self, digest: str) -> None:
+        """Forget a model that could not be proven: it has no name, and nobody can ask for it."""
+        self.loaded = {known: loaded for known, loaded in self.loaded.items() if known != digest}
+
     def alone(self, digest: str) -> Any:
         """Return the model as ``load_model`` would give it, on the weights that are in memory."""
         served = self.loaded[digest].served

@@ -72,6 +72,10 @@ class Text:
         self.stopped = False
         """True once a stop text has come; it and all after it are no part of the text."""
 
+    def hold(self, token: int) -> None:
+        """Take a token whose text nobody needs before the end."""
+        self._ids.append(token)
+
     def add(self, token: int) -> str:
         """Return the text that is certain with this token."""
         self._ids.append(token)

@@ -45,6 +45,10 @@ class Choice:
             if event.fault:
                 raise Failed(event.fault)
             self.finish, piece = event.reason, self._text.end()
+        elif not (self.asked.stream or self.asked.stops):
+            self.tokens.append(event)
+            self._text.hold(event.id)
+            return ""
         else:
             self.tokens.append(event)
             piece = self._text.add(event.id)

@@ -19,6 +19,7 @@ from posttrain.errors import reject
 from posttrain.serve.app import make_app
 from posttrain.serve.catalogue import Catalogue
 from posttrain.serve.engine import Engine
+from posttrain.serve.follower import Follower
 from posttrain.serve.models import Models
 from posttrain.serve.names import names_of
 from posttrain.serve.proof import prove
@@ -65,7 +66,7 @@ def write_log(event: str, fields: Mapping[str, Any]) -> None:
     print(json.dumps({"time": now, "event": event, **fields}), file=sys.stderr, flush=True)
 
 
-def listen(service: Service, port: socket.socket) -> None:
+def listen(service: Service, port: socket.socket, follower: Follower) -> None:
     """Answer on a port until SIGTERM or SIGINT; then take no request more, and end those under way."""
     config = uvicorn.Config(
         make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off",
@@ -74,6 +75,7 @@ def listen(service: Service, port: socket.socket) -> None:
     try:
         _Server(config, service).run(sockets=[port])
     finally:
+        follower.stop()
         service.engine.stop()
 
 
