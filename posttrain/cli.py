@@ -41,6 +41,9 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain merge ADAPTER_DIR OUTPUT_DIR       write an adapter and its base as one model, logits compared
   posttrain card ARTIFACT [base_model=NAME] [license=ID]
                                                write its README.md for the hub: lineage, gate, what was not measured
+  posttrain export ARTIFACT --to merged|gguf|gguf-lora [type=f16|f32|q8_0]
+                                               write it as one model, or as files of llama.cpp that are compared
+                                               with the artifact before they are called done
   posttrain push ARTIFACT OWNER/NAME [public=true]
                                                upload a promoted artifact with its card as a revision of the hub named
                                                by its digest; private by default, the token in HF_TOKEN
@@ -76,6 +79,7 @@ COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = (
     "card",
     "doctor",
+    "export",
     "gate",
     "init",
     "leaderboard",

@@ -1,0 +1,236 @@
+"""Files of llama.cpp: equal to the artifact as measured by llama.cpp itself, or not written at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from posttrain.artifact import Artifact
+from posttrain.config.schema import LoraSettings
+from posttrain.export import gguf_file, parity, tensors
+from posttrain.model.loading import load_model, new_adapter
+from posttrain.model.saving import save_model, write_files
+from tests.support.command import main
+from tests.support.tiny import base_source, nudge, published, write_base
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if loud is defined and loud %}!{% endif %}{% endif %}"
+)
+TEXTS = ["The town of Norden has a brown flag.", "What is 17 + 25? It's 42, isn't it?", "def f(x): return x ** 2"] * 3
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama with scaled positions": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3, "attention_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 32}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}),
+}
+
+
+def byte_level(rule: Any = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = rule or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def write_model(folder: Path, family: str = "llama", rule: Any = None) -> Path:
+    config, kind, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model = kind(
+        config(
+            **{
+                "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "head_dim": 16,
+                "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": [2, 0], **settings,
+            }
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    write_files(model, folder)
+    byte_level(rule).save_pretrained(folder)
+    return folder
+
+
+def adapter_on(base: Path, destination: Path, variables: dict[str, Any] | None = None, **settings: Any) -> Artifact:
+    """Publish a random adapter; by default rank-stabilised, with other ranks for some layers."""
+    source = base_source(base, template_variables=variables or {})
+    model = load_model(source, "float32")
+    given = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear",
+             "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"k_proj": 3}}  # fmt: skip
+    config = LoraConfig(**{**given, **settings}, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    nudge(model)
+    draft = destination.with_name(f".{destination.name}")
+    draft.mkdir()
+    save_model(model, source, draft, "float32")
+    return published(draft, source, destination)
+
+
+def record(pattern: str, folder: str = "out") -> dict[str, Any]:
+    (path,) = Path(folder).glob(pattern)
+    return dict(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_answers_as_the_weights_do(working_folder: Path, family: str) -> None:
+    source = base_source(write_model(working_folder / "base", family))
+    model = load_model(source, "float32")
+    draft = working_folder / ".full"
+    draft.mkdir()
+    save_model(model, source, draft, "float32")
+    artifact = published(draft, source, working_folder / "full")
+    assert main("export", "full", "--to", "gguf", "output=out") == 0
+    found = record("*.json")
+    assert (found["parity"], found["ids"], found["greedy"], found["artifact"]) == (
+        "agrees",
+        "7/7",
+        "7/7",
+        artifact.digest,
+    )
+    assert found["log_prob"] < parity.LIMIT
+    (path,) = Path("out").glob("*-f16.gguf")
+    fields = GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    assert (fields["tokenizer.ggml.eos_token_id"].contents(), fields["tokenizer.ggml.eot_token_id"].contents()) == (
+        2,
+        0,
+    )
+    assert 'PARAMETER stop "<|im_end|>"' in Path("out/Modelfile").read_text()
+
+
+def test_rank_stabilised_adapters_keep_their_scaling(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_model(working_folder / "base")
+    adapter_on(base, working_folder / "adapter")
+    assert main("export", "adapter", "--to=gguf-lora", "output=out") == 0
+    found = record("*-lora.json")
+    assert (found["parity"], found["greedy"]) == ("agrees", "7/7")
+    assert Path("out/Modelfile").read_text().splitlines()[1].startswith("ADAPTER ./sft-")
+    assert main("export", "adapter", "--to", "gguf", "output=merged") == 0
+    assert record("*.json", "merged")["parity"] == "agrees"
+    monkeypatch.setattr(gguf_file, "_alpha", lambda config, module, rank: float(config["lora_alpha"]))
+    assert main("export", "adapter", "--to", "gguf-lora", "output=wrong") == 5
+    assert list(Path("wrong").iterdir()) == []
+
+
+def test_a_file_with_rows_in_the_wrong_order_is_not_kept(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter_on(write_model(working_folder / "base"), working_folder / "adapter")
+    monkeypatch.setattr(tensors, "PERMUTED", "")
+    assert main("export", "adapter", "--to", "gguf", "output=out") == 5
+    assert "answers otherwise than the artifact" in capsys.readouterr().err
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_quantised_file_is_called_lossy(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter_on(write_model(working_folder / "base"), working_folder / "adapter")
+    assert main("export", "adapter", "--to", "gguf", "type=q8_0", "output=out") == 0
+    assert "no gate has judged this file" in capsys.readouterr().out
+    found = record("*.lossy.json")
+    assert (found["parity"], found["type"]) == ("lossy", "q8_0")
+    assert (Path("out") / found["file"]).stat().st_size < 200_000
+    assert main("card", "adapter", "output=card.md") == 0
+
+
+def test_without_llama_cpp_the_file_says_that_nothing_was_measured(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter_on(write_model(working_folder / "base"), working_folder / "adapter")
+    monkeypatch.setattr(parity, "is_installed", lambda: False)
+    assert main("export", "adapter", "--to", "gguf") == 0
+    assert "parity was not measured" in capsys.readouterr().out
+    assert record("*.unmeasured.json", "exports")["parity"] == "not measured"
+    assert main("card", "adapter", "output=card.md") == 0
+    assert "| f16 | not measured |" in Path("card.md").read_text()
+
+
+def test_a_pinned_variable_of_the_template_is_in_the_file(working_folder: Path) -> None:
+    adapter_on(write_model(working_folder / "base"), working_folder / "adapter", {"loud": True})
+    assert main("export", "adapter", "--to", "gguf-lora", "output=out") == 0
+    assert record("*-lora.json")["parity"] == "agrees"
+
+
+def test_a_tokenizer_is_proven_or_rejected(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\n"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    adapter_on(write_model(working_folder / "base", rule=rule), working_folder / "adapter")
+    for words, expected in (
+        ([], "by a rule without a known name"),
+        (["pretokenizer=gpt-2"], "in llama.cpp, and ["),
+        (["pretokenizer=gpt2"], "Did you mean gpt-2?"),
+    ):
+        assert main("export", "adapter", "--to", "gguf", "output=out", *words) == 2
+        assert expected in capsys.readouterr().err
+        assert not list(Path("out").glob("*.gguf"))
+
+
+def test_what_a_file_cannot_hold_is_rejected_with_the_way_out(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_model(working_folder / "base")
+    adapter_on(base, working_folder / "dora", use_dora=True)
+    source = base_source(write_base(working_folder / "words"))
+    model = new_adapter(load_model(source, "float32"), LoraSettings(r=4), seed=0)
+    nudge(model)
+    draft = working_folder / ".adapter"
+    draft.mkdir()
+    save_model(model, source, draft, "float32")
+    published(draft, source, working_folder / "adapter")
+    cases = {
+        ("dora", "--to", "gguf-lora"): "it is DoRA, which a GGUF adapter cannot hold",
+        ("adapter", "--to", "gguf"): "the tokenizer is WordLevel",
+        ("adapter", "--to", "ggfu"): "Did you mean gguf?",
+        ("adapter",): "--to: is no form of an export",
+        ("adapter", "--to", "gguf", "type=q4"): "type q4",
+        ("--to", "gguf"): "needs one artifact",
+        ("nowhere", "--to", "gguf"): "there is no such directory",
+    }
+    for words, expected in cases.items():
+        assert main("export", *words) == 2
+        assert expected in capsys.readouterr().err
+    assert main("export", "dora", "--to", "gguf", "output=out") == 0
+    assert record("*.json")["parity"] == "agrees"
+    config = json.loads((base / "config.json").read_text())
+    monkeypatch.setattr(tensors, "FAMILIES", {"other": "LLAMA"})
+    assert config["model_type"] == "llama"
+    assert main("export", "dora", "--to", "gguf", "output=out") == 2
+    assert "the architecture is llama" in capsys.readouterr().err
+    assert main("export", "dora", "--to", "merged", "output=merged") == 0
+    assert Path("merged/model.safetensors").is_file()
