@@ -15,8 +15,10 @@ Not the connected components of the pairs: where A is like B and B like C, C sta
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,15 +106,15 @@ def _place(folder: Path | None) -> Iterator[Path]:
             yield Path(name)
 
 
-def _ranks(count: int, quality: Sequence[float] | None) -> Places:
+def _ranks(count: int, quality: Sequence[float] | None) -> NDArray[np.int32]:
     """Return the rank of each row, 0 for the best."""
-    ranks_R = np.arange(count)
+    ranks_R = np.arange(count, dtype=np.int32)
     if quality is not None:
         ranks_R[np.argsort(-np.asarray(quality, float), kind="stable")] = np.arange(count)
     return ranks_R
 
 
-def _leaders(digests: Hashes, ranks_R: Places) -> Places:
+def _leaders(digests: Hashes, ranks_R: NDArray[np.int32]) -> Places:
     """Return for each row the best of the rows with its text."""
     order = np.lexsort((ranks_R, digests[:, 1], digests[:, 0]))
     sorted_R2 = digests[order]
@@ -134,7 +136,7 @@ class _Groups:
     count: int
 
 
-def _groups(signed: Signatures, bands: int, leaders_R: Places, ranks_R: Places) -> _Groups:
+def _groups(signed: Signatures, bands: int, leaders_R: Places, ranks_R: NDArray[np.int32]) -> _Groups:
     alive = np.flatnonzero(leaders_R == np.arange(len(leaders_R)))
     rows, members, count = [], [], 0
     for band in range(bands if len(alive) else 0):
@@ -160,14 +162,15 @@ def _groups(signed: Signatures, bands: int, leaders_R: Places, ranks_R: Places) 
 
 
 class _ShingleSets:
-    """Sorted sets of shingles of some rows, in a file on disk that is mapped into memory."""
+    """Sorted sets of shingles of some rows, in a file: those of a million rows are half a gigabyte."""
 
     def __init__(self, chunks: Iterable[Sequence[str]], rows: Places, place: Path, count: int) -> None:
         self._path = place / "shingles.tmp"
         self._index_R = np.full(count, -1, np.int32)
         self._index_R[rows] = 0
-        self._offsets = [0]
-        self._operators: list[bytes] = []
+        self._offsets = array("q", [0])
+        self._operators = array("q")
+        """Digest of the operators of each row."""
         first = 0
         with self._path.open("wb") as stream:
             for chunk in rechunked(chunks) if len(rows) else ():
@@ -176,8 +179,7 @@ class _ShingleSets:
                     self._index_R[first + wanted] = np.arange(len(wanted)) + len(self._operators)
                     self._append(stream, [normalise(chunk[number]) for number in wanted])
                 first += len(chunk)
-        size = self._offsets[-1]
-        self._hashes: Hashes = np.asarray(np.memmap(self._path, np.uint64, "r")) if size else np.empty(0, np.uint64)
+        self._file = os.open(self._path, os.O_RDONLY)
 
     def _append(self, stream: Any, texts: Sequence[bytes]) -> None:
         flat = shingles(texts)
@@ -188,7 +190,7 @@ class _ShingleSets:
             stream.write(distinct.data)
             self._offsets.append(self._offsets[-1] + len(distinct))
             signs = _operators(text)
-            self._operators.append(blake2b(signs, digest_size=8).digest() if signs else b"")
+            self._operators.append(int.from_bytes(blake2b(signs, digest_size=7).digest()))
 
     def similarity(self, row: int, other: int) -> float:
         """Return the Jaccard similarity of two rows; below 1 when the same words have other operators between them."""
@@ -202,11 +204,12 @@ class _ShingleSets:
         return shared / union
 
     def _set(self, index: int) -> Hashes:
-        return self._hashes[self._offsets[index] : self._offsets[index + 1]]
+        first, last = self._offsets[index], self._offsets[index + 1]
+        return np.frombuffer(os.pread(self._file, 8 * (last - first), 8 * first), np.uint64)
 
     def close(self) -> None:
         """Remove the file."""
-        del self._hashes
+        os.close(self._file)
         self._path.unlink(missing_ok=True)
 
 
