@@ -13,6 +13,7 @@ from posttrain.version import __version__
 if TYPE_CHECKING:
     from posttrain.advice import Advice, Rule
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
+    from posttrain.config.on_policy import Keep, OnPolicy
     from posttrain.config.schema import (
         Backend,
         Dtype,
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
         Source,
     )
     from posttrain.context import StageContext
-    from posttrain.data.records import Conversation, Document, Feedback, Message, Origin, Preference, Record, Text, Tool
+    from posttrain.data.records import (
+        Conversation,
+        Document,
+        Feedback,
+        Message,
+        Origin,
+        Preference,
+        Question,
+        Record,
+        Text,
+        Tool,
+    )
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow, AnswerScores, set_aside
     from posttrain.engine.checkpoint import Position
@@ -60,6 +72,7 @@ if TYPE_CHECKING:
     )
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
+    from posttrain.rewards.reward import Reward
     from posttrain.sft.declines import declines
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
@@ -95,6 +108,7 @@ __all__ = [
     "GateUndecided",
     "Interrupted",
     "JudgedAnswer",
+    "Keep",
     "LaunchConfig",
     "Launcher",
     "Look",
@@ -104,6 +118,7 @@ __all__ = [
     "ModelConfig",
     "ModelSource",
     "OnFail",
+    "OnPolicy",
     "Origin",
     "Pins",
     "Plan",
@@ -113,9 +128,11 @@ __all__ = [
     "Preference",
     "Problem",
     "Progress",
+    "Question",
     "Record",
     "Rendered",
     "RenderedPair",
+    "Reward",
     "Role",
     "Rule",
     "Scorecard",
@@ -146,6 +163,7 @@ __all__ = [
 HOMES = {
     "posttrain.advice": ("Advice", "Rule"),
     "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
+    "posttrain.config.on_policy": ("Keep", "OnPolicy"),
     "posttrain.config.schema": (
         "Backend",
         "Dtype",
@@ -170,6 +188,7 @@ HOMES = {
         "Message",
         "Origin",
         "Preference",
+        "Question",
         "Record",
         "Text",
         "Tool",
@@ -210,6 +229,7 @@ HOMES = {
         "Plan",
         "Step",
     ),
+    "posttrain.rewards.reward": ("Reward",),
     "posttrain.sft.declines": ("declines",),
     "posttrain.stage": (
         "MISSING",

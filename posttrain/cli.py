@@ -51,6 +51,8 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                proven first; --host, --token-file FILE, --allow-unpromoted
   posttrain promote ALIAS DIGEST               name an artifact for users; running servers follow within a second
   posttrain rollback ALIAS                     give the name back to the artifact before
+  posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [reward=right] [keep=pairs|best|labels]
+                                               records for training of an artifact's own answers, scored by a reward
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
   posttrain runs [recipe=NAME]                 list the runs: state, lifts, what differs
@@ -93,6 +95,7 @@ COMMANDS = (
     "report",
     "rollback",
     "runs",
+    "sample",
     "serve",
     "show",
     "tokens",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
     from posttrain.plan import Plan, Step
+    from posttrain.rewards.reward import Reward
     from posttrain.stage import Settings, Stage
 
 API_VERSION = 1
@@ -58,6 +59,14 @@ def register_stages() -> Sequence[Stage]:  # type: ignore[empty-body]
 @hookspec
 def register_settings() -> Sequence[Settings]:  # type: ignore[empty-body]
     """Return settings of this plugin beyond those of its stages; ``plan.settings[NAME]`` holds the typed object.
+
+    A name in use leaves the whole plugin out.
+    """
+
+
+@hookspec
+def register_rewards() -> Sequence[Reward]:  # type: ignore[empty-body]
+    """Return the rewards of this plugin, for stages and data that sample answers.
 
     A name in use leaves the whole plugin out.
     """

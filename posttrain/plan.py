@@ -6,7 +6,7 @@ Pure: reads nothing but the recipe, writes nothing and imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.host.plugins import Host
+from posttrain.rewards.reward import choose, identity
 from posttrain.stage import Stage
 
 CORE = "sft"
@@ -57,6 +58,8 @@ class Step:
     """Seed of everything random in the stage."""
     origin: str
     """The stage's plugin with its version; part of the result's fingerprint."""
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    """Each reward of sampled answers by name, with its version and plugin; part of the result's fingerprint."""
 
     @property
     def gate(self) -> GateConfig:
@@ -283,7 +286,26 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     return Step(
         name=name, stage=stage, config=settings, sources=sources, eval_sources=eval_sources, tasks=tasks,
         seed=config.seed, origin=host.origin(stage.name),
+        rewards=_rewards(name, settings, sources, host, problems),
     )  # fmt: skip
+
+
+def _rewards(
+    name: str, settings: StageConfig, sources: Sequence[Source], host: Host, problems: list[Problem]
+) -> dict[str, str]:
+    """Return the rewards of a stage and of its sources, with versions; add unknown ones to ``problems``."""
+    asked = [(f"{name}.data.on_policy", source.on_policy.reward) for source in sources if source.on_policy is not None]
+    if (own := settings.rewarding()) is not None:
+        asked.append((name, own))
+    found: dict[str, str] = {}
+    for where, given in asked:
+        try:
+            scorer = choose(given, host.rewards, host.reward_owners)
+        except ValueError as error:
+            problems.append(Problem(where=f"{where}.reward", what=str(error)))
+            continue
+        found |= {reward.name: identity(reward, scorer.owners[reward.name]) for reward in scorer.rewards}
+    return found
 
 
 def _plugin_settings(composition: Composition, host: Host, problems: list[Problem]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ __all__ = [
     "number",
 ]
 
-RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback")
-"""Shapes of prepared records; ``documents`` mixes conversations and raw texts."""
+RECORD_SHAPES = ("conversations", "documents", "preferences", "feedback", "questions")
+"""Shapes of prepared records; ``documents`` mixes conversations and raw texts, ``questions`` have no answer to
+train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ NODES = {"launch": Settings(name="launch", summary="the processes that train a s
 """Settings that are of no plugin and of no stage."""
 MOST_SUMMARY = 200
 """Characters shown of a file's first line."""
-SECTIONS = ("recipes", "stages", *GROUPS, "settings", "plugins")
+SECTIONS = ("recipes", "stages", *GROUPS, "rewards", "settings", "plugins")
 
 
 def main(words: list[str]) -> int:
@@ -65,6 +65,11 @@ def _rows(section: str, host: Host) -> list[dict[str, Any]]:
                 "plugin": host.origin(s.name),
             }
             for s in host.stages.values()
+        ]
+    if section == "rewards":
+        return [
+            {"name": r.name, "summary": r.summary, "version": r.version, "plugin": host.reward_owners[r.name]}
+            for r in host.rewards.values()
         ]
     if section == "settings":
         return [

@@ -51,7 +51,9 @@ def main(words: list[str]) -> int:
         page.console.print(styled(line))
     for step in plan.steps:
         count = None if ALL in words else COUNTED
-        if isinstance(step.config, FineTuneConfig):
+        if not any(source.on_policy is None for source in step.sources) or step.stage.records == "questions":
+            page.console.print(styled(f"{step.name}: its parent writes the answers when the stage starts"))
+        elif isinstance(step.config, FineTuneConfig):
             page.show(step, step.config, count)
         elif isinstance(step.config, LoopConfig):
             page.show_answers(step, step.config, count)

@@ -13,6 +13,7 @@ from enum import Enum
 from math import isfinite
 from typing import Any
 
+from posttrain.config.on_policy import OnPolicy
 from posttrain.config.ranges import number, out_of_range
 
 ROOT = (
@@ -195,6 +196,8 @@ class Source:
     """Times that an epoch sees each record: 0.5 takes a seeded half, 2 takes each twice."""
     max_bad_share: float = 0.0
     """Share of rows that may be left out because they cannot be read; more of them stop the run before it trains."""
+    on_policy: OnPolicy | None = None
+    """Records that the stage's parent samples; its ``questions`` take the place of ``path``."""
     share: float | None = None
     """Share of the mix's tokens: 0.15 draws records, repeatedly if need be; sources without a share are the rest."""
 
@@ -347,6 +350,10 @@ class StageConfig:
 
     def eval_sources(self) -> Any:
         """Return the sources of the eval loss, in the form of ``data``; None for a kind without such a setting."""
+        return None
+
+    def rewarding(self) -> Any:
+        """Return the rewards of a stage that samples answers: names, or weights by name; None for any other."""
         return None
 
     def problems(self) -> Sequence[tuple[str, str]]:

@@ -76,13 +76,21 @@ def conform_sources(setting: str, data: Any, problems: list[Problem]) -> tuple[S
     sources = []
     for index, entry in enumerate(entries):
         where = f"{setting}[{index}]" if isinstance(data, list) else setting
-        given = {"path": entry} if isinstance(entry, str) else entry
+        given = _asked_of_parent({"path": entry} if isinstance(entry, str) else entry)
         source = conform(Source, given, where, problems)
         if source is not None:
             sources.append(source)
     if not sources and not problems:
         problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
     return tuple(sources)
+
+
+def _asked_of_parent(given: Any) -> Any:
+    """Return a source with its questions in the place of its path, where the stage's parent answers them."""
+    asked = given.get("on_policy") if isinstance(given, Mapping) else None
+    if not isinstance(asked, Mapping) or "questions" not in asked or "path" in given:
+        return given
+    return {**given, "path": asked["questions"]}
 
 
 def conform_gate_tasks(where: str, gate: GateConfig, host: Host, problems: list[Problem]) -> dict[str, GateTask]:

@@ -24,7 +24,7 @@ class Mix(list[Record]):
 
 
 def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
-    """Read the records of all sources, source by source, each record repeated by the weight.
+    """Read the records of all sources but those with ``on_policy``, each record repeated by the weight.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
     a fraction is rounded to whole records, at least one. The same seed takes the same records. A ``share`` is a share
@@ -40,6 +40,8 @@ def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
         reject("data", "names no source of records")
     mixed, problems = Mix(), []
     for number, source in enumerate(sources):
+        if source.on_policy is not None:  # its records are sampled when the stage starts
+            continue
         origin, bad = Origin(number=number, path=source.path, share=source.share or 0.0), BadRows(path=source.path)
         try:
             records = [_with_origin(record, origin) for record in bad.sift(read_records(source, shape))]
@@ -58,7 +60,7 @@ def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
 
 def count_records(sources: Sequence[Source]) -> int | None:
     """Return the number of records in one epoch, weights included; None when it takes reading them."""
-    counts = [None if source.share else count_selected(source) for source in sources]
+    counts = [None if source.share or source.on_policy else count_selected(source) for source in sources]
     known = [round(count * source.weight) for count, source in zip(counts, sources, strict=True) if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

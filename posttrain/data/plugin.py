@@ -48,15 +48,29 @@ def _check_source(source: Source, where: str) -> Iterator[Problem]:
     if not 0 <= source.max_bad_share < 1:
         what = f"max_bad_share of {source.path} is {source.max_bad_share}, must be at least 0 and below 1"
         yield Problem(where=where, what=what, fix="0 stops at any row that cannot be read")
+    yield from _check_asked(source, where)
     try:
         local_files(source.path)
     except BadInput as error:
         yield from (replace(problem, where=f"{where}: {problem.where}") for problem in error.problems)
 
 
+def _check_asked(source: Source, where: str) -> Iterator[Problem]:
+    if source.on_policy is None:
+        return
+    for key, what in source.on_policy.problems():
+        yield Problem(where=f"{where}.on_policy.{key}", what=what)
+    if source.share is not None or source.weight != 1:
+        what = "sampled records have neither a share nor a weight: each is taken once"
+        yield Problem(where=where, what=what, fix="Sample more answers (k), or fewer questions (limit)")
+
+
 def _check_shares(step: Step) -> Iterator[Problem]:
     where = f"{step.name}.data"
     for source in step.eval_sources:
+        if source.on_policy is not None:
+            what = f"on_policy of {source.path} has no meaning: records of the eval loss are read, never sampled"
+            yield Problem(where=f"{step.name}.eval_data", what=what, fix="Give a file, or eval_share")
         if source.share is not None:
             what = f"share {source.share} of {source.path} has no meaning: the eval loss is taken over all its records"
             yield Problem(where=f"{step.name}.eval_data", what=what, fix="Leave it out")

@@ -161,10 +161,12 @@ def _at(row: RawRow, name: str) -> Any:
 
 def _options(source: Source) -> dict[str, Any]:
     """Return all options but the path; a new option enters the digest by being a field of Source."""
-    values = {option.name: getattr(source, option.name) for option in fields(source) if option.name != "path"}
+    apart = ("path", "on_policy")
+    values = {option.name: getattr(source, option.name) for option in fields(source) if option.name not in apart}
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     # weight=2 and weight=2.0 are one setting, but two texts in JSON.
-    return plain | {"weight": float(source.weight)}
+    asked = {} if source.on_policy is None else {"on_policy": source.on_policy.identity()}
+    return plain | asked | {"weight": float(source.weight)}
 
 
 def _content(source: Source) -> str | list[str]:

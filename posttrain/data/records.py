@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -103,8 +103,26 @@ class Feedback:
     """Keys of its row that nothing reads."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A prompt without an answer in it, and its right answers: the model answers, a gate or a reward scores."""
+
+    prompt: tuple[Message, ...]
+    """Turns, the last one of the user."""
+    where: str
+    """Place of the record, for errors."""
+    answers: tuple[Any, ...] = ()
+    """Right answers, any of which will do; none where no reward compares."""
+    match: str = "exact"
+    """The comparison of a text with an answer: exact, contains, regex, numeric or json."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Values for rewards, such as ``format`` and ``max_characters``."""
+    unread: tuple[str, ...] = ()
+    """Keys of its row that nothing reads."""
+
+
 Document = Conversation | Text
 """A record for a stage of documents."""
 
-Record = Document | Preference | Feedback
+Record = Document | Preference | Feedback | Question
 """A training record of any shape."""

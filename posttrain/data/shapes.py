@@ -8,7 +8,8 @@ from typing import Any
 
 from posttrain.config.schema import Format
 from posttrain.data.calls import check_results, read_tools
-from posttrain.data.records import Conversation, Feedback, Message, Preference, Record, Text, Tool
+from posttrain.data.questions import read_question
+from posttrain.data.records import Conversation, Feedback, Message, Preference, Question, Record, Text, Tool
 from posttrain.data.rows import RawRow
 from posttrain.data.turns import (
     TRAIN_MARKS,
@@ -44,6 +45,8 @@ _JUDGEMENTS = ("label", "kto_tag")
 _MARKS_IN_CELLS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
 """Marks as the cells of a table hold them."""
 
+QUESTIONS = "questions"
+"""The one of RECORD_SHAPES that is read as gates read their questions."""
 CHATS = (Format.messages, Format.prompt_completion, Format.alpaca, Format.sharegpt)
 SERVES = {
     "conversations": CHATS,
@@ -89,6 +92,8 @@ def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
         BadInput: The shape is unknown, does not serve the stage, or a turn breaks the rules of conversations; a key
             would change what is trained, such as a weight or an image.
     """
+    if shape == QUESTIONS:
+        return _question(row, form, where)
     known = recognise(row, where) if form is Format.auto else form
     if shape == "feedback" and (known is Format.prompt_completion or (known in CHATS and row.get("label") is not None)):
         known = Format.feedback
@@ -101,6 +106,13 @@ def to_record(row: RawRow, form: Format, shape: str, where: str) -> Record:
     if known in CHATS:
         _reject_bad_answer(read, where)
     return replace(CONVERTERS[known](read, where), unread=read.unread())
+
+
+def _question(row: RawRow, form: Format, where: str) -> Question:
+    if form is not Format.auto:
+        reject(where, f"format {form.value} is none of questions", "Leave format out")
+    reject_media(row, where, "")
+    return read_question(row, where)
 
 
 def recognise(row: RawRow, where: str) -> Format:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pluggy
@@ -21,10 +21,11 @@ from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.process_state import ProcessState
+from posttrain.rewards.reward import Reward
 
 MARK = "posttrain_impl"
 """Attribute with which pluggy marks the implementation of a hook."""
-STARTING = ("register_stages", "register_settings", "register_config", "register_eval_tasks")
+STARTING = ("register_stages", "register_settings", "register_rewards", "register_config", "register_eval_tasks")
 """Hooks that every command waits for."""
 SETTINGS = "settings"
 """Name of the call in which the settings of a plugin are created, for every recipe."""
@@ -99,6 +100,19 @@ class Guard:
             return answer
 
         return call
+
+    def reward(self, reward: Reward) -> Reward:
+        """Return ``reward`` with both of its functions guarded."""
+
+        def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def call(*args: Any) -> Any:
+                with self.calling(f"reward {reward.name}"):
+                    return function(*args)
+
+            return call
+
+        return replace(reward, score=guarded(reward.score), lacks=guarded(reward.lacks))
 
     def wrapper(self, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, a wrapper of the hook's other implementations, guarded before and after them."""
@@ -237,9 +251,9 @@ def _fault(hook: str, answer: Any) -> str | None:
     if hook in ("check_plan", "check_gate"):
         return _unless_all(answer, (Problem,), "a list of Problem")
     if hook == "load_records":
-        from posttrain.data.records import Conversation, Feedback, Preference, Text
+        from posttrain.data.records import Conversation, Feedback, Preference, Question, Text
 
-        return _unless_all(answer, (Conversation, Text, Preference, Feedback), "a list of records")
+        return _unless_all(answer, (Conversation, Text, Preference, Feedback, Question), "a list of records")
     if hook in ("evaluate_artifact", "judge_artifact"):
         from posttrain.gate.spec import Scorecard, Verdict
 

@@ -35,11 +35,13 @@ from posttrain.host.registration import (
     check_api,
     check_hook_names,
     check_option,
+    check_reward,
     check_settings,
     check_stage,
     find_options,
     find_tasks,
 )
+from posttrain.rewards.reward import Reward
 from posttrain.stage import Settings, Stage
 from posttrain.version import __version__
 
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
     from posttrain.plan import Plan
 
 GROUP = "posttrain"
-ESSENTIAL = tuple(f"posttrain.{room}.plugin" for room in ("sft", "data", "model", "scoring", "gate", "launch", "run"))
+ESSENTIAL = tuple(
+    f"posttrain.{room}.plugin" for room in ("sft", "rewards", "data", "model", "scoring", "gate", "launch", "run")
+)
 """Hook implementations of posttrain itself; they cannot be blocked."""
 SHAPING = ("load_records", "run_stage")
 """Hooks whose implementations decide what is trained."""
@@ -94,6 +98,9 @@ class Host:
     stages: dict[str, Stage] = field(default_factory=dict)
     settings: dict[str, Settings] = field(default_factory=dict)
     """Settings that belong to no stage."""
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    reward_owners: dict[str, str] = field(default_factory=dict)
+    """The plugin of each reward, with its version, by the reward's name."""
     folders: dict[str, list[Path]] = field(default_factory=dict)
     tasks: dict[str, Path] = field(default_factory=dict)
     """Files of the plugins' lm-eval tasks, by the task's name."""
@@ -131,6 +138,8 @@ class Host:
             del self.stages[stage]
         for settings in info.settings:
             del self.settings[settings]
+        for reward in [name for name, owner in self.reward_owners.items() if owner == f"{info.name} ({info.origin})"]:
+            del self.rewards[reward], self.reward_owners[reward]
         del self.folders[info.name]
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
@@ -311,6 +320,7 @@ class Registered:
 
     stages: list[Stage]
     settings: list[Settings]
+    rewards: list[Reward]
     folders: list[Path]
     tasks: dict[str, Path]
     options: dict[str, Path]
@@ -332,6 +342,9 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
         return
     host.stages |= {stage.name: stage for stage in found.stages}
     host.settings |= {settings.name: settings for settings in found.settings}
+    owner = CORE_ORIGIN if origin == BUILT_IN else f"{name} ({origin})"
+    host.rewards |= {reward.name: reward for reward in found.rewards}
+    host.reward_owners |= dict.fromkeys((reward.name for reward in found.rewards), owner)
     host.folders[name] = found.folders
     host.tasks |= found.tasks
     host.options |= found.options
@@ -342,6 +355,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
 def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registered:
     """Ask a plugin everything it registers. Raises PluginFailed when one part of it cannot be used."""
     stages, settings = (ask(host.manager, plugin, hook) for hook in ("register_stages", "register_settings"))
+    rewards = ask(host.manager, plugin, "register_rewards")
     folders = ask_folders(host.manager, plugin, "register_config")
     task_folders = ask_folders(host.manager, plugin, "register_eval_tasks")
     tasks = find_tasks(task_folders)
@@ -354,7 +368,10 @@ def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registere
         check_settings(host, each)
         with guard.calling(SETTINGS):
             each.config()
-    names = [item.name for item in (*stages, *settings)]
+    for reward in rewards:
+        check_reward(host, reward)
+    rewards = rewards if guard.origin == BUILT_IN else [guard.reward(reward) for reward in rewards]
+    names = [item.name for item in (*stages, *settings)] + [f"reward {reward.name}" for reward in rewards]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PluginFailed(f"it registers {twice[0]!r} twice")
     if taken := sorted(tasks.keys() & host.tasks.keys()):
@@ -362,7 +379,7 @@ def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registere
     options = {name: path for f in folders for name, path in find_options(f / RECIPES, f / "conf").items()}
     for option, path in options.items():
         check_option(host, option, path)
-    return Registered(stages=stages, settings=settings, folders=folders, tasks=tasks, options=options)
+    return Registered(stages=stages, settings=settings, rewards=rewards, folders=folders, tasks=tasks, options=options)
 
 
 def _reason(name: str, origin: str, error: Exception) -> str:

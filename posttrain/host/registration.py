@@ -12,6 +12,7 @@ import pluggy
 from posttrain import hookspecs
 from posttrain.config.schema import ROOT
 from posttrain.errors import PluginFailed
+from posttrain.rewards.reward import Reward
 from posttrain.stage import RECORD_SHAPES, Settings, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -124,6 +125,18 @@ def check_settings(host: Host, settings: object) -> None:
         raise PluginFailed(f"the group of settings {name!r} must be {' or '.join(GROUPS_WITH_SETTINGS)}, not {group!r}")
     if not (isinstance(config, type) and "__dataclass_fields__" in vars(config)):
         raise PluginFailed(f"the config of settings {name!r} must be a dataclass")
+
+
+def check_reward(host: Host, reward: object) -> None:
+    """Raise PluginFailed for a reward that cannot be used, or whose name is taken."""
+    if not isinstance(reward, Reward):
+        raise PluginFailed(f"register_rewards must return Reward objects, not {type(reward).__name__}")
+    if not is_stage_name(reward.name):
+        raise PluginFailed(f"{reward.name!r} cannot be the name of a reward: lower-case letters, digits and _")
+    if reward.name in host.rewards:
+        raise PluginFailed(f"the reward {reward.name!r} is already registered by {host.reward_owners[reward.name]}")
+    if isinstance(reward.version, bool) or not isinstance(reward.version, int):
+        raise PluginFailed(f"the version of reward {reward.name!r} must be a whole number, not {reward.version!r}")
 
 
 def _check_free(host: Host, name: str, what: str) -> None:

@@ -23,7 +23,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords, digest_records, release
-from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record, Text
+from posttrain.data.records import Conversation, Feedback, Origin, Preference, Question, Record, Text
 from posttrain.disk import naming, write_synced
 from posttrain.errors import ArtifactDamaged, PluginFailed, reject
 from posttrain.saved import as_kind, plain, read_json
@@ -39,7 +39,7 @@ EVAL_RECORDS = "eval_records.jsonl"
 REQUESTS = "requests.jsonl"
 STOP = "stop"
 """File in that folder that asks the processes to stop, where no signal reaches them."""
-KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback)}
+KINDS = {kind.__name__: kind for kind in (Conversation, Text, Preference, Feedback, Question)}
 PATHS = ("model", "adapter", "tokenizer")
 """Fields of a ModelSource that are paths."""
 

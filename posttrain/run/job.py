@@ -116,6 +116,7 @@ def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
     settings = {key: value for key, value in plain(step.config).items() if key not in WITHOUT_EFFECT}
     identity = {"settings": settings, "seed": step.seed, "dtype": plan.model.dtype.value, "code": step.origin}
     identity["versions"] = {name: found for name, found in versions().items() if name not in SCORING_ONLY}
+    identity |= {"rewards": dict(step.rewards)} if step.rewards else {}
     return identity | shaping_settings(plan)
 
 

@@ -27,6 +27,7 @@ from posttrain.plan import Step
 from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, records_digest, shaping_settings, versions
+from posttrain.run.on_policy import Asked, read_asked, sample_records
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
 from posttrain.saved import plain
 
@@ -39,6 +40,8 @@ class Records:
     eval_records: HeldRecords
     warnings: Sequence[str] = ()
     """Lines about rows that cannot be read, and about keys that nothing reads."""
+    asked: Sequence[Asked] = ()
+    """Questions that the stage's parent answers, for more records, when the stage starts."""
 
     def release(self) -> None:
         """Let the records go until the stage trains, which reads them again."""
@@ -100,13 +103,17 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
     checkpoints = job.folder / "checkpoints" / fingerprint[:12]
     checkpoints.mkdir(parents=True, exist_ok=True)
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
+    with job.interrupts.deferred():
+        sampled, figures = sample_records(job, parent, records.asked, progress)
     context = StageContext(
-        name=job.name, config=job.step.config, parent=parent, records=records.trained,
+        name=job.name, config=job.step.config, parent=parent,
+        records=[*records.trained, *sampled] if sampled else records.trained,
         eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
-        metrics={"warnings": [*records.warnings]} if records.warnings else {},
+        metrics=({"warnings": [*records.warnings]} if records.warnings else {})
+        | ({"on_policy": figures} if figures else {}),
     )  # fmt: skip
     before = ProcessState.now()
     try:
@@ -222,7 +229,8 @@ def read_records(job: Job) -> Records:
     trained = _held(job, job.step, "data")
     left_out = [line for each in (trained, eval_records) for line in _left_out(job, each.all())]
     unread = _unread(job, [*trained, *eval_records])
-    records = Records(trained=trained, eval_records=eval_records, warnings=[*left_out, *unread])
+    warnings = [*left_out, *unread]
+    records = Records(trained=trained, eval_records=eval_records, warnings=warnings, asked=read_asked(job))
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"

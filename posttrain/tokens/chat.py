@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.data.records import OUR_KEYS, Conversation, Document, Feedback, Message, Preference, Record, Text
+from posttrain.data.records import (
+    OUR_KEYS,
+    Conversation,
+    Document,
+    Feedback,
+    Message,
+    Preference,
+    Question,
+    Record,
+    Text,
+)
 from posttrain.errors import BadInput, reject
 from posttrain.tokens.spans import AnswerSpan, Template
 
@@ -183,7 +193,7 @@ class ChatRenderer:
         """
         found: dict[tuple[str, str], dict[str, Conversation]] = {}
         for record in records:
-            if not isinstance(record, Text):
+            if not isinstance(record, Text | Question):
                 chat = _whole(record)
                 for role, key in {(m["role"], key) for m in chat.messages for key in m if key not in _READ}:
                     found.setdefault((role, key), {})[chat.where] = chat
@@ -277,7 +287,9 @@ class ChatRenderer:
 
 def has_other_keys(record: Record) -> bool:
     """Return whether a message of the record has a key for the template, beside role, content and calls."""
-    return not isinstance(record, Text) and any(key not in _READ for m in _whole(record).messages for key in m)
+    return not isinstance(record, Text | Question) and any(
+        key not in _READ for m in _whole(record).messages for key in m
+    )
 
 
 def _whole(record: Conversation | Preference | Feedback) -> Conversation:

@@ -2,8 +2,8 @@
 
     python recipes/quickstart/make.py DIR
 
-writes ``sft.jsonl``, ``dpo.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes on every machine, and
-``base``, a Llama of two million parameters trained on documents about 240 invented towns and on no chat.
+writes ``sft.jsonl``, ``dpo.jsonl``, ``questions.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes on every
+machine, and ``base``, a Llama of two million parameters trained on documents about 240 invented towns and on no chat.
 """
 
 from __future__ import annotations
@@ -139,6 +139,13 @@ def dpo_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     return rng.sample(records, PREFERENCES)
 
 
+def questions_of(preferences: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the prompts of the preferences as questions, each with its sentence as the right answer."""
+    return [
+        {"question": record["prompt"][0]["content"], "answer": record["chosen"][0]["content"]} for record in preferences
+    ]
+
+
 def safety_records(facts: Sequence[Fact]) -> list[dict[str, Any]]:
     """Write as many refusals as answers, half of these to harmless requests in the same words, half to plain ones."""
     rng = random.Random(f"{SEED} safety")
@@ -208,7 +215,9 @@ def write_data(folder: Path) -> list[Fact]:
     trained, held_out = split(facts)
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "sft.jsonl", sft_records(trained))
-    write_jsonl(folder / "dpo.jsonl", dpo_records(trained))
+    preferences = dpo_records(trained)
+    write_jsonl(folder / "dpo.jsonl", preferences)
+    write_jsonl(folder / "questions.jsonl", questions_of(preferences))
     write_jsonl(folder / "safety.jsonl", safety_records(trained))
     harmful, harmless = scored_requests(held_out)
     write_jsonl(folder / "tasks" / "towns_harmful.jsonl", harmful)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 import posttrain
-from posttrain import BadInput, GateUndecided, hookspecs
+from posttrain import BadInput, GateUndecided, Question, hookspecs
 from posttrain.config.compose import compose
 from posttrain.context import StageContext
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
@@ -152,6 +152,15 @@ def test_register_stages(ran: Ran) -> None:
 def test_register_settings(ran: Ran) -> None:
     found = problems_of(ran.host, *ANNEAL, "budget.stages=1")
     assert "stages: 2 stages, 1 allowed" in found
+
+
+def test_register_rewards(ran: Ran) -> None:
+    reward = ran.host.rewards["one_word"]
+    question = Question(prompt=({"role": "user", "content": "How many?"},), answers=("six",), where="q.jsonl:1")
+    scored = [
+        reward.score(question, *answer) for answer in (("six", True), ("seven", True), ("six", False), ("a b", True))
+    ]
+    assert scored == [1.0, 0.5, 0.0, 0.0]
 
 
 def test_register_config(ran: Ran) -> None:

@@ -22,7 +22,7 @@ from posttrain.scoring.catalogue import read_task_file
 FOLDER = Path(__file__).parents[2] / "recipes" / "quickstart"
 CHATS = ("sft.jsonl", "dpo.jsonl", "safety.jsonl")
 SCORED = ("towns_questions", "towns_documents", "towns_harmful", "towns_harmless")
-DATA = (*CHATS, *(f"tasks/{name}.jsonl" for name in SCORED))
+DATA = (*CHATS, "questions.jsonl", *(f"tasks/{name}.jsonl" for name in SCORED))
 YAMLS = sorted((FOLDER / "tasks").glob("*.yaml"))
 
 
@@ -82,7 +82,7 @@ def test_every_scored_row_is_about_a_held_out_town() -> None:
 def test_no_trained_question_is_scored() -> None:
     scored = {row["question"] for name in SCORED if name != "towns_documents" for row in read(f"tasks/{name}.jsonl")}
     assert len(scored) == 800
-    assert scored & set().union(*map(questions, CHATS)) == set()
+    assert scored & set().union(*map(questions, CHATS), {row["question"] for row in read("questions.jsonl")}) == set()
 
 
 def test_documents_hold_no_question_and_every_fact() -> None:

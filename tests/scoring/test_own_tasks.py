@@ -17,13 +17,14 @@ from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import BadInput
 from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
+from posttrain.rewards.matching import MATCHES
 from posttrain.scoring import plugin
 from posttrain.scoring.checks import check_tasks
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.systems import Loading
-from posttrain.scoring.tasks.metrics import MATCHES, right
+from posttrain.scoring.tasks.metrics import right
 from tests.support.adapters import Log
 from tests.support.tiny import base_source, tiny_tokenizer, write_base
 

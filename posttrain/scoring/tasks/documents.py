@@ -6,8 +6,6 @@ A document holds its prompt as the JSON of a list of messages, because a data se
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,11 +13,10 @@ from datasets import Dataset
 
 from posttrain.config.schema import Source
 from posttrain.data.files import local_files, read_rows
+from posttrain.data.questions import read_question
 from posttrain.data.reading import read_source
 from posttrain.data.records import OUR_KEYS, Conversation, Message, Preference
-from posttrain.data.turns import check_order, read_turns
-from posttrain.errors import reject, suggest
-from posttrain.scoring.tasks.metrics import MATCHES
+from posttrain.errors import reject
 
 Splits = dict[str, Dataset]
 
@@ -77,51 +74,11 @@ def _questions(path: str) -> Iterable[dict[str, Any]]:
 
 
 def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = ("question", "messages", "answer", "match")
-    row = {key: value for key, value in row.items() if value is not None or key == "answer"}
-    for key in row:
-        if key not in known:
-            reject(where, f"a question has no {key!r}", suggest(key, known))
-    if ("question" in row) == ("messages" in row):
-        reject(where, "needs either question or messages", "Give one of the two")
-    asked = [{"role": "user", "content": row["question"]}] if "question" in row else row["messages"]
-    listed = read_turns(asked, where, "messages" if "messages" in row else "question")
-    check_order(listed, where)
-    if listed[-1]["role"] != "user":
-        reject(where, "does not end with a question", "Leave out the answer that follows it")
-    match = row.get("match", "exact")
-    if match not in MATCHES:
-        reject(where, f"match is {match!r}", suggest(str(match), MATCHES))
-    return {"prompt": _prompt(listed), "answer": _answer(row, match, where), "match": match}
-
-
-def _answer(row: Mapping[str, Any], match: str, where: str) -> str:
-    """Return the right answers as a JSON list of alternatives; with ``json``, the one value itself."""
-    if "answer" not in row:
+    question = read_question(row, where)
+    if not question.answers:
         reject(where, "has no answer", "Give the right answer")
-    answer = row["answer"]
-    options = answer if isinstance(answer, list) and match != "json" else [answer]
-    for option in options if match != "json" else []:
-        if not _usable(option, match):
-            reject(where, f"match: {match} cannot look for the answer {option!r}")
-    if not options:
-        reject(where, "has no answer", "Give the right answer")
-    return json.dumps(options, ensure_ascii=False, sort_keys=True)
-
-
-def _usable(option: Any, match: str) -> bool:
-    if match == "numeric" and isinstance(option, int | float) and not isinstance(option, bool):
-        return True
-    if not isinstance(option, str) or not option:
-        return False
-    try:
-        if match == "regex":
-            re.compile(option)
-        elif match == "numeric":
-            return math.isfinite(float(option.replace(",", "")))
-    except (ValueError, re.error):
-        return False
-    return True
+    answers = json.dumps(list(question.answers), ensure_ascii=False, sort_keys=True)
+    return {"prompt": _prompt(question.prompt), "answer": answers, "match": question.match}
 
 
 def _prompt(listed: Iterable[Message]) -> str:

@@ -1,0 +1,127 @@
+"""``posttrain sample``: training records made of an artifact's own answers, with where they come from beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from posttrain import environment
+from posttrain.artifact import Artifact, ModelSource, verify
+from posttrain.commands.arguments import Arguments, parse
+from posttrain.config.on_policy import OnPolicy
+from posttrain.config.schema import ModelConfig, Source
+from posttrain.config.typed import conform
+from posttrain.data.reading import data_digest, read_source
+from posttrain.data.records import Conversation, Feedback, Preference, Question, Record
+from posttrain.digests import digest_of
+from posttrain.disk import replace_text
+from posttrain.errors import BadInput, Problem, reject
+from posttrain.host import plugins
+from posttrain.model.base import resolve_base
+from posttrain.rewards.reward import Scorer, choose, identity
+
+USAGE = (
+    "posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [temperature=0.7] [reward=right] [keep=pairs|best|labels]"
+)
+SETTINGS = ("k", "temperature", "max_tokens", "reward", "keep", "least_reward", "seed")
+PLACES = ("output_root", "model.path", "model.revision")
+PROVENANCE = ".provenance"
+"""Ending of the file beside the records that says where they come from; not one of data."""
+
+
+def main(words: list[str]) -> int:
+    """Sample answers of an artifact to questions, score them, and write the records made of them."""
+    given = parse("sample", words, (*SETTINGS, *PLACES))
+    if len(given.plain) != 3:
+        reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
+    folder, asked, output = Path(given.plain[0]), given.plain[1], Path(given.plain[2])
+    settings = _settings(given, asked)
+    if output.suffix != ".jsonl" or output.exists():
+        reject(str(output), "exists already" if output.exists() else "is no .jsonl file", "Give a new file.jsonl")
+    host = plugins.load()
+    try:
+        scorer = choose(settings.reward, host.rewards, host.reward_owners)
+    except ValueError as error:
+        reject("reward", str(error))
+    questions = [each for each in read_source(Source(path=asked), "questions") if isinstance(each, Question)]
+    if problems := list(scorer.problems(questions)):
+        raise BadInput(problems)
+    artifact = verify(folder)
+    base = resolve_base(_base(artifact, given), artifact.pins)
+    environment.prepare()
+    kept = _sample(artifact, base, questions, settings, scorer, Path(given.settings.get("output_root", "runs")))
+    print(f"sampled    {kept.line()}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(output, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in kept.records))
+    provenance = {
+        "artifact": artifact.digest,
+        "lineage": artifact.manifest.lineage,
+        "base": artifact.manifest.base.name,
+        "questions": data_digest([Source(path=asked)]),
+        "settings": settings.identity(),
+        "rewards": [identity(reward, scorer.owners[reward.name]) for reward in scorer.rewards],
+        "records": digest_of([_row(record) for record in kept.records]),
+        "figures": dict(kept.figures),
+    }
+    replace_text(output.with_name(output.name + PROVENANCE), json.dumps(provenance, indent=2) + "\n")
+    print(f"written    {output} and {output.name}{PROVENANCE}")
+    return 0
+
+
+def _settings(given: Arguments, asked: str) -> OnPolicy:
+    words = [f"{key}={value}" for key, value in given.settings.items() if key in SETTINGS]
+    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    problems: list[Problem] = []
+    settings = conform(OnPolicy, {**values, "questions": asked}, "sample", problems)
+    if settings is not None:
+        problems += [Problem(where=key, what=what) for key, what in settings.problems()]
+    if problems:
+        raise BadInput(problems)
+    typed: OnPolicy = settings
+    return typed
+
+
+def _base(artifact: Artifact, given: Arguments) -> ModelConfig:
+    """Return the base under the artifact, from where it was in training unless a setting names another place."""
+    path = given.settings.get("model.path", artifact.manifest.base.name)
+    return ModelConfig(path=path, revision=given.settings.get("model.revision"))
+
+
+def _sample(
+    artifact: Artifact, base: ModelSource, questions: list[Question], settings: OnPolicy, scorer: Scorer, root: Path
+) -> Any:
+    from posttrain.model.loading import load_tokenizer
+    from posttrain.run.start import find_standing
+    from posttrain.sampling.answers import Asking, ask
+    from posttrain.sampling.keeping import keep, score
+    from posttrain.sampling.sampler import Drawing
+    from posttrain.tokens.chat import ChatRenderer
+
+    if (doubt := find_standing(artifact, root).doubt) is not None:
+        print(f"warning    {artifact.named} {doubt}")
+    source = replace(artifact.source(base), name=artifact.manifest.stage)
+    drawing = Drawing(
+        k=settings.k, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
+    )
+    asking = Asking(
+        source=source, dtype=artifact.manifest.dtype, drawing=drawing, kept=root / "cache",
+        part=lambda done, total, what: print(f"sampled    {done:,} of {total:,} {what}s", flush=True),
+        stop_requested=lambda: False,
+    )  # fmt: skip
+    scored = score(questions, ask(questions, asking), scorer)
+    return keep(questions, scored, settings, ChatRenderer(load_tokenizer(source)))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Return a record as a file of training data holds it."""
+    if isinstance(record, Preference):
+        return {"prompt": list(record.prompt), "chosen": list(record.chosen), "rejected": list(record.rejected)}
+    if isinstance(record, Feedback):
+        return {"prompt": list(record.prompt), "completion": list(record.completion), "label": record.label}
+    if not isinstance(record, Conversation):
+        raise TypeError(f"{type(record).__name__} is no record of a sampled answer")
+    return {"messages": list(record.messages)}

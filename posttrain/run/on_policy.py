@@ -1,0 +1,146 @@
+"""Records that a stage's parent makes: questions are read before any training, and answered when the stage starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.artifact import ModelSource
+from posttrain.config.schema import GateTask, Source
+from posttrain.data.files import read_rows
+from posttrain.data.reading import read_source
+from posttrain.data.records import Question, Record
+from posttrain.errors import BadInput, Problem
+from posttrain.rewards.reward import Scorer, choose
+from posttrain.sampling.answers import Asking, ask
+from posttrain.sampling.keeping import SERVED, keep, score
+from posttrain.sampling.sampler import Drawing
+from posttrain.scoring.catalogue import data_files, is_path, read_task_file
+from posttrain.tokens.chat import ChatRenderer
+
+if TYPE_CHECKING:
+    from posttrain.run.display import TrainingProgress
+    from posttrain.run.job import Job
+
+MOST_PROBLEMS = 20
+"""Questions named in one message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The questions of one source, before they are answered."""
+
+    source: Source
+    questions: Sequence[Question]
+    scorer: Scorer
+
+
+def read_asked(job: Job) -> list[Asked]:
+    """Return the questions of the stage's on-policy sources.
+
+    Raises BadInput for unusable questions, for those that a gate of the run asks as well, and for records of another
+    shape than the stage trains.
+    """
+    found = []
+    for source in job.step.sources:
+        if (settings := source.on_policy) is None:
+            continue
+        where, shape = f"{job.name}.data.on_policy", job.step.stage.records
+        if shape not in SERVED[settings.keep]:
+            what = f"keep={settings.keep.value} makes records of {SERVED[settings.keep][0]}; the stage trains {shape}"
+            fix = ", ".join(f"{each.value}: {' or '.join(shapes)}" for each, shapes in SERVED.items())
+            raise BadInput(Problem(where=f"{where}.keep", what=what, fix=f"The choices and their shapes: {fix}"))
+        questions = [each for each in read_source(replace(source, on_policy=None), "questions") if is_question(each)]
+        scorer = choose(settings.reward, job.host.rewards, job.host.reward_owners)
+        check_questions(job, questions, scorer)
+        found.append(Asked(source=source, questions=questions, scorer=scorer))
+    return found
+
+
+def check_questions(job: Job, questions: Sequence[Question], scorer: Scorer) -> None:
+    """Raise BadInput for questions that a reward cannot use, or that a gate of the run asks as well."""
+    problems = [*islice(scorer.problems(questions), MOST_PROBLEMS), *islice(_asked_by_gates(job, questions), 1)]
+    if problems:
+        raise BadInput(problems)
+
+
+def sample_records(
+    job: Job, parent: ModelSource, asked: Sequence[Asked], progress: TrainingProgress
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Return the records that ``parent`` makes of its answers, and the figures of each source.
+
+    Raises BadInput when no answer can be kept, Interrupted when a stop is requested.
+    """
+    from posttrain.model.loading import load_tokenizer
+
+    records: list[Record] = []
+    figures = []
+    for each in asked:
+        settings = each.source.on_policy
+        assert settings is not None
+        drawing = Drawing(
+            k=settings.k, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
+        )
+        asking = Asking(
+            source=parent, dtype=job.plan.model.dtype.value, drawing=drawing, kept=job.plan.output_root / "cache",
+            part=progress.part, stop_requested=job.interrupts.requested,
+        )  # fmt: skip
+        progress.note(f"on policy: {parent.name} answers {len(each.questions):,} questions, {settings.k} times each")
+        scored = score(each.questions, ask(each.questions, asking), each.scorer)
+        kept = keep(each.questions, scored, settings, ChatRenderer(load_tokenizer(parent)))
+        progress.note(f"on policy: {kept.line()}")
+        if not kept.records:
+            what = f"no answer of {parent.name} can be kept as {settings.keep.value}: {kept.line()}"
+            fix = "Raise k, max_tokens or temperature, ask easier questions, or take another reward"
+            raise BadInput(Problem(where=f"{job.name}.data.on_policy", what=what, fix=fix))
+        records += kept.records
+        figures.append({"source": each.source.path, "parent": parent.digest, **kept.figures})
+    return records, figures
+
+
+def is_question(record: object) -> bool:
+    """Return True for a question."""
+    return isinstance(record, Question)
+
+
+def _asked_by_gates(job: Job, questions: Sequence[Question]) -> Iterator[Problem]:
+    """Yield a problem for each question in a file of any gate of the run: its score would be of memory, not skill."""
+    own = {_plain(question.prompt[-1]["content"]): question for question in questions}
+    for step in job.plan.steps:
+        for name, task in step.tasks.items():
+            for path in _files(name, task):
+                for where, row in read_rows(path):
+                    for text in _texts(row):
+                        if (found := own.get(_plain(text))) is not None:
+                            what = f"the gate of {step.name} asks the same in {name} ({where})"
+                            fix = "Leave it out of one of the two: a gate has to ask what was never rewarded"
+                            yield Problem(where=found.where, what=what, fix=fix)
+
+
+def _files(name: str, task: GateTask) -> list[Path]:
+    """Return the local files of a task's documents; none for those of a hub."""
+    if task.data:
+        return [Path(task.data).expanduser()]
+    reference = task.task or name
+    if not is_path(reference):
+        return []
+    return [path for path in data_files(read_task_file(Path(reference))) if path.is_file()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a row, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
