@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow, AnswerScores, set_aside
     from posttrain.engine.checkpoint import Position
-    from posttrain.engine.config import FineTuneConfig, LoopConfig, TrainOn
+    from posttrain.engine.config import FineTuneConfig, LoopConfig, SampledConfig, TrainOn
     from posttrain.errors import (
         ArtifactDamaged,
         BadInput,
@@ -72,7 +72,9 @@ if TYPE_CHECKING:
     )
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
-    from posttrain.rewards.reward import Reward
+    from posttrain.rewards.reward import Reward, Scorer
+    from posttrain.sampling.objective import AnsweredQuestion, Asked, PolicyLoss, TokenScores
+    from posttrain.sampling.sampler import Answer
     from posttrain.sft.declines import declines
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
@@ -81,11 +83,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MISSING",
     "Advice",
+    "Answer",
     "AnswerLoss",
     "AnswerScores",
+    "AnsweredQuestion",
     "AnsweredRow",
     "Artifact",
     "ArtifactDamaged",
+    "Asked",
     "Backend",
     "BadInput",
     "BaseWeights",
@@ -123,6 +128,7 @@ __all__ = [
     "Pins",
     "Plan",
     "PluginFailed",
+    "PolicyLoss",
     "Position",
     "PosttrainError",
     "Preference",
@@ -135,7 +141,9 @@ __all__ = [
     "Reward",
     "Role",
     "Rule",
+    "SampledConfig",
     "Scorecard",
+    "Scorer",
     "Sequential",
     "Settings",
     "Source",
@@ -145,6 +153,7 @@ __all__ = [
     "Step",
     "TaskVerdict",
     "Text",
+    "TokenScores",
     "Tool",
     "TrainOn",
     "Verdict",
@@ -199,6 +208,7 @@ HOMES = {
     "posttrain.engine.config": (
         "FineTuneConfig",
         "LoopConfig",
+        "SampledConfig",
         "TrainOn",
     ),
     "posttrain.errors": (
@@ -229,7 +239,9 @@ HOMES = {
         "Plan",
         "Step",
     ),
-    "posttrain.rewards.reward": ("Reward",),
+    "posttrain.rewards.reward": ("Reward", "Scorer"),
+    "posttrain.sampling.objective": ("AnsweredQuestion", "Asked", "PolicyLoss", "TokenScores"),
+    "posttrain.sampling.sampler": ("Answer",),
     "posttrain.sft.declines": ("declines",),
     "posttrain.stage": (
         "MISSING",

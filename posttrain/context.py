@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.artifact import ModelSource
-    from posttrain.data.records import Document, Feedback, Preference
+    from posttrain.data.records import Document, Feedback, Preference, Question
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow
     from posttrain.engine.checkpoint import CheckpointFolder, Position
+    from posttrain.rewards.reward import Scorer
+    from posttrain.sampling.objective import PolicyLoss
     from posttrain.stage import Progress, Stage
     from posttrain.tokens.chat import ChatRenderer
     from posttrain.tokens.judged import JudgedAnswer
@@ -55,6 +57,10 @@ class StageContext:
     """Folder, shared by all runs, for what can be computed again; beside the checkpoints when absent."""
     data_workers: int | None = None
     """Processes that render records; None for one on each core."""
+    scorer: Scorer | None = None
+    """Rewards of the stage's sampled answers; None for a stage whose settings name none."""
+    trail: Path | None = None
+    """Folder for the answers that the stage samples, kept with the run; with the checkpoints when absent."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 
@@ -133,6 +139,20 @@ class StageContext:
         from posttrain.engine.stage import train_answers
 
         train_answers(self, rows, loss, start, eval_rows)
+
+    def train_sampled(self, questions: Sequence[Question], loss: PolicyLoss) -> None:
+        """Train ``policy()`` on its own answers to ``questions``, with a loss of their tokens, on SFT's loop; save it.
+
+        Needs a SampledConfig as ``config``. In each step the policy as it is answers the step's questions, the stage's
+        rewards score the answers, and the loss makes advantages of them. The answers of all steps stay in ``trail``.
+        Dropout is off. Progress, exact resume and the figures in ``metrics`` are those of SFT.
+
+        Raises BadInput when the questions do not fit the model or nothing is learnt any more, ArtifactDamaged when
+        training would not start at the parent, Interrupted after ``stop_requested``.
+        """
+        from posttrain.sampling.stage import train_sampled
+
+        train_sampled(self, questions, loss)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Position:
         """Load the newest sound checkpoint into the model, the optimizer and torch's random number generator.

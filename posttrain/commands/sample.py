@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         reject("reward", str(error))
     questions = [each for each in read_source(Source(path=asked), "questions") if isinstance(each, Question)]
-    if problems := list(scorer.problems(questions)):
+    if problems := scorer.problems(questions):
         raise BadInput(problems)
     artifact = verify(folder)
     base = resolve_base(_base(artifact, given), artifact.pins)

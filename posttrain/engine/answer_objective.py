@@ -108,6 +108,12 @@ class AnswerObjective(Generic[Row]):
     before: References | None = field(default=None, init=False)
     """Log-probabilities by the model before training."""
 
+    drawn = False
+
+    def draw(self, step: int, rows: Sequence[Numbered[Row]]) -> Sequence[Numbered[Row]]:
+        """Return ``rows``."""
+        return rows
+
     @property
     def coupled(self) -> bool:
         """As the loss is."""

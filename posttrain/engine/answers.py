@@ -140,6 +140,23 @@ class AnswerBatch:
         self, model: PreTrainedModel | PeftModel, config: LoopConfig, dtype: str, noise: float | None = None
     ) -> torch.Tensor:
         """Return the log-probability of each answer, [B, A] in float64; ``noise`` is NEFTune's alpha."""
+        # float64: a loss takes differences of these sums, small against them
+        log_probs_N = self.token_log_probs(model, config, dtype, noise)
+        sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.ids.device)
+        return sums.index_add(0, self.owners, log_probs_N.double()).view_as(self.tokens)
+
+    def token_log_probs(
+        self,
+        model: PreTrainedModel | PeftModel,
+        config: LoopConfig,
+        dtype: str,
+        noise: float | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Return the log-probability of each token of the answers, [N], at a temperature.
+
+        Raises BadInput for a model that caps its logits, at a temperature other than 1.
+        """
         causal = causal_model(model)
         # a family without shared tokens is a document: kernels that cannot share are asked for nothing else
         shared = any(len(answers) > 1 for _, answers in self.families)
@@ -149,10 +166,8 @@ class AnswerBatch:
             else:
                 hidden_TD = packed_hidden(causal, self.ids, self.lengths)
             hidden_ND = hidden_TD.index_select(0, self.scored)
-            log_probs_N = token_log_probs(OutputHead.of(causal), hidden_ND, self.targets, config.loss_chunk)
-        # float64: a loss takes differences of these sums, small against them
-        sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.ids.device)
-        return sums.index_add(0, self.owners, log_probs_N.double()).view_as(self.tokens)
+            head = OutputHead.of(causal).at(temperature)
+            return token_log_probs(head, hidden_ND, self.targets, config.loss_chunk)
 
 
 def set_aside(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:

@@ -98,6 +98,34 @@ class LoopConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
+class SampledConfig(LoopConfig):
+    """Settings of every stage that learns from its own answers, through ``StageContext.train_sampled``."""
+
+    k: int = number(8, least=2, hint=": an answer is compared with the others to its question")
+    """Answers to each question in a step."""
+    temperature: float = number(1.0, above=0)
+    """Temperature at which answers are drawn, and their log-probabilities taken."""
+    max_tokens: int = number(256, least=1)
+    """Longest answer, in tokens: one that goes on is cut, and counted as never ended."""
+    reward: Any = "right"
+    """A reward by name, a list of them, or weights by name: posttrain list rewards."""
+    idle_steps: int = number(20, least=1)
+    """Steps in a row without two answers of different rewards to any question, after which the stage stops."""
+
+    def rewarding(self) -> Any:
+        """Return the rewards."""
+        return self.reward
+
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Return settings out of range or against each other, as (setting, what is wrong)."""
+        found = [*super().problems()]
+        if self.eval_data is not None or self.eval_share:
+            key = "eval_share" if self.eval_share else "eval_data"
+            found.append((key, "sampled answers have no eval loss: the gate asks questions that were never rewarded"))
+        return found
+
+
+@dataclass(kw_only=True)
 class FineTuneConfig(LoopConfig):
     """Settings of every stage with SFT's loss, through ``StageContext.finetune``."""
 

@@ -34,6 +34,11 @@ class MaskedCrossEntropy:
     """Number format of the arithmetic: ``float32`` or ``bfloat16``."""
     coupled = False
     shuffled = True
+    drawn = False
+
+    def draw(self, step: int, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
+        """Return ``rows``."""
+        return rows
 
     def begin(self, engine: Engine) -> None:
         """Do nothing: the loss needs no model but the one that is trained."""

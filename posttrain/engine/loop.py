@@ -106,15 +106,16 @@ class Training:
             saves = Saves(saved, self.config)
             steps = range(position.step + 1, self.order.total + 1)
             device = causal_model(self.model).device
-            with saves.ended(), prepared_ahead(partial(self._batches, device), steps, device) as prepared:
+            ahead = torch.device("cpu") if self.objective.drawn else device  # rows that the model draws wait for it
+            with saves.ended(), prepared_ahead(partial(self._batches, device), steps, ahead) as prepared:
                 for step, batches in zip(steps, prepared, strict=True):
                     position = self._step(step, batches, engine)
                     self._save_or_stop(position, saves, engine)
         self.without_gradient.update(engine.idle())
         return position
 
-    def _rows(self, step: int) -> list[Any]:
-        return [self.rows[index] for index in self.order.of_step(step)]
+    def _rows(self, step: int) -> Sequence[Any]:
+        return self.objective.draw(step, [self.rows[index] for index in self.order.of_step(step)])
 
     def _batches(self, device: torch.device, step: int) -> StepBatches:
         """Lay out the rows of a step."""

@@ -11,7 +11,7 @@ size of a chunk changes the gradient. A mean of means would weigh tokens of shor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,15 @@ class OutputHead:
         config = causal.config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(projection, scale, getattr(config, "final_logit_softcapping", None))
+
+    def at(self, temperature: float) -> OutputHead:
+        """Return the head of the logits divided by a temperature. Raises BadInput where a cap follows the scale."""
+        if temperature == 1.0:
+            return self
+        if self.softcap is not None:
+            what = f"{temperature:g}, but the model caps its logits, which are trained at temperature 1 alone"
+            raise BadInput(Problem(where="temperature", what=what, fix="Set temperature: 1.0"))
+        return replace(self, scale=self.scale / temperature)
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Return logits [C, V] in float32."""

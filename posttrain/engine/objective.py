@@ -36,6 +36,13 @@ class Objective(Protocol[Row]):
     def shuffled(self) -> bool:
         """True to draw the rows in another order every epoch; False to train them in the order given."""
 
+    @property
+    def drawn(self) -> bool:
+        """True when the model draws the rows of a step as it is when the step begins, by ``draw``."""
+
+    def draw(self, step: int, rows: Sequence[Any]) -> Sequence[Any]:
+        """Return the rows of a step as its batches take them; asked again for the same step, the same ones."""
+
     def begin(self, engine: Engine) -> None:
         """Make ready, with the model as it is before training and before a checkpoint is restored.
 

@@ -45,15 +45,18 @@ class Scorer:
     owners: Mapping[str, str]
     """The plugin of each reward, with its version, by the reward's name."""
 
-    def problems(self, questions: Sequence[Question]) -> Iterator[Problem]:
-        """Yield a problem for each question that a reward cannot use."""
+    def problems(self, questions: Sequence[Question]) -> Sequence[Problem]:
+        """Return a problem for each question that a reward cannot use."""
+        found = []
         for question in questions:
             for reward in self.rewards:
                 with self._named(reward, question):
                     lack = reward.lacks(question)
                 if lack is not None:
                     fix = "Complete the question, leave it out, or choose another reward"
-                    yield Problem(where=question.where, what=f"{lack}, which the reward {reward.name} needs", fix=fix)
+                    what = f"{lack}, which the reward {reward.name} needs"
+                    found.append(Problem(where=question.where, what=what, fix=fix))
+        return found
 
     def parts(self, question: Question, text: str, ended: bool) -> dict[str, float]:
         """Return the score of an answer by each reward.

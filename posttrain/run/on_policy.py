@@ -53,16 +53,30 @@ def read_asked(job: Job) -> list[Asked]:
             what = f"keep={settings.keep.value} makes records of {SERVED[settings.keep][0]}; the stage trains {shape}"
             fix = ", ".join(f"{each.value}: {' or '.join(shapes)}" for each, shapes in SERVED.items())
             raise BadInput(Problem(where=f"{where}.keep", what=what, fix=f"The choices and their shapes: {fix}"))
-        questions = [each for each in read_source(replace(source, on_policy=None), "questions") if is_question(each)]
+        read = read_source(replace(source, on_policy=None), "questions")
+        questions = [each for each in read if isinstance(each, Question)]
         scorer = choose(settings.reward, job.host.rewards, job.host.reward_owners)
         check_questions(job, questions, scorer)
         found.append(Asked(source=source, questions=questions, scorer=scorer))
     return found
 
 
+def scorer_of(job: Job) -> Scorer | None:
+    """Return the rewards of a stage that samples answers; None for any other."""
+    given = job.step.config.rewarding()
+    return None if given is None else choose(given, job.host.rewards, job.host.reward_owners)
+
+
+def check_asked(job: Job, records: Sequence[Any]) -> None:
+    """Raise BadInput for records that are questions which the stage's rewards cannot use, or a gate asks as well."""
+    scorer = scorer_of(job)
+    if scorer is not None:
+        check_questions(job, [each for each in records if isinstance(each, Question)], scorer)
+
+
 def check_questions(job: Job, questions: Sequence[Question], scorer: Scorer) -> None:
     """Raise BadInput for questions that a reward cannot use, or that a gate of the run asks as well."""
-    problems = [*islice(scorer.problems(questions), MOST_PROBLEMS), *islice(_asked_by_gates(job, questions), 1)]
+    problems = [*scorer.problems(questions)[:MOST_PROBLEMS], *islice(_asked_by_gates(job, questions), 1)]
     if problems:
         raise BadInput(problems)
 
@@ -99,11 +113,6 @@ def sample_records(
         records += kept.records
         figures.append({"source": each.source.path, "parent": parent.digest, **kept.figures})
     return records, figures
-
-
-def is_question(record: object) -> bool:
-    """Return True for a question."""
-    return isinstance(record, Question)
 
 
 def _asked_by_gates(job: Job, questions: Sequence[Question]) -> Iterator[Problem]:

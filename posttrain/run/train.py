@@ -27,7 +27,7 @@ from posttrain.plan import Step
 from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, records_digest, shaping_settings, versions
-from posttrain.run.on_policy import Asked, read_asked, sample_records
+from posttrain.run.on_policy import Asked, check_asked, read_asked, sample_records, scorer_of
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
 from posttrain.saved import plain
 
@@ -112,6 +112,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
+        scorer=scorer_of(job), trail=job.folder / "answers",
         metrics=({"warnings": [*records.warnings]} if records.warnings else {})
         | ({"on_policy": figures} if figures else {}),
     )  # fmt: skip
@@ -227,6 +228,7 @@ def read_records(job: Job) -> Records:
     evaluation = replace(job.step, sources=job.step.eval_sources)
     eval_records = _held(job, evaluation, "eval_data") if evaluation.sources else HeldRecords.of(tuple)
     trained = _held(job, job.step, "data")
+    check_asked(job, trained)
     left_out = [line for each in (trained, eval_records) for line in _left_out(job, each.all())]
     unread = _unread(job, [*trained, *eval_records])
     warnings = [*left_out, *unread]

@@ -2,8 +2,9 @@
 
     python recipes/quickstart/make.py DIR
 
-writes ``sft.jsonl``, ``dpo.jsonl``, ``questions.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes on every
-machine, and ``base``, a Llama of two million parameters trained on documents about 240 invented towns and on no chat.
+writes ``sft.jsonl``, ``dpo.jsonl``, ``questions.jsonl``, ``safety.jsonl`` and ``tasks/*.jsonl``, the same bytes
+on every machine, and ``base``, a Llama of two million parameters trained on documents about 240 invented towns and
+on no chat.
 """
 
 from __future__ import annotations

@@ -1,0 +1,371 @@
+"""The loss of answers that the policy itself writes, step by step, as the loop takes it.
+
+    draw       the policy, as it is when the step begins, answers the step's questions; rewards, then advantages
+    batch      prompts, each once for all of its answers, packed end to end; nothing padded
+    share      log-probabilities of every token by the policy, and by the model before training where the loss asks
+
+Every answer draws by the seed, the step, its question and its number: a resumed run writes what it would have written.
+"""
+
+# N = tokens of all answers of a batch, A = answers of a batch
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from posttrain.cost.operations import Work
+from posttrain.data.records import Question
+from posttrain.digests import digest_of
+from posttrain.disk import naming
+from posttrain.engine.ahead import on_device
+from posttrain.engine.answers import AnswerBatch
+from posttrain.engine.attention import causal_model, shares_prompts
+from posttrain.engine.config import SampledConfig
+from posttrain.engine.precision import autocasting
+from posttrain.engine.start import TOLERANCE
+from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.model.probe import set_attention
+from posttrain.rewards.reward import Scorer
+from posttrain.sampling.answers import BLOCK, model_ends, stop_ids, text_of
+from posttrain.sampling.sampler import Answer, Drawing, sample
+from posttrain.stage import Progress
+
+if TYPE_CHECKING:
+    from posttrain.engine.engine import Engine
+    from posttrain.engine.objective import Sums, Totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question of the stage, before the policy answers it."""
+
+    question: Question
+    prompt: Sequence[int]
+    """Token ids up to the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredQuestion:
+    """A question with the answers that the policy wrote in a step."""
+
+    asked: Asked
+    answers: Sequence[Answer]
+    rewards: Sequence[float]
+    """Reward of each answer."""
+    advantages: Sequence[float]
+    """Advantage of each answer over the others, as the loss has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """The log-probabilities of the tokens of a batch's answers at the temperature of sampling, in nats."""
+
+    rows: Sequence[AnsweredQuestion]
+    log_probs: torch.Tensor
+    """Those of the policy, [N], with their graph."""
+    drawn: torch.Tensor
+    """Those with which the tokens were drawn, [N]."""
+    reference: torch.Tensor | None
+    """Those of the model before training, [N]; None for a loss without a reference."""
+    advantages: torch.Tensor
+    """The advantage of each token's answer, [N]."""
+    owners: torch.Tensor
+    """Number of each token's answer, [N]."""
+    lengths: torch.Tensor
+    """Tokens of each answer, [A]."""
+    ended: torch.Tensor
+    """True for an answer that ended by itself, [A]."""
+
+
+class PolicyLoss(Protocol):
+    """A loss of sampled answers, as a function of their tokens' log-probabilities; a sum over an optimizer step."""
+
+    @property
+    def referenced(self) -> bool:
+        """True when the loss compares the policy with the model before training."""
+
+    def advantages(self, rewards: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
+        """Return the advantage of each answer of a step, from the rewards of each question's answers."""
+
+    def totals(self, rows: Sequence[AnsweredQuestion]) -> Mapping[str, int]:
+        """Count what the loss of a whole step is divided by."""
+
+    def share(self, scores: TokenScores, totals: Mapping[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the share of a batch in the loss of the step, and sums for its figures, always of the same names."""
+
+    def figures(self, sums: Mapping[str, float], totals: Mapping[str, int]) -> dict[str, float]:
+        """Return the figures of a step, ``loss`` among them, from the sums over all of its batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """Answered questions laid out for one forward pass, on their device."""
+
+    rows: Sequence[AnsweredQuestion]
+    answered: AnswerBatch
+    drawn: torch.Tensor
+    """Log-probabilities with which the tokens were drawn, [N]."""
+    advantages: torch.Tensor
+    """Advantage of each answer, [A]."""
+    ended: torch.Tensor
+    """True for an answer that ended by itself, [A]."""
+
+
+@dataclass
+class SampledObjective:
+    """The loss of a stage's sampled answers."""
+
+    config: SampledConfig
+    dtype: str
+    """Number format of the arithmetic."""
+    _: KW_ONLY
+    loss: PolicyLoss
+    scorer: Scorer
+    tokenizer: Any
+    first: Sequence[Asked]
+    """Questions by whose answers the start is proven."""
+    seed: int
+    stored: str
+    """Number format of the stored weights."""
+    trail: Path
+    """Folder of all sampled answers, a file for each step."""
+    progress: Progress
+    coupled = False
+    shuffled = True
+    drawn = True
+    shared: bool = field(default=False, init=False)
+    _engine: Engine | None = field(default=None, init=False)
+    _before: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    """Trained weights before training, for a loss with a reference."""
+    _drawn: tuple[int, Sequence[AnsweredQuestion]] | None = field(default=None, init=False)
+    _idle: int = field(default=0, init=False)
+
+    def begin(self, engine: Engine) -> None:
+        """Keep the model before training, and prove that the loop gives tokens the chances they were drawn with.
+
+        Raises ArtifactDamaged when the proof fails.
+        """
+        self._engine = engine
+        self.shared = engine.run(partial(shares_prompts, engine.model))
+        times = "once for all of its answers" if self.shared else "again for each answer, as the kernel needs it"
+        self.progress.note(f"prompts: each is computed {times}")
+        if self.loss.referenced:
+            trained = engine.model.named_parameters()
+            self._before = {name: each.detach().clone() for name, each in trained if each.requires_grad}
+        self._prove_start(engine)
+
+    def draw(self, step: int, rows: Sequence[Asked]) -> Sequence[AnsweredQuestion]:
+        """Return the step's questions with the answers of the policy as it is; the same ones when asked again."""
+        if self._drawn is None or self._drawn[0] != step:
+            answers = self._write(rows, step)
+            texts = [[text_of(self.tokenizer, answer) for answer in group] for group in answers]
+            parts = [
+                [self.scorer.parts(each.question, text, answer.ended) for text, answer in zip(said, group, strict=True)]
+                for each, said, group in zip(rows, texts, answers, strict=True)
+            ]
+            rewards = [[self.scorer.total(each) for each in group] for group in parts]
+            advantages = self.loss.advantages(rewards)
+            found = [
+                AnsweredQuestion(asked=asked, answers=group, rewards=given, advantages=better)
+                for asked, group, given, better in zip(rows, answers, rewards, advantages, strict=True)
+            ]
+            self._keep(step, found, texts, parts)
+            self._drawn = step, found
+        return self._drawn[1]
+
+    def totals(self, rows: Sequence[AnsweredQuestion]) -> Totals:
+        """Count the tokens of a step, a prompt once, its answers, and what the loss counts."""
+        held = sum(len(row.asked.prompt) + sum(len(answer.ids) for answer in row.answers) for row in rows)
+        return {"tokens": held, "answers": sum(len(row.answers) for row in rows), **self.loss.totals(rows)}
+
+    def work(self, rows: Sequence[AnsweredQuestion]) -> Sequence[Work]:
+        """Return the prompts with their answers, each prompt once; the reference computes them without a gradient."""
+        families = [(len(row.asked.prompt), [len(answer.ids) for answer in row.answers]) for row in rows]
+        scored = sum(sum(answers) for _, answers in families)
+        found = [Work(families=families, scored=scored, graph=True)]
+        return [*found, Work(families=families, scored=scored, graph=False)] if self.loss.referenced else found
+
+    def batch(self, rows: Sequence[AnsweredQuestion], device: torch.device) -> PolicyBatch:
+        """Return ``rows`` end to end, with their advantages."""
+        answered = [(row.asked.prompt, [answer.ids for answer in row.answers]) for row in rows]
+        answers = [answer for row in rows for answer in row.answers]
+        drawn = [value for answer in answers for value in answer.log_probs]
+        return PolicyBatch(
+            rows=rows,
+            answered=AnswerBatch.of(answered, device, self.shared),
+            drawn=on_device(torch.tensor(drawn), device),
+            advantages=on_device(torch.tensor([value for row in rows for value in row.advantages]), device),
+            ended=on_device(torch.tensor([answer.ended for answer in answers]), device),
+        )
+
+    def share(
+        self, model: PreTrainedModel | PeftModel, batch: PolicyBatch, totals: Totals
+    ) -> tuple[torch.Tensor, Sums]:
+        """Return the share of ``batch`` in the loss of the step."""
+        return self.loss.share(self.scores(model, batch), totals)
+
+    def scores(self, model: PreTrainedModel | PeftModel, batch: PolicyBatch) -> TokenScores:
+        """Return the log-probabilities of the tokens of ``batch``."""
+        reference = None
+        if self.loss.referenced:
+            with torch.no_grad(), self._as_before(model):
+                reference = self._log_probs(model, batch)
+        owners = batch.answered.owners
+        return TokenScores(
+            rows=batch.rows,
+            log_probs=self._log_probs(model, batch),
+            drawn=batch.drawn,
+            reference=reference,
+            advantages=batch.advantages[owners],
+            owners=owners,
+            lengths=batch.answered.tokens.flatten(),
+            ended=batch.ended,
+        )
+
+    def figures(self, sums: Mapping[str, float], totals: Totals) -> dict[str, float]:
+        """Return the figures of the loss, and of the answers behind it.
+
+        Raises BadInput when no question's answers have differed in their rewards for ``idle_steps`` steps.
+        """
+        rows = () if self._drawn is None else self._drawn[1]
+        answers = [answer for row in rows for answer in row.answers]
+        spread = fmean(len(set(row.rewards)) > 1 for row in rows)
+        reward = fmean(value for row in rows for value in row.rewards)
+        self._idle = 0 if spread else self._idle + 1
+        if self._idle >= self.config.idle_steps:
+            what = f"in {self._idle} steps no question had answers of different rewards (mean {reward:.3f})"
+            fix = "Nothing is learnt so: raise k or temperature, ask other questions, or end earlier by max_steps"
+            raise BadInput(Problem(where=str(self.trail), what=what, fix=fix))
+        return {
+            **self.loss.figures(sums, totals),
+            "reward": reward,
+            "spread": spread,
+            "entropy": fmean(answer.entropy for answer in answers),
+            "cut": fmean(not answer.ended for answer in answers),
+            "answer_tokens": fmean(len(answer.ids) for answer in answers),
+        }
+
+    def content(self, row: Asked) -> bytes:
+        """Return the prompt's token ids, and what the rewards know of the question."""
+        asked = row.question
+        return repr((list(row.prompt), list(asked.answers), asked.match, dict(asked.meta))).encode()
+
+    def _log_probs(self, model: PreTrainedModel | PeftModel, batch: PolicyBatch) -> torch.Tensor:
+        return batch.answered.token_log_probs(model, self.config, self.dtype, temperature=self.config.temperature)
+
+    @contextlib.contextmanager
+    def _as_before(self, model: torch.nn.Module) -> Iterator[None]:
+        """Give the model its weights from before training for a while; no second model is in memory."""
+        trained = dict(model.named_parameters())
+        now = {name: trained[name].data for name in self._before}
+        for name, before in self._before.items():
+            trained[name].data = before
+        try:
+            yield
+        finally:
+            for name, each in now.items():
+                trained[name].data = each
+
+    def _write(self, rows: Sequence[Asked], step: int) -> list[list[Answer]]:
+        """Return the policy's answers to the questions of a step."""
+        assert self._engine is not None
+        model = self._engine.model
+        drawing = Drawing(
+            k=self.config.k,
+            temperature=self.config.temperature,
+            max_tokens=self.config.max_tokens,
+            seed=int(digest_of([self.seed, step])[:15], 16),
+        )
+        ends = stop_ids(self.tokenizer) | model_ends(model)
+        size = max(1, BLOCK // drawing.k)
+        found: list[list[Answer]] = []
+        with _writing(causal_model(model)), autocasting(model, self.dtype):
+            for start in range(0, len(rows), size):
+                prompts = [each.prompt for each in rows[start : start + size]]
+                found += self._engine.run(partial(sample, model, prompts, drawing, ends))
+                self.progress.part(len(found) * drawing.k, len(rows) * drawing.k, "answer")
+        return found
+
+    def _keep(
+        self,
+        step: int,
+        rows: Sequence[AnsweredQuestion],
+        texts: Sequence[Sequence[str]],
+        parts: Sequence[Sequence[Mapping[str, float]]],
+    ) -> None:
+        """Write the answers of a step, each on a line: the trail of what was rewarded."""
+        lines = [
+            {
+                "where": row.asked.question.where, "answer": text, "ended": answer.ended, "tokens": len(answer.ids),
+                "reward": reward, "advantage": advantage, "rewards": each,
+            }
+            for row, said, scored in zip(rows, texts, parts, strict=True)
+            for answer, text, reward, advantage, each in zip(
+                row.answers, said, row.rewards, row.advantages, scored, strict=True
+            )
+        ]  # fmt: skip
+        self.trail.mkdir(parents=True, exist_ok=True)
+        path = self.trail / f"step-{step:08d}.jsonl"
+        with naming(path):
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    @torch.no_grad()
+    def _prove_start(self, engine: Engine) -> None:
+        """Raise ArtifactDamaged unless the loop gives sampled tokens the log-probabilities they were drawn with."""
+        answers = self._write(self.first, step=0)
+        rows = [
+            AnsweredQuestion(asked=asked, answers=group, rewards=[0.0] * len(group), advantages=[0.0] * len(group))
+            for asked, group in zip(self.first, answers, strict=True)
+        ]
+        training = engine.model.training
+        engine.model.eval()
+        scores = engine.run(partial(self.scores, engine.model, self.batch(rows, engine.model.device)))
+        engine.model.train(training)
+        apart = float((scores.log_probs - scores.drawn).abs().mean())
+        allowed = TOLERANCE[self.stored] / min(1.0, self.config.temperature)
+        if not apart <= allowed:
+            raise ArtifactDamaged(
+                f"the loop gives the policy's own answers other log-probabilities than they were drawn with: "
+                f"{apart:.2g} nats a token, allowed {allowed:.2g}; nothing was trained"
+            )
+        if scores.reference is not None and float((scores.log_probs - scores.reference).abs().max()) > 0:
+            raise ArtifactDamaged("the reference is not the model before training; nothing was trained")
+
+
+@contextlib.contextmanager
+def _writing(causal: PreTrainedModel) -> Iterator[None]:
+    """Give the model attention that writes with a cache, and its own back: kernels of packed rows have none."""
+    before = causal.config._attn_implementation
+    try:
+        set_attention(causal, "sdpa")
+    except (ImportError, ValueError):
+        set_attention(causal, "eager")
+    try:
+        yield
+    finally:
+        set_attention(causal, before)
+
+
+def trail_figures(trail: Path, steps: int) -> dict[str, Any]:
+    """Return the tokens and the answers that the files of the first ``steps`` steps name."""
+    found = [
+        json.loads(line)
+        for step in range(1, steps + 1)
+        for line in (trail / f"step-{step:08d}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return {
+        "sampled_answers": len(found),
+        "sampled_tokens": sum(each["tokens"] for each in found),
+        "never_ended": sum(not each["ended"] for each in found),
+    }
