@@ -47,6 +47,7 @@ PUBLIC = [
     "GateTask",
     "GateUndecided",
     "Interrupted",
+    "JudgedAnswer",
     "Keep",
     "LaunchConfig",
     "Launcher",
