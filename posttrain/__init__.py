@@ -13,6 +13,7 @@ from posttrain.version import __version__
 if TYPE_CHECKING:
     from posttrain.advice import Advice, Rule
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
+    from posttrain.config.money import Amount
     from posttrain.config.on_policy import Keep, OnPolicy
     from posttrain.config.schema import (
         Backend,
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MISSING",
     "Advice",
+    "Amount",
     "Answer",
     "AnswerLoss",
     "AnswerScores",
@@ -203,6 +205,7 @@ HOMES = {
         "Tool",
     ),
     "posttrain.engine.answer_objective": ("AnswerLoss",),
+    "posttrain.config.money": ("Amount",),
     "posttrain.engine.answers": ("AnsweredRow", "AnswerScores", "set_aside"),
     "posttrain.engine.checkpoint": ("Position",),
     "posttrain.engine.config": (

@@ -217,10 +217,13 @@ def _complete(words: list[str]) -> int:
     arguments = typed[1:] if line.endswith(" ") else typed[1:-1]
     if not arguments:
         print("\n".join(name for name in COMMANDS if name.startswith(current)))
-    if arguments[:1] == ["ledger"]:
-        from posttrain.commands.ledger import ACTIONS
+    from posttrain.commands.completion import offers, values
 
-        print("\n".join(name for name in ACTIONS if name.startswith(current)))
+    found = offers(arguments[0], arguments[1:], current) if arguments[:1] and arguments[0] in COMMANDS else None
+    if found is None:
+        found = values(current)
+    if found is not None:
+        print("\n".join(found))
         return 0
     if arguments[:1] and arguments[0] in COMMANDS:
         shorter = line.replace(f" {arguments[0]} ", " ", 1)

@@ -36,6 +36,8 @@ from posttrain.stage import Stage
 CORE = "sft"
 ONCE = "SFT is first and only once"
 NO_TRACKER = "none"
+NOT_OF_A_RUN = ("data", "gate_data", "variant")
+"""Keys that a run knows only by what stages take from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,23 +131,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     problems += _unknown_nodes(composition, host)
     names, order_problems = _order(config, host)
     problems += order_problems
-    used = [
-        "seed",
-        "output_root",
-        "stages",
-        "start_from",
-        "start_from_unpromoted",
-        "plugin_timeout",
-        "data_workers",
-        "engine",
-        "launch",
-        "spend_cap",
-        "price_per_hour",
-        "model",
-        "tracker",
-        *host.own_nodes(),
-    ]
-    used += names
+    used = [*(key for key in ROOT if key not in NOT_OF_A_RUN), *host.own_nodes(), *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
     broken = [problem for key in used for problem in check_resolved(config, key)]

@@ -73,11 +73,30 @@ def test_list_shows_the_settings_of_a_stage_with_their_help(capsys: pytest.Captu
     assert {"lr", "lora.r", "gate.confidence"} <= {setting["name"] for setting in settings}
 
 
-def test_every_setting_of_every_stage_has_help() -> None:
+def test_every_setting_of_every_stage_and_node_has_help() -> None:
+    from posttrain.commands.list import NODES
     from posttrain.config.help import docstrings
 
-    for stage in plugins.load().stages.values():
-        assert all(docstrings(stage.config).values()), stage.name
+    for each in [*plugins.load().stages.values(), *NODES.values()]:
+        assert all(docstrings(each.config).values()), each.name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model"], "model.chat_template: str | None = null"),
+        (["source"], "STAGE.data.columns:"),
+        (["lora"], "STAGE.lora.r: int = 32"),
+        (["gate"], "STAGE.gate.on_fail: OnFail = stop"),
+        (["task"], "STAGE.gate.tasks.TASK.max_drop:"),
+        (["gate", "dpo_default"], "lift   preferences"),
+        (["tasks", "gsm8k"], "gsm8k_cot"),
+        (["tasks", "safety_*"], "safety_harmful"),
+    ],
+)
+def test_list_shows_nodes_gates_and_tasks(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("list", *words) == 0
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,8 @@ def test_every_setting_of_every_stage_has_help() -> None:
         (["ledger"], "needs one of export, rebuild, verify"),
         (["ledger", "verify", "--format", "csv"], "'--format' is no flag of this command"),
         (["list", "stagse"], "Did you mean stages?"),
+        (["list", "gate", "dpo_defalt"], "Did you mean dpo_default?"),
+        (["list", "tasks", "no_such_task"], "tasks has such a name"),
         (["recipe=quickstrat"], "Did you mean quickstart?"),
         (["report", "nowhere"], "is not the directory of a run"),
         (["report"], "holds no run"),
@@ -167,4 +188,11 @@ def test_completion_of_commands_recipes_and_keys() -> None:
     assert complete("posttrain plan recipe=quick") == ["recipe=quickstart"]
     assert complete("posttrain gate gate=quickstart gate.tasks.towns_facts.min") == ["gate.tasks.towns_facts.min_lift="]
     assert complete("posttrain recipe=quickstart sft.lor") == ["sft.lora."]
+    assert complete("posttrain list gate dpo") == ["dpo_default"]
+    assert complete("posttrain recipe=quickstart gate@sft.gate=dpo") == ["gate@sft.gate=dpo_default"]
+    offered = ["sft.gate.on_fail=rollback", "sft.gate.on_fail=stop", "sft.gate.on_fail=warn"]
+    assert complete("posttrain plan recipe=quickstart sft.gate.on_fail=") == offered
+    assert complete("posttrain +stage@x=dp") == ["+stage@x=dpo"]
+    assert {"gates", "tasks", "model", "sft"} <= set(complete("posttrain list "))
+    assert not [word for word in complete("posttrain list ") if "=" in word]
     assert "posttrain" in call("-sc", "install=bash").stdout

@@ -20,6 +20,7 @@ PUBLIC = [
     "Advice",
     "Answer",
     "AnswerLoss",
+    "Amount",
     "AnswerScores",
     "AnsweredQuestion",
     "AnsweredRow",

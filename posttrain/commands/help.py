@@ -77,7 +77,7 @@ Print what is available: recipes, stages, gates, models, variants, trackers, lau
   STAGE              the settings of a stage, such as sft
   NODE               those of model, source, lora, gate, task or launch
   gate NAME          the tasks of a gate and its settings
-  tasks [PATTERN]    names of lm-eval's tasks, such as 'gsm8k*'; the first time takes a while, then an index is kept
+  tasks [PATTERN]    names of lm-eval's tasks and of plugins', such as 'gsm8k*'
   --json             print JSON
 
 Example: posttrain list sft""",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config.paths import conf_folders, recipe_folders
-from posttrain.config.schema import LaunchConfig
+from posttrain.config.schema import MISSING, GateConfig, GateTask, LaunchConfig, LoraSettings, ModelConfig, Source
 from posttrain.errors import reject, suggest
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -16,25 +16,41 @@ from posttrain.stage import Settings
 
 GROUPS = {"models": "model", "variants": "variant", "gates": "gate", "trackers": "tracker", "launches": "launch"}
 """Names of lists, and their folders below conf/."""
-NODES = {"launch": Settings(name="launch", summary="the processes that train a stage together", config=LaunchConfig)}
+NODES = {
+    "launch": Settings(name="launch", summary="the processes that train a stage together", config=LaunchConfig),
+    "model": Settings(name="model", summary="the base model", config=ModelConfig),
+    "source": Settings(name="source", summary="one source of records, below a stage's data", config=Source),
+    "lora": Settings(name="lora", summary="the adapter of a stage", config=LoraSettings),
+    "gate": Settings(name="gate", summary="the gate of a stage; list gate NAME has its tasks", config=GateConfig),
+    "task": Settings(name="task", summary="the demand of a gate on one task", config=GateTask),
+}
 """Settings that are of no plugin and of no stage."""
+PLACES = {"source": "STAGE.data", "lora": "STAGE.lora", "gate": "STAGE.gate", "task": "STAGE.gate.tasks.TASK"}
+"""Their keys in a recipe, where these are not their names."""
+TASKS = "tasks"
+MOST_TASKS = 200
+"""Names of tasks that are shown."""
 MOST_SUMMARY = 200
 """Characters shown of a file's first line."""
 SECTIONS = ("recipes", "stages", *GROUPS, "rewards", "settings", "plugins")
 
 
 def main(words: list[str]) -> int:
-    """Print every section, one of them, or the settings of one stage."""
+    """Print every section, one of them, the settings of one stage or node, a gate's tasks, or the names of tasks."""
     as_json = "--json" in words
     names = [word for word in words if word != "--json"]
     host = plugins.load()
     declared = {**host.stages, **host.settings, **NODES}
+    if names[:1] == [TASKS]:
+        return _print_tasks(host, names[1:], as_json)
+    if len(names) == 2 and names[0] == "gate":
+        return _print_gate(host, names[1], as_json)
     if len(names) == 1 and names[0] in declared and names[0] not in SECTIONS:
         _print_settings(host, names[0], as_json)
         return 0
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
-        fix = suggest(unknown[0], [*SECTIONS, *declared])
+        fix = suggest(unknown[0], [*SECTIONS, TASKS, *declared])
         reject(f"list {unknown[0]}", "is neither a list nor a stage", fix)
     content = {section: _rows(section, host) for section in names or SECTIONS}
     print(json.dumps(content, indent=2) if as_json else _text(content))
@@ -115,7 +131,7 @@ def _print_settings(host: Host, name: str, as_json: bool) -> None:
     from posttrain.config.help import settings
 
     declared = NODES.get(name) or host.stages.get(name) or host.settings[name]
-    key = getattr(declared, "group", None) or name
+    key = getattr(declared, "group", None) or PLACES.get(name, name)
     rows = settings(declared.config)
     if as_json:
         what = "stage" if name in host.stages else "plugin" if name in host.settings else "group"
@@ -125,3 +141,49 @@ def _print_settings(host: Host, name: str, as_json: bool) -> None:
     for row in rows:
         print(f"  {key}.{row.name}: {row.type} = {row.default}")
         print(f"      {row.help}")
+
+
+def _print_gate(host: Host, name: str, as_json: bool) -> int:
+    """Print the tasks of a gate's file with their settings, and the gate's own. Raises BadInput for an unknown name."""
+    from omegaconf import OmegaConf
+
+    from posttrain.config.settings_file import Reading
+
+    files = {row["name"]: row for row in _rows("gates", host)}
+    if name not in files:
+        reject(f"list gate {name}", f"no gate is named {name!r}", suggest(name, files))
+    path = Path(files[name]["path"])
+    found: Any = OmegaConf.to_container(Reading().read(path, f"gate/{name}")[0], resolve=False)
+    if as_json:
+        print(json.dumps({"gate": name, "path": str(path), "settings": found}, indent=2))
+        return 0
+    lines = [f"{name}: {files[name]['summary']}", f"  {path}", ""]
+    for task, settings in (found.get("tasks") or {}).items():
+        given = {key: "(must be given)" if value == MISSING else value for key, value in settings.items()}
+        about = [f"{key} {value}" for key, value in given.items() if key != "role"]
+        lines += [f"  {settings.get('role', ''):<6} {task}", *(f"           {line}" for line in about)]
+    lines += [f"  {key}: {value}" for key, value in found.items() if key != "tasks"]
+    lines += ["", f"In a recipe: gate@STAGE.gate={name}, or gate: {name} in a plain one; {{name: {name}, data: FILE}}"]
+    print("\n".join(map(one_line, lines)))
+    return 0
+
+
+def _print_tasks(host: Host, patterns: list[str], as_json: bool) -> int:
+    """Print the names of lm-eval's and plugins' tasks that match a pattern, such as ``gsm8k*``, or contain a word."""
+    from fnmatch import fnmatchcase
+
+    from posttrain.scoring.catalogue import registered_tasks
+
+    names = sorted({*registered_tasks(), *host.tasks})
+    wanted = [each if set(each) & set("*?[") else f"*{each}*" for each in patterns] or ["*"]
+    found = [name for name in names if any(fnmatchcase(name, each) for each in wanted)]
+    if not found:
+        what = f"none of {len(names):,} tasks has such a name"
+        reject(f"list tasks {' '.join(patterns)}", what, "posttrain list tasks shows the first")
+    if as_json:
+        print(json.dumps({TASKS: found}, indent=2))
+        return 0
+    print("\n".join(map(one_line, found[:MOST_TASKS])))
+    if len(found) > MOST_TASKS:
+        print(f"and {len(found) - MOST_TASKS:,} more: posttrain list tasks PATTERN, such as 'mmlu_*'")
+    return 0
