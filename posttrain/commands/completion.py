@@ -93,7 +93,7 @@ def _named_values(host: Any, key: str) -> Iterable[str]:
         kind = start
         for part in rest:
             hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
-            kind = hints.get(part) if part in {each.name for each in fields(kind)} else None  # type: ignore[arg-type]
+            kind = hints.get(part) if part in {each.name for each in fields(kind)} else None
             if kind is None:
                 break
         choices = [each for each in (*typing.get_args(kind), kind) if isinstance(each, type)]
