@@ -62,6 +62,8 @@ class Step:
     """The stage's plugin with its version; part of the result's fingerprint."""
     rewards: Mapping[str, str] = field(default_factory=dict)
     """Each reward of sampled answers by name, with its version and plugin; part of the result's fingerprint."""
+    cache: Path | None = None
+    """Folder of copies of hub datasets and URLs, and of remembered digests, shared by all runs."""
 
     @property
     def gate(self) -> GateConfig:
@@ -271,7 +273,7 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     tasks = conform_gate_tasks(f"{name}.gate", settings.gate, host, problems)
     return Step(
         name=name, stage=stage, config=settings, sources=sources, eval_sources=eval_sources, tasks=tasks,
-        seed=config.seed, origin=host.origin(stage.name),
+        seed=config.seed, origin=host.origin(stage.name), cache=Path(str(config.output_root)) / "cache" / "data",
         rewards=_rewards(name, settings, sources, host, problems),
     )  # fmt: skip
 

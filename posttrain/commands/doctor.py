@@ -93,7 +93,8 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
     last_only = train_on is not TrainOn.all
     documents = []
     for source in step.sources:
-        read = [each for each in islice(read_source(source, step.stage.records), READ) if isinstance(each, Document)]
+        first = islice(read_source(source, step.stage.records, step.cache), READ)
+        read = [each for each in first if isinstance(each, Document)]
         for each in read:
             for record in rows_of(each, train_on):
                 documents.append(renderer.document(record, last_only=last_only))
@@ -155,7 +156,7 @@ def _spread(step: Step) -> list[Any]:
     """Return some records of every source, from all over it: files are often sorted."""
     found: list[Any] = []
     for source in step.sources:
-        read = list(islice(read_source(source, step.stage.records), SPREAD))
+        read = list(islice(read_source(source, step.stage.records, step.cache), SPREAD))
         found += read[:: max(1, len(read) // READ)][:READ]
     return found
 

@@ -178,8 +178,8 @@ class Source:
     """One source of records."""
 
     path: str = MISSING
-    """JSON, JSONL, Parquet, CSV, TSV or text file, a directory of them, a pattern such as ``data/**/*.jsonl.gz``, or a
-    hub name."""
+    """JSON, JSONL, Parquet, CSV, TSV or text file, a directory of them, a pattern such as ``data/**/*.jsonl.gz``, a URL
+    such as ``s3://bucket/train.jsonl``, or a hub name."""
     format: Format = Format.auto
     """Shape of the records; text trains every token of the key ``text``, or of .txt files, each one document."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from posttrain.config.schema import Source
 from posttrain.data.reading import count_selected, read_records
@@ -23,7 +24,7 @@ class Mix(list[Record]):
         """The rows left out, for each source with any."""
 
 
-def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
+def read_sources(sources: Sequence[Source], shape: str, seed: int, cache: Path | None = None) -> Mix:
     """Read the records of all sources but those with ``on_policy``, each record repeated by the weight.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
@@ -44,7 +45,7 @@ def read_sources(sources: Sequence[Source], shape: str, seed: int) -> Mix:
             continue
         origin, bad = Origin(number=number, path=source.path, share=source.share or 0.0), BadRows(path=source.path)
         try:
-            records = [_with_origin(record, origin) for record in bad.sift(read_records(source, shape))]
+            records = [_with_origin(record, origin) for record in bad.sift(read_records(source, shape, cache))]
             bad.check(source.max_bad_share)
         except BadInput as error:
             # The rows before the place at which a file ends the reading are named all the same.

@@ -33,11 +33,12 @@ def load_records(step: Step) -> Sequence[Record]:
     """Read every source of the step; raises BadInput with file and line of a fault."""
     from posttrain.data.mixing import read_sources
 
-    return read_sources(step.sources, step.stage.records, step.seed)
+    return read_sources(step.sources, step.stage.records, step.seed, step.cache)
 
 
 def _check_source(source: Source, where: str) -> Iterator[Problem]:
     from posttrain.data.files import local_files
+    from posttrain.data.urls import check_url, is_url
 
     if source.limit is not None and source.limit < 1:
         what = f"limit of {source.path} is {source.limit}, must be at least 1"
@@ -50,7 +51,10 @@ def _check_source(source: Source, where: str) -> Iterator[Problem]:
         yield Problem(where=where, what=what, fix="0 stops at any row that cannot be read")
     yield from _check_asked(source, where)
     try:
-        local_files(source.path)
+        if is_url(source.path):
+            check_url(source.path)
+        else:
+            local_files(source.path)
     except BadInput as error:
         yield from (replace(problem, where=f"{where}: {problem.where}") for problem in error.problems)
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from enum import Enum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.schema import Source
+from posttrain.data.contents import Contents
 from posttrain.data.files import count_rows, local_files, read_found
+from posttrain.data.hub import copy_hub, read_copy, read_hub
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRow, Found, RawRow, Rows, bad_row, strict
 from posttrain.data.shapes import to_record
-from posttrain.data.tables import drop_filled
-from posttrain.errors import BadInput, Problem, reject, suggest
+from posttrain.data.urls import copy_url, is_url
+from posttrain.errors import BadInput, reject, suggest
 
 _ABSENT = object()
 
@@ -36,7 +38,7 @@ def select_rows(source: Source) -> Rows:
     Raises:
         BadInput: The source cannot be found or read; names file and line.
     """
-    return strict(islice(_all_rows(source), source.limit))
+    return strict(islice(_all_rows(source, None), source.limit))
 
 
 def count_selected(source: Source) -> int | None:
@@ -44,23 +46,24 @@ def count_selected(source: Source) -> int | None:
 
     Uncounted files and hub datasets are taken to hold as many rows as their ``limit``.
     """
-    found = [count_rows(path) for path in local_files(source.path) or []]
+    paths = [] if is_url(source.path) else local_files(source.path) or []
+    found = [count_rows(path) for path in paths]
     known = [count for count in found if count is not None]
     if not found or len(known) < len(found):
         return source.limit
     return sum(known) if source.limit is None else min(sum(known), source.limit)
 
 
-def read_source(source: Source, shape: str) -> Iterator[Record]:
+def read_source(source: Source, shape: str, cache: Path | None = None) -> Iterator[Record]:
     """Yield the records of ``source`` in the shape for a stage.
 
     Raises:
         BadInput: The source cannot be found or read, or a record has no usable shape; names file and line.
     """
-    return strict(read_records(source, shape))
+    return strict(read_records(source, shape, cache))
 
 
-def read_records(source: Source, shape: str) -> Iterator[Record | BadRow]:
+def read_records(source: Source, shape: str, cache: Path | None = None) -> Iterator[Record | BadRow]:
     """Yield the records of ``source`` in the shape for a stage, and its rows that make none.
 
     ``columns`` renames keys first, and ``limit`` counts both.
@@ -68,11 +71,12 @@ def read_records(source: Source, shape: str) -> Iterator[Record | BadRow]:
     Args:
         source: Path or hub name, with options.
         shape: One of RECORD_SHAPES.
+        cache: Folder of copies of hub datasets and URLs; without it the one is streamed and the other rejected.
 
     Raises:
         BadInput: The source cannot be found, or a file cannot be read to its end.
     """
-    for found in islice(_all_rows(source), source.limit):
+    for found in islice(_all_rows(source, cache), source.limit):
         yield found if isinstance(found, BadRow) else _record(source, shape, *found)
 
 
@@ -90,48 +94,37 @@ def _record(source: Source, shape: str, where: str, row: RawRow) -> Record | Bad
     return record if unread == record.unread else replace(record, unread=unread)
 
 
-def data_digest(sources: Sequence[Source]) -> str:
+def data_digest(sources: Sequence[Source], cache: Path | None = None) -> str:
     """Return the SHA-256 over the content of all files and all options of their sources.
 
-    Paths do not count: moved files keep their digest. A hub dataset counts by its name and options; its ``revision``
-    pins its content.
+    Paths do not count: moved files keep their digest. With ``cache``, hub datasets and URLs are copied first and count
+    by their content, and digests are remembered there; without it, a hub dataset counts by its name and options.
     """
-    described = [{"options": _options(source), "content": _content(source)} for source in sources]
+    contents = Contents(None if cache is None else cache / "digests.json")
+    described = [{"options": _options(source), "content": _content(source, contents, cache)} for source in sources]
+    contents.save()
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _all_rows(source: Source) -> Iterator[Found]:
+def _all_rows(source: Source, cache: Path | None) -> Iterator[Found]:
+    files = _files(source, cache)
+    if files is not None:
+        for path, place in files:
+            yield from read_found(path, place)
+    elif cache is None:
+        yield from read_hub(source)
+    else:
+        yield from read_copy(source, copy_hub(source, cache))
+
+
+def _files(source: Source, cache: Path | None) -> list[tuple[Path, str]] | None:
+    """Return the files of a source with their names in messages; None for a hub dataset."""
+    if is_url(source.path):
+        if cache is None:
+            reject(source.path, "is a URL, which only the data of a stage may be", "Give a file")
+        return copy_url(source.path, cache)
     paths = local_files(source.path)
-    if paths is None:
-        yield from _read_hub(source)
-        return
-    for path in paths:
-        yield from read_found(path)
-
-
-def _read_hub(source: Source) -> Rows:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path):
-        reject(source.path, "no such file or directory, and not a hub name", "A hub dataset is named owner/name")
-    from datasets import load_dataset
-
-    options = {"name": source.subset, "split": source.split, "revision": source.revision}
-    index = -1
-    try:
-        rows = load_dataset(source.path, streaming=True, **options)
-        features = getattr(rows, "features", None)
-        kinds = {} if features is None else {field.name: field.type for field in features.arrow_schema}
-        for index, row in enumerate(rows):
-            yield f"{source.path}[{index}]", {key: drop_filled(value, kinds.get(key)) for key, value in row.items()}
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        raise _hub_failure(source, error) from error
-    if index < 0:
-        reject(source.path, f"split {source.split!r} of the hub dataset holds no records")
-
-
-def _hub_failure(source: Source, error: Exception) -> BadInput:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    what = f"no such file or directory, and the hub dataset (split {source.split!r}) cannot be read: {reason}"
-    return BadInput(Problem(where=source.path, what=what, fix="Check name, split, subset, revision and the network"))
+    return None if paths is None else [(path, str(path)) for path in paths]
 
 
 def _rename(row: RawRow, columns: dict[str, str], where: str) -> RawRow:
@@ -169,12 +162,9 @@ def _options(source: Source) -> dict[str, Any]:
     return plain | asked | {"weight": float(source.weight)}
 
 
-def _content(source: Source) -> str | list[str]:
-    paths = local_files(source.path)
-    if paths is None:
+def _content(source: Source, contents: Contents, cache: Path | None) -> str | list[str]:
+    files = _files(source, cache)
+    if files is None and cache is None:
         return source.path
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests
+    paths = [copy_hub(source, cache)] if files is None and cache is not None else [path for path, _ in files or ()]
+    return [contents.digest(path) for path in paths]

@@ -103,8 +103,8 @@ def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -
 
 def records_digest(step: Step) -> str:
     """Return the digest of a stage's training data, and of its eval data if it has any."""
-    trained = data_digest(step.sources)
-    return digest_of([trained, data_digest(step.eval_sources)]) if step.eval_sources else trained
+    trained = data_digest(step.sources, step.cache)
+    return digest_of([trained, data_digest(step.eval_sources, step.cache)]) if step.eval_sources else trained
 
 
 def step_identity(step: Step, plan: Plan) -> dict[str, Any]:
