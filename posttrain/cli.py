@@ -48,7 +48,9 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                upload a promoted artifact with its card as a revision of the hub named
                                                by its digest; private by default, the token in HF_TOKEN
   posttrain serve RUN|ARTIFACT... [--port N]   serve promoted artifacts and their base over HTTP in OpenAI's form, each
-                                               proven first; --host, --token-file FILE, --allow-unpromoted
+                                               proven first; --host, --token-file FILE, --allow-unpromoted;
+                                               --check URL asks the same proof of a running server
+  posttrain chat RUN|ARTIFACT... [model=v1]    talk with them in the terminal; model=v1,v2 side by side
   posttrain promote ALIAS DIGEST               name an artifact for users; running servers follow within a second
   posttrain rollback ALIAS                     give the name back to the artifact before
   posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [reward=right] [keep=pairs|best|labels]
@@ -80,6 +82,7 @@ DRY_RUN = "--dry-run"
 COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = (
     "card",
+    "chat",
     "doctor",
     "export",
     "gate",

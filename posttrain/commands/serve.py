@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from posttrain import environment
 from posttrain.commands.arguments import Arguments, parse
 from posttrain.errors import reject
 from posttrain.saved import read_text
+from posttrain.serve.catalogue import BasePlace, Catalogue, read_catalogue
 
-USAGE = "posttrain serve RUN|ARTIFACT... [--port N] [--host ADDRESS] [--token-file FILE] [--allow-unpromoted]"
+USAGE = (
+    "posttrain serve RUN|ARTIFACT... [--port N] [--host ADDRESS] [--token-file FILE] [--allow-unpromoted] [--check URL]"
+)
 KEYS = ("model.path", "model.revision", "output_root", "batch", "queue", "max_tokens", "max_body")
-OPTIONS = ("--port", "--host", "--token-file")
+OPTIONS = ("--port", "--host", "--token-file", "--check")
 FLAGS = ("--allow-unpromoted",)
 TOKEN = "POSTTRAIN_TOKEN"
 PORT = 8000
@@ -30,11 +34,30 @@ def main(words: list[str]) -> int:
         fix = f"Set {TOKEN} in the environment, or give --token-file FILE"
         reject(f"--host {host}", "others can reach this address, and there is no token", fix)
     environment.prepare()
+    root = given.settings.get("output_root")
+    place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
+
+    def read() -> Catalogue:
+        unpromoted = "--allow-unpromoted" in given.flags
+        found = read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
+        for why in found.skipped:
+            print(f"left out   {why}")
+        return found
+
+    if url := given.options.get("--check"):
+        from posttrain.serve.check import Remote, check
+
+        for line in check(read(), Remote(url, token)):
+            print(f"proven     {line}", flush=True)
+        return 0
     require_extra()
-    from posttrain.serve.catalogue import BasePlace, read_catalogue
+    return _serve(given, read, place, host, token)
+
+
+def _serve(given: Arguments, read: Callable[[], Catalogue], place: BasePlace, host: str, token: str | None) -> int:
     from posttrain.serve.follower import Follower
-    from posttrain.serve.server import listen, open_service, take_port
-    from posttrain.serve.service import Limits
+    from posttrain.serve.server import listen, take_port, write_log
+    from posttrain.serve.service import Limits, open_service
 
     limits = Limits(
         rows=whole(given, "batch", 32), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
@@ -43,22 +66,18 @@ def main(words: list[str]) -> int:
     number = given.options.get("--port", str(PORT))
     if not number.isdecimal():
         reject(f"--port {number}", "is no number", USAGE)
-    root = given.settings.get("output_root")
     with take_port(host, int(number)) as port:
-        place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
-        unpromoted = "--allow-unpromoted" in given.flags
-        catalogue = read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
-        for why in catalogue.skipped:
-            print(f"left out   {why}")
+        catalogue = read()
         service = open_service(catalogue, limits, token)
-        follower = Follower(service, catalogue, place, unpromoted=unpromoted)
+        service.log = write_log
+        follower = Follower(service, catalogue, place, unpromoted="--allow-unpromoted" in given.flags)
         follower.start()
         for served in (*catalogue.artifacts, *catalogue.bases):
             doubt = f", not promoted: {served.doubt}" if served.doubt else ""
             print(f"serving    {served.name} as {', '.join(service.names.of(served.digest))}{doubt}")
         address = f"[{host}]" if ":" in host else host
-        print(f"proven     listening on http://{address}:{port.getsockname()[1]}/v1", flush=True)
-        listen(service, port, follower)
+        place_of = f"http://{address}:{port.getsockname()[1]}/v1"
+        listen(service, port, follower, lambda: print(f"proven     listening on {place_of}", flush=True))
     print("stopped    no answer is under way")
     return 0
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ from posttrain.model.probe import difference
 from posttrain.model.reloading import RELOADED_LIMITS
 from posttrain.scoring.isolation import plain_generation
 from posttrain.serve.ask import Ask, Ended, Event, Sampling, Token
-from posttrain.serve.engine import Engine
+from posttrain.serve.engine import Engine, QueueFull
 from posttrain.serve.models import Loaded, Models
 
 TOKENS = 16
 """Greedy tokens that are compared for each probe."""
+PAUSE = 0.02
+"""Seconds between two tries to join a full queue."""
 CLOSE = 10
 """Times the limit of a logit's error, within which two tokens are as likely as each other."""
 ANSWER = "This is called a lamp."
@@ -43,15 +46,14 @@ PROBES: Sequence[Sequence[Mapping[str, str]]] = (
 def prove(models: Models, engine: Engine, digest: str) -> int:
     """Prove a loaded model; return the number of probes. Raises ArtifactDamaged with what differs."""
     loaded = models.loaded[digest]
-    prompts = list(_prompts(loaded))
+    prompts = list(prompts_of(loaded))
     if not prompts:
         raise ArtifactDamaged(f"{loaded.served.name}: its chat template takes none of the probe conversations")
     alone = models.alone(digest)
-    limit = RELOADED_LIMITS.get(loaded.served.dtype, max(RELOADED_LIMITS.values()))
     changed = loaded.served.source.adapter is None
     with plain_generation(alone, loaded.ends):
         for prompt in prompts:
-            _compare(loaded, alone, prompt, greedy(engine, loaded, prompt), limit)
+            compare(loaded, alone, prompt, greedy(engine, loaded, prompt))
             changed = changed or _differs(models, engine, loaded, alone, prompt)
     if not changed:
         raise ArtifactDamaged(f"{loaded.served.name}: the adapter changes nothing: its logits are those of its base")
@@ -68,9 +70,15 @@ def greedy(engine: Engine, loaded: Loaded, prompt: list[int], tokens: int = TOKE
         if isinstance(event, Ended):
             done.set()
 
-    engine.submit([Ask(
+    ask = Ask(
         system=loaded.served.digest, prompt=prompt, sampling=Sampling(max_tokens=tokens), ends=loaded.ends, send=take
-    )])  # fmt: skip
+    )  # fmt: skip
+    while True:
+        try:
+            engine.submit([ask])
+            break
+        except QueueFull:  # of a server that is busy while it takes in an artifact
+            time.sleep(PAUSE)
     done.wait()
     last = found[-1]
     if isinstance(last, Ended) and last.fault:
@@ -90,22 +98,28 @@ def generated(alone: Any, loaded: Loaded, prompt: list[int], tokens: int = TOKEN
     return ids[:-1] if ids and ids[-1] in loaded.ends else ids
 
 
-def _prompts(loaded: Loaded) -> Iterator[list[int]]:
-    for messages in PROBES:
-        trained = loaded.prompter.trained(messages, ANSWER)
-        if trained is None:  # the template takes no system turn, as training would say
-            continue
-        own = loaded.prompter.chat(messages)
-        if own != trained:
-            place = next((n for n, pair in enumerate(zip(own, trained, strict=False)) if pair[0] != pair[1]), -1)
+def prompts_of(loaded: Loaded) -> Iterator[list[int]]:
+    """Yield the ids of the probes. Raises ArtifactDamaged when they are not those of training."""
+    for messages in taken(loaded):
+        own, trained = loaded.prompter.chat(messages), loaded.prompter.trained(messages, ANSWER)
+        if own != trained and trained is not None:
+            pairs = zip(own, trained, strict=False)
+            place = next((n for n, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(own), len(trained)))
             raise ArtifactDamaged(
                 f"{loaded.served.name}: the template's ids are not those of training: {own} here, {trained} there, "
-                f"from place {place if place >= 0 else min(len(own), len(trained))}"
+                f"from place {place}"
             )
         yield own
 
 
-def _compare(loaded: Loaded, alone: Any, prompt: list[int], served: list[int], limit: float) -> None:
+def taken(loaded: Loaded) -> list[Sequence[Mapping[str, str]]]:
+    """Return the probe conversations that training would take: some templates know no system turn."""
+    return [messages for messages in PROBES if loaded.prompter.trained(messages, ANSWER) is not None]
+
+
+def compare(loaded: Loaded, alone: Any, prompt: list[int], served: list[int]) -> None:
+    """Raise ArtifactDamaged unless these greedy tokens are those of the model alone."""
+    limit = RELOADED_LIMITS.get(loaded.served.dtype, max(RELOADED_LIMITS.values()))
     expected = generated(alone, loaded, prompt)
     if served == expected:
         return

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
@@ -17,13 +17,8 @@ import uvicorn
 
 from posttrain.errors import reject
 from posttrain.serve.app import make_app
-from posttrain.serve.catalogue import Catalogue
-from posttrain.serve.engine import Engine
 from posttrain.serve.follower import Follower
-from posttrain.serve.models import Models
-from posttrain.serve.names import names_of
-from posttrain.serve.proof import prove
-from posttrain.serve.service import Limits, Service
+from posttrain.serve.service import Service
 
 GRACE = 30
 """Seconds that answers under way have to end after a signal."""
@@ -43,37 +38,23 @@ def take_port(host: str, port: int) -> socket.socket:
     return found
 
 
-def open_service(catalogue: Catalogue, limits: Limits, token: str | None = None) -> Service:
-    """Load and prove every model of a catalogue. Raises ArtifactDamaged naming what differs."""
-    models = Models()
-    engine = Engine(models.places, rows=limits.rows, queue=limits.queue)
-    try:
-        for served in (*catalogue.bases, *catalogue.artifacts):
-            engine.call(lambda served=served: models.add(served))  # type: ignore[misc]
-        for served in catalogue.artifacts:
-            prove(models, engine, served.digest)
-    except BaseException:
-        engine.stop()
-        raise
-    loaded = frozenset(models.loaded)
-    names = names_of(catalogue, {}, loaded)
-    return Service(models=models, engine=engine, names=names, limits=limits, token=token, log=write_log)
-
-
 def write_log(event: str, fields: Mapping[str, Any]) -> None:
     """Write a line of JSON to standard error: no word of a prompt, of an answer or of a token."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     print(json.dumps({"time": now, "event": event, **fields}), file=sys.stderr, flush=True)
 
 
-def listen(service: Service, port: socket.socket, follower: Follower) -> None:
-    """Answer on a port until SIGTERM or SIGINT; then take no request more, and end those under way."""
+def listen(service: Service, port: socket.socket, follower: Follower, announce: Callable[[], None]) -> None:
+    """Answer on a port until SIGTERM or SIGINT; then take no request more, and end those under way.
+
+    ``announce`` is called once the first request would be answered.
+    """
     config = uvicorn.Config(
         make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off",
         server_header=False,
     )  # fmt: skip
     try:
-        _Server(config, service).run(sockets=[port])
+        _Server(config, service, announce).run(sockets=[port])
     finally:
         follower.stop()
         service.engine.stop()
@@ -82,9 +63,14 @@ def listen(service: Service, port: socket.socket, follower: Follower) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, which ends without a second signal of its own."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._announce = service, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        self._announce()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

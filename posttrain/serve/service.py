@@ -16,10 +16,12 @@ from typing import Any
 
 from posttrain.errors import BadInput
 from posttrain.serve.ask import Ask, Event, Token
+from posttrain.serve.catalogue import Catalogue
 from posttrain.serve.engine import Engine, QueueFull
 from posttrain.serve.metrics import Metrics
 from posttrain.serve.models import Loaded, Models
-from posttrain.serve.names import Names
+from posttrain.serve.names import Names, names_of
+from posttrain.serve.proof import prove
 from posttrain.serve.replies import Choice, Failed, Reply
 from posttrain.serve.requests import Asked, RequestError
 
@@ -103,6 +105,23 @@ class Service:
             )
             raise RequestError(400, message, where, "context_length_exceeded")
         return asked.max_tokens or min(room, self.limits.max_tokens)
+
+
+def open_service(catalogue: Catalogue, limits: Limits, token: str | None = None) -> Service:
+    """Load and prove every model of a catalogue. Raises ArtifactDamaged naming what differs."""
+    models = Models()
+    engine = Engine(models.places, rows=limits.rows, queue=limits.queue)
+    try:
+        for served in (*catalogue.bases, *catalogue.artifacts):
+            engine.call(lambda served=served: models.add(served))  # type: ignore[misc]
+        for served in catalogue.artifacts:
+            prove(models, engine, served.digest)
+    except BaseException:
+        engine.stop()
+        raise
+    loaded = frozenset(models.loaded)
+    names = names_of(catalogue, {}, loaded)
+    return Service(models=models, engine=engine, names=names, limits=limits, token=token)
 
 
 @dataclass(eq=False, kw_only=True)

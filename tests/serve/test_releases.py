@@ -13,8 +13,7 @@ import pytest
 from posttrain.artifact import Artifact
 from posttrain.serve.catalogue import BasePlace, read_catalogue
 from posttrain.serve.follower import Follower
-from posttrain.serve.server import open_service
-from posttrain.serve.service import Limits
+from posttrain.serve.service import Limits, open_service
 from tests.support.command import main
 from tests.support.serving import ask, chat, make_artifact, post
 from tests.support.tiny import write_base

@@ -18,8 +18,7 @@ from posttrain.model.loading import load_model, new_adapter
 from posttrain.model.saving import save_model
 from posttrain.serve.app import make_app
 from posttrain.serve.catalogue import BasePlace, Catalogue, read_catalogue
-from posttrain.serve.server import open_service
-from posttrain.serve.service import Limits, Service
+from posttrain.serve.service import Limits, Service, open_service
 from tests.support.tiny import base_source, nudge, published, write_base
 
 QUESTIONS = ("Hi", "What is this called?", "abc " * 12, "x", "Count to three, please.", "1+1=")
@@ -58,7 +57,6 @@ def catalogue_of(*artifacts: Artifact) -> Catalogue:
 def serving(*artifacts: Artifact, token: str | None = None, **limits: int) -> Iterator[Service]:
     """Serve artifacts inside, without a log."""
     service = open_service(catalogue_of(*artifacts), Limits(**limits), token)
-    service.log = lambda event, fields: None
     try:
         yield service
     finally:

@@ -1,0 +1,119 @@
+"""The commands around a server: one is started, checked and stopped; and one talks in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import socket
+import subprocess
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from posttrain.artifact import Artifact
+from posttrain.errors import ArtifactDamaged, BadInput
+from posttrain.serve.check import Remote, check
+from posttrain.serve.server import take_port
+from tests.support.command import PROGRAM, main, started
+from tests.support.serving import catalogue_of, chat, events, make_artifact
+from tests.support.tiny import write_base
+
+TOKEN = "not-a-secret-of-anyone"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    root = tmp_path_factory.mktemp("root")
+    base = write_base(root / "base")
+    return make_artifact(root / "one", base, 1), make_artifact(root / "two", base, 2)
+
+
+def test_a_server_is_started_checked_and_stopped_while_it_answers(
+    made: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
+    one, two = made
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    words = [*PROGRAM, "serve", str(one.path), "--port", "0", "--token-file", str(tmp_path / "token")]
+    with started([*words, "--allow-unpromoted"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        lines = []
+        while "listening on" not in (line := process.stdout.readline()):
+            assert line, process.communicate()[1]
+            lines.append(line)
+        url = line.split()[-1]
+        assert any("v1, latest, not promoted: is never judged" in line for line in lines)
+
+        assert "ids, greedy answers and template agree" in next(check(catalogue_of(one), Remote(url, TOKEN)))
+        with pytest.raises(BadInput, match="status 401"):
+            list(check(catalogue_of(one), Remote(url, "wrong")))
+        with pytest.raises(BadInput, match="neither it nor v2"):
+            list(check(catalogue_of(one, two), Remote(url, TOKEN)))
+        stranger = replace(catalogue_of(two).artifacts[0], digest=one.digest)  # as if another were served by this name
+        with pytest.raises(ArtifactDamaged, match="is not the artifact"):
+            list(check(replace(catalogue_of(two), artifacts=(stranger,)), Remote(url, TOKEN)))
+        with pytest.raises(BadInput, match="Address already in use"):
+            take_port("127.0.0.1", int(url.split(":")[-1].split("/")[0]))
+
+        body = json.dumps(chat("v1", "Hi", max_tokens=400, temperature=2.0, stream=True)).encode()
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/chat/completions", data=body, headers=headers)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            first = answer.readline()
+            process.send_signal(signal.SIGTERM)
+            text = (first + answer.read()).decode()
+        assert events(text)[-1]["choices"][0]["finish_reason"]
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (0, "stopped    no answer is under way\n")
+    logged = [json.loads(line) for line in err.splitlines()]
+    assert {"request", "rejected"} == {each["event"] for each in logged}
+    assert TOKEN not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["serve"], "needs a run or an artifact"), (["serve", "x", "--port", "many"], "is no number"),
+        (["serve", "x", "--host", "0.0.0.0"], "there is no token"), (["serve", "x", "batch=0"], "is no whole number"),
+        (["serve", "x", "--token-file", "none"], "there is no such file"), (["serve", "x", "--prot", "1"], "--port"),
+        (["serve", "nowhere"], "neither a run nor an artifact"), (["chat"], "needs a run or an artifact"),
+        (["chat", "nowhere"], "neither a run nor an artifact"), (["chat", "x", "temperature=9"], "of 0 to 2"),
+    ],
+)  # fmt: skip
+def test_bad_words(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main("serve", "nowhere", "--port", port) == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_run_is_told(made: tuple[Artifact, Artifact]) -> None:
+    with take_port("127.0.0.1", 0) as port, pytest.raises(BadInput, match="Is the server running"):
+        list(check(catalogue_of(made[0]), Remote(f"http://127.0.0.1:{port.getsockname()[1]}", None)))
+    with pytest.raises(BadInput, match="is no address"):
+        Remote("file:///etc/passwd", None)
+
+
+def test_a_talk_switches_models_and_shows_two_side_by_side(
+    made: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "Hi\n/model v1 base\nHi\n/model nobody\n/models\n/what\n\na<|end|>b\n/new\nHi\n/quit\nHi\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    paths = [str(each.path) for each in made]
+    assert main("chat", *paths, "max_tokens=8", "--allow-unpromoted") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("[")] == ["[v1]", "[base]"] * 2
+    assert lines[-1] == next(line for line in lines if line.startswith("[base]"))  # /new began anew
+    assert any(line.startswith("v2, latest: ") for line in lines)
+    for fault in ("nobody: is unknown", "/what: is no command", "special token"):
+        assert fault in err
