@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
     from posttrain.config.money import Amount
     from posttrain.config.on_policy import Keep, OnPolicy
+    from posttrain.config.preparation import (
+        Action,
+        Compared,
+        ContaminationConfig,
+        NearConfig,
+        OnContamination,
+        PrepareConfig,
+    )
     from posttrain.config.schema import (
         Backend,
         Dtype,
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
         Source,
     )
     from posttrain.context import StageContext
+    from posttrain.data.declines import declines
     from posttrain.data.records import (
         Conversation,
         Document,
@@ -73,16 +82,18 @@ if TYPE_CHECKING:
     )
     from posttrain.hookspecs import hookimpl
     from posttrain.plan import Plan, Step
+    from posttrain.prepare.filters import Filter, Finding
+    from posttrain.prepare.rows import Row
     from posttrain.rewards.reward import Reward, Scorer
     from posttrain.sampling.objective import AnsweredQuestion, Asked, PolicyLoss, TokenScores
     from posttrain.sampling.sampler import Answer
-    from posttrain.sft.declines import declines
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
     from posttrain.tokens.judged import JudgedAnswer
 
 __all__ = [
     "MISSING",
+    "Action",
     "Advice",
     "Amount",
     "Answer",
@@ -98,6 +109,8 @@ __all__ = [
     "BaseWeights",
     "ChatRenderer",
     "Comparator",
+    "Compared",
+    "ContaminationConfig",
     "Conversation",
     "Diverged",
     "Document",
@@ -105,6 +118,8 @@ __all__ = [
     "Dtype",
     "EngineName",
     "Feedback",
+    "Filter",
+    "Finding",
     "FineTuneConfig",
     "Format",
     "GateConfig",
@@ -124,6 +139,8 @@ __all__ = [
     "Message",
     "ModelConfig",
     "ModelSource",
+    "NearConfig",
+    "OnContamination",
     "OnFail",
     "OnPolicy",
     "Origin",
@@ -134,6 +151,7 @@ __all__ = [
     "Position",
     "PosttrainError",
     "Preference",
+    "PrepareConfig",
     "Problem",
     "Progress",
     "Question",
@@ -142,6 +160,7 @@ __all__ = [
     "RenderedPair",
     "Reward",
     "Role",
+    "Row",
     "Rule",
     "SampledConfig",
     "Scorecard",
@@ -175,6 +194,14 @@ HOMES = {
     "posttrain.advice": ("Advice", "Rule"),
     "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
     "posttrain.config.on_policy": ("Keep", "OnPolicy"),
+    "posttrain.config.preparation": (
+        "Action",
+        "Compared",
+        "ContaminationConfig",
+        "NearConfig",
+        "OnContamination",
+        "PrepareConfig",
+    ),
     "posttrain.config.schema": (
         "Backend",
         "Dtype",
@@ -245,7 +272,9 @@ HOMES = {
     "posttrain.rewards.reward": ("Reward", "Scorer"),
     "posttrain.sampling.objective": ("AnsweredQuestion", "Asked", "PolicyLoss", "TokenScores"),
     "posttrain.sampling.sampler": ("Answer",),
-    "posttrain.sft.declines": ("declines",),
+    "posttrain.data.declines": ("declines",),
+    "posttrain.prepare.filters": ("Filter", "Finding"),
+    "posttrain.prepare.rows": ("Row",),
     "posttrain.stage": (
         "MISSING",
         "Progress",

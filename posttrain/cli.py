@@ -33,6 +33,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain plan recipe=NAME [key=value ...]   check it and show its stages, settings and gates
   posttrain show recipe=NAME [...]             print it in full, with the origin of each value; --all: defaults too
   posttrain tokens recipe=NAME [...]           show rendered and packed rows, trained tokens in colour; --all reads all
+  posttrain data recipe=NAME [...]             prepare the data and show the rows left out, by source and rule
   posttrain doctor recipe=NAME [...]           prove the SFT gradient on the recipe's model and data
   posttrain list [recipes|stages|gates|models|variants|plugins|STAGE]
                                                everything available, or the settings of a stage
@@ -64,7 +65,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain new-plugin NAME                    write a package with a stage of your own, its tests and its recipe
 
   --trust-tasks      let task files of your own run their code, and tasks with run_code: true the model's programs
-  --json             with plan and list: print JSON
+  --json             with plan, list and data: print JSON
   --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
   output_root=DIR    with leaderboard and ledger: the folder of runs (./runs by default)
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml
@@ -83,6 +84,7 @@ COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = (
     "card",
     "chat",
+    "data",
     "doctor",
     "export",
     "gate",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
     from posttrain.plan import Plan, Step
+    from posttrain.prepare.filters import Filter
     from posttrain.rewards.reward import Reward
     from posttrain.stage import Settings, Stage
 
@@ -87,6 +88,15 @@ def register_eval_tasks() -> Sequence[Path]:  # type: ignore[empty-body]
     """Return folders of lm-eval task files (``*.yaml``); their names come before lm-eval's own in gates."""
 
 
+@hookspec
+def register_filters() -> Sequence[Filter]:  # type: ignore[empty-body]
+    """Return rules on rows of this plugin; what happens to the rows they find is the recipe's: ``prepare.rules.NAME``.
+
+    A filter is asked in batches and answers one Finding or None for each row; its version is part of the cache's key. A
+    name in use leaves the whole plugin out.
+    """
+
+
 # --- Plan: before anything is loaded or written ---------------------------------------------------------------------
 
 
@@ -111,9 +121,10 @@ def run_started(plan: Plan, directory: Path) -> object | None:
 
 @hookspec(firstresult=True)
 def load_records(step: Step) -> Sequence[Record] | None:
-    """Return the training records of a stage, in the shape of its kind. First result.
+    """Return the training records of a stage, in the shape of its kind, each once. First result.
 
-    Answer None for stages of other plugins: the pipeline then reads their files. Raise BadInput for unusable records.
+    They are prepared, then repeated by the weight of their origin. Answer None for stages of other plugins: the
+    pipeline then reads their files. Raise BadInput for unusable records.
     """
 
 

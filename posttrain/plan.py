@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
 from posttrain.config.money import EXAMPLES, Amount, amount, prices
+from posttrain.config.preparation import rule_problems
 from posttrain.config.ranges import out_of_range
 from posttrain.config.schema import (
     ROOT,
@@ -267,6 +268,10 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
     stage = host.stages[settings.kind]
     with host.calling(stage.name, "problems"):
         problems += [Problem(where=f"{name}.{key}", what=what) for key, what in settings.problems()]
+    problems += [
+        Problem(where=f"{name}.prepare.{key}", what=what, fix=suggest(key.partition(".")[2], known))
+        for key, what, known in rule_problems(settings.prepare, host.filters)
+    ]
     sources = conform_sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
     eval_data = settings.eval_sources()
     eval_sources = () if eval_data is None else conform_sources(f"{name}.eval_data", eval_data, problems)

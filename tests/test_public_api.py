@@ -17,6 +17,13 @@ from posttrain import hookspecs
 from posttrain.context import StageContext
 
 PUBLIC = [
+    "MISSING",
+    "Action",
+    "Compared",
+    "ContaminationConfig",
+    "NearConfig",
+    "OnContamination",
+    "PrepareConfig",
     "Advice",
     "Answer",
     "AnswerLoss",
@@ -39,6 +46,8 @@ PUBLIC = [
     "Dtype",
     "EngineName",
     "Feedback",
+    "Filter",
+    "Finding",
     "FineTuneConfig",
     "Format",
     "GateConfig",
@@ -77,6 +86,7 @@ PUBLIC = [
     "RenderedPair",
     "Reward",
     "Role",
+    "Row",
     "Rule",
     "SampledConfig",
     "Scorecard",

@@ -14,6 +14,7 @@ from math import isfinite
 from typing import Any
 
 from posttrain.config.on_policy import OnPolicy
+from posttrain.config.preparation import PrepareConfig
 from posttrain.config.ranges import number, out_of_range
 
 ROOT = (
@@ -345,6 +346,8 @@ class StageConfig:
     """Registered stage that runs here."""
     data: Any = MISSING
     """Training records: a path or hub name, a source, or a list of sources; null: the recipe's data."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """Preparation of the records: duplicates, quality rules, documents of the gates."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Gate on this stage's artifact, chosen with gate@<stage>.gate=NAME."""
 

@@ -77,13 +77,21 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
         plugins.register(plugin)
 
 
-def _stage_settings(stage: Stage, variant: dict[str, dict[str, str]]) -> StageConfig:
+def _stage_settings(stage: Stage, variant: dict[str, dict[str, str]]) -> Any:
     """Return the settings of ``stage``; defaults that follow the variant become keys of ``variant`` and point there."""
     defaults = {field.name: field.default for field in fields(stage.config) if variant_rates(field.default)}
     if not defaults or stage.name == "method":  # variant.method is taken: the setting keeps its own default
-        return stage.config(kind=stage.name)
+        return _open(stage.config(kind=stage.name))
     variant[stage.name] = {name: str(default) for name, default in defaults.items()}
-    return stage.config(kind=stage.name, **{name: from_recipe(f"variant.{stage.name}.{name}") for name in defaults})
+    given = {name: from_recipe(f"variant.{stage.name}.{name}") for name in defaults}
+    return _open(stage.config(kind=stage.name, **given))
+
+
+def _open(settings: StageConfig) -> Any:
+    """Return settings in which ``prepare.rules`` takes any key: its keys are the rules', plugins' among them."""
+    node = OmegaConf.structured(settings)
+    OmegaConf.set_struct(node.prepare.rules, value=False)
+    return node
 
 
 def _known(host: Host) -> Known:

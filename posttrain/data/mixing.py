@@ -6,11 +6,13 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from posttrain.config.schema import Source
 from posttrain.data.reading import count_selected, read_records
-from posttrain.data.records import Conversation, Origin, Record, Text
+from posttrain.data.records import Origin, Record
 from posttrain.data.rows import BadRows
 from posttrain.errors import BadInput, reject
 
@@ -25,13 +27,18 @@ class Mix(list[Record]):
 
 
 def read_sources(sources: Sequence[Source], shape: str, seed: int, cache: Path | None = None) -> Mix:
-    """Read the records of all sources but those with ``on_policy``, each record repeated by the weight.
+    """Read the records of all sources, source by source, each record repeated by the weight; see ``weigh``.
 
-    A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
-    a fraction is rounded to whole records, at least one. The same seed takes the same records. A ``share`` is a share
-    of tokens, unknown here: documents carry their origin for ``tokens.shares``.
+    Raises BadInput as ``read_rows`` does.
+    """
+    return weigh(read_rows(sources, shape, cache), seed)
 
-    Rows that cannot be read are left out up to the source's ``max_bad_share``.
+
+def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None) -> Mix:
+    """Read every record of all sources but those with ``on_policy`` once, source by source.
+
+    A ``share`` is a share of tokens, unknown here: records carry their origin for ``tokens.shares``. Rows that cannot
+    be read are left out up to the source's ``max_bad_share``.
 
     Raises:
         BadInput: There is no source, one cannot be read, or more of its rows than ``max_bad_share``; the first ten of
@@ -39,23 +46,37 @@ def read_sources(sources: Sequence[Source], shape: str, seed: int, cache: Path |
     """
     if not sources:
         reject("data", "names no source of records")
-    mixed, problems = Mix(), []
+    read, problems = Mix(), []
     for number, source in enumerate(sources):
         if source.on_policy is not None:  # its records are sampled when the stage starts
             continue
-        origin, bad = Origin(number=number, path=source.path, share=source.share or 0.0), BadRows(path=source.path)
+        origin = Origin(number=number, path=source.path, share=source.share or 0.0, weight=float(source.weight))
+        bad = BadRows(path=source.path)
         try:
-            records = [_with_origin(record, origin) for record in bad.sift(read_records(source, shape, cache))]
+            records = [replace(record, origin=origin) for record in bad.sift(read_records(source, shape, cache))]
             bad.check(source.max_bad_share)
         except BadInput as error:
             # The rows before the place at which a file ends the reading are named all the same.
             problems += [row.problem() for row in bad.first() if row.problem() not in error.problems] + error.problems
             continue
-        # Each source draws by its own number: adding a source leaves the draws of those before it alone.
-        mixed += _repeat(records, source.weight, random.Random(f"mix/{seed}/{number}"))
-        mixed.bad += [bad] if bad.rows else []
+        read += records
+        read.bad += [bad] if bad.rows else []
     if problems:
         raise BadInput(problems)
+    return read
+
+
+def weigh(records: Sequence[Record], seed: int) -> Mix:
+    """Return the records, those of each source repeated by its weight.
+
+    A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
+    a fraction is rounded to whole records, at least one. The same seed takes the same records.
+    """
+    mixed = Mix()
+    mixed.bad = records.bad if isinstance(records, Mix) else []
+    for origin, group in groupby(records, key=attrgetter("origin")):
+        # Each source draws by its own number: adding a source leaves the draws of those before it alone.
+        mixed += _repeat(list(group), origin.weight, random.Random(f"mix/{seed}/{origin.number}"))
     return mixed
 
 
@@ -80,10 +101,6 @@ def describe_bad(records: Iterable[Record]) -> list[str]:
     """Return a line about the rows of each source that are left out because they cannot be read."""
     left_out = records.bad if isinstance(records, Mix) else []
     return [f"{bad.path}: {bad.summary()} and are left out, first {bad.rows[0].where}" for bad in left_out]
-
-
-def _with_origin(record: Record, origin: Origin) -> Record:
-    return replace(record, origin=origin) if isinstance(record, Conversation | Text) else record
 
 
 def _repeat(records: list[Record], weight: float, rng: random.Random) -> list[Record]:

@@ -31,9 +31,9 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 @hookimpl
 def load_records(step: Step) -> Sequence[Record]:
     """Read every source of the step; raises BadInput with file and line of a fault."""
-    from posttrain.data.mixing import read_sources
+    from posttrain.data.mixing import read_rows
 
-    return read_sources(step.sources, step.stage.records, step.seed, step.cache)
+    return read_rows(step.sources, step.stage.records, step.cache)
 
 
 def _check_source(source: Source, where: str) -> Iterator[Problem]:

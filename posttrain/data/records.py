@@ -31,6 +31,8 @@ class Origin:
     """File, folder or hub name of the source."""
     share: float = 0.0
     """Its share of all tokens of the stage; 0 when the recipe gives none and takes all records."""
+    weight: float = 1.0
+    """Times that an epoch sees each of its records."""
 
 
 UNKNOWN = Origin(number=0, path="data")
@@ -81,6 +83,8 @@ class Preference:
     """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
     """Tools on offer in the prompt."""
+    origin: Origin = UNKNOWN
+    """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
 
@@ -99,6 +103,8 @@ class Feedback:
     """Place of the record, for errors."""
     tools: tuple[Tool, ...] = ()
     """Tools on offer in the prompt."""
+    origin: Origin = UNKNOWN
+    """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
 
@@ -117,6 +123,8 @@ class Question:
     """The comparison of a text with an answer: exact, contains, regex, numeric or json."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Values for rewards, such as ``format`` and ``max_characters``."""
+    origin: Origin = UNKNOWN
+    """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
 

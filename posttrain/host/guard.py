@@ -25,7 +25,10 @@ from posttrain.rewards.reward import Reward
 
 MARK = "posttrain_impl"
 """Attribute with which pluggy marks the implementation of a hook."""
-STARTING = ("register_stages", "register_settings", "register_rewards", "register_config", "register_eval_tasks")
+STARTING = (
+    "register_stages", "register_settings", "register_rewards", "register_config", "register_eval_tasks",
+    "register_filters",
+)  # fmt: skip
 """Hooks that every command waits for."""
 SETTINGS = "settings"
 """Name of the call in which the settings of a plugin are created, for every recipe."""

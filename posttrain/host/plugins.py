@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -26,6 +25,7 @@ from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
 from posttrain.host import activity, consent
 from posttrain.host.activity import Activity
+from posttrain.host.choice import Choice
 from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, ask_traced, guarded
 from posttrain.host.process_state import ProcessState
 from posttrain.host.registration import (
@@ -33,6 +33,7 @@ from posttrain.host.registration import (
     ask,
     ask_folders,
     check_api,
+    check_filter,
     check_hook_names,
     check_option,
     check_reward,
@@ -49,9 +50,8 @@ if TYPE_CHECKING:
     from posttrain.plan import Plan
 
 GROUP = "posttrain"
-ESSENTIAL = tuple(
-    f"posttrain.{room}.plugin" for room in ("sft", "rewards", "data", "model", "scoring", "gate", "launch", "run")
-)
+ROOMS = ("sft", "rewards", "data", "prepare", "model", "scoring", "gate", "launch", "run")
+ESSENTIAL = tuple(f"posttrain.{room}.plugin" for room in ROOMS)
 """Hook implementations of posttrain itself; they cannot be blocked."""
 SHAPING = ("load_records", "run_stage")
 """Hooks whose implementations decide what is trained."""
@@ -106,6 +106,8 @@ class Host:
     """Files of the plugins' lm-eval tasks, by the task's name."""
     options: dict[str, Path] = field(default_factory=dict)
     """Files of recipes and of the options of groups, by names such as ``recipes/mine`` and ``gate/mine``."""
+    filters: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """Rules on rows, each with the name of its plugin, by their names."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
     listeners: dict[str, str] = field(default_factory=dict)
     """The plugin of each object that is registered for the current run alone, by the names of both."""
@@ -130,6 +132,10 @@ class Host:
             return contextlib.nullcontext()
         return Guard(info.name, info.origin).calling(call)
 
+    def guarding(self, plugin: str, call: str) -> contextlib.AbstractContextManager[None]:
+        """Guard a call into a plugin by its name: its faults are PluginFailed with its name."""
+        return Guard(plugin, self.plugins[plugin].origin).calling(call)
+
     def leave_out(self, name: str, failure: PluginFailed) -> None:
         """Unregister the plugin of a stage or of settings, because it has failed after all."""
         info = self.owner(name)
@@ -141,6 +147,7 @@ class Host:
         for reward in [name for name, owner in self.reward_owners.items() if owner == f"{info.name} ({info.origin})"]:
             del self.rewards[reward], self.reward_owners[reward]
         del self.folders[info.name]
+        self.filters = {filter_: found for filter_, found in self.filters.items() if found[0] != info.name}
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
     def owner(self, name: str) -> PluginInfo:
@@ -243,32 +250,6 @@ def installed_labels() -> list[str]:
     return [f"{entry.name} ({_distribution(entry)[0]})" for entry in entry_points(group=GROUP)]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The plugins that the user wants."""
-
-    wanted: dict[str, str | None]
-    """Names with the versions they are pinned to; empty for all plugins."""
-    blocked: frozenset[str]
-
-    @classmethod
-    def from_environment(cls) -> Choice:
-        """Read the two environment variables."""
-        words = _words("POSTTRAIN_PLUGINS")
-        pins = {name.strip(): version.strip() or None for name, _, version in (word.partition("==") for word in words)}
-        return cls(pins, frozenset(_words("POSTTRAIN_BLOCK_PLUGINS")))
-
-    def leaves_out(self, name: str) -> str | None:
-        """Return the reason for which the user keeps a plugin from loading, or None."""
-        if name in self.blocked:
-            return "POSTTRAIN_BLOCK_PLUGINS names it"
-        return "POSTTRAIN_PLUGINS does not name it" if self.wanted and name not in self.wanted else None
-
-
-def _words(variable: str) -> list[str]:
-    return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
-
-
 def _load_entry(host: Host, entry: EntryPoint, choice: Choice) -> None:
     origin, version = _distribution(entry)
     if (reason := choice.leaves_out(entry.name)) is not None:
@@ -324,6 +305,7 @@ class Registered:
     folders: list[Path]
     tasks: dict[str, Path]
     options: dict[str, Path]
+    filters: dict[str, Any]
 
 
 def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -> None:
@@ -348,6 +330,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     host.folders[name] = found.folders
     host.tasks |= found.tasks
     host.options |= found.options
+    host.filters |= {each: (name, judge) for each, judge in found.filters.items()}
     stages, settings = (tuple(item.name for item in items) for items in (found.stages, found.settings))
     host.plugins[name] = PluginInfo(name=name, origin=origin, state="loaded", stages=stages, settings=settings)
 
@@ -379,7 +362,16 @@ def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registere
     options = {name: path for f in folders for name, path in find_options(f / RECIPES, f / "conf").items()}
     for option, path in options.items():
         check_option(host, option, path)
-    return Registered(stages=stages, settings=settings, rewards=rewards, folders=folders, tasks=tasks, options=options)
+    filters = ask(host.manager, plugin, "register_filters")
+    for each in filters:
+        check_filter(host, each)
+    names += [each.name for each in filters]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PluginFailed(f"it registers {twice[0]!r} twice")
+    return Registered(
+        stages=stages, settings=settings, rewards=rewards, folders=folders, tasks=tasks, options=options,
+        filters={each.name: each for each in filters},
+    )  # fmt: skip
 
 
 def _reason(name: str, origin: str, error: Exception) -> str:

@@ -22,6 +22,8 @@ RECIPES = "recipes"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Words that YAML or the command line reads as a value: no stage can have one as its name."""
+OTHER_RULES = ("exact", "near", "contamination")
+"""Names of the ledger's findings that are no rules on single rows."""
 GROUPS_WITH_SETTINGS = ("tracker",)
 """Groups whose options are plugins that own their settings."""
 TASK_NAME = re.compile(r"""^task:[ ]*["']?([\w.:-]+)["']?[ ]*(?:#.*)?$""", re.MULTILINE)
@@ -137,6 +139,19 @@ def check_reward(host: Host, reward: object) -> None:
         raise PluginFailed(f"the reward {reward.name!r} is already registered by {host.reward_owners[reward.name]}")
     if isinstance(reward.version, bool) or not isinstance(reward.version, int):
         raise PluginFailed(f"the version of reward {reward.name!r} must be a whole number, not {reward.version!r}")
+
+
+def check_filter(host: Host, each: object) -> None:
+    """Raise PluginFailed for a filter of rows that cannot be used, or whose name is taken."""
+    name, version = getattr(each, "name", None), getattr(each, "version", None)
+    if not isinstance(name, str) or not isinstance(version, str) or not callable(getattr(each, "judge", None)):
+        raise PluginFailed(f"register_filters must return objects with name, version and judge, not {each!r:.80}")
+    if not is_stage_name(name):
+        raise PluginFailed(f"{name!r} cannot be the name of a filter: lower-case letters, digits and _")
+    if name in OTHER_RULES:
+        raise PluginFailed(f"the filter {name!r} has the name of a finding of posttrain")
+    if name in host.filters:
+        raise PluginFailed(f"the filter {name!r} is already registered by {host.filters[name][0]}")
 
 
 def _check_free(host: Host, name: str, what: str) -> None:

@@ -65,9 +65,13 @@ class Job:
         """True for the last stage of the plan."""
         return self.step is self.plan.steps[-1]
 
-    def fingerprint(self, parent: ModelSource) -> str:
-        """Return the digest of everything the result depends on: settings, parent, data, seed, number format, code."""
+    def fingerprint(self, parent: ModelSource, kept: str = "") -> str:
+        """Return the digest of everything the result depends on: settings, parent, data, seed, number format, code.
+
+        ``kept`` names the rows that preparation kept: by them, gates and filters have their part in the result.
+        """
         content = {"step": step_identity(self.step, self.plan), "parent": parent.digest, "data": self.data_digest}
+        content |= {"kept": kept} if kept else {}
         shapers = self.host.shapers()
         return digest_of({**content, "plugins": shapers} if shapers else content)
 

@@ -6,14 +6,14 @@ import contextlib
 import gc
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of
 from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords
-from posttrain.data.overlap import count_overlap
+from posttrain.data.mixing import describe_bad, describe_unread, weigh
 from posttrain.data.records import Record
 from posttrain.disk import is_machine_error, naming
 from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
@@ -24,10 +24,12 @@ from posttrain.host.process_state import ProcessState
 from posttrain.launch.group import Group
 from posttrain.launch.shape import engine_of, shape_of
 from posttrain.plan import Step
+from posttrain.prepare.kept import Kept
 from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, records_digest, shaping_settings, versions
 from posttrain.run.on_policy import Asked, check_asked, read_asked, sample_records, scorer_of
+from posttrain.run.prepared import Preparer, describe
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
 from posttrain.saved import plain
 
@@ -42,6 +44,10 @@ class Records:
     """Lines about rows that cannot be read, and about keys that nothing reads."""
     asked: Sequence[Asked] = ()
     """Questions that the stage's parent answers, for more records, when the stage starts."""
+    kept: str = ""
+    """Digest of the rows that preparation kept; empty when it kept all."""
+    prepared: Mapping[str, Any] | None = None
+    """Counts of the preparation; None without one."""
 
     def release(self) -> None:
         """Let the records go until the stage trains, which reads them again."""
@@ -54,7 +60,7 @@ def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
 
     Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
     """
-    fingerprint = job.fingerprint(parent)
+    fingerprint = job.fingerprint(parent, records.kept)
     existing = find_published(job, parent, fingerprint)
     if existing is not None:
         if job.entry.digest != existing.digest:
@@ -113,8 +119,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
         scorer=scorer_of(job), trail=job.folder / "answers",
-        metrics=({"warnings": [*records.warnings]} if records.warnings else {})
-        | ({"on_policy": figures} if figures else {}),
+        metrics=_known_metrics(records) | ({"on_policy": figures} if figures else {}),
     )  # fmt: skip
     before = ProcessState.now()
     try:
@@ -132,6 +137,12 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         check_output(draft, parent)
         check_reloaded(draft, parent, context.dtype)
         return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / ARTIFACT)
+
+
+def _known_metrics(records: Records) -> dict[str, Any]:
+    """Return the figures of a stage that are known before it trains."""
+    warnings = {"warnings": [*records.warnings]} if records.warnings else {}
+    return warnings | ({"prepared": records.prepared} if records.prepared is not None else {})
 
 
 def _launch(job: Job) -> Group | None:
@@ -221,35 +232,47 @@ def read_all(jobs: Sequence[Job]) -> dict[str, Records]:
 
 
 def read_records(job: Job) -> Records:
-    """Read the stage's records; show the number of the gate's rows trained on as well.
+    """Read, prepare and weigh the stage's records.
 
     Raises BadInput when the data changed after the run was named by its digest.
     """
     evaluation = replace(job.step, sources=job.step.eval_sources)
-    eval_records = _held(job, evaluation, "eval_data") if evaluation.sources else HeldRecords.of(tuple)
-    trained = _held(job, job.step, "data")
+    evaluated = _read(job, evaluation) if evaluation.sources else ()
+    trained = _read(job, job.step)
     check_asked(job, trained)
-    left_out = [line for each in (trained, eval_records) for line in _left_out(job, each.all())]
-    unread = _unread(job, [*trained, *eval_records])
-    warnings = [*left_out, *unread]
-    records = Records(trained=trained, eval_records=eval_records, warnings=warnings, asked=read_asked(job))
+    left_out = [line for each in (trained, evaluated) for line in _left_out(job, each)]
+    unread = _unread(job, [*trained, *evaluated])
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
     if records_digest(job.step) != job.data_digest:
         what = "the data changed while it was read"
         raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
-    files = {name: task.data for name, task in job.step.tasks.items() if task.data}
-    counts = count_overlap(job.step.sources, list(files.values()))
-    for (name, file), (shared, scored) in zip(files.items(), counts, strict=True):
-        if shared:
-            what = f"warning: {shared:,} of {scored:,} rows of the task {name} ({file}) are trained on as well"
-            job.display.line(job.name, "data", what)
-    return records
+    done = _prepare(job, trained, evaluated)
+    return Records(
+        trained=_held(job, job.step, trained, None if done is None or not done.entry.kept else done.rows()),
+        eval_records=_held(job, evaluation, evaluated) if evaluation.sources else HeldRecords.of(tuple),
+        warnings=[*left_out, *unread],
+        asked=read_asked(job),
+        kept="" if done is None else done.entry.kept,
+        prepared=None if done is None else plain(done.summary),
+    )
+
+
+def _prepare(job: Job, trained: Sequence[Record], evaluated: Sequence[Record]) -> Kept | None:
+    """Prepare the stage's records and show what it did; return None when the recipe switches it off."""
+    preparer = Preparer(
+        plan=job.plan, host=job.host, step=job.step, data_digest=job.data_digest,
+        note=lambda line: job.display.line(job.name, "data", line),
+    )  # fmt: skip
+    if not preparer.is_on:
+        return None
+    done = preparer.prepare(trained, evaluated)
+    for line in describe(done):
+        job.display.line(job.name, "data", line)
+    return done
 
 
 def _left_out(job: Job, records: Sequence[Record]) -> list[str]:
     """Return and show a line about the rows of each source that are left out."""
-    from posttrain.data.mixing import describe_bad
-
     lines = describe_bad(records)
     for line in lines:
         job.display.line(job.name, "data", f"warning: {line}")
@@ -258,7 +281,6 @@ def _left_out(job: Job, records: Sequence[Record]) -> list[str]:
 
 def _unread(job: Job, records: Sequence[Record]) -> list[str]:
     """Return and show a line about keys of rows and of messages that nothing reads."""
-    from posttrain.data.mixing import describe_unread
     from posttrain.model.loading import load_tokenizer
     from posttrain.tokens.chat import ChatRenderer, has_other_keys
 
@@ -271,8 +293,15 @@ def _unread(job: Job, records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _held(job: Job, step: Step, setting: str) -> HeldRecords:
-    return HeldRecords.of(partial(_read, job, step), f"{job.name}.{setting}")
+def _held(job: Job, step: Step, read: Sequence[Record], kept: Sequence[int] | None = None) -> HeldRecords:
+    """Return the records that are ``kept``, all for None, repeated by weight; they are read again once let go."""
+    waiting = [read]
+
+    def again() -> Sequence[Record]:
+        records = waiting.pop() if waiting else _read(job, step)
+        return weigh(records if kept is None else [records[at] for at in kept if at < len(records)], step.seed)
+
+    return HeldRecords.of(again, f"{job.name}.{'data' if step is job.step else 'eval_data'}")
 
 
 def _read(job: Job, step: Step) -> Sequence[Record]:

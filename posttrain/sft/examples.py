@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.declines import is_declined
 from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.engine.evaluation import Evaluation
 from posttrain.errors import BadInput, Problem
-from posttrain.sft.declines import is_declined
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.masks import mask_fault
 from posttrain.tokens.overlong import cut

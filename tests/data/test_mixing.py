@@ -149,6 +149,7 @@ sft:
   data: [{path: books, format: text}, {path: chats.jsonl, share: 0.3}]
   lr: 1e-2
   sequence_length: 48
+  prepare: {enabled: false}
   overlong: split
   gradient_accumulation: 2
   epochs: 1
@@ -204,7 +205,7 @@ def test_the_shipped_recipe_replays_and_says_what_it_scores_and_trains(
     words += ["gate_data.responses=others.jsonl", "model.path=base", "model.dtype=float32", "sft.lr=1e-3"]
     assert run("recipe=smollm2_cpt_replay", *words, "sft.gate.on_undecided=warn", "sft.gate.on_fail=warn") == 0
     shown = " ".join(capsys.readouterr().err.split())
-    assert "warning: 2 of 4 rows of the task texts (heldout.jsonl) are trained on as well" in shown
+    assert "warning: 2 of 4 documents of the task texts are in the data" in shown
     assert "of the task responses" not in shown
     assert "1 records drawn from 4" in shown
 

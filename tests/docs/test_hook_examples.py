@@ -33,7 +33,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples" / "hooks"
 HOOKS = sorted(name for name, item in vars(hookspecs).items() if hasattr(item, "posttrain_spec"))
 ANNEAL = ("+stage@anneal=anneal", "anneal.data=train.jsonl", "+gate@anneal.gate=careful", "stages=[sft,anneal]")
 COURTESY = "+sft.gate.tasks.courtesy={role: lift, metric: acc}"
-LONG = "an answer that is long enough"
+LONG = "AN ANSWER THAT IS LONG ENOUGH"
 
 
 class TwelveSteps(Script):
@@ -192,6 +192,14 @@ def test_check_gate(ran: Ran) -> None:
     Path("reviewed.txt").write_text("")
     with pytest.raises(BadInput, match=r"sft.gate.tasks.some: some.yaml is not reviewed"):
         run_on(scripted_host(Script()), "seed=1")
+
+
+def test_register_filters(ran: Ran) -> None:
+    summary = json.loads((ran.stage("sft") / "artifact" / "manifest.json").read_text())["metrics"]["prepared"]
+    assert (summary["kept"], summary["found"]) == (1, {"shouting": 1})
+    assert "sft.prepare.rules.shouting: 'quiet' is no action" in problems_of(
+        ran.host, "sft.prepare.rules.shouting=quiet"
+    )
 
 
 def test_load_records(ran: Ran) -> None:

@@ -14,11 +14,11 @@ from posttrain.artifact import ModelSource
 from posttrain.config.paths import shipped
 from posttrain.config.schema import Format, LoraSettings, Method
 from posttrain.context import StageContext
+from posttrain.data.declines import is_declined, opens_with_decline
 from posttrain.data.records import Conversation
 from posttrain.data.shapes import to_record
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput
-from posttrain.sft.declines import is_declined, opens_with_decline
 from posttrain.sft.stage import run
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.markers import family_faults

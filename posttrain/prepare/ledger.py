@@ -1,0 +1,185 @@
+"""The ledger of rows: for every row that was read, what was found and what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.preparation import Action
+from posttrain.data.records import Record
+
+EXACT, NEAR, CONTAMINATION = "exact", "near", "contamination"
+"""Names of the findings that concern two texts."""
+KEPT, DROPPED = "keep", "drop"
+COLUMNS = (
+    ("id", "int64"), ("set", "set"), ("source", "int32"), ("path", "set"), ("row", "int64"), ("where", "string"),
+    ("record", "binary"), ("action", "set"), ("rule", "set"), ("score", "float32"), ("witness", "int64"),
+    ("task", "set"), ("document", "int64"), ("evidence", "string"), ("findings", "list"),
+)  # fmt: skip
+"""Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One finding about one row, with the recipe's action on it."""
+
+    rule: str
+    action: Action
+    evidence: str
+    score: float | None = None
+    witness: int | None = None
+    """Position of the row that stays in its place, among all rows."""
+    task: str | None = None
+    document: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Every row that was read: first those of ``data``, then those of ``eval_data``."""
+
+    records: Sequence[Record]
+    trained: int
+    """Number of rows of ``data``."""
+    digests: Sequence[bytes]
+    found: Mapping[int, Sequence[Found]]
+    """Findings by position, in the order of the rules."""
+
+    def deciding(self, row: int) -> Found | None:
+        """Return the finding for which a row is left out; None for a row that stays."""
+        return next((found for found in self.found.get(row, ()) if found.action is Action.drop), None)
+
+    def kept(self) -> list[int]:
+        """Return the positions of the rows of ``data`` that stay."""
+        return [row for row in range(self.trained) if self.deciding(row) is None]
+
+    def write(self, path: Path, about: Mapping[str, str]) -> None:
+        """Write a Parquet file, with ``about`` in its metadata."""
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+
+        kinds = {
+            "set": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+            "list": pyarrow.list_(pyarrow.string()),
+        }
+        columns = [(name, kinds.get(kind) or pyarrow.type_for_alias(kind)) for name, kind in COLUMNS]
+        schema = pyarrow.schema(columns, metadata=dict(about))
+        size = 50_000
+        with ParquetWriter(path, schema, compression="zstd") as writer:
+            places = self._places()
+            for start in range(0, len(self.records) or 1, size):
+                rows = [self._values(row, places[row]) for row in range(start, min(start + size, len(self.records)))]
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+    def _places(self) -> list[int]:
+        """Return the number of every row in its source."""
+        seen: Counter[tuple[bool, int]] = Counter()
+        places = []
+        for at, record in enumerate(self.records):
+            source = (at < self.trained, record.origin.number)
+            places.append(seen[source])
+            seen[source] += 1
+        return places
+
+    def _values(self, row: int, place: int) -> dict[str, Any]:
+        record, found = self.records[row], self.found.get(row, ())
+        decided = self.deciding(row)
+        first = decided or next(iter(found), None)
+        values = {
+            "id": row,
+            "set": "data" if row < self.trained else "eval_data",
+            "source": record.origin.number,
+            "path": record.origin.path,
+            "row": place,
+            "where": record.where,
+            "record": self.digests[row],
+            "action": KEPT if decided is None else DROPPED,
+            "findings": [f"{each.rule}: {each.evidence}" for each in found],
+        }
+        if first is not None:
+            values |= {
+                name: getattr(first, name) for name in ("rule", "score", "witness", "task", "document", "evidence")
+            }
+        return values
+
+    def summary(self, tasks: Mapping[str, int]) -> Summary:
+        """Return the counts of rows; ``tasks`` has the number of documents of each task compared."""
+        sources: dict[int, Waterfall] = {}
+        found: Counter[str] = Counter()
+        touched: dict[str, set[int]] = {task: set() for task in tasks}
+        for row in range(self.trained):
+            origin, decided = self.records[row].origin, self.deciding(row)
+            source = sources.setdefault(origin.number, Waterfall(source=origin.path, read=0, kept=0, dropped={}))
+            source.count(None if decided is None else decided.rule)
+            found.update({each.rule for each in self.found.get(row, ())})
+            for each in self.found.get(row, ()):
+                if each.task is not None and each.document is not None:
+                    touched.setdefault(each.task, set()).add(each.document)
+        total = Waterfall(source="all", read=0, kept=0, dropped={})
+        for source in sources.values():
+            total.add(source)
+        return Summary(
+            read=total.read,
+            kept=total.kept,
+            dropped=dict(sorted(total.dropped.items())),
+            found=dict(sorted(found.items())),
+            sources=list(sources.values()),
+            tasks={task: Touched(documents=tasks[task], touched=len(touched[task])) for task in tasks},
+        )
+
+
+@dataclass(kw_only=True)
+class Waterfall:
+    """Rows of one source, from read to kept."""
+
+    source: str
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    """Rows left out, by the rule that left them out."""
+
+    def count(self, rule: str | None) -> None:
+        """Count one row, left out by ``rule`` or kept."""
+        self.read += 1
+        if rule is None:
+            self.kept += 1
+        else:
+            self.dropped[rule] = self.dropped.get(rule, 0) + 1
+
+    def add(self, other: Waterfall) -> None:
+        """Add the rows of another source."""
+        self.read, self.kept = self.read + other.read, self.kept + other.kept
+        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touched:
+    """Documents of a task of a gate."""
+
+    documents: int
+    touched: int
+    """Documents that some row holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What preparation did to the rows of a stage, in numbers."""
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    """Rows left out, by the rule that left them out."""
+    found: dict[str, int]
+    """Rows with a finding, by rule, whatever its action."""
+    sources: list[Waterfall] = field(default_factory=list)
+    tasks: dict[str, Touched] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Return one line for the display of a run."""
+        left = ", ".join(f"{count:,} {rule}" for rule, count in self.dropped.items())
+        counted = {rule: count - self.dropped.get(rule, 0) for rule, count in self.found.items()}
+        also = ", ".join(f"{count:,} {rule}" for rule, count in counted.items() if count > 0)
+        text = f"{self.kept:,} of {self.read:,} rows kept"
+        return text + (f"; dropped: {left}" if left else "") + (f"; kept with findings: {also}" if also else "")

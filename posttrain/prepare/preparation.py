@@ -1,0 +1,145 @@
+"""The preparation of a stage's rows: rules, then documents of the gates, then duplicates; weights come after it.
+
+Contamination comes before duplicates, so that the row that stays in a copy's place is one that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from posttrain.config.preparation import Action, OnContamination, PrepareConfig
+from posttrain.data.records import Record
+from posttrain.errors import BadInput, Problem
+from posttrain.prepare.contamination import GateDocument, find_contamination
+from posttrain.prepare.filters import Finding
+from posttrain.prepare.ledger import CONTAMINATION, EXACT, NEAR, Found, Ledger
+from posttrain.prepare.near import Duplicate, find_duplicates
+from posttrain.prepare.rows import Row, batches
+from posttrain.prepare.rules import EVIDENCE
+
+NAMED = 10
+"""Rows that are named when an action stops the run."""
+Judge = Callable[[Sequence[Row]], Sequence[Finding | None]]
+"""A rule on single rows: a finding or None for each."""
+ON_CONTAMINATION = {
+    OnContamination.drop: Action.drop, OnContamination.stop: Action.stop, OnContamination.warn: Action.count,
+    OnContamination.ignore: Action.ignore,
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Preparation:
+    """The preparation of one stage's rows, in the making."""
+
+    trained: Sequence[Record]
+    evaluated: Sequence[Record] = ()
+    """Rows of ``eval_data``: they stay, and leave no copy among the trained ones."""
+    config: PrepareConfig
+    judges: Mapping[str, tuple[Action, Judge]]
+    """Rules on single rows, with the recipe's action."""
+    documents: Sequence[GateDocument] = ()
+    """Documents of the run's gates."""
+    folder: Path | None = None
+    """Place for the parts of a long preparation, from which a killed one goes on."""
+    _found: dict[int, list[Found]] = field(default_factory=dict)
+    _digests: list[bytes] = field(default_factory=list)
+    _settings: list[bytes] = field(default_factory=list)
+    _records: list[Record] = field(default_factory=list)
+
+    def run(self) -> Ledger:
+        """Return the ledger. Raises BadInput naming the first rows with a finding whose action is to stop."""
+        self._records = [*self.trained, *self.evaluated]
+        self._judge()
+        self._compare_with_gates()
+        self._find_duplicates()
+        ledger = Ledger(
+            records=self._records,
+            trained=len(self.trained),
+            digests=self._digests,
+            found=dict(sorted(self._found.items())),
+        )
+        self._stop()
+        return ledger
+
+    def _judge(self) -> None:
+        start = 0
+        for batch in batches(map(Row, self._records)):
+            self._digests += [row.digest() for row in batch]
+            self._settings += [row.setting() for row in batch]
+            judged = batch[: max(len(self.trained) - start, 0)]
+            for name, (action, judge) in self.judges.items() if judged else ():
+                for at, finding in enumerate(judge(judged), start=start):
+                    if finding is not None:
+                        evidence = finding.evidence[:EVIDENCE]
+                        self._add(at, Found(rule=name, action=action, evidence=evidence, score=finding.score))
+            start += len(batch)
+
+    def _compare_with_gates(self) -> None:
+        action = ON_CONTAMINATION[self.config.contamination.action]
+        if action is Action.ignore or not self.documents:
+            return
+        waiting = self._staying(range(len(self.trained)))
+        rows = (Row(self._records[at]).exchanges for at in waiting)
+        for index, hit in find_contamination(rows, self.documents):
+            found = Found(
+                rule=CONTAMINATION, action=action, evidence=hit.evidence[:EVIDENCE], score=hit.covered,
+                task=hit.task, document=hit.document,
+            )  # fmt: skip
+            self._add(waiting[index], found)
+
+    def _find_duplicates(self) -> None:
+        actions = {EXACT: self.config.exact, NEAR: self.config.near.action}
+        if set(actions.values()) == {Action.ignore}:
+            return
+        for number, group in enumerate(self._groups()):
+            # Rows set aside for the eval loss come first and count as better: they stay.
+            order = [at for at in group if at >= len(self.trained)] + [at for at in group if at < len(self.trained)]
+            folder = None if self.folder is None else self.folder / f"group{number}"
+            for each in self._duplicates(order, folder):
+                at, witness = order[each.row], order[each.witness]
+                if at >= len(self.trained) or actions[each.kind] is Action.ignore:
+                    continue
+                evidence = f"{self._records[witness].where}: {self._text(at)}"[:EVIDENCE]
+                found = Found(
+                    rule=each.kind, action=actions[each.kind], evidence=evidence, score=each.similarity, witness=witness
+                )
+                self._add(at, found)
+
+    def _duplicates(self, order: Sequence[int], folder: Path | None) -> Sequence[Duplicate]:
+        def chunks() -> Iterable[Sequence[str]]:
+            for batch in batches(order):
+                yield [self._text(at) for at in batch]
+
+        faults = {at: len(self._found.get(at, ())) for at in order}
+        quality = [float("inf") if at >= len(self.trained) else -float(faults[at]) for at in order]
+        return find_duplicates(chunks, threshold=self.config.near.threshold, folder=folder, quality=quality)
+
+    def _groups(self) -> Iterator[list[int]]:
+        """Yield the rows that can be copies of each other: those under equal system turns, tools and labels."""
+        groups: dict[bytes, list[int]] = {}
+        for at in self._staying(range(len(self._records))):
+            groups.setdefault(self._settings[at], []).append(at)
+        yield from (group for group in groups.values() if len(group) > 1)
+
+    def _text(self, at: int) -> str:
+        return Row(self._records[at]).compared(self.config.near.over)
+
+    def _staying(self, rows: Iterable[int]) -> list[int]:
+        return [at for at in rows if all(each.action is not Action.drop for each in self._found.get(at, ()))]
+
+    def _add(self, at: int, found: Found) -> None:
+        self._found.setdefault(at, []).append(found)
+
+    def _stop(self) -> None:
+        found = [(at, each) for at, all_ in self._found.items() for each in all_ if each.action is Action.stop]
+        if not found:
+            return
+        problems = [
+            Problem(where=self._records[at].where, what=f"{each.rule}: {each.evidence}") for at, each in found[:NAMED]
+        ]
+        rules = ", ".join(dict.fromkeys(each.rule for _, each in found))
+        fix = "Mend or remove the rows, or set another action than stop under prepare"
+        more = Problem(where="prepare", what=f"{len(found):,} findings stop the run ({rules})", fix=fix)
+        raise BadInput([more, *problems])

@@ -1,0 +1,179 @@
+"""Preparation of a stage's records within a plan: its key, its documents, its rows, from the cache where they are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from importlib.metadata import version
+from typing import Any
+
+from posttrain.config.preparation import Action, OnContamination, rule_actions
+from posttrain.data.records import Record
+from posttrain.errors import BadInput, Problem, reject
+from posttrain.host.plugins import CORE_ORIGIN, Host
+from posttrain.plan import Plan, Step
+from posttrain.prepare import kept as cache
+from posttrain.prepare.contamination import GateDocument
+from posttrain.prepare.filters import ask
+from posttrain.prepare.kept import Kept
+from posttrain.prepare.preparation import Judge, Preparation
+from posttrain.prepare.rows import Row
+from posttrain.saved import plain
+from posttrain.scoring.code import task_digests
+
+FOLDER = "data"
+"""Folder of finished preparations in the cache."""
+MANY_NEAR = 0.2
+"""Share of near rows from which the display says that a template may be behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparer:
+    """The preparation of one stage of a plan."""
+
+    plan: Plan
+    host: Host
+    step: Step
+    data_digest: str
+    """Digest of the stage's sources."""
+    note: Callable[[str], None]
+    """Receives lines for the user."""
+
+    @property
+    def is_on(self) -> bool:
+        """True when the stage's records are prepared."""
+        return self.step.config.prepare.enabled
+
+    @property
+    def reads_files_alone(self) -> bool:
+        """True when the digest of the sources covers the records: no other plugin has a part in them."""
+        return not self.host.shapers()
+
+    def find(self, records: Sequence[Record] | None = None) -> Kept | None:
+        """Return the preparation from the cache; None when there is none or it takes the records to tell."""
+        if records is None and not self.reads_files_alone:
+            return None
+        return cache.find(self.plan.output_root / "cache" / FOLDER, self._key(records or ()), self.note)
+
+    def prepare(self, trained: Sequence[Record], evaluated: Sequence[Record]) -> Kept:
+        """Return the preparation of these records, made now if it is not in the cache.
+
+        Raises BadInput when nothing stays, or when an action is to stop; PluginFailed for a filter's fault.
+        """
+        records = [*trained, *evaluated]
+        found = self.find(records)
+        if found is None or found.entry.rows != len(trained):
+            found = self._make(trained, evaluated, self._key(records))
+        if trained and not found.summary.kept:
+            fix = "Look at the rows with posttrain data, or set another action under prepare"
+            reject(f"{self.step.name}.prepare", f"no row is left: {found.summary.line()}", fix)
+        return found
+
+    def _make(self, trained: Sequence[Record], evaluated: Sequence[Record], key: str) -> Kept:
+        root = self.plan.output_root / "cache" / FOLDER
+        parts = root / f"{key}.parts"
+        documents = self._documents()
+        preparation = Preparation(
+            trained=trained, evaluated=evaluated, config=self.step.config.prepare, judges=self._judges(),
+            documents=documents, folder=parts,
+        )  # fmt: skip
+        try:
+            ledger = preparation.run()
+        except BadInput as error:
+            raise BadInput([_inside(problem, self.step.name) for problem in error.problems]) from None
+        tasks: dict[str, int] = {}
+        for document in documents:
+            tasks[document.task] = tasks.get(document.task, 0) + 1
+        done = cache.keep(root, key, ledger, tasks)
+        shutil.rmtree(parts, ignore_errors=True)
+        return done
+
+    def _judges(self) -> dict[str, tuple[Action, Judge]]:
+        """Return the rules that are looked for, posttrain's first, with their actions."""
+        found: dict[str, tuple[Action, Judge]] = {}
+        for name, action in rule_actions(self.step.config.prepare, self.host.filters).items():
+            if action is not Action.ignore:
+                found[name] = (action, partial(self._ask, name))
+        return found
+
+    def _ask(self, name: str, rows: Sequence[Row]) -> Sequence[Any]:
+        owner, each = self.host.filters[name]
+        with self.host.guarding(owner, f"the filter {name}"):
+            return ask(each, owner, rows)
+
+    def _documents(self) -> list[GateDocument]:
+        """Return the documents of the gates of all stages: what an early stage learns, a later gate asks."""
+        if not self._compares_with_gates():
+            return []
+        from posttrain.scoring.harness.documents import gate_documents
+
+        found: dict[tuple[str, str], GateDocument] = {}
+        for step in self._gated():
+            try:
+                for document in gate_documents(step.tasks):
+                    found.setdefault((document.prompt, document.target), document)
+            except BadInput as error:
+                problems = [replace(each, where=f"{step.name}.gate.{each.where}") for each in error.problems]
+                raise BadInput(problems) from error
+        return list(found.values())
+
+    def _compares_with_gates(self) -> bool:
+        # Another plugin in the core's place has documents that only it knows.
+        scores = CORE_ORIGIN in self.host.answerers("check_gate")
+        return scores and self.step.config.prepare.contamination.action is not OnContamination.ignore
+
+    def _gated(self) -> list[Step]:
+        return [step for step in self.plan.steps if step.gate.enabled and step.tasks]
+
+    def _key(self, records: Sequence[Record]) -> str:
+        content = {
+            "data": self.data_digest if self.reads_files_alone else [self.data_digest, _content(records)],
+            "shape": self.step.stage.records,
+            "settings": plain(self.step.config.prepare),
+            "filters": {name: [owner, each.version] for name, (owner, each) in self.host.filters.items()},
+            "gates": self._gate_digests() if self._compares_with_gates() else None,
+        }
+        return cache.settings_key(content)
+
+    def _gate_digests(self) -> Mapping[str, Any]:
+        found = {
+            f"{step.name}/{name}": [task.task or name, task_digests(task.task or name, task.data)]
+            for step in self._gated()
+            for name, task in step.tasks.items()
+        }
+        return {**found, "lm_eval": version("lm_eval")}
+
+
+def _content(records: Sequence[Record]) -> str:
+    """Return a digest of records from plugins, in their order."""
+    digest = blake2b(digest_size=16)
+    for record in records:
+        digest.update(Row(record).digest())
+    return digest.hexdigest()
+
+
+def _inside(problem: Problem, stage: str) -> Problem:
+    return replace(problem, where=f"{stage}.prepare") if problem.where == "prepare" else problem
+
+
+def describe(done: Kept) -> list[str]:
+    """Return the lines of a run's display about a preparation."""
+    summary = done.summary
+    lines = [summary.line()] if summary.found else []
+    near = summary.found.get("near", 0)
+    if near > MANY_NEAR * summary.read:
+        lines.append(
+            f"warning: {near:,} of {summary.read:,} rows are near copies; rows that share a long text look alike: "
+            "see them with posttrain data, and raise prepare.near.threshold or compare prepare.near.over=answer"
+        )
+    for task, counts in summary.tasks.items():
+        if counts.touched:
+            share = counts.touched / counts.documents
+            lines.append(
+                f"warning: {counts.touched:,} of {counts.documents:,} documents of the task {task} are in the data"
+                f" ({share:.1%})"
+            )
+    return lines
