@@ -15,6 +15,7 @@ from posttrain.config.schema import Method
 from posttrain.context import StageContext
 from posttrain.data.reading import read_source
 from posttrain.data.records import Document
+from posttrain.data.shapes import QUESTIONS
 from posttrain.engine.config import FineTuneConfig, LoopConfig, TrainOn
 from posttrain.errors import BadInput, Problem, ProofFailed
 from posttrain.host import plugins
@@ -92,7 +93,7 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
     train_on: TrainOn = step.config.train_on  # type: ignore[attr-defined]
     last_only = train_on is not TrainOn.all
     documents = []
-    for source in step.sources:
+    for source in (source for source in step.sources if source.on_policy is None):
         first = islice(read_source(source, step.stage.records, step.cache), READ)
         read = [each for each in first if isinstance(each, Document)]
         for each in read:
@@ -137,6 +138,10 @@ def _shown(proof: Proof | AnswerProof) -> list[Check]:
 
 def _prove_answers(plan: Plan, step: Step, core: Step, base: ModelSource) -> list[Check]:
     """Run a stage on answers up to its training, and prove that instead; print every comparison."""
+    from posttrain.sft.proof import Check
+
+    if step.stage.records == QUESTIONS or any(source.on_policy for source in step.sources):
+        return [Check(name=step.name, reason="it trains on answers that the model writes when the stage starts")]
     config: SFTConfig = core.config  # type: ignore[assignment]
     proving = Proving(
         name=step.name, config=step.config, parent=base, records=_spread(step), seed=plan.seed, dtype="float32",
@@ -146,8 +151,6 @@ def _prove_answers(plan: Plan, step: Step, core: Step, base: ModelSource) -> lis
     try:
         run_here(step.stage, proving, writes=False)
     except OwnLoop:
-        from posttrain.sft.proof import Check
-
         proving.checks.append(Check(name=step.name, reason="it has a training loop of its own"))
     return proving.checks
 

@@ -86,7 +86,7 @@ class GRPOLoss:
     def _weights(self, scores: TokenScores, totals: Mapping[str, int]) -> torch.Tensor:
         """Return what the loss of each token is multiplied by, [N]."""
         if self.settings.loss_type == "grpo":
-            return 1 / (scores.lengths[scores.owners] * totals["answers"])
+            return 1 / (scores.lengths[scores.owners].to(scores.log_probs.dtype) * totals["answers"])
         if self.settings.loss_type == "dr_grpo":
             return torch.full_like(scores.log_probs, 1 / (self.settings.max_tokens * totals["answers"]))
         return torch.full_like(scores.log_probs, 1 / max(totals["loss_tokens"], 1))

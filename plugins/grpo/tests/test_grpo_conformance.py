@@ -1,0 +1,103 @@
+"""The stage, by the suite that third parties use; what its metrics and its trail say; when it stops."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from posttrain_grpo import check_plan
+
+from posttrain import BadInput, Problem
+from posttrain.host import plugins
+from posttrain.testing import Project, StageConformance
+
+QUICK: dict[str, Any] = {
+    "lr": 1e-2,
+    "epochs": 2,
+    "k": 4,
+    "temperature": 3.0,
+    "max_tokens": 12,
+    "reward": {"regex": 1.0, "ended": 0.5},
+    "per_device_batch_size": 2,
+    "gradient_accumulation": 2,
+    "checkpoint_steps": 1,
+    "gradient_checkpointing": False,
+}
+WORDS = ("red", "blue", "green", "clay", "ash", "elm", "ivy", "oak")
+QUESTIONS = [{"question": f"a {word}", "answer": "[a-p]", "match": "regex"} for word in WORDS]
+
+
+class TestGRPO(StageConformance):
+    kind = "grpo"
+    settings = QUICK
+    records = QUESTIONS
+    rejected = ([{"question": "a red"}], [{"question": "a red", "answer": "(", "match": "exact"}])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("grpo")
+    return Project(folder=folder, kind="grpo", settings=QUICK, records=QUESTIONS).write()
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_divergence_from_the_parent_is_exactly_zero_before_the_first_step(project: Project, tmp_path: Path) -> None:
+    run = project.run(tmp_path, "grpo.beta=0.1", "grpo.max_steps=3").path
+    first, *later = steps(run)
+    assert first["kl"] == 0.0
+    assert all(step["kl"] > 0 for step in later)
+
+
+def test_every_answer_of_every_step_stays_with_its_reward(project: Project, tmp_path: Path) -> None:
+    run = project.run(tmp_path, "grpo.max_steps=3").path
+    for step in steps(run):
+        path = run / "stages" / "grpo" / "answers" / f"step-{step['step']:08d}.jsonl"
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(answers) == step["answers"] == 16
+        assert step["reward"] == pytest.approx(sum(each["reward"] for each in answers) / 16)
+        assert step["cut"] == sum(not each["ended"] for each in answers) / 16
+        assert all(each["reward"] == each["rewards"]["regex"] + 0.5 * each["rewards"]["ended"] for each in answers)
+    figures = json.loads((run / "stages" / "grpo" / "artifact" / "manifest.json").read_text())["metrics"]
+    assert (figures["sampled_answers"], figures["questions"]) == (48, 8)
+
+
+def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"in 2 steps no question had answers of different rewards \(mean 0.000\)"):
+        project.run(tmp_path, "grpo.reward=exact", "grpo.idle_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("grpo.k=1", "k: must be at least 2"),
+        ("grpo.loss_type=dapoo", "Did you mean dapo"),
+        ("grpo.scale_rewards=all", "no scale is called 'all'"),
+        ("grpo.eval_share=0.1", "sampled answers have no eval loss"),
+        ("grpo.reward=exakt", "no reward is called 'exakt'"),
+        ("grpo.sequence_length=20", "exceed 20"),
+        ("grpo.max_tokens=600", "exceed"),
+    ],
+)
+def test_unusable_settings_are_rejected(project: Project, tmp_path: Path, override: str, what: str) -> None:
+    with pytest.raises(BadInput, match=what):
+        project.run(tmp_path, override)
+
+
+def test_several_processes_are_rejected(project: Project) -> None:
+    found: list[Problem] = []
+    for kind in ("none", "local"):
+        plan = project.plan(plugins.load())
+        plan.launch.kind = type(plan.launch.kind)(kind)
+        plan.launch.processes = 2
+        found += check_plan(plan=plan)
+    assert [problem.what for problem in found] == ["grpo trains in one process"]
+
+
+def test_listing_imports_no_torch() -> None:
+    assert EntryPoint(name="grpo", value="posttrain_grpo", group="posttrain").load().KIND == "grpo"
