@@ -14,6 +14,7 @@ from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import OnFail
 from posttrain.console import styled
+from posttrain.data.reading import remote
 from posttrain.disk import explain_error, require_writable
 from posttrain.errors import DiskFailed, Interrupted, PluginFailed
 from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
@@ -50,6 +51,8 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             if start is None
             else (_check_start(start.artifact, undated, plan.model.dtype.value), start.unpromoted)
         )
+        if far := sorted({name for step in plan.steps for name in remote((*step.sources, *step.eval_sources))}):
+            display.console.print(styled(f"data from afar, copied unless it is here: {', '.join(far)}"))
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         capped = within_cap(plan, path, interrupts, display.announce)

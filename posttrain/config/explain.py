@@ -155,6 +155,9 @@ def _override_problem(override: str, cause: OmegaConfBaseException | None, text:
         fix = "A list is written [a,b]; to run every value, add --multirun"
         return Problem(where=override, what="has several values", fix=fix)
     reason = readable(str(cause.msg if cause is not None and cause.msg else text))
+    if key == "data" and "ListConfig" in reason:
+        fix = f"Give several sources to a stage: sft.{override.lstrip('+')}"
+        return Problem(where=override, what="the data of a recipe is one source", fix=fix)
     return Problem(where=override, what=reason, fix=_expected(key, host))
 
 

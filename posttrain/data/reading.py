@@ -106,6 +106,11 @@ def data_digest(sources: Sequence[Source], cache: Path | None = None) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+def remote(sources: Sequence[Source]) -> list[str]:
+    """Return the hub datasets and URLs among the sources, which the first start copies."""
+    return [source.path for source in sources if is_url(source.path) or local_files(source.path) is None]
+
+
 def _all_rows(source: Source, cache: Path | None) -> Iterator[Found]:
     files = _files(source, cache)
     if files is not None:

@@ -243,5 +243,9 @@ def test_sources_are_given_on_the_command_line_in_every_form(host: Host, working
     (step,) = plan(host, "recipe=mine", "model.path=m", "sft.eval_data.path=b.jsonl").steps
     assert [source.path for source in step.eval_sources] == ["b.jsonl"]
     text = problems(host, "recipe=mine", "model.path=m", "sft.data.path=a.jsonl", "sft.data.limti=3")
+    several = problems(host, "recipe=mine", "model.path=m", "data=[a.jsonl,b.jsonl]")
+    assert (
+        "the data of a recipe is one source\n    Give several sources to a stage: sft.data=[a.jsonl,b.jsonl]" in several
+    )
     assert "sft.data.limti: unknown key 'limti'\n    Did you mean limit?" in text
     assert "sft.data.path: has no value" in problems(host, "recipe=mine", "model.path=m", "sft.data.limit=3")

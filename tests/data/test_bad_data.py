@@ -354,6 +354,23 @@ def test_one_trained_token_is_enough(capfd: pytest.CaptureFixture[str]) -> None:
     assert json.loads(manifest.read_text())["metrics"]["epoch_trained_tokens"] == 1
 
 
+def test_rows_that_cannot_be_read_stop_the_run_or_are_left_out_as_the_source_says(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    raw(LINE + b"\n" + LINE[:-4] + b"\n" + LINE + b'\n{"text": "a"}\n')()
+    assert run("recipe=mine") == 2
+    said = capfd.readouterr().err
+    assert "train.jsonl:2: is not valid JSON" in said
+    assert "train.jsonl:4: unknown shape of record" in said
+    assert "2 of 4 rows cannot be read (1 by JSON, 1 by shape); max_bad_share is 0" in said
+    assert not list(Path("runs").rglob("artifact"))
+    assert run("recipe=mine", "sft.data.path=train.jsonl", "sft.data.max_bad_share=0.5") == 0
+    left_out = "train.jsonl: 2 of 4 rows cannot be read (1 by JSON, 1 by shape) and are left out, first train.jsonl:2"
+    assert left_out in " ".join(capfd.readouterr().err.split())
+    (manifest,) = Path("runs").rglob("sft/artifact/manifest.json")
+    assert json.loads(manifest.read_text())["metrics"]["warnings"][0] == left_out
+
+
 def test_data_that_change_while_they_are_read_are_rejected(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
