@@ -21,7 +21,7 @@ def test_at_most_five_commands_lead_to_an_adapter_that_its_gate_passed(
 ) -> None:
     material = shipped("recipes") / "quickstart"
     Path("base").symlink_to(material / "base")
-    chats = (material / "sft.jsonl").read_text().splitlines()[:120]
+    chats = (material / "sft.jsonl").read_text().splitlines()[:80]
     Path("chats.jsonl").write_text("\n".join(chats) + "\n")
     assert len(TYPED) <= 5
     assert TYPED[0] == "pip install ."
