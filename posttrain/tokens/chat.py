@@ -103,7 +103,9 @@ class ChatRenderer:
         unknown = tokenizer.unk_token_id
         self._controls = {token.content: key for key, token in added if token.special and key != unknown}
         self._control_ids = set(self._controls.values())
-        self._sorted_controls = np.array(sorted(self._control_ids), np.int64)
+        # a False more than the largest: any larger id is looked up there
+        self._is_control = np.zeros(max(self._control_ids, default=0) + 2, np.bool_)
+        self._is_control[list(self._control_ids)] = True
         self._head_ids = lru_cache(maxsize=1024)(self._encode)
 
     def document(self, record: Document, *, last_only: bool = False) -> Rendered:
@@ -234,7 +236,8 @@ class ChatRenderer:
         """
         whole = self._encode(text)
         found = list(self._template.control.finditer(text))
-        places = np.flatnonzero(np.isin(np.array(whole, np.int64), self._sorted_controls)).tolist()
+        known = np.minimum(np.array(whole, np.int64), len(self._is_control) - 1)
+        places = np.flatnonzero(self._is_control[known]).tolist()
         if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
             reject(where, "the tokenizer does not keep the special tokens of the chat template whole")
         ends = [match.end() for match in found]
@@ -280,9 +283,7 @@ class ChatRenderer:
         return decode(self._tokenizer, ids)
 
     def _encode(self, text: str, *, whole: bool = False) -> list[int]:
-        """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
-        encoded = self._tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
-        return list(encoded["input_ids"])
+        return encode(self._tokenizer, text, whole=whole)
 
 
 def has_other_keys(record: Record) -> bool:
@@ -315,15 +316,36 @@ def answer_ends(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
+def encode(tokenizer: Any, text: str, *, whole: bool = False) -> list[int]:
+    """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
+    backend = _plain_backend(tokenizer, "_encode_plus")
+    if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
+        # transformers asks for the place of every token in the text as well: two fifths of the time
+        return list(backend.encode_batch_fast([text], add_special_tokens=whole)[0].ids)
+    encoded = tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """Return the text of ``ids``, special tokens included, as it is."""
+    # transformers looks at every id in Python before it decodes: most of the time of a proof
+    if (backend := _plain_backend(tokenizer, "decode", "_decode")) is not None:
+        return _decoded(backend, tuple(ids))
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=64)  # each proof of an answer reads the same ids
+def _decoded(backend: Any, ids: tuple[int, ...]) -> str:
+    return str(backend.decode(ids, skip_special_tokens=False))
+
+
+def _plain_backend(tokenizer: Any, *methods: str) -> Any | None:
+    """Return the tokenizer of the library behind ``tokenizer``; None where the class has ``methods`` of its own."""
     from transformers import TokenizersBackend
 
-    # transformers looks at every id in Python before it decodes: most of the time of a proof
     kind = type(tokenizer)
-    if (kind.decode, kind._decode) == (TokenizersBackend.decode, TokenizersBackend._decode):
-        return str(tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    plain = all(getattr(kind, name, None) is getattr(TokenizersBackend, name) for name in ("__call__", *methods))
+    return tokenizer.backend_tokenizer if plain and not tokenizer.split_special_tokens else None
 
 
 def without_space(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
     """
     answers = [message for message in record.messages if message["role"] == "assistant"]
     answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
-    runs = _runs(rendered, trained=True)
+    runs, others = _runs(rendered)
     if len(runs) != len(answers):
         return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
     special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -55,18 +56,20 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
         content = answer["content"]
         if not special & set(run[end:]):
             return f"the stop token after {content!r} is not trained"
-        bare, wanted = _bare(tokenizer, run[:end]), without_space(content)
+        bare, wanted = without_space(_text_before(tokenizer, run, end)), without_space(content)
         begun = _TAG.sub("", wanted, count=1)
         if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
             return f"{content!r} is not trained as a whole"
     last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
-    asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, tokenizer)
+    asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, others, tokenizer)
     return None if asked is None else f"{asked!r} occurs in trained tokens only, but the model must not write it"
 
 
-def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: Any) -> str | None:
-    """Return the first content of a user or system turn that occurs in the text but not in its untrained tokens."""
-    untrained = [_bare(tokenizer, run) for run in _runs(rendered, trained=False)]
+def _trained_prompt(
+    messages: Sequence[Message], rendered: Rendered, runs: Sequence[list[int]], tokenizer: Any
+) -> str | None:
+    """Return the first content of a user or system turn that occurs in the text but not in its untrained ``runs``."""
+    untrained = [_bare(tokenizer, run) for run in runs]
     for message in messages:
         said = without_space(message["content"]) if message["role"] in ("user", "system") else ""
         # the whole is decoded only for a content that is nowhere else
@@ -75,11 +78,19 @@ def _trained_prompt(messages: Sequence[Message], rendered: Rendered, tokenizer: 
     return None
 
 
-def _runs(rendered: Rendered, *, trained: bool) -> list[list[int]]:
-    """Return the ids of each run of tokens that are all trained, or all untrained."""
-    mask = np.array(rendered.mask, np.bool_) == trained
-    borders = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
-    return [rendered.ids[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+def _runs(rendered: Rendered) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of each run of trained tokens, and of each run of others."""
+    mask = np.frombuffer(bytes(rendered.mask), np.bool_)
+    borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+    runs = [rendered.ids[start:end] for start, end in pairwise(borders)]
+    first = int(bool(rendered.mask[0])) if rendered.mask else 0
+    return runs[1 - first :: 2], runs[first::2]
+
+
+def _text_before(tokenizer: Any, run: list[int], end: int) -> str:
+    """Return the text of ``run[:end]``, from that of the whole run where this one ends with the text of the rest."""
+    text, rest = decode(tokenizer, run), decode(tokenizer, run[end:])
+    return text[: len(text) - len(rest)] if text.endswith(rest) else decode(tokenizer, run[:end])
 
 
 def _bare(tokenizer: Any, ids: list[int]) -> str:

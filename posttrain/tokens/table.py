@@ -83,7 +83,8 @@ class TokenTable:
         end = 0
         for each in made:
             row = each if isinstance(each, TableRow) else TableRow(each)
-            ids_T, mask_T = np.array(row.rendered.ids, np.int32), np.array(row.rendered.mask, np.bool_)
+            ids_T = np.array(row.rendered.ids, np.int32)
+            mask_T = np.frombuffer(bytes(row.rendered.mask), np.bool_)
             end += len(ids_T)
             places += row.rendered.where.encode("utf-8", "surrogatepass")
             trained, largest = int(mask_T[1:].sum()), int(ids_T.max(initial=-1))
