@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
@@ -195,8 +196,9 @@ class AnswerObjective(Generic[Row]):
 
     def content(self, row: Numbered[Row]) -> bytes:
         """Return names and token ids of the row; not its place in a file."""
-        answers = [(name, list(ids)) for name, ids in row.row.answers]
-        return repr((list(row.row.prompt), answers, list(row.row.aside))).encode()
+        named = [("", row.row.prompt), *row.row.answers, ("", row.row.aside)]
+        lengths = repr([(name, len(ids)) for name, ids in named]).encode()
+        return lengths + b"".join(array("i", ids).tobytes() for _, ids in named)
 
     @torch.no_grad()
     def _aside(self, model: PreTrainedModel | PeftModel, batch: AnswerInputs) -> torch.Tensor | None:

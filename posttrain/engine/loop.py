@@ -51,6 +51,7 @@ from posttrain.engine.units import reject_lone_documents
 from posttrain.engine.zero import Partitioned
 from posttrain.errors import Interrupted, require_finite
 from posttrain.stage import Progress
+from posttrain.tokens.packing import PackedRows
 
 ENGINES: Mapping[str, type[Single]] = {SINGLE: Single, DDP: Replicated, FSDP: Sharded, DEEPSPEED: Partitioned}
 """Every engine by its name."""
@@ -217,8 +218,9 @@ class Training:
     def _identity(self) -> str:
         """Return the digest of all that decides the course of the run: a checkpoint with another is not resumed."""
         rows = sha256()
-        for row in [*self.rows, *self.evaluation.rows]:
-            rows.update(self.objective.content(row))
+        for each in (self.rows, self.evaluation.rows):
+            for content in [each.content()] if isinstance(each, PackedRows) else map(self.objective.content, each):
+                rows.update(content)
         settings = {key: str(value) for key, value in asdict(self.config).items() if key not in WITHOUT_EFFECT}
         return digest_of(
             {"rows": rows.hexdigest(), "settings": settings, "seed": self.seed, "dtype": self.compute_dtype}

@@ -147,6 +147,12 @@ class PackedRows(Sequence[PackedRow]):
         """Trained tokens of each row, [R]."""
         return self._summed(self.pieces.trained)
 
+    def content(self) -> bytes:
+        """Return all that decides the tokens, the masks and the documents of the rows; the tokens by their digest."""
+        places = (self.pieces.starts[self.order], self.pieces.lengths[self.order], self.ends)
+        digests = repr(self.pieces.documents.table.content()).encode()
+        return digests + b"".join(each.astype("<i8").tobytes() for each in places)
+
     def _summed(self, values_P: Indices) -> Indices:
         totals_R = np.cumsum(values_P[self.order])[self.ends - 1]
         return np.diff(totals_R, prepend=0)

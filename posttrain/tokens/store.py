@@ -111,7 +111,8 @@ def _open(place: Path, key: str, note: Callable[[str], None]) -> TokenTable | No
         why = f"{place} is incomplete: {error}" if isinstance(error, FileNotFoundError) else str(error)
         note(f"warning: damaged token store, made again: {why}")
         return None
-    return TokenTable(**arrays, origins=tuple(manifest.origins), texts=tuple(manifest.texts))
+    sums = manifest.files["ids"], manifest.files["mask"]
+    return TokenTable(**arrays, origins=tuple(manifest.origins), texts=tuple(manifest.texts), sums=sums)
 
 
 def _read_manifest(path: Path) -> Manifest:

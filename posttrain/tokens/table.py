@@ -70,6 +70,8 @@ class TokenTable:
     """Sources of the documents, in the order of their first ones."""
     texts: tuple[str, ...] = ()
     """Texts of the first conversations, at most TEXTS."""
+    sums: tuple[str, str] | None = None
+    """SHA-256 of ids and mask, where a store has just verified them."""
 
     @classmethod
     def of(cls, made: Iterable[TableRow | Rendered]) -> TokenTable:
@@ -107,6 +109,12 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def content(self) -> tuple[str, str]:
+        """Return the SHA-256 of ids and mask: equal for tables of equal tokens, wherever their records stand."""
+        if self.sums is not None:
+            return self.sums
+        return hashlib.sha256(self.ids.tobytes()).hexdigest(), hashlib.sha256(self.mask.tobytes()).hexdigest()
 
     def all(self) -> Documents:
         """Return all documents."""

@@ -264,3 +264,18 @@ def test_a_million_lengths_take_seconds() -> None:
     bins = few_bins(lengths, 4096)
     assert time.process_time() - began < 120  # what compares all pairs would take hours
     assert sum(map(len, bins)) == len(lengths)
+
+
+def test_the_content_of_rows_is_that_of_their_tokens_masks_and_borders() -> None:
+    def content(ids: list[list[int]], trained: int = 1, length: int = 8, packing: bool = True, where: str = "") -> bytes:
+        masks = [[place >= trained for place in range(len(each))] for each in ids]
+        documents = [Rendered(each, mask, "", where) for each, mask in zip(ids, masks, strict=True)]
+        return pack(documents, length, packing=packing).rows.content()
+
+    ids = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    others = [
+        content([[1, 2, 4], *ids[1:]]), content(ids[:2]), content([ids[0] + ids[1][:1], ids[1][1:], ids[2]]),
+        content(ids, trained=2), content(ids, length=3), content(ids, packing=False), content([*ids, ids[0]]),
+    ]  # fmt: skip
+    assert len({*others, content(ids)}) == len(others) + 1
+    assert content(ids) == content(ids, where="moved.jsonl:1"), "a record may move to another file"
