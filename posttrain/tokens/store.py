@@ -111,6 +111,8 @@ def _open(place: Path, key: str, note: Callable[[str], None]) -> TokenTable | No
         why = f"{place} is incomplete: {error}" if isinstance(error, FileNotFoundError) else str(error)
         note(f"warning: damaged token store, made again: {why}")
         return None
+    with contextlib.suppress(OSError):  # a store of others, or on a disk that is read only
+        os.utime(place)  # its age is the time since its last use
     sums = manifest.files["ids"], manifest.files["mask"]
     return TokenTable(**arrays, origins=tuple(manifest.origins), texts=tuple(manifest.texts), sums=sums)
 

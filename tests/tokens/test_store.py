@@ -108,6 +108,13 @@ def test_a_store_holds_what_rendering_in_memory_gives_and_renders_it_once(tmp_pa
     assert documents.records.digests[2:5] == [documents.digests[2], *[documents.digests[4]] * 2]
 
 
+def test_the_age_of_a_store_is_the_time_since_its_last_use(tmp_path: Path) -> None:
+    Work().table(tmp_path)
+    os.utime(tmp_path / KEY, (1, 1))
+    Work().table(tmp_path)
+    assert (tmp_path / KEY).stat().st_mtime > 1
+
+
 def test_five_bytes_a_token_and_a_fixed_number_a_document(tmp_path: Path) -> None:
     table = Work().table(tmp_path)
     size = sum((tmp_path / KEY / f"{name}.bin").stat().st_size for name in ARRAYS)
