@@ -267,9 +267,9 @@ def test_a_million_lengths_take_seconds() -> None:
 
 
 def test_the_content_of_rows_is_that_of_their_tokens_masks_and_borders() -> None:
-    def content(ids: list[list[int]], trained: int = 1, length: int = 8, packing: bool = True, where: str = "") -> bytes:
+    def content(ids: list[list[int]], trained: int = 1, length: int = 8, packing: bool = True, at: str = "") -> bytes:
         masks = [[place >= trained for place in range(len(each))] for each in ids]
-        documents = [Rendered(each, mask, "", where) for each, mask in zip(ids, masks, strict=True)]
+        documents = [Rendered(each, mask, "", at) for each, mask in zip(ids, masks, strict=True)]
         return pack(documents, length, packing=packing).rows.content()
 
     ids = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -278,4 +278,4 @@ def test_the_content_of_rows_is_that_of_their_tokens_masks_and_borders() -> None
         content(ids, trained=2), content(ids, length=3), content(ids, packing=False), content([*ids, ids[0]]),
     ]  # fmt: skip
     assert len({*others, content(ids)}) == len(others) + 1
-    assert content(ids) == content(ids, where="moved.jsonl:1"), "a record may move to another file"
+    assert content(ids) == content(ids, at="moved.jsonl:1"), "a record may move to another file"
