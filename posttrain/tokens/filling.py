@@ -197,7 +197,7 @@ def _piece_of(path: Path) -> TokenTable | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     ends = np.cumsum([head["sizes"][name] for name in ARRAYS]).tolist()
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.frombuffer(body[end - head["sizes"][name] : end], kind)
         for (name, kind), end in zip(ARRAYS.items(), ends, strict=True)
     }
