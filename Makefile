@@ -43,6 +43,7 @@ fuzz: install
 docs: install
 	$(BIN)/python docs/hooks.py
 	$(BIN)/python docs/api.py
+	$(BIN)/python docs/settings.py
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,67 @@
+"""The page and the schema of settings: current, and true of every recipe that ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from posttrain.config.paths import shipped
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("settings_page", DOCS / "settings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_and_schema_are_current(generator: ModuleType) -> None:
+    assert (DOCS / "settings.md").read_text(encoding="utf-8") == generator.page(), "run make docs"
+    assert (DOCS / "recipe.schema.json").read_text(encoding="utf-8") == generator.schema(), "run make docs"
+
+
+def fits(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
+    """Check a value against the parts of JSON Schema that the generator uses."""
+    if "$ref" in schema:
+        return fits(value, whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
+    if "anyOf" in schema:
+        return any(fits(value, each, whole) for each in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    if "pattern" in schema:
+        return isinstance(value, str) and ("${" in value or value == "???")
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(value is None if kind == "null" else isinstance(value, KINDS[kind]) for kind in kinds):
+        return False
+    if not isinstance(value, dict) or "properties" not in schema:
+        return True
+    known = schema["properties"]
+    strange = value.keys() - known.keys()
+    return not strange and all(fits(each, known[key], whole) for key, each in value.items())
+
+
+PLAIN = (
+    "model: a/b\ndata: c.jsonl\nrank: 8\nlr: 0.001\nepochs: 1\nspend_cap: 5 USD\ngate: {name: local, data: q.jsonl}\n"
+)
+
+
+def test_the_schema_takes_every_shipped_recipe_and_no_misspelt_one() -> None:
+    schema = json.loads((DOCS / "recipe.schema.json").read_text(encoding="utf-8"))
+    for path in shipped("recipes").glob("*.yaml"):
+        assert fits(yaml.safe_load(path.read_text(encoding="utf-8")), schema, schema), path.name
+    assert fits(yaml.safe_load(PLAIN), schema, schema)
+    for wrong in ("lrr: 1\n", "sft: {epochs: x}\n", "sft: {gate: {on_fail: no}}\n", "model: {pth: x}\n"):
+        assert not fits(yaml.safe_load(PLAIN + wrong), schema, schema), wrong
