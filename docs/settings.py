@@ -21,8 +21,9 @@ SCHEMA = Path(__file__).with_name("recipe.schema.json")
 INTRODUCTION = """\
 # Settings
 
-Written by `make docs` from the dataclasses of the settings; `posttrain list NAME` prints the same. An editor checks a recipe against
-[recipe.schema.json](recipe.schema.json) by a first line `# yaml-language-server: $schema=PATH/docs/recipe.schema.json`.
+Written by `make docs` from the dataclasses of the settings; `posttrain list NAME` prints the same. An editor checks a
+recipe against [recipe.schema.json](recipe.schema.json) when its first line is
+`# yaml-language-server: $schema=PATH/docs/recipe.schema.json`.
 """
 BASIC = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 shared: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def schema() -> str:
     flat = {key: value for key, value in stages["sft"]["properties"].items() if key not in ("kind", "data")}
     properties = {
         **flat,
-        **dict.fromkeys(ROOT, {}),
+        **{key: {} for key in ROOT},
         **dict.fromkeys(CHOICES, named),
         **stages,
         "gate": {"$ref": "#/$defs/gate"},
