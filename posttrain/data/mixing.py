@@ -51,7 +51,7 @@ def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None) 
         if source.on_policy is not None:  # its records are sampled when the stage starts
             continue
         origin = Origin(number=number, path=source.path, share=source.share or 0.0, weight=float(source.weight))
-        bad = BadRows(path=source.path)
+        bad = BadRows(path=source.path, number=number)
         try:
             records = [replace(record, origin=origin) for record in bad.sift(read_records(source, shape, cache))]
             bad.check(source.max_bad_share)

@@ -65,6 +65,8 @@ class BadRows:
 
     path: str
     """File, folder or name of the source."""
+    number: int = 0
+    """Place of the source in the recipe's list, from 0."""
     read: int = 0
     """Rows of the source, good and bad."""
     kinds: Counter[str] = field(default_factory=Counter)

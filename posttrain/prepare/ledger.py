@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.preparation import Action
 from posttrain.data.records import Record
+from posttrain.data.rows import BadRows
+from posttrain.prepare.rules import EVIDENCE
 
 EXACT, NEAR, CONTAMINATION = "exact", "near", "contamination"
 """Names of the findings that concern two texts."""
+UNREADABLE = "unreadable"
+"""Name of the finding about a row that makes no record."""
+DATA, EVAL_DATA = "data", "eval_data"
+"""Names of the sets of rows."""
 KEPT, DROPPED = "keep", "drop"
 COLUMNS = (
     ("id", "int64"), ("set", "set"), ("source", "int32"), ("path", "set"), ("row", "int64"), ("where", "string"),
@@ -46,6 +53,8 @@ class Ledger:
     digests: Sequence[bytes]
     found: Mapping[int, Sequence[Found]]
     """Findings by position, in the order of the rules."""
+    unread: Sequence[tuple[str, BadRows]] = ()
+    """Rows that cannot be read and are left out, by set and source; their ids follow those of all others."""
 
     def deciding(self, row: int) -> Found | None:
         """Return the finding for which a row is left out; None for a row that stays."""
@@ -72,6 +81,19 @@ class Ledger:
             for start in range(0, len(self.records) or 1, size):
                 rows = [self._values(row, places[row]) for row in range(start, min(start + size, len(self.records)))]
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            if unread := list(self._unread_values()):
+                writer.write_table(pyarrow.Table.from_pylist(unread, schema=schema))
+
+    def _unread_values(self) -> Iterator[dict[str, Any]]:
+        ids = count(len(self.records))
+        for name, source in self.unread:
+            for row in source.rows:
+                evidence = f"{row.kind}: {row.what}"[:EVIDENCE]
+                yield {
+                    "id": next(ids), "set": name, "source": source.number, "path": source.path, "where": row.where,
+                    "action": DROPPED, "rule": UNREADABLE, "evidence": evidence,
+                    "findings": [f"{UNREADABLE}: {evidence}"],
+                }  # fmt: skip
 
     def _places(self) -> list[int]:
         """Return the number of every row in its source."""
@@ -89,7 +111,7 @@ class Ledger:
         first = decided or next(iter(found), None)
         values = {
             "id": row,
-            "set": "data" if row < self.trained else "eval_data",
+            "set": DATA if row < self.trained else EVAL_DATA,
             "source": record.origin.number,
             "path": record.origin.path,
             "row": place,
@@ -117,6 +139,11 @@ class Ledger:
             for each in self.found.get(row, ()):
                 if each.task is not None and each.document is not None:
                     touched.setdefault(each.task, set()).add(each.document)
+        for bad in (bad for name, bad in self.unread if name == DATA):
+            source = sources.setdefault(bad.number, Waterfall(source=bad.path, read=0, kept=0, dropped={}))
+            for _ in bad.rows:
+                source.count(UNREADABLE)
+            found[UNREADABLE] += len(bad.rows)
         total = Waterfall(source="all", read=0, kept=0, dropped={})
         for source in sources.values():
             total.add(source)

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.config.preparation import Action, OnContamination, PrepareConfig
+from posttrain.data.mixing import Mix
 from posttrain.data.records import Record
+from posttrain.data.rows import BadRows
 from posttrain.errors import BadInput, Problem
 from posttrain.prepare.contamination import GateDocument, find_contamination
 from posttrain.prepare.filters import Finding
-from posttrain.prepare.ledger import CONTAMINATION, EXACT, NEAR, Found, Ledger
+from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, Found, Ledger
 from posttrain.prepare.near import Duplicate, find_duplicates
 from posttrain.prepare.rows import Row, batches
 from posttrain.prepare.rules import EVIDENCE
@@ -59,6 +61,7 @@ class Preparation:
             trained=len(self.trained),
             digests=self._digests,
             found=dict(sorted(self._found.items())),
+            unread=[(DATA, bad) for bad in _bad(self.trained)] + [(EVAL_DATA, bad) for bad in _bad(self.evaluated)],
         )
         self._stop()
         return ledger
@@ -143,3 +146,7 @@ class Preparation:
         fix = "Mend or remove the rows, or set another action than stop under prepare"
         more = Problem(where="prepare", what=f"{len(found):,} findings stop the run ({rules})", fix=fix)
         raise BadInput([more, *problems])
+
+
+def _bad(records: Sequence[Record]) -> Sequence[BadRows]:
+    return records.bad if isinstance(records, Mix) else ()

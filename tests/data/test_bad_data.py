@@ -376,8 +376,8 @@ def test_data_that_change_while_they_are_read_are_rejected(
 ) -> None:
     read = files.read_found
 
-    def change(path: Path) -> Iterator[Found]:
-        yield from read(path)
+    def change(path: Path, place: str) -> Iterator[Found]:
+        yield from read(path, place)
         with path.open("ab") as file:
             file.write(LINE + b"\n")
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
+from posttrain.config.preparation import Action, PrepareConfig
 from posttrain.config.schema import Format, Source
 from posttrain.data.mixing import Mix, describe_bad, read_sources
 from posttrain.data.reading import read_records
 from posttrain.data.records import Conversation
 from posttrain.data.rows import BadRow
 from posttrain.errors import BadInput
+from posttrain.prepare.preparation import Preparation
 
 GOOD = json.dumps({"prompt": "Hi", "completion": "Hello"})
 BAD = {
@@ -77,6 +80,24 @@ def test_rows_below_the_share_are_left_out_and_handed_on(tmp_path: Path) -> None
     assert line == f"{source.path}: {counts} and are left out, first {source.path}:7"
     source.max_bad_share = 0.24
     assert "max_bad_share is 0.24" in rejection(source)[-1]
+
+
+def test_rows_left_out_are_in_the_ledger_of_the_preparation(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", GOOD)
+    two = write(tmp_path / "b.jsonl", *[GOOD] * 2, BAD["JSON"], BAD["shape"])
+    two.max_bad_share = 0.5
+    config = PrepareConfig(exact=Action.ignore)
+    ledger = Preparation(trained=mix(one, two), evaluated=mix(two), config=config, judges={}).run()
+    ledger.write(tmp_path / "ledger.parquet", {})
+    rows = parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
+    assert [row["id"] for row in rows] == list(range(9))
+    unread = [row for row in rows if row["action"] == "drop"]
+    places = [(row["set"], row["source"], row["where"][-1]) for row in unread]
+    assert places == [("data", 1, "3"), ("data", 1, "4"), ("eval_data", 0, "3"), ("eval_data", 0, "4")]
+    assert [row["evidence"].split(":")[0] for row in unread] == ["JSON", "shape"] * 2
+    summary = ledger.summary({})
+    assert (summary.read, summary.kept, summary.dropped, summary.found) == (5, 3, {"unreadable": 2}, {"unreadable": 2})
+    assert [(source.read, source.kept) for source in summary.sources] == [(1, 1), (4, 2)]
 
 
 def test_the_named_share_is_enough(tmp_path: Path) -> None:
