@@ -19,6 +19,7 @@ from posttrain.model.trust import read_json
 from posttrain.scoring.systems import twin
 from posttrain.serve.catalogue import Served
 from posttrain.serve.lane import BASE, Lane
+from posttrain.serve.mixing import mix
 from posttrain.serve.prompts import Prompter
 from posttrain.tokens.chat import answer_ends
 
@@ -108,7 +109,7 @@ def _place(served: Served, weights: Weights) -> tuple[Lane, str]:
         return Lane(attach(twin(weights.plain), adapter, served.source.rows).eval(), mixed=False), BASE
     lane, name = weights.lane, served.digest[:16]
     under = twin(weights.plain) if lane.model is weights.plain else lane.model
-    lane.model = attach(under, adapter, served.source.rows, name).eval()
+    lane.model = mix(attach(under, adapter, served.source.rows, name).eval())
     return lane, name
 
 
