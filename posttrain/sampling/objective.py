@@ -358,14 +358,19 @@ def _writing(causal: PreTrainedModel) -> Iterator[None]:
 
 
 def trail_figures(trail: Path, steps: int) -> dict[str, Any]:
-    """Return the tokens and the answers that the files of the first ``steps`` steps name."""
-    found = [
-        json.loads(line)
-        for step in range(1, steps + 1)
-        for line in (trail / f"step-{step:08d}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """Return the counts of the answers in the files of the first ``steps`` steps, and the reward at either end.
+
+    An end is a tenth of the steps.
+    """
+    files = [trail / f"step-{step:08d}.jsonl" for step in range(1, steps + 1)]
+    kept = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in files]
+    found = [each for answers in kept for each in answers]
+    rewards = [fmean(each["reward"] for each in answers) for answers in kept]
+    end = max(1, steps // 10)
     return {
         "sampled_answers": len(found),
         "sampled_tokens": sum(each["tokens"] for each in found),
         "never_ended": sum(not each["ended"] for each in found),
+        "reward_first": fmean(rewards[:end]),
+        "reward_last": fmean(rewards[-end:]),
     }

@@ -65,6 +65,8 @@ def test_every_answer_of_every_step_stays_with_its_reward(project: Project, tmp_
         assert all(each["reward"] == each["rewards"]["regex"] + 0.5 * each["rewards"]["ended"] for each in answers)
     figures = json.loads((run / "stages" / "grpo" / "artifact" / "manifest.json").read_text())["metrics"]
     assert (figures["sampled_answers"], figures["questions"]) == (48, 8)
+    ends = [step["reward"] for step in steps(run)]
+    assert (figures["reward_first"], figures["reward_last"]) == (pytest.approx(ends[0]), pytest.approx(ends[-1]))
 
 
 def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> None:
