@@ -14,6 +14,7 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.console import DataConsole, styled
 from posttrain.data.records import Record
+from posttrain.disk import replace_text
 from posttrain.errors import PluginFailed
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -25,6 +26,8 @@ from posttrain.run.prepared import Preparer, describe
 from posttrain.saved import plain
 
 JSON = "--json"
+PAGE = "audit.html"
+"""Name of the page in the folder of a preparation."""
 
 
 def main(words: list[str]) -> int:
@@ -39,6 +42,7 @@ def main(words: list[str]) -> int:
         return 0
     for name, each in done.items():
         _show(console, name, each)
+        console.print(styled(f"the rows themselves: {each.folder / PAGE}"), end="\n\n")
     for step in plan.steps:
         if step.name not in done:
             console.print(styled(f"{step.name}: prepare.enabled is false, every row is trained"))
@@ -54,7 +58,19 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
     preparer = Preparer(plan=plan, host=host, step=step, data_digest=records_digest(step), note=note)
     if not preparer.is_on:
         return None
-    return preparer.find() or preparer.prepare(*_read(host, step))
+    found = preparer.find()
+    if found is None or not (found.folder / PAGE).exists():
+        trained, evaluated = _read(host, step)
+        found = found or preparer.prepare(trained, evaluated)
+        _write_page(f"{plan.recipe}, {step.name}", step, found, [*trained, *evaluated])
+    return found
+
+
+def _write_page(title: str, step: Step, done: Kept, records: Sequence[Record]) -> None:
+    from posttrain.report.audit import audit_page  # a page that is there already needs no engine of templates
+
+    text = audit_page(title, done, records, step.config.prepare.near.threshold, describe(done)[1:])
+    replace_text(done.folder / PAGE, text)
 
 
 def _read(host: Host, step: Step) -> tuple[Sequence[Record], Sequence[Record]]:

@@ -75,6 +75,27 @@ class ContaminationConfig:
     """drop, stop, warn or ignore."""
 
 
+class Choice(Enum):
+    """Choice of some rows among many: in turn from clusters of topics, or those most like all the others."""
+
+    spread = "spread"
+    cover = "cover"
+
+
+@dataclass(kw_only=True)
+class BalanceConfig:
+    """Rows left out so that the others are in balance; judged last, the rows with the fewest findings stay."""
+
+    longest: int | None = number(None, least=1)
+    """Most words of a row; longer ones are left out."""
+    per_source: int | None = number(None, least=1)
+    """Most rows of one source."""
+    rows: int | None = number(None, least=1)
+    """Rows chosen from all that are left."""
+    choose: Choice = Choice.spread
+    """Choice of those rows: spread (in turn from clusters of words) or cover (those most like all others)."""
+
+
 @dataclass(kw_only=True)
 class PrepareConfig:
     """Preparation of a stage's records before they are weighted and trained."""
@@ -87,13 +108,15 @@ class PrepareConfig:
     """Rows alike in most of their words."""
     contamination: ContaminationConfig = field(default_factory=ContaminationConfig)
     """Rows that hold documents of this run's gates."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Caps of length and source, and a sample of N rows."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Actions by rule, such as refusal: drop; rules and their defaults are in docs/data.md."""
 
 
 def rule_actions(config: PrepareConfig, filters: Iterable[str]) -> dict[str, Action]:
     """Return the action of every rule, posttrain's first; a plugin's filter counts unless the recipe says otherwise."""
-    known = {**RULES, **dict.fromkeys(filters, Action.count)}
+    known = {**RULES, **{name: Action.count for name in filters if name not in RULES}}
     return {name: _action(config.rules[name]) if name in config.rules else action for name, action in known.items()}
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from posttrain.config.preparation import BalanceConfig, Choice
 
 FEATURES = 128
 """Features of a row."""
@@ -33,6 +35,40 @@ STEPS = 1000
 """Steps of a similarity from 0 to 1; whole numbers have the same sums on every machine."""
 
 Features = NDArray[np.float32]
+
+
+class Texts(Sequence[str]):
+    """Texts made as they are asked for: all of them at once would be as large as the data."""
+
+    def __init__(self, text: Callable[[int], str], count: int) -> None:
+        self._text, self._places = text, range(count)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        places = self._places[index]
+        return self._text(places) if isinstance(places, int) else [self._text(place) for place in places]
+
+
+def unbalanced(
+    texts: Sequence[str], sources: Sequence[Hashable], quality: Sequence[float], config: BalanceConfig
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield the rows that balance leaves out, each with its rule and the reason: length, source, then sample."""
+    left = list(range(len(texts)))
+    if config.longest is not None:
+        words = [len(text.split()) for text in texts]
+        yield from ((row, ("length", f"{words[row]:,} words")) for row in left if words[row] > config.longest)
+        left = [row for row in left if words[row] <= config.longest]
+    if config.per_source is not None:
+        over = set(over_cap([sources[row] for row in left], config.per_source, [quality[row] for row in left]))
+        yield from ((left[at], ("source", f"more than {config.per_source:,} rows of it")) for at in sorted(over))
+        left = [row for at, row in enumerate(left) if at not in over]
+    if config.rows is not None:
+        choose = spread if config.choose is Choice.spread else cover
+        remaining = Texts(lambda at: texts[left[at]], len(left))
+        chosen = set(choose(remaining, config.rows, [quality[row] for row in left]))
+        yield from ((row, ("sample", "not chosen")) for at, row in enumerate(left) if at not in chosen)
 
 
 def over_cap(groups: Sequence[Hashable], most: int, quality: Sequence[float] | None = None) -> list[int]:

@@ -55,6 +55,8 @@ class Ledger:
     """Findings by position, in the order of the rules."""
     unread: Sequence[tuple[str, BadRows]] = ()
     """Rows that cannot be read and are left out, by set and source; their ids follow those of all others."""
+    similarities: Sequence[int] = ()
+    """Pairs of rows that were compared, by similarity in bins of the same width from 0 to 1."""
 
     def deciding(self, row: int) -> Found | None:
         """Return the finding for which a row is left out; None for a row that stays."""
@@ -153,6 +155,7 @@ class Ledger:
             dropped=dict(sorted(total.dropped.items())),
             found=dict(sorted(found.items())),
             sources=list(sources.values()),
+            similarities=[*self.similarities],
             tasks={task: Touched(documents=tasks[task], touched=len(touched[task])) for task in tasks},
         )
 
@@ -202,6 +205,8 @@ class Summary:
     """Rows with a finding, by rule, whatever its action."""
     sources: list[Waterfall] = field(default_factory=list)
     tasks: dict[str, Touched] = field(default_factory=dict)
+    similarities: list[int] = field(default_factory=list)
+    """Pairs of rows that were compared, by similarity in bins of the same width from 0 to 1."""
 
     def line(self) -> str:
         """Return one line for the display of a run."""

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posttrain.config.preparation import Action, OnContamination, PrepareConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.config.preparation import Action, Compared, OnContamination, PrepareConfig
 from posttrain.data.mixing import Mix
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
 from posttrain.errors import BadInput, Problem
+from posttrain.prepare.balance import Texts, unbalanced
 from posttrain.prepare.contamination import GateDocument, find_contamination
 from posttrain.prepare.filters import Finding
 from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, Found, Ledger
-from posttrain.prepare.near import Duplicate, find_duplicates
+from posttrain.prepare.near import BINS, Duplicate, find_duplicates
 from posttrain.prepare.rows import Row, batches
 from posttrain.prepare.rules import EVIDENCE
 
@@ -49,6 +53,7 @@ class Preparation:
     _digests: list[bytes] = field(default_factory=list)
     _settings: list[bytes] = field(default_factory=list)
     _records: list[Record] = field(default_factory=list)
+    _similarities: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def run(self) -> Ledger:
         """Return the ledger. Raises BadInput naming the first rows with a finding whose action is to stop."""
@@ -56,12 +61,14 @@ class Preparation:
         self._judge()
         self._compare_with_gates()
         self._find_duplicates()
+        self._balance()
         ledger = Ledger(
             records=self._records,
             trained=len(self.trained),
             digests=self._digests,
             found=dict(sorted(self._found.items())),
             unread=[(DATA, bad) for bad in _bad(self.trained)] + [(EVAL_DATA, bad) for bad in _bad(self.evaluated)],
+            similarities=self._similarities.tolist(),
         )
         self._stop()
         return ledger
@@ -117,7 +124,17 @@ class Preparation:
 
         faults = {at: len(self._found.get(at, ())) for at in order}
         quality = [float("inf") if at >= len(self.trained) else -float(faults[at]) for at in order]
-        return find_duplicates(chunks, threshold=self.config.near.threshold, folder=folder, quality=quality)
+        found = find_duplicates(chunks, threshold=self.config.near.threshold, folder=folder, quality=quality)
+        self._similarities += found.similarities
+        return found
+
+    def _balance(self) -> None:
+        staying = self._staying(range(len(self.trained)))
+        sources = [self._records[at].origin.number for at in staying]
+        quality = [-float(len(self._found.get(at, ()))) for at in staying]
+        texts = Texts(lambda index: Row(self._records[staying[index]]).compared(Compared.both), len(staying))
+        for index, (rule, evidence) in unbalanced(texts, sources, quality, self.config.balance):
+            self._add(staying[index], Found(rule=rule, action=Action.drop, evidence=evidence))
 
     def _groups(self) -> Iterator[list[int]]:
         """Yield the rows that can be copies of each other: those under equal system turns, tools and labels."""

@@ -45,7 +45,7 @@ def page(report: RunReport) -> str:
     """Render the run as HTML; name any missing part."""
     names = {stage.entry.digest: stage.name for stage in report.stages if stage.entry.digest is not None}
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             report=report,
@@ -65,8 +65,9 @@ def page(report: RunReport) -> str:
 
 
 @functools.cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the template engine of pages, which escapes every text."""
+    engine = Environment(
         loader=PackageLoader("posttrain.report"),
         autoescape=True,
         finalize=lambda value: document(value) if type(value) is str else value,  # Markup is ours
@@ -74,8 +75,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shorten": shorten, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
-    return environment
+    engine.filters |= {"shorten": shorten, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
+    return engine
 
 
 def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> dict[str, Any]:
