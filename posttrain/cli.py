@@ -59,7 +59,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
   posttrain runs [recipe=NAME]                 list the runs: state, lifts, what differs
-  posttrain leaderboard [task=NAME]            rank every artifact beside its base, by task
+  posttrain leaderboard [task=NAME] [top=N]    rank every artifact beside its base, by task; --html writes one page that
+                                               filters and sorts without a server
   posttrain ledger export|verify|rebuild       every recorded lift: print them, detect changed rows, or rebuild them
                                                from the runs
   posttrain new-plugin NAME                    write a package with a stage of your own, its tests and its recipe

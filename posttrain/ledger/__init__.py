@@ -29,7 +29,7 @@ from posttrain.ledger.store import (
     raw_rows,
     reading,
     rows_ever,
-    rows_in,
+    rows_of,
     writing,
 )
 
@@ -81,9 +81,10 @@ def lifts(root: Path) -> list[Row]:
     if not path.exists() or (path.stat().st_size == 0 and not history.histories(root)):
         return []
     with reading(root) as connection:
-        if found := faults(raw_rows(connection), rows_ever(connection)):
+        records = raw_rows(connection)
+        if found := faults(records, rows_ever(connection)):
             raise changed(path, found)
-        return rows_in(connection)
+        return rows_of(records)
 
 
 def _time_after(last: Row | None) -> str:

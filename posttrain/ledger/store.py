@@ -23,6 +23,7 @@ WAIT_SECONDS = 60
 REBUILD = "posttrain ledger rebuild makes it again from its runs"
 TYPES = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL"}
 COLUMNS = ("seq", *KINDS, "previous", "hash")
+TRUTH = tuple(name for name, kind in KINDS.items() if kind is bool)
 SCHEMA = (
     # AUTOINCREMENT counts all rows ever written: rows removed from the end are missed.
     "CREATE TABLE lifts (seq INTEGER PRIMARY KEY AUTOINCREMENT, "
@@ -72,9 +73,9 @@ def raw_rows(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     return [_record(row) for row in connection.execute(f"SELECT {', '.join(COLUMNS)} FROM lifts ORDER BY seq")]
 
 
-def rows_in(connection: sqlite3.Connection) -> list[Row]:
-    """Return every row; raise ArtifactDamaged when a value has a type that is never written."""
-    return [_row(record) for record in raw_rows(connection)]
+def rows_of(records: Iterable[dict[str, Any]]) -> list[Row]:
+    """Return the rows in ``raw_rows``; raise ArtifactDamaged when a value has a type that is never written."""
+    return [_row(record) for record in records]
 
 
 def last_row(connection: sqlite3.Connection) -> Row | None:
@@ -159,7 +160,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 def _record(values: Iterable[Any]) -> dict[str, Any]:
     record = dict(zip(COLUMNS, values, strict=True))
     # SQLite has no truth values. Another number in their place stays as it is, for the audit to find.
-    return {key: bool(value) if KINDS.get(key) is bool and value in (0, 1) else value for key, value in record.items()}
+    return record | {key: bool(record[key]) for key in TRUTH if record[key] in (0, 1)}
 
 
 def _row(record: dict[str, Any]) -> Row:

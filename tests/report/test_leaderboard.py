@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,57 @@ def test_the_runs_of_the_pipeline_stand_in_the_leaderboard(
         assert words in text
 
 
+def test_the_terminal_shows_the_first_entries_and_says_how_many_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(60):
+        add(f"run{number}", tasks=1, candidate=number / 100)
+    assert "11 more: top=61 shows them" in printed(capsys)
+    text = printed(capsys, "top=2")
+    assert "59 more" in text
+    assert [score for score in ("59.0", "58.0", "57.0") if score in text] == ["59.0", "58.0"]
+    assert printed(capsys, "top=2", "--format=markdown").count("| mine sft |") == 2
+    assert printed(capsys, "--format=markdown").count("| mine sft |") == 60
+
+
+def page_data(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    data = text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    return list(json.loads(data))
+
+
+def test_the_page_holds_every_entry_with_its_report_and_names(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(working_folder)
+    run_recipe(Script())
+    (run,) = Path("runs").glob("mine-*")
+    digest = json.loads((run / "stages" / "dpo" / "artifact" / "manifest.json").read_text())["digest"]
+    assert main("promote", "best", digest) == 0
+    assert printed(capsys, "--html") == "runs/leaderboard.html\n"
+    (found,) = page_data(Path("runs/leaderboard.html"))
+    assert (found["task"], found["title"]) == ("some", "some: acc, 100 documents")
+    assert [row["base"] for row in found["rows"]].count(True) == 1
+    reports = {row["report"] for row in found["rows"] if not row["base"]}
+    assert reports == {f"{run.name}/report.html"}
+    assert (Path("runs") / reports.pop()).is_file()
+    assert "best" in "".join(row["cells"][7] for row in found["rows"])
+    assert [row["keys"][1] for row in found["rows"]] == sorted((row["keys"][1] for row in found["rows"]), reverse=True)
+
+
+def test_the_page_runs_its_own_script_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    add("run", tasks=1, metric=evil)
+    printed(capsys, "--html")
+    text = Path("runs/leaderboard.html").read_text()
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<img" not in text
+    assert evil in page_data(Path("runs/leaderboard.html"))[0]["title"]
+    script = text.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "default-src 'none'" in text
+    assert "innerHTML" not in script
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -128,6 +181,8 @@ def test_the_runs_of_the_pipeline_stand_in_the_leaderboard(
         (["--format", "html"], "Available: json, markdown, table"),
         (["--format"], "Available: json, markdown, table"),
         (["--markdown"], "Available: --format"),
+        (["top=0"], "is no number of entries"),
+        (["top=all"], "is no number of entries"),
         (["output_root=nowhere"], "no results recorded yet"),
     ],
 )
