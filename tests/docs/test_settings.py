@@ -69,4 +69,4 @@ def test_the_schema_takes_every_shipped_recipe_and_no_misspelt_one() -> None:
         assert fits(read(path.read_text(encoding="utf-8")), schema, schema), path.name
     assert fits(read(PLAIN), schema, schema)
     for wrong in ("lrr: 1\n", "sft: {epochs: x}\n", "sft: {gate: {on_fail: no}}\n", "model: {pth: x}\n"):
-        assert not fits(read(PLAIN + wrong), schema, schema), wrong
+        assert not fits(read(PLAIN) | read(wrong), schema, schema), wrong
