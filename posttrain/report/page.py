@@ -6,11 +6,13 @@ Text of models and data is untrusted: the template engine escapes it, and the po
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from posttrain.errors import ArtifactDamaged
 from posttrain.quoting import document
@@ -29,6 +31,8 @@ TONES = {
     "undecided": "warn", "interrupted": "warn", "warned": "warn", "unpromoted": "warn", "damaged": "bad",
 }  # fmt: skip
 """Colour of a state; others have none."""
+MOST_UNBROKEN = 24
+"""Letters of a name's word that are not broken."""
 ENDINGS = {
     "done": "The run is complete.",
     "warned": "The run is complete, but it went on after a verdict that was no pass.",
@@ -75,8 +79,15 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"shorten": shorten, "clock": clock, "tone": lambda state: TONES.get(state, "plain")}
+    engine.filters |= {"shorten": shorten, "breakable": breakable, "clock": clock}
+    engine.filters["tone"] = lambda state: TONES.get(state, "plain")
     return engine
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that a browser breaks between its words; one longer than MOST_UNBROKEN, after so many letters."""
+    words = re.findall(rf"[^_./-]{{1,{MOST_UNBROKEN}}}[_./-]*|[_./-]+", document(name))
+    return Markup("<wbr>").join(map(escape, words))
 
 
 def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> dict[str, Any]:

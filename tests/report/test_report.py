@@ -22,7 +22,7 @@ from posttrain.errors import GateFailed, Interrupted, PluginFailed
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.report.curves import marks, thin
 from posttrain.report.figures import data_figures
-from posttrain.report.page import page
+from posttrain.report.page import breakable, page
 from posttrain.report.run import RunReport, StageReport
 from posttrain.run.directory import RunState, StageState
 from posttrain.scoring.scorecard import write_scorecard
@@ -415,3 +415,10 @@ def test_what_training_reached_is_a_line_for_each_kind_of_matrix() -> None:
         ("trained embeddings", "0 of 1, 0.0% of all weights"),
     ]
     assert data_figures(replace(stage, manifest={"metrics": {"reach": "everything"}})) == [("reach", "everything")]
+
+
+def test_a_name_breaks_between_its_words_alone() -> None:
+    assert breakable("towns_documents") == "towns_<wbr>documents"
+    assert breakable("a/b.c-<x>") == "a/<wbr>b.<wbr>c-<wbr>&lt;x&gt;"
+    longest = max(map(len, breakable("x" * 300).split("<wbr>")))
+    assert longest <= 24
