@@ -40,7 +40,8 @@ MARKER = re.compile(
     re.MULTILINE,
 )
 PLACEHOLDER = re.compile(
-    r"\[(?:your|insert|enter|add|company|recipient|name|date|address)\b[^\[\]\n]{0,40}\](?!\()|\{\{ ?\w{1,40} ?\}\}"
+    r"\[(?:your|insert|enter|company|recipient)\b[^\[\],\n]{0,40}\](?!\()|\[(?:name|date|address)\](?!\()"
+    r"|\{\{ ?\w{1,40} ?\}\}"
     r"|<(?:insert|your)\b[^<>\n]{0,40}>|\blorem ipsum\b",
     re.IGNORECASE,
 )

@@ -1,0 +1,103 @@
+"""``posttrain data``: the waterfall of rows, the same from the cache, and what a changed recipe prepares again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import cli
+from posttrain.config.schema import Source
+from posttrain.data import mixing
+from posttrain.hookspecs import hookimpl
+from tests.support.fakes import Script, only_run, run_on, scripted_host, write_project
+
+ROWS = [
+    {"prompt": "who wrote Faust", "completion": "it was Goethe"},
+    {"prompt": "Who wrote  Faust", "completion": "it was Goethe"},
+    {"prompt": "who painted it", "completion": "it was Klee"},
+]
+ALONE = ("recipe=mine", "stages=[sft]")
+
+
+@pytest.fixture(autouse=True)
+def project(working_folder: Path) -> Path:
+    write_project(working_folder)
+    write(ROWS)
+    return working_folder
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ask(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", *ALONE, "--json", *words])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_waterfall_is_shown_and_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask(capsys)
+    assert (first["read"], first["kept"], first["dropped"]) == (3, 2, {"exact": 1})
+    assert Path(first["stages"]["sft"]["ledger"]).is_file()
+
+    def read(*_: object) -> None:
+        raise AssertionError("rows were read again")
+
+    monkeypatch.setattr(mixing, "read_rows", read)
+    assert ask(capsys) == first
+    monkeypatch.undo()
+    changed = ask(capsys, "sft.prepare.exact=count")
+    assert (changed["kept"], changed["dropped"]) == (3, {})
+    write([*ROWS, {"prompt": "why", "completion": "for it is so"}])
+    assert ask(capsys)["read"] == 4
+
+
+def test_the_table_names_sources_rules_and_the_ledger(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["data", *ALONE])
+    shown = capsys.readouterr().out
+    assert ["train.jsonl", "3", "-1", "2"] in [line.split() for line in shown.splitlines()]
+    assert "2 of 3 rows kept; dropped: 1 exact" in shown
+    assert "ledger.parquet" in shown
+
+
+def test_a_run_trains_the_kept_rows_by_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, trained = Script(), list[list[str]]()
+    script.during_training = lambda context: trained.append([record.where for record in context.records])
+    run_on(scripted_host(script), "stages=[sft]", "sft.data=[{path: train.jsonl, weight: 2}]")
+    assert trained == [["train.jsonl:1", "train.jsonl:3"] * 2]
+    manifest = json.loads((only_run() / "stages" / "sft" / "artifact" / "manifest.json").read_text())
+    assert manifest["metrics"]["prepared"]["dropped"] == {"exact": 1}
+
+
+def test_a_stage_without_a_row_left_is_rejected() -> None:
+    write([{"prompt": "a b c d", "completion": "a b c d"}])
+    with pytest.raises(Exception, match=r"sft\.prepare: no row is left: 0 of 1 rows kept; dropped: 1 copied_prompt"):
+        run_on(scripted_host(Script()), "stages=[sft]")
+
+
+def test_rows_of_a_plugin_are_prepared_by_their_content() -> None:
+    rows = mixing.read_rows([Source(path="train.jsonl")], "documents")
+    script, trained = Script(), list[int]()
+    script.during_training = lambda context: trained.append(len(context.records))
+
+    class Theirs:
+        @hookimpl(tryfirst=True)
+        def load_records(self) -> Any:
+            return rows[1:]
+
+    host = scripted_host(script)
+    host.manager.register(Theirs(), "theirs")
+    run_on(host, "stages=[sft]")
+    assert trained == [2]
+
+
+def test_prepare_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(capsys, "sft.prepare.enabled=false")
+    assert (found["read"], found["stages"]) == (0, {})
+    assert list(Path("runs").glob("cache/data/*")) == []
