@@ -19,7 +19,7 @@ ROWS = [
     {"prompt": "Who wrote  Faust", "completion": "it was Goethe"},
     {"prompt": "who painted it", "completion": "it was Klee"},
 ]
-ALONE = ("recipe=mine", "stages=[sft]")
+ALONE = ("recipe=mine", "stages=[sft]", "sft.gate.enabled=false")
 
 
 @pytest.fixture(autouse=True)
