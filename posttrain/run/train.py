@@ -227,7 +227,8 @@ def read_all(jobs: Sequence[Job]) -> dict[str, Records]:
         found[job.name] = read_records(job)
         if job is not jobs[0]:
             found[job.name].release()
-    gc.collect()  # what a hook answered may be held by a circle of its frames
+    if len(jobs) > 1:
+        gc.collect()  # what a hook answered may be held by a circle of its frames
     return found
 
 
