@@ -76,16 +76,15 @@ def find_duplicates(
     Args:
         chunks: The texts of all rows, in chunks of any size; called twice, with the same rows each time.
         threshold: Jaccard similarity of near duplicates.
-        folder: Folder for the signatures, from which a killed run goes on. In memory by default.
+        folder: Folder for the signatures, from which a killed run goes on. A temporary one by default.
         quality: Quality of each row: the better one stays, the first of equals.
     """
     with _place(folder) as place:
-        signed = sign_rows(chunks(), threshold, folder)
+        signed = sign_rows(chunks(), threshold, place)
         count, bands = len(signed), banding(threshold).bands
         ranks_R = _ranks(count, quality)
         leaders_R = _leaders(signed.digests, ranks_R)
         groups = _groups(signed, bands, leaders_R, ranks_R)
-        del signed  # the keys of a million rows are 170 MB
         sets = _ShingleSets(chunks(), groups.rows, place, count)
         try:
             near, similarities = _decide(groups, sets, threshold)

@@ -40,19 +40,20 @@ PACK = struct.Struct(f"={SLOTS}I")
 
 @dataclass(frozen=True)
 class Signatures:
-    """Signatures of a number of rows, in parts."""
+    """Signatures of a number of rows; the keys stay in their files, as those of a million rows are 170 MB."""
 
     digests: Hashes
     """128 bits of each normalised text, as two numbers."""
-    keys: Sequence[Hashes]
-    """Keys of the bands of each part; 0 for a row without words."""
+    files: Sequence[tuple[Path, int]]
+    """Files of keys, with the rows of each; a row without words has the key 0."""
 
     def __len__(self) -> int:
         return len(self.digests)
 
     def band(self, number: int) -> Hashes:
         """Return the keys of a band for all rows."""
-        return np.concatenate([keys_KR[number] for keys_KR in self.keys])
+        parts = [np.fromfile(path, "<u8", rows, offset=8 * rows * number) for path, rows in self.files]
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,19 @@ def rechunked(chunks: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         yield chunk
 
 
-def sign_rows(chunks: Iterable[Sequence[str]], threshold: float, folder: Path | None) -> Signatures:
+def sign_rows(chunks: Iterable[Sequence[str]], threshold: float, folder: Path) -> Signatures:
     """Return the signatures of all rows, taking over those that a former run left in ``folder``."""
     shape = banding(threshold)
-    digests, keys = [], []
+    digests, files = [], []
     for number, chunk in enumerate(rechunked(chunks)):
         texts = [normalise(text) for text in chunk]
         digests_R = b"".join(hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest() for text in texts)
-        path = folder / f"signatures-{number:06}.bin" if folder is not None else None
-        found = _read(path, shape, digests_R) if path is not None else None
-        if found is None:
-            found = _keys(shingles(texts), shape)
-            if path is not None:
-                _write(path, shape, digests_R, found)
+        path = folder / f"signatures-{number:06}.bin"
+        if not _is_sound(path, shape, digests_R):
+            _write(path, shape, digests_R, _keys(shingles(texts), shape))
         digests.append(np.frombuffer(digests_R, "<u8").reshape(-1, 2))
-        keys.append(found)
-    return Signatures(np.concatenate(digests) if digests else np.empty((0, 2), np.uint64), keys)
+        files.append((path, len(texts)))
+    return Signatures(np.concatenate(digests) if digests else np.empty((0, 2), np.uint64), files)
 
 
 def _keys(flat: Flat, shape: Banding) -> Hashes:
@@ -116,17 +114,14 @@ def _seal(shape: Banding, digests_R: bytes, keys: bytes) -> bytes:
     return hashlib.blake2b(b"".join((head, digests_R, keys)), digest_size=SEAL_BYTES).digest()
 
 
-def _read(path: Path, shape: Banding, digests_R: bytes) -> Hashes | None:
-    """Return the keys in a chunk's file; None when there is none, or not the one of these rows."""
+def _is_sound(path: Path, shape: Banding, digests_R: bytes) -> bool:
+    """Return True when a chunk's file is there, whole, and the one of these rows."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return None
-    rows = len(digests_R) // DIGEST_BYTES
+        return False
     keys, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
-    if len(keys) != 8 * rows * shape.bands or seal != _seal(shape, digests_R, keys):
-        return None
-    return np.frombuffer(keys, "<u8").reshape(shape.bands, rows)
+    return len(keys) == len(digests_R) // DIGEST_BYTES * 8 * shape.bands and seal == _seal(shape, digests_R, keys)
 
 
 def _write(path: Path, shape: Banding, digests_R: bytes, keys_KR: NDArray[Any]) -> None:
