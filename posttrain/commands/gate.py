@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
     name, settings, tasks, problems = read_settings(host, words)
     with _naming_files(settings):
         outcome = _judge(name, settings, tasks, problems, host)
-        report = _make_report(name, outcome)
+        report = _make_report(name, outcome, words)
         _print(report)
         _write_reports(settings, report, outcome)
     return _exit_code(settings, outcome)
@@ -111,7 +111,7 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     return [*problems, *launch_problems(settings.launch)]
 
 
-def _make_report(name: str, outcome: Outcome) -> RunReport:
+def _make_report(name: str, outcome: Outcome, words: Sequence[str]) -> RunReport:
     """Return the outcome in the form of a run's report, with the candidate as its only stage."""
     from posttrain.report.run import RunReport, StageReport
     from posttrain.run.directory import RunState, StageState
@@ -121,7 +121,7 @@ def _make_report(name: str, outcome: Outcome) -> RunReport:
     ended = "done" if verdict.state == "pass" else stage.state
     return RunReport(
         path=outcome.folder,
-        run=RunState(recipe=name, state=ended, stages=[stage]),
+        run=RunState(recipe=name, state=ended, stages=[stage], command=["posttrain", "gate", *words]),
         stages=(StageReport(entry=stage, verdict=verdict),),
     )
 
@@ -138,9 +138,11 @@ def _write_reports(settings: RegressionConfig, report: RunReport, outcome: Outco
     """Write the verdict as JUnit XML and as Markdown."""
     from posttrain.report.junit import junit
     from posttrain.report.summary import summary
+    from posttrain.scoring.scorecard import read_questions
 
     _write(settings.junit, junit(report))
-    _write_summary(settings, summary(report, outcome.rows))
+    asked = outcome.folder / "questions.jsonl"
+    _write_summary(settings, summary(report, outcome.rows, read_questions(asked) if asked.is_file() else {}))
 
 
 def _write_error(name: str, settings: RegressionConfig, error: PosttrainError) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.gate.spec import DocumentScore
 from posttrain.quoting import one_line
@@ -23,8 +24,21 @@ ESCAPED = str.maketrans(
 SUMMARY_COLUMNS = tuple(column for column in COLUMNS if column not in ("stage", "tokens", "time"))
 
 
-def summary(report: RunReport, rows: Sequence[DocumentScore]) -> str:
-    """Return the verdicts of a gate with the documents that got worse, in at most MOST_BYTES bytes."""
+NEXT = {
+    "fail": "Look at the answers that got worse. A loss that is meant is allowed in the gate (max_drop, min_lift), "
+    "or by a new baseline: --update-baseline.",
+    "undecided": "More documents decide it; posttrain plan says how many would do.",
+}
+"""The next step after a verdict that is no pass."""
+
+
+def summary(
+    report: RunReport, rows: Sequence[DocumentScore], prompts: Mapping[tuple[str, int], str] | None = None
+) -> str:
+    """Return the verdicts of a gate with the documents that got worse, in at most MOST_BYTES bytes.
+
+    ``prompts`` are the questions by task and document.
+    """
     lines: list[str] = []
     for stage in report.stages:
         if stage.verdict is not None:
@@ -36,11 +50,15 @@ def summary(report: RunReport, rows: Sequence[DocumentScore]) -> str:
     for row in table_rows(report):
         cells = dict(zip(COLUMNS, row, strict=True))
         lines.append(f"| {' | '.join(_inline(cells[column]) for column in SUMMARY_COLUMNS)} |")
-    lines += ["", *(f"- {_inline(text)}" for _, text in (*reasons(report), *judges(report))), ""]
+    why = [each for _, text in reasons(report) for each in text.split("; ")]
+    lines += ["", *(f"- {_inline(text)}" for text in (*why, *(text for _, text in judges(report)))), ""]
+    states = {stage.verdict.state for stage in report.stages if stage.verdict is not None}
+    lines += [f"Next: {NEXT[state]}" for state in NEXT if state in states]
+    lines += [f"Command: {_inline(shlex.join(report.run.command))}"] if report.run.command else []
     lines += [f"Evidence: {_inline(report.path.name)}", ""]
     tasks = [task for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks]
     for changes in changed_documents(tasks, rows):
-        lines += _worse(changes)
+        lines += _worse(changes, prompts or {})
     return _limit("\n".join(lines) + "\n")
 
 
@@ -50,15 +68,16 @@ def summary_error(name: str, adapter: str, reason: str, exit_code: int) -> str:
     return _limit(f"### {mark}: {_inline(adapter)}, gate {_inline(name)}\n\n- {_inline(reason)}\n")
 
 
-def _worse(changes: TaskChanges) -> Iterable[str]:
+def _worse(changes: TaskChanges, prompts: Mapping[tuple[str, int], str]) -> Iterable[str]:
     if not changes.worse:
         return
     task, count = changes.task, len(changes.worse)
     counts = f"{count:,} got worse, {len(changes.better):,} better"
     yield f"<details><summary>{_inline(task.task)} against {task.against}: {counts}</summary>\n"
-    yield "| document | before | after | wanted |\n|---|---|---|---|"
+    yield "| document | question | before | after | wanted |\n|---|---|---|---|---|"
     for change in changes.worse[:MOST_DOCUMENTS]:
-        texts = (change.before.response, change.after.response, change.after.target)
+        question = prompts.get((task.task, change.after.doc_id), "")[-MOST_CHARACTERS:]  # its end asks
+        texts = (question, change.before.response, change.after.response, change.after.target)
         yield f"| {change.after.doc_id} | {' | '.join(_inline(text[:MOST_CHARACTERS]) for text in texts)} |"
     yield "\n</details>\n"
 

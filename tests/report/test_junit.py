@@ -121,13 +121,16 @@ def row(system: str, doc_id: int, score: float, response: str = "answer") -> Doc
 def test_a_summary_says_the_verdict_first_and_shows_what_got_worse() -> None:
     rows = [row("base", 0, 1.0, "right"), row("candidate", 0, 0.0, "<b>| @all\n`x`"), row("base", 1, 0.0)]
     text = summary(
-        report("gate_failed", stage("sft", "gate_failed", verdict("fail"))), [*rows, row("candidate", 1, 1.0)]
+        report("gate_failed", stage("sft", "gate_failed", verdict("fail"))),
+        [*rows, row("candidate", 1, 1.0)],
+        {("task0", 0): "which flag?"},
     )
     assert text.splitlines()[0] == "### ❌ failed: sft, gate mine"
     assert "| task0 (lift, n 100) | 10.0 | 10.0 | 60.0 | +50.0 \\[+40.0, +60.0\\] vs base | fail |" in text
     assert "- because" in text
     assert "1 got worse, 1 better" in text
-    assert "| 0 | right | &lt;b>\\| &#64;all \\`x\\` | wanted |" in text
+    assert "Next: Look at the answers that got worse." in text
+    assert "| 0 | which flag? | right | &lt;b>\\| &#64;all \\`x\\` | wanted |" in text
     assert "| 1 |" not in text
 
 
