@@ -57,13 +57,7 @@ def dying_at(last: int, report: Callable[[int, Any], None]) -> Callable[[int, An
 def test_a_stopped_stage_goes_on_to_the_same_bytes(make_context: MakeContext, kind: str) -> None:
     whole = make_context(kind, folder="whole")
     run(whole)
-    asked: list[int] = []
-
-    def after_three() -> bool:
-        asked.append(1)
-        return len(asked) >= 3
-
-    stopped = make_context(kind, folder="stopped", stop_requested=after_three)
+    stopped = make_context(kind, folder="stopped", stop_requested=lambda: 3 in progress(stopped).steps)
     with pytest.raises(Interrupted, match="after step 3"):
         run(stopped)
     assert not list(stopped.output.iterdir())
@@ -108,7 +102,7 @@ def test_a_killed_stage_goes_on_from_its_newest_checkpoint(
 
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over(make_context: MakeContext, name: str) -> None:
-    context = make_context(folder="run", max_steps=2, stop_requested=lambda: True)
+    context = make_context(folder="run", max_steps=2, stop_requested=lambda: 1 in progress(context).steps)
     with pytest.raises(Interrupted):
         run(context)
     path = context.checkpoints / "step-00000001" / name
@@ -131,7 +125,7 @@ def test_the_eval_loss_is_measured_and_resumed(make_context: MakeContext, name: 
     if name == "dpo":
         assert measured[0] == pytest.approx(math.log(2), abs=1e-6)
     assert min(measured.values()) < measured[0]
-    stopped = make_context(folder="stopped", stop_requested=lambda: True, **settings)
+    stopped = make_context(folder="stopped", stop_requested=lambda: 1 in progress(stopped).steps, **settings)
     with pytest.raises(Interrupted):
         run(stopped)
     resumed = make_context(folder="stopped", **settings)
