@@ -28,6 +28,7 @@ import httpx
 import torch
 from machine import described
 
+from posttrain import environment
 from posttrain.artifact import publish
 from posttrain.config.schema import LoraSettings, ModelConfig
 from posttrain.ledger import Standing, move
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=256, help="of each engine, for its speed")
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / "recipes" / "quickstart" / "base"))
     options = parser.parse_args()
+    environment.prepare()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         paths = make_adapters(root, options.model, options.adapters)
