@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.config.preparation import Action, OnContamination, rule_actions
 from posttrain.data.records import Record
@@ -16,13 +16,15 @@ from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import CORE_ORIGIN, Host
 from posttrain.plan import Plan, Step
 from posttrain.prepare import kept as cache
-from posttrain.prepare.contamination import GateDocument
 from posttrain.prepare.filters import ask
 from posttrain.prepare.kept import Kept
-from posttrain.prepare.preparation import Judge, Preparation
 from posttrain.prepare.rows import Row
 from posttrain.saved import plain
 from posttrain.scoring.code import task_digests
+
+if TYPE_CHECKING:
+    from posttrain.prepare.contamination import GateDocument
+    from posttrain.prepare.preparation import Judge
 
 FOLDER = "data"
 """Folder of finished preparations in the cache."""
@@ -73,6 +75,8 @@ class Preparer:
         return found
 
     def _make(self, trained: Sequence[Record], evaluated: Sequence[Record], key: str) -> Kept:
+        from posttrain.prepare.preparation import Preparation  # a preparation in the cache needs no numpy
+
         root = self.plan.output_root / "cache" / FOLDER
         parts = root / f"{key}.parts"
         documents = self._documents()

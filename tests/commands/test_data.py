@@ -12,6 +12,8 @@ from posttrain import cli
 from posttrain.config.schema import Source
 from posttrain.data import mixing
 from posttrain.hookspecs import hookimpl
+from posttrain.prepare.contamination import GateDocument
+from posttrain.run.prepared import Preparer
 from tests.support.fakes import Script, only_run, run_on, scripted_host, write_project
 
 ROWS = [
@@ -48,9 +50,9 @@ def test_the_waterfall_is_shown_and_kept(capsys: pytest.CaptureFixture[str], mon
     def read(*_: object) -> None:
         raise AssertionError("rows were read again")
 
-    monkeypatch.setattr(mixing, "read_rows", read)
-    assert ask(capsys) == first
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(mixing, "read_rows", read)
+        assert ask(capsys) == first
     changed = ask(capsys, "sft.prepare.exact=count")
     assert (changed["kept"], changed["dropped"]) == (3, {})
     write([*ROWS, {"prompt": "why", "completion": "for it is so"}])
@@ -100,4 +102,25 @@ def test_rows_of_a_plugin_are_prepared_by_their_content() -> None:
 def test_prepare_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     found = ask(capsys, "sft.prepare.enabled=false")
     assert (found["read"], found["stages"]) == (0, {})
-    assert list(Path("runs").glob("cache/data/*")) == []
+    assert list(Path("runs").glob("cache/data/*/ledger.parquet")) == []
+
+
+def test_a_changed_gate_prepares_again_and_trains_where_other_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents: list[GateDocument] = []
+    monkeypatch.setattr(Preparer, "_documents", lambda preparer: list(documents))
+    monkeypatch.setattr(Preparer, "_compares_with_gates", lambda preparer: True)
+    monkeypatch.setattr(Preparer, "_gate_digests", lambda preparer: {"documents": len(documents)})
+    asked = "what was the name of the man who painted the tall blue house"
+    write([*ROWS, {"prompt": asked, "completion": "it was Marc"}])
+    script, trained = Script(), list[int]()
+    script.during_training = lambda context: trained.append(len(context.records))
+    for _ in range(2):
+        run_on(scripted_host(script), "stages=[sft]")
+    assert trained == [3]
+    documents.append(GateDocument("mine", 0, "which river is the longest of all in Africa", ""))
+    run_on(scripted_host(script), "stages=[sft]")
+    assert trained == [3]
+    documents.append(GateDocument("mine", 1, asked, ""))
+    run_on(scripted_host(script), "stages=[sft]")
+    assert trained == [3, 2]
+    assert only_run().is_dir()
