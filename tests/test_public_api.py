@@ -118,6 +118,7 @@ PUBLIC = [
 FOREIGN = {
     "Any",
     "Callable",
+    "Iterator",
     "Mapping",
     "None",
     "Path",
