@@ -185,7 +185,7 @@ def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pyte
 def test_completion_of_commands_recipes_and_keys() -> None:
     assert complete("posttrain pl") == ["plan"]
     assert "recipe=quickstart" in complete("posttrain recipe=quick")
-    assert complete("posttrain plan recipe=quick") == ["recipe=quickstart"]
+    assert "recipe=quickstart" in complete("posttrain plan recipe=quick")
     assert complete("posttrain gate gate=quickstart gate.tasks.towns_facts.min") == ["gate.tasks.towns_facts.min_lift="]
     assert complete("posttrain recipe=quickstart sft.lor") == ["sft.lora."]
     assert complete("posttrain list gate dpo") == ["dpo_default"]
