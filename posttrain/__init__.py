@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from posttrain.config.on_policy import Keep, OnPolicy
     from posttrain.config.preparation import (
         Action,
+        BalanceConfig,
         Compared,
         ContaminationConfig,
         NearConfig,
@@ -106,6 +107,7 @@ __all__ = [
     "Asked",
     "Backend",
     "BadInput",
+    "BalanceConfig",
     "BaseWeights",
     "ChatRenderer",
     "Comparator",
@@ -196,6 +198,7 @@ HOMES = {
     "posttrain.config.on_policy": ("Keep", "OnPolicy"),
     "posttrain.config.preparation": (
         "Action",
+        "BalanceConfig",
         "Compared",
         "ContaminationConfig",
         "NearConfig",

@@ -30,6 +30,7 @@ PUBLIC = [
     "Asked",
     "Backend",
     "BadInput",
+    "BalanceConfig",
     "BaseWeights",
     "ChatRenderer",
     "Comparator",
