@@ -264,7 +264,8 @@ def _prepare(job: Job, trained: Sequence[Record], evaluated: Sequence[Record]) -
         plan=job.plan, host=job.host, step=job.step, data_digest=job.data_digest,
         note=lambda line: job.display.line(job.name, "data", line),
     )  # fmt: skip
-    if not preparer.is_on:
+    waiting = not trained and any(source.on_policy for source in job.step.sources)  # all records are yet to be sampled
+    if not preparer.is_on or waiting:
         return None
     done = preparer.prepare(trained, evaluated)
     for line in describe(done):
