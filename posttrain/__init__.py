@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from posttrain.config.preparation import (
         Action,
         BalanceConfig,
+        Choice,
         Compared,
         ContaminationConfig,
         NearConfig,
@@ -110,6 +111,7 @@ __all__ = [
     "BalanceConfig",
     "BaseWeights",
     "ChatRenderer",
+    "Choice",
     "Comparator",
     "Compared",
     "ContaminationConfig",
@@ -199,6 +201,7 @@ HOMES = {
     "posttrain.config.preparation": (
         "Action",
         "BalanceConfig",
+        "Choice",
         "Compared",
         "ContaminationConfig",
         "NearConfig",

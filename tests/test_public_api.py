@@ -31,6 +31,7 @@ PUBLIC = [
     "Backend",
     "BadInput",
     "BalanceConfig",
+    "Choice",
     "BaseWeights",
     "ChatRenderer",
     "Comparator",
