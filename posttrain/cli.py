@@ -203,7 +203,7 @@ def _help(words: list[str]) -> str | None:
         return None
     from posttrain.commands.help import help_of  # a page a command, read when one is asked for
 
-    return help_of(words[0] if words[0] in COMMANDS else "run", HELP)
+    return help_of(words[0] if words[0] in COMMANDS else "run")
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 RECIPE_FLAGS = """\
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml; may be repeated
   --trust-tasks      let task files of your own run their code"""
@@ -63,6 +61,15 @@ Show rendered records and a packed row as the model reads them, trained tokens m
 {RECIPE_FLAGS}
 
 Example: posttrain tokens recipe=quickstart 'stages=[sft]'""",
+    "data": f"""\
+posttrain data recipe=NAME [key=value ...]
+Prepare the data of every stage and show the rows left out, by source and rule. Writes a ledger of every row and one
+page to look at them. Trains nothing.
+
+  --json             print JSON
+{RECIPE_FLAGS}
+
+Example: posttrain data recipe=quickstart sft.prepare.near.threshold=0.7""",
     "doctor": f"""\
 posttrain doctor recipe=NAME [key=value ...]
 Prove on the recipe's own model and data that loss and gradient are right, against plain float64. Ends with 5 when not.
@@ -100,15 +107,28 @@ Write an adapter and its base as one model, once its logits are shown to match.
   model.path=DIR     the base, where it has moved; model.revision=COMMIT
 
 Example: posttrain merge runs/quickstart-1a2b/stages/sft/artifact merged""",
+    "export": """\
+posttrain export ARTIFACT --to merged|gguf|gguf-lora [type=f16|f32|q8_0] [output=DIR]
+Write an artifact as one model, or as files for llama.cpp. Ids, log-probabilities and greedy answers of a file are
+compared with the artifact's before it is called done.
+
+  --to FORM          merged: one model of transformers. gguf: one file. gguf-lora: the adapter alone, for its base
+  type=NAME          f16 by default, and f32, have to agree with the artifact; q8_0 is marked lossy
+  pretokenizer=NAME  the splitting rule of llama.cpp for a tokenizer that it does not know, such as llama-bpe
+  output=DIR         the folder to write; model.path=DIR is the base, where it has moved
+
+Example: posttrain export runs/quickstart-1a2b/stages/dpo/artifact --to gguf type=q8_0""",
     "report": """\
 posttrain report [RUN]
 Print the table of a run, by default the newest below ./runs, and write its report.html and report.md again.
 
 Example: posttrain report quickstart-1a2b3c4d5e6f""",
     "leaderboard": f"""\
-posttrain leaderboard [task=NAME]
+posttrain leaderboard [task=NAME] [top=N]
 Rank every recorded artifact beside its base, by task.
 
+  top=N              entries of each task in the terminal, 50 by default
+  --html             write one page that filters and sorts without a server
 {ROOT_FLAG}
 {FORMAT_FLAG}table, markdown or json
 
@@ -144,9 +164,43 @@ Serve promoted artifacts and their base over HTTP in OpenAI's form, each proven 
   --host ADDRESS     address to listen on; by default this machine alone
   --token-file FILE  token that a client has to give; or POSTTRAIN_TOKEN in the environment
   --allow-unpromoted serve what no gate passed, too
+  --check URL        ask the same proof of a running server, and start none
 {ROOT_FLAG}
 
 Example: posttrain serve runs/quickstart-1a2b --port 8000""",
+    "chat": """\
+posttrain chat RUN|ARTIFACT... [model=NAME[,NAME]] [temperature=0] [max_tokens=256]
+Talk with promoted artifacts in the terminal, with several side by side. /model NAME switches, /quit ends.
+
+  model=NAME         latest by default; v1, v2 and base are names, too
+  --allow-unpromoted load what no gate passed, too
+
+Example: posttrain chat runs/quickstart-1a2b model=v1,v2""",
+    "promote": f"""\
+posttrain promote ALIAS DIGEST
+Name a promoted artifact for users, as a row of the ledger. Running servers follow within a second.
+
+  --allow-unpromoted name what no gate passed, too
+{ROOT_FLAG}
+
+Example: posttrain promote live 8c5d4f0b1a2e""",
+    "rollback": f"""\
+posttrain rollback ALIAS
+Give a name back to the artifact that had it before, as another row of the ledger.
+
+{ROOT_FLAG}
+
+Example: posttrain rollback live""",
+    "sample": f"""\
+posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [temperature=0.7] [keep=pairs|best|labels]
+Write training records made of an artifact's own answers, each scored by a reward, and beside them where they come from.
+
+  k=N                answers to each question; max_tokens=N limits each
+  reward=NAME        right by default: the answer of the question, by its own way of matching
+  keep=FORM          pairs for dpo, best for sft, labels for kto
+{ROOT_FLAG}
+
+Example: posttrain sample runs/quickstart-1a2b/stages/sft/artifact questions.jsonl pairs.jsonl""",
     "new-plugin": """\
 posttrain new-plugin NAME
 Write a distribution with a stage of your own, its tests and its recipe into ./posttrain-NAME.
@@ -156,9 +210,6 @@ Example: posttrain new-plugin rejection""",
 """The page of each command; ``run`` is the one of a recipe."""
 
 
-def help_of(command: str, overview: str) -> str:
-    """Return the page of a command; its lines of the overview where it has none."""
-    if (page := PAGES.get(command)) is not None:
-        return f"{page}\n"
-    entries = re.findall(rf"^  (posttrain {re.escape(command)}\b.*(?:\n   +.*)*)", overview, re.MULTILINE)
-    return "\n".join([*entries, "", "posttrain --help has every command and flag"]) + "\n"
+def help_of(command: str) -> str:
+    """Return the page of a command."""
+    return f"{PAGES[command]}\n"
