@@ -102,7 +102,7 @@ Judge an existing adapter or model, for CI. Ends with 0 when it passes, 3 when i
 Example: posttrain gate adapter=runs/quickstart-1a2b/stages/sft/artifact gate=quickstart junit=gate.xml""",
     "merge": """\
 posttrain merge ADAPTER_DIR OUTPUT_DIR
-Write an adapter and its base as one model, once its logits are shown to match.
+Write an adapter, an artifact or any of peft's, and its base as one model, once its logits are shown to match.
 
   model.path=DIR     the base, where it has moved; model.revision=COMMIT
 

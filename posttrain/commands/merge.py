@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from posttrain import environment
-from posttrain.artifact import Artifact, ModelSource, verify
+from posttrain.artifact import MANIFEST, Artifact, ModelSource, verify
 from posttrain.commands.arguments import parse
+from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import reject
 from posttrain.model.base import resolve_base
+
+if TYPE_CHECKING:
+    from posttrain.model.merging import Distances
 
 USAGE = "posttrain merge ADAPTER_DIR OUTPUT_DIR [model.path=BASE] [model.revision=COMMIT]"
 KEYS = ("model.path", "model.revision")
@@ -21,24 +27,15 @@ def main(words: list[str]) -> int:
     given = parse("merge", words, KEYS)
     if len(given.plain) != 2:
         reject(" ".join(["merge", *words]), "needs two directories", USAGE)
-    output = Path(given.plain[1])
-    artifact = _adapter(Path(given.plain[0]))
+    path, output = Path(given.plain[0]), Path(given.plain[1])
+    if not path.is_dir():
+        fix = "Give the directory of an adapter, such as runs/RUN/stages/STAGE/artifact"
+        reject(str(path), "there is no such directory", fix)
     if output.exists():
         reject(str(output), "exists already", "Give a directory that does not exist")
-    base = _base(artifact, given.settings)
-    environment.prepare()
-    from posttrain.model.merging import EXACT, merge
-    from posttrain.run.start import find_standing
-
-    doubt = find_standing(artifact, Path("runs")).doubt
-    merged = merge(artifact, base, output, doubt)
-    if doubt is not None:
-        print(f"warning    {artifact.named} {doubt}")
-    print(f"merged     {artifact.path} into {base.base}: {', '.join(base_notes(artifact))}")
-    print(f"sum        differs by {merged.exact:.1e} of the logits' spread in float32 (limit {EXACT:.0e})")
-    print(f"weights    differ by {merged.published:.1e} as published (limit {merged.limit:.0e})")
-    print(f"published  {merged.artifact.path} {merged.artifact.digest[:12]}")
-    return 0
+    if os.path.lexists(path / MANIFEST):
+        return _merge_artifact(path, output, given.settings)
+    return _merge_foreign(path, output, given.settings)
 
 
 def base_notes(artifact: Artifact) -> list[str]:
@@ -50,14 +47,52 @@ def base_notes(artifact: Artifact) -> list[str]:
     return notes
 
 
-def _adapter(path: Path) -> Artifact:
-    if not path.is_dir():
-        fix = "Give the directory of a published adapter: runs/RUN/stages/STAGE/artifact"
-        reject(str(path), "there is no such directory", fix)
+def _merge_artifact(path: Path, output: Path, given: dict[str, str]) -> int:
     artifact = verify(path)
     if not artifact.is_adapter:
-        reject(str(path), "holds full weights, with nothing to merge", "Use it as it is")
-    return artifact
+        _reject_whole(path)
+    base = _base(artifact, given)
+    environment.prepare()
+    from posttrain.model.merging import merge
+    from posttrain.run.start import find_standing
+
+    doubt = find_standing(artifact, Path("runs")).doubt
+    merged = merge(artifact, base, output, doubt)
+    if doubt is not None:
+        print(f"warning    {artifact.named} {doubt}")
+    print(f"merged     {artifact.path} into {base.base}: {', '.join(base_notes(artifact))}")
+    _show(merged.distances)
+    print(f"published  {merged.artifact.path} {merged.artifact.digest[:12]}")
+    return 0
+
+
+def _merge_foreign(path: Path, output: Path, given: dict[str, str]) -> int:
+    """Merge a peft adapter of another tool, found and loaded as ``posttrain gate`` does."""
+    from posttrain.regression.candidate import read_candidate
+
+    place = BaseSettings(path=given.get("model.path"), revision=given.get("model.revision"))
+    if (path / "config.json").is_file() and not (path / "adapter_config.json").exists():
+        _reject_whole(path)
+    candidate = read_candidate(path, place)
+    environment.prepare()
+    from posttrain.model.merging import merge_foreign
+
+    distances = merge_foreign(candidate.source, candidate.base, candidate.dtype, output)
+    print(f"merged     {candidate.path} into {candidate.base.base}: {candidate.dtype}")
+    _show(distances)
+    print(f"written    {output}, without a manifest: the adapter is another tool's, and no gate of a run judged it")
+    return 0
+
+
+def _show(distances: Distances) -> None:
+    from posttrain.model.merging import EXACT
+
+    print(f"sum        differs by {distances.exact:.1e} of the logits' spread in float32 (limit {EXACT:.0e})")
+    print(f"weights    differ by {distances.published:.1e} as published (limit {distances.limit:.0e})")
+
+
+def _reject_whole(path: Path) -> NoReturn:
+    reject(str(path), "holds full weights, with nothing to merge", "Use it as it is")
 
 
 def _base(artifact: Artifact, given: dict[str, str]) -> ModelSource:

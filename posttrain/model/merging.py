@@ -8,8 +8,9 @@ one, with its values as ordinary weights: the adapter was trained to correct tho
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from posttrain.artifact import DOUBT, Artifact, Manifest, ModelSource, publish
 from posttrain.digests import digest_of
+from posttrain.disk import sync
 from posttrain.errors import ArtifactDamaged
 from posttrain.model.checks import check_output
 from posttrain.model.loading import added_token_ids, attach, load_model, load_tokenizer
@@ -35,19 +37,23 @@ QUESTIONS = ("Hello!", "What is 17 + 25?", "Write one sentence about the sea.", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Merged weights, and the distance of their logits from the adapter's.
+class Distances:
+    """Distances of merged weights from the adapter: root mean squares over logits, relative to the logits' spread."""
 
-    Differences are root mean squares over the logits of a few prompts, relative to the spread of the logits.
-    """
-
-    artifact: Artifact
     exact: float
     """Difference of the sum in float32 from the adapter on the same base in float32."""
     published: float
     """Difference of the published weights, loaded again, from the adapter as gates score it."""
     limit: float
     """Largest allowed ``published``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """An artifact of merged weights."""
+
+    artifact: Artifact
+    distances: Distances
 
 
 def merge(artifact: Artifact, base: ModelSource, destination: Path, doubt: str | None = None) -> Merge:
@@ -57,8 +63,29 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path, doubt: str |
 
     Raises ArtifactDamaged, and publishes nothing, when the merged weights compute other logits than the adapter.
     """
-    source, dtype = artifact.source(base), artifact.manifest.dtype
+    dtype = artifact.manifest.dtype
     check_published(artifact.path, base, dtype)
+    with _drafted(artifact.source(base), base, dtype, destination) as (draft, distances):
+        record = _manifest(artifact, distances, doubt)
+        return Merge(artifact=publish(draft, record, destination), distances=distances)
+
+
+def merge_foreign(source: ModelSource, base: ModelSource, dtype: str, destination: Path) -> Distances:
+    """Write the weights of ``base`` with another tool's adapter merged in, as the new folder ``destination``.
+
+    It gets no manifest, because nothing is known of the adapter's training.
+
+    Raises ArtifactDamaged, and writes nothing, when the merged weights compute other logits than the adapter.
+    """
+    with _drafted(source, base, dtype, destination) as (draft, distances):
+        draft.rename(destination)
+        sync(destination.parent)
+        return distances
+
+
+@contextlib.contextmanager
+def _drafted(source: ModelSource, base: ModelSource, dtype: str, destination: Path) -> Iterator[tuple[Path, Distances]]:
+    """Yield a folder with the merged weights of ``source``, to be moved to ``destination``, once their logits match."""
     limit = MERGED_LIMITS[dtype]
     prompts = _prompts(source)
     expected = _logits(load_model(source, dtype), prompts)
@@ -73,8 +100,7 @@ def merge(artifact: Artifact, base: ModelSource, destination: Path, doubt: str |
         whole = replace(source, model=draft, adapter=None, quantization=None, added_tokens=())
         found = difference(_logits(load_model(whole, dtype), prompts), expected)
         _check(found, limit, f"saved in {dtype}")
-        record = _manifest(artifact, {"float32": exact, "published": found, "limit": limit}, doubt)
-        return Merge(artifact=publish(draft, record, destination), exact=exact, published=found, limit=limit)
+        yield draft, Distances(exact=exact, published=found, limit=limit)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -115,7 +141,7 @@ def _check(found: float, limit: float, what: str) -> None:
         )
 
 
-def _manifest(artifact: Artifact, differences: dict[str, float], doubt: str | None) -> Manifest:
+def _manifest(artifact: Artifact, distances: Distances, doubt: str | None) -> Manifest:
     """Return the manifest of the merged weights: the adapter's, with the adapter as parent."""
     made = artifact.manifest
     return replace(
@@ -126,7 +152,9 @@ def _manifest(artifact: Artifact, differences: dict[str, float], doubt: str | No
         merge={
             "adapter": artifact.digest,
             "quantization": made.quantization,
-            **differences,
+            "float32": distances.exact,
+            "published": distances.published,
+            "limit": distances.limit,
             **({DOUBT: f"{artifact.named} {doubt}"} if doubt is not None else {}),
         },
     )

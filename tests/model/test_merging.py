@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,6 +137,33 @@ def test_weights_that_are_saved_wrongly_are_not_published(
     assert not list(working_folder.glob("*merged*"))
 
 
+@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"use_dora": True, "bias": "lora_only"}])
+def test_an_adapter_of_another_tool_is_merged(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any]
+) -> None:
+    base = write_base(working_folder / "base", attention_bias=True)
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+            **settings,
+        ),
+    ).eval()
+    adapted.save_pretrained("foreign")
+    assert main("merge", "foreign", "merged", f"model.path={base}") == 0
+    assert "without a manifest" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32).eval()
+    ids = IDS.clamp(max=99)
+    assert float((logits(model, ids) - logits(adapted, ids)).abs().max()) < 1e-4
+    assert AutoTokenizer.from_pretrained("merged").chat_template
+    assert sorted(path.name for path in working_folder.iterdir()) == ["base", "foreign", "merged"]
+
+
 def test_what_cannot_be_merged_is_rejected(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_adapter(working_folder)
     (working_folder / "taken").mkdir()
@@ -152,8 +180,8 @@ def test_what_cannot_be_merged_is_rejected(working_folder: Path, capsys: pytest.
     for words, expected in cases.items():
         assert main("merge", *words) == 2
         assert expected in capsys.readouterr().err
-    assert main("merge", "base", "out") == 5
-    assert "base is not an artifact" in capsys.readouterr().err
+    assert main("merge", "base", "out") == 2
+    assert "base: holds full weights" in capsys.readouterr().err
     write_base(working_folder / "other", tie_word_embeddings=True, hidden_size=64, vocab_size=104, rms_norm_eps=1e-5)
     assert main("merge", "adapter", "out", "model.path=other") == 5
     assert "was trained on base weights" in capsys.readouterr().err
