@@ -28,6 +28,9 @@ class Question:
     words: str = ""
     """Hash of the question without the examples before it: what it asks, and the choices or the text to be judged."""
 
+    wording: str = ""
+    """Text of the question as the task words it, without examples and template; empty where it words none."""
+
     @property
     def contents(self) -> tuple[str, str, str]:
         """Hashes each of which makes two questions with an equal one the same."""
@@ -42,6 +45,11 @@ class Question:
     def prompt(self) -> str:
         """Text before the answer; of several requests, the first one's."""
         return str(self.requests[0].args[0])
+
+    @property
+    def shown(self) -> str:
+        """Text of the question for people: as the task words it, else the prompt."""
+        return self.wording or self.prompt
 
     @property
     def length(self) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from posttrain.scoring.questions import PreparedTask
 
 PROMPT_END = 2000
-"""Characters kept of a prompt's end: few-shot examples come first, the question last."""
+"""Characters kept of the end of a question."""
 _FIELDS = {field.name for field in fields(DocumentScore)}
 _KINDS = {"doc_id": int, "metrics": dict}
 
@@ -49,9 +49,9 @@ def parse_scorecard(text: str, path: Path) -> list[DocumentScore]:
 
 
 def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
-    """Write the end of every question's prompt, for people who read the answers."""
+    """Write the end of every question, for people who read the answers."""
     lines = [
-        canonical({"task": task.name, "doc_id": question.doc_id, "prompt": question.prompt[-PROMPT_END:]})
+        canonical({"task": task.name, "doc_id": question.doc_id, "prompt": question.shown[-PROMPT_END:]})
         for task in tasks
         for question in task.questions
     ]
@@ -59,7 +59,7 @@ def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
 
 
 def read_questions(path: Path) -> dict[tuple[str, int], str]:
-    """Return the end of every prompt by task and document. Raises ArtifactDamaged naming the first bad line."""
+    """Return the end of every question by task and document. Raises ArtifactDamaged naming the first bad line."""
     return {(question.task, question.doc_id): question.prompt for question in read_lines(_Question, path)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from posttrain.errors import BadInput
 from posttrain.scoring import plugin
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
+from posttrain.scoring.questions import Question
 from tests.support.tiny import tiny_tokenizer
 
 SEED, SHOTS, COUNT = 7, 8, 24
@@ -93,17 +95,31 @@ def write_task(settings: dict[str, Any], name: str = "shots.yaml") -> None:
 
 def prompts(settings: dict[str, Any], chat: bool | None = None, **changed: Any) -> list[str]:
     """Return the prompt of every document, as a gate asks it."""
+    return [question.prompt for question in questions(settings, chat, **changed)]
+
+
+def questions(settings: dict[str, Any], chat: bool | None = None, **changed: Any) -> Sequence[Question]:
+    """Return every document as a gate asks it."""
     data = "data.jsonl" if settings.pop("data", None) else None
     write_task(settings)
     metric = settings["metric_list"][0]["metric"]
     task = GateTask(task="shots.yaml", role=Role.lift, metric=metric, data=data, chat=chat, **changed)
     preflight({"mine": task})
-    return [question.prompt for question in prepare_task("mine", task, tiny_tokenizer(), SEED).questions]
+    return prepare_task("mine", task, tiny_tokenizer(), SEED).questions
 
 
 def examples(prompt: str) -> list[str]:
     """Return the numbers of the answered questions of a prompt, and of the one that is asked."""
     return re.findall(r"question-(\d+)", prompt.casefold())
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("kind", [GENERATE, CHOOSE], ids=["generate", "choose"])
+def test_people_are_shown_the_question_as_the_task_words_it(kind: dict[str, Any], chat: bool) -> None:
+    write(ROWS)
+    asked = questions({**kind, **TEST}, chat)
+    assert [question.shown for question in asked] == [f"question-{index} ?" for index in range(COUNT)]
+    assert all(len(examples(question.prompt)) == SHOTS + 1 for question in asked)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])

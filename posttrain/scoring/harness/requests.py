@@ -188,7 +188,7 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
     )
     requests = requests if isinstance(requests, list) else [requests]
     _check_texts(leaf, doc_id, requests)
-    target = leaf.doc_to_target(doc)
+    question, target = leaf.doc_to_text(doc), leaf.doc_to_target(doc)
     target_text = str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target)
     written: dict[str, str] = {}
     if chats is not None:
@@ -202,13 +202,20 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
         target=target_text,
-        words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, requests)]),
+        words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, question, requests)]),
+        wording=_wording(question),
     )
 
 
-def _asked(leaf: Any, doc: Any, requests: Sequence[Any]) -> list[Any]:
+def _wording(question: Any) -> str:
+    """Return a question as one text, of a conversation its turns; empty where the task words none."""
+    if isinstance(question, list):
+        return "\n\n".join(str(turn.get("content") or "") for turn in question if turn.get("role") != "system")
+    return question.strip() if isinstance(question, str) else ""
+
+
+def _asked(leaf: Any, doc: Any, question: Any, requests: Sequence[Any]) -> list[Any]:
     """Return what a document asks, as the task words it, without examples: the question, and what is to be judged."""
-    question = leaf.doc_to_text(doc)
     question = question.strip() if isinstance(question, str) else question
     if leaf.OUTPUT_TYPE == "multiple_choice":
         return [question, sorted(map(str, leaf.doc_to_choice(doc)))]
