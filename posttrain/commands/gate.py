@@ -25,6 +25,7 @@ from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.launch.shape import in_slurm_job, launch_problems
 from posttrain.regression.gate import Outcome, is_scores, judge_adapter
+from posttrain.report import PAGE, write_gate
 from posttrain.scoring.checks import check_backend, check_tasks
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _make_report(name: str, outcome: Outcome, words: Sequence[str]) -> RunReport
     """Return the outcome in the form of a run's report, with the candidate as its only stage."""
     from posttrain.report.run import RunReport, StageReport
     from posttrain.run.directory import RunState, StageState
+    from posttrain.run.job import versions
 
     verdict, candidate = outcome.verdict, outcome.candidate
     stage = StageState(name=candidate.source.name, kind="gate", state=STATES[verdict.state], verdict=verdict.state)
@@ -122,7 +124,8 @@ def _make_report(name: str, outcome: Outcome, words: Sequence[str]) -> RunReport
     return RunReport(
         path=outcome.folder,
         run=RunState(recipe=name, state=ended, stages=[stage], command=["posttrain", "gate", *words]),
-        stages=(StageReport(entry=stage, verdict=verdict),),
+        stages=(StageReport(entry=stage, verdict=verdict, manifest={"versions": versions()}),),
+        is_gate=True,
     )
 
 
@@ -131,15 +134,17 @@ def _print(report: RunReport) -> None:
 
     console = table_console()
     print_table(report, console)
-    console.print(f"{report.path / 'scorecard.jsonl'}", style="dim", soft_wrap=True)
+    for name in ("scorecard.jsonl", PAGE):
+        console.print(f"{report.path / name}", style="dim", soft_wrap=True)
 
 
 def _write_reports(settings: RegressionConfig, report: RunReport, outcome: Outcome) -> None:
-    """Write the verdict as JUnit XML and as Markdown."""
+    """Write the verdict as a page beside its scores, as JUnit XML and as Markdown."""
     from posttrain.report.junit import junit
     from posttrain.report.summary import summary
     from posttrain.scoring.scorecard import read_questions
 
+    write_gate(report)
     _write(settings.junit, junit(report))
     asked = outcome.folder / "questions.jsonl"
     _write_summary(settings, summary(report, outcome.rows, read_questions(asked) if asked.is_file() else {}))

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain.disk import replace_text
+
+if TYPE_CHECKING:
+    from posttrain.report.run import RunReport
+
+PAGE = "report.html"
+"""Name of the page in the folder of a run or of a gate's evidence."""
 
 
 def write(path: Path) -> list[str]:
@@ -15,10 +22,21 @@ def write(path: Path) -> list[str]:
     from posttrain.report.table import markdown
 
     report = read_report(path)
-    for name, text in (("report.md", markdown(report)), ("report.html", page(report)), ("junit.xml", junit(report))):
-        # A model may have written half a surrogate pair, which no encoding holds.
-        replace_text(path / name, text.encode("utf-8", "replace").decode("utf-8"))
+    for name, text in (("report.md", markdown(report)), (PAGE, page(report)), ("junit.xml", junit(report))):
+        _write(path / name, text)
     return [stage.damage for stage in report.stages if stage.damage is not None]
+
+
+def write_gate(report: RunReport) -> None:
+    """Write the page of one gate about an existing adapter into the folder of its evidence."""
+    from posttrain.report.page import page
+
+    _write(report.path / PAGE, page(report))
+
+
+def _write(path: Path, text: str) -> None:
+    # A model may have written half a surrogate pair, which no encoding holds.
+    replace_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def show(path: Path) -> None:
@@ -28,4 +46,4 @@ def show(path: Path) -> None:
 
     console = table_console()
     print_table(read_report(path), console)
-    console.print(f"{path / 'report.html'}", style="dim")
+    console.print(f"{path / PAGE}", style="dim")

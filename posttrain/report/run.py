@@ -57,14 +57,19 @@ class RunReport:
     path: Path
     run: RunState
     stages: tuple[StageReport, ...]
+    is_gate: bool = False
+    """True for one gate about an existing adapter: its candidate is the only stage, its scores lie in ``path``."""
 
     def scores(self, stage: StageReport) -> list[DocumentScore]:
         """Read every score of a stage's gate; raise ArtifactDamaged or OSError when they cannot be read."""
-        return read_scorecard(self.path / "stages" / stage.name / "scorecard.jsonl")
+        return read_scorecard(self._evidence(stage) / "scorecard.jsonl")
 
     def prompts(self, stage: StageReport) -> dict[tuple[str, int], str]:
-        """Read the prompts of a stage's gate by task and document; raise as ``scores`` does."""
-        return read_questions(self.path / "stages" / stage.name / "questions.jsonl")
+        """Read the questions of a stage's gate by task and document; raise as ``scores`` does."""
+        return read_questions(self._evidence(stage) / "questions.jsonl")
+
+    def _evidence(self, stage: StageReport) -> Path:
+        return self.path if self.is_gate else self.path / "stages" / stage.name
 
 
 def read_report(path: Path) -> RunReport:

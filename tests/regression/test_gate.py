@@ -11,6 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from markupsafe import escape
 
 from posttrain import cli
 from posttrain.config.schema import GateTask, Role
@@ -70,8 +72,14 @@ def test_an_adapter_that_lifts_passes(
     assert cases() == {"lift quiz against base": "passed"}
     assert Path("out/pr.md").read_text().startswith("### ✅ passed")
     assert Path("summary.md").read_text() == "before\n" + Path("out/pr.md").read_text()
+    assert f"torch {torch.__version__}" in Path("out/pr.md").read_text()
     (verdict,) = Path("runs/gates").glob("quiz-*/verdict.json")
     assert json.loads(verdict.read_text())["tasks"][0]["candidate"] == 1.0
+    page = verdict.with_name("report.html").read_text()
+    first = json.loads(verdict.with_name("questions.jsonl").read_text().splitlines()[0])["prompt"]
+    assert "judged by the gate quiz" in page
+    assert str(escape(first)) in page
+    assert not [section for section in ("training", "cost", "lineage") if f'id="{section}"' in page]
 
 
 def test_a_second_time_nothing_is_asked(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
