@@ -55,10 +55,8 @@ def summary(
     states = {stage.verdict.state for stage in report.stages if stage.verdict is not None}
     lines += [f"Next: {NEXT[state]}" for state in NEXT if state in states]
     lines += [f"Command: {_inline(shlex.join(report.run.command))}"] if report.run.command else []
-    versions = next((stage.manifest["versions"] for stage in report.stages if "versions" in stage.manifest), {})
-    lines += (
-        [f"Versions: {_inline(', '.join(f'{name} {each}' for name, each in versions.items()))}"] if versions else []
-    )
+    for versions in (stage.manifest["versions"] for stage in report.stages if "versions" in stage.manifest):
+        lines.append(f"Versions: {_inline(', '.join(f'{name} {each}' for name, each in versions.items()))}")
     lines += [f"Evidence: {_inline(report.path.name)}", ""]
     tasks = [task for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks]
     for changes in changed_documents(tasks, rows):
