@@ -11,6 +11,7 @@ import pytest
 from posttrain.config.money import Amount, amount, price_of
 from posttrain.context import StageContext
 from posttrain.errors import BadInput, Interrupted, SpendCapReached
+from posttrain.gate.spec import GateRequest
 from tests.support.fakes import Script, only_run, run_recipe, write_project
 
 
@@ -40,12 +41,34 @@ def test_prices_of_devices() -> None:
     assert price_of("Some GPU", 4) is None
 
 
-@pytest.mark.parametrize("cap", ["1 second", "0.0005 EUR"])
-def test_a_run_stops_before_its_cap_and_goes_on_with_a_higher_one(working_folder: Path, cap: str) -> None:
+class Clock:
+    """A clock that the test moves."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("posttrain.run.spending.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("cap", ["1 hour", "1.80 EUR"])
+def test_a_run_stops_at_its_cap_and_resumes_with_a_higher_one(working_folder: Path, cap: str, clock: Clock) -> None:
     write_project(working_folder)
     script = Script()
 
     def train(context: StageContext) -> None:
+        clock.now += 3599
+        until = time.monotonic() + 2
+        while time.monotonic() < until:  # the watch looks twice a second
+            assert not context.stop_requested()
+            time.sleep(0.01)
+        clock.now += 1
         until = time.monotonic() + 60
         while not context.stop_requested() and time.monotonic() < until:
             time.sleep(0.01)
@@ -63,10 +86,15 @@ def test_a_run_stops_before_its_cap_and_goes_on_with_a_higher_one(working_folder
     assert only_run()
 
 
-def test_a_cap_holds_while_answers_are_scored(working_folder: Path) -> None:
+def test_a_cap_holds_while_answers_are_scored(working_folder: Path, clock: Clock) -> None:
     write_project(working_folder)
     script = Script()
-    script.during_evaluation = lambda request: time.sleep(60)
+
+    def score(request: GateRequest) -> None:
+        clock.now += 7200
+        time.sleep(60)
+
+    script.during_evaluation = score
     with pytest.raises(SpendCapReached):
-        run_recipe(script, "spend_cap='2 seconds'")
+        run_recipe(script, "spend_cap='2 hours'")
     assert script.judged == ["sft"]
