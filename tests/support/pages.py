@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 LOADING = {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "source", "form", "base", "image"}
 """Elements that run something or load something."""
 
@@ -44,7 +44,8 @@ class _Reader(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
-        self.open.pop()
+        if tag not in VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open, f"</{tag}> closes nothing"
