@@ -165,7 +165,9 @@ def test_exit_codes_of_a_run(working_folder: Path, monkeypatch: pytest.MonkeyPat
         assert main("recipe=mine", f"output_root={verdict}", *GATES) == code
 
 
-def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multirun_runs_every_combination(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.support.fakes import scripted_host
 
     write_project(working_folder)
@@ -180,6 +182,8 @@ def test_multirun_runs_every_combination(working_folder: Path, monkeypatch: pyte
         ["posttrain", "recipe=mine", "sft.lr=2e-05"],
     ]
     assert sorted(path.name for path in working_folder.iterdir() if path.is_dir()) == ["base", "recipes", "runs"]
+    table = capsys.readouterr().out.rpartition("differs in")[2]  # of all its runs, at the end
+    assert {"sft.lr=1e-05", "sft.lr=2e-05"} <= set(table.split())
 
 
 def test_completion_of_commands_recipes_and_keys() -> None:

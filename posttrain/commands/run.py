@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from posttrain import environment
+from posttrain.commands import runs
 from posttrain.config.schema import Launcher
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain
 from posttrain.gate.procedure import WARNED
@@ -26,22 +29,27 @@ def main(words: list[str]) -> int:
 
 
 def _run_members(members: list[list[str]], host: Host) -> int:
-    """Run the members of a sweep one after the other; one that its gate fails does not stop the others.
+    """Run the members of a sweep one after the other, then list the runs of its recipes.
 
-    Return the exit code of the first member that did not end with 0.
+    One that its gate fails does not stop the others. Return the exit code of the first that did not end with 0.
     """
     from posttrain.config.compose import compose
 
     first, said = 0, set()
+    ran: dict[tuple[Path, str], None] = {}
     for words in members:
         try:
-            code = _run_plan(make_plan(compose(host, words), host), host)
+            plan = make_plan(compose(host, words), host)
+            ran[plan.output_root, plan.recipe] = None
+            code = _run_plan(plan, host)
         except (BadInput, GateFailed, GateUndecided, ArtifactDamaged) as error:
             code = error.exit_code
             if str(error) not in said:  # what is wrong with every member is said once
                 said.add(str(error))
                 explain(error)
         first = first or code
+    for root, recipe in ran:
+        runs.show(runs.rows(root, recipe))
     return first
 
 

@@ -51,7 +51,7 @@ def main(words: list[str]) -> int:
         lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         print("\n".join([*lines, *(f"| {' | '.join(map(cell, _cells(row, '; ')))} |" for row in found)]))
     else:
-        _print(found)
+        show(found)
     return 0
 
 
@@ -121,7 +121,10 @@ def _cells(row: Row, between: str) -> tuple[str, ...]:
     return (row.run, row.state, between.join(row.lifts), clock(row.seconds), between.join(differs))
 
 
-def _print(found: Sequence[Row]) -> None:
+def show(found: Sequence[Row]) -> None:
+    """Print the table of runs; nothing for none."""
+    if not found:
+        return
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
