@@ -58,13 +58,11 @@ HASHTAG = re.compile(r"(?:^|\s)(?:#\S+|https?://\S+|[-*•] .*|\d+[.)] .*)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule, as a filter."""
+    """One rule; ``prepare.plugin`` registers it by its name."""
 
     name: str
     find: Callable[[Row], Finding | None]
     """Returns the row's fault, or None."""
-    version: str = "1"
-    """Another one with every change of what it finds: rows are then prepared again."""
     on_raw_text: bool = True
     """False for a rule about answers."""
 

@@ -41,7 +41,9 @@ class Scorer:
     """A weighted sum of rewards."""
 
     rewards: Sequence[Reward]
+    """Rewards that are added up."""
     weights: Sequence[float]
+    """Weight of each."""
     owners: Mapping[str, str]
     """The plugin of each reward, with its version, by the reward's name."""
 

@@ -51,6 +51,7 @@ class Asked:
     """A question of the stage, before the policy answers it."""
 
     question: Question
+    """The question as its source has it."""
     prompt: Sequence[int]
     """Token ids up to the answer."""
 
@@ -60,7 +61,9 @@ class AnsweredQuestion:
     """A question with the answers that the policy wrote in a step."""
 
     asked: Asked
+    """The question with its prompt."""
     answers: Sequence[Answer]
+    """Answers of the policy, in the order of sampling."""
     rewards: Sequence[float]
     """Reward of each answer."""
     advantages: Sequence[float]
@@ -72,6 +75,7 @@ class TokenScores:
     """The log-probabilities of the tokens of a batch's answers at the temperature of sampling, in nats."""
 
     rows: Sequence[AnsweredQuestion]
+    """The questions of the batch with their A answers of N tokens in all."""
     log_probs: torch.Tensor
     """Those of the policy, [N], with their graph."""
     drawn: torch.Tensor
