@@ -62,7 +62,7 @@ class Prompter:
 
 
 class Text:
-    """The text of an answer while its tokens come, cut at the first stop text."""
+    """The text of an answer while its tokens come, cut before the stop text that is complete first."""
 
     def __init__(self, prompter: Prompter, stops: Sequence[str] = ()) -> None:
         self._prompter, self._stops = prompter, stops
@@ -95,10 +95,11 @@ class Text:
 
     def _release(self, fresh: str, *, last: bool) -> str:
         text, self._held = self._held + fresh, ""
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            _, place = min(found)
+            return text[:place]
         if not last and (kept := max((_overlap(text, stop) for stop in self._stops), default=0)):
             text, self._held = text[:-kept], text[-kept:]
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from posttrain.serve.prompts import Prompter, Text
@@ -37,10 +37,12 @@ def test_pieces_make_the_text_and_no_character_is_cut(prompter: Any, text: str) 
     assert not any("�" in part for part in parts)
 
 
+@example(text="aba", stops=["b", "aba"])
+@example(text=" aa", stops=["a", " aa"])
 @given(text=TEXTS, stops=st.lists(st.text(alphabet="ab é", min_size=1, max_size=3), min_size=1, max_size=3))
 def test_no_part_of_a_stop_text_is_sent(prompter: Any, text: str, stops: list[str]) -> None:
     whole = prompter.text(prompter.tokenizer(text, add_special_tokens=False)["input_ids"])
-    places = [whole.find(stop) for stop in stops if stop in whole]
+    ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
     parts, found = pieces(prompter, text, tuple(stops))
-    assert "".join(parts) == (whole[: min(places)] if places else whole)
-    assert found.stopped == bool(places)
+    assert "".join(parts) == (whole[: min(ends)[1]] if ends else whole)  # the first to be complete, however it is cut
+    assert found.stopped == bool(ends)
