@@ -158,7 +158,7 @@ def test_what_holds_no_records_is_not_counted(name: str) -> None:
 # --- Where it is shown ------------------------------------------------------------------------------------------------
 
 _QUICKSTARTS = ("quickstart", "quickstart_grpo", "quickstart_on_policy")
-JUSTIFIED = dict.fromkeys(_QUICKSTARTS, {"lr", "eval_share", "neftune_alpha"})
+JUSTIFIED = {name: {"lr", "eval_share", "neftune_alpha"} for name in _QUICKSTARTS}
 """What the plans of shipped recipes advise although the recipe knows better; its comment says why."""
 
 
