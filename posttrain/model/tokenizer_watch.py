@@ -18,6 +18,7 @@ from posttrain.errors import PosttrainError, first_line, reject
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.model.trust import OTHER
+from posttrain.tokens.chat import WATCH
 
 SECONDS = 60.0
 """Seconds for a tokenizer, beyond those for its characters."""
@@ -44,6 +45,7 @@ class TokenizerWatch:
         self._check_growth(tokenizer)
         for name in ("_encode_plus", "_decode"):  # below all of its methods; on itself: it is handed to libraries
             vars(tokenizer)[name] = partial(self._call, getattr(tokenizer, name))
+        vars(tokenizer)[WATCH] = self.watching
         for text in PROBES:
             try:
                 tokenizer(text)

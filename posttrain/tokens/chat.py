@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -31,6 +31,8 @@ from posttrain.data.records import (
 from posttrain.errors import BadInput, reject
 from posttrain.tokens.spans import AnswerSpan, Template
 
+WATCH = "_watch"
+"""Attribute of a tokenizer with the context in which it may work on so many characters; set where it is loaded."""
 _READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
 """Keys of a message that are read, or without meaning in a template that leaves them out."""
 _PROBED = 3
@@ -321,7 +323,8 @@ def encode(tokenizer: Any, text: str, *, whole: bool = False) -> list[int]:
     backend = _plain_backend(tokenizer, "_encode_plus")
     if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
         # transformers asks for the place of every token in the text as well: two fifths of the time
-        return list(backend.encode_batch_fast([text], add_special_tokens=whole)[0].ids)
+        with _watching(tokenizer, len(text)):
+            return list(backend.encode_batch_fast([text], add_special_tokens=whole)[0].ids)
     encoded = tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
     return list(encoded["input_ids"])
 
@@ -330,8 +333,15 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     """Return the text of ``ids``, special tokens included, as it is."""
     # transformers looks at every id in Python before it decodes: most of the time of a proof
     if (backend := _plain_backend(tokenizer, "decode", "_decode")) is not None:
-        return _decoded(backend, tuple(ids))
+        with _watching(tokenizer, len(ids)):
+            return _decoded(backend, tuple(ids))
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _watching(tokenizer: Any, characters: int) -> contextlib.AbstractContextManager[None]:
+    """Return the watch over a stranger's tokenizer, whose compiled code is called here without its own methods."""
+    watch: Callable[[int], contextlib.AbstractContextManager[None]] = vars(tokenizer).get(WATCH, contextlib.nullcontext)
+    return watch(characters)
 
 
 @lru_cache(maxsize=64)  # each proof of an answer reads the same ids
