@@ -113,7 +113,7 @@ def test_every_problem_is_reported_at_once(host: Host) -> None:
         (["recipe=mine"], "Your own recipes are read from ./recipes/NAME.yaml"),
         (["recipe=quickstart", "+stage@x=dppo"], "Did you mean dpo?"),
         (["recipe=smollm2_sft_dpo"], "data.path: has no value"),
-        (["recipe=quickstart", "eval_data=a.jsonl"], "Did you mean gate_data?"),
+        (["recipe=quickstart", "eval_data=a.jsonl"], "Did you mean sft.eval_data?"),
         (["recipe=quickstart", "sft.lr=[1]"], "sft.lr"),
         (["recipe=quickstart", "sft.lr=abc"], "sft.lr=abc: 'abc' is not a number"),
         (["recipe=quickstart", "sft.epochs=x"], "sft.epochs=x: 'x' is not an integer"),
