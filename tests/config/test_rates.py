@@ -24,9 +24,14 @@ DEFAULT = {
     "cpo": (1e-5, 1e-6),
     "simpo": (1e-5, 1e-6),
     "safety": (1e-4, 5e-6),
+    "grpo": (1e-5, 1e-6),
 }
 """Rates of adapters and of full weights, by the kind of the stage."""
-SET = {"quickstart": {"sft": 1e-3, "dpo": 1e-4, "safety": 5e-4}}
+SET = {
+    "quickstart": {"sft": 1e-3, "dpo": 1e-4, "safety": 5e-4},
+    "quickstart_on_policy": {"sft": 1e-3, "dpo": 1e-4},
+    "quickstart_grpo": {"sft": 1e-3, "grpo": 2e-4},
+}
 """Rates that a recipe sets for every variant."""
 OUTSIDE = """
 from dataclasses import dataclass
