@@ -141,7 +141,7 @@ def recipe(name: str, chats: Looked, pairs: Looked | None, given: dict[str, str]
     lines += [*own[:1], *([] if pairs else own[1:]), "", *gate]
     if pairs is not None:
         lines += ["", "stages:", "  sft:", *(f"    {line}" for line in own[1:]), *_preferences(pairs, folder)]
-    lines += ["", "# The run stops before this is spent, saves, and goes on with a higher one", "# spend_cap: 5 USD"]
+    lines += ["", "# The run stops before this is spent, saves, and resumes with a higher one", "# spend_cap: 5 USD"]
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ from posttrain.errors import ArtifactDamaged, BadInput, Problem, first_line, rej
 from posttrain.saved import plain, read_as
 
 ROWS_KEPT = 10_000
-"""Rows after which a copy is made sure of: an interrupted one goes on there."""
+"""Rows after which a copy is made sure of: an interrupted one resumes there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def read_copy(source: Source, file: Path) -> Rows:
 def copy_hub(source: Source, cache: Path) -> Path:
     """Return the file with the rows of a hub dataset, streamed at the first call to its end or the source's ``limit``.
 
-    It lies below ``cache`` under the name, subset, split, revision and limit. An interrupted copy goes on where it was;
+    It lies below ``cache`` under the name, subset, split, revision and limit. An interrupted copy resumes where it was;
     a whole one needs no network.
 
     Raises:
@@ -93,7 +93,7 @@ def _fill(source: Source, state: _State, copy: IO[bytes], folder: Path) -> _Stat
             if rows % ROWS_KEPT == 0:
                 state = _keep(_State(rows=rows, bytes=size, position=_position(dataset)), copy, folder)
     except BadInput as error:
-        kept = f"{state.rows:,} rows of it are kept: the same command goes on behind them"
+        kept = f"{state.rows:,} rows of it are kept: the same command resumes behind them"
         note = [Problem(where=source.path, what=kept)] if state.rows else []
         raise BadInput([*error.problems, *note]) from None
     return _keep(_State(rows=rows, bytes=size, is_complete=rows > 0), copy, folder)

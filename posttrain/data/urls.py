@@ -49,7 +49,7 @@ def check_url(url: str) -> None:
 def copy_url(url: str, cache: Path) -> list[tuple[Path, str]]:
     """Return the files behind a URL as copies below ``cache``, each with its URL; a folder or a pattern has several.
 
-    A copy is made again when size, time or tag of the file have changed, goes on where it was interrupted, and serves
+    A copy is made again when size, time or tag of the file have changed, resumes where it was interrupted, and serves
     alone where the network is away.
 
     Raises:

@@ -76,7 +76,7 @@ def find_duplicates(
     Args:
         chunks: The texts of all rows, in chunks of any size; called twice, with the same rows each time.
         threshold: Jaccard similarity of near duplicates.
-        folder: Folder for the signatures, from which a killed run goes on. A temporary one by default.
+        folder: Folder for the signatures, from which a killed run resumes. A temporary one by default.
         quality: Quality of each row: the better one stays, the first of equals.
     """
     with _place(folder) as place:

@@ -48,7 +48,7 @@ class Preparation:
     documents: Sequence[GateDocument] = ()
     """Documents of the run's gates."""
     folder: Path | None = None
-    """Place for the parts of a long preparation, from which a killed one goes on."""
+    """Place for the parts of a long preparation, from which a killed one resumes."""
     _found: dict[int, list[Found]] = field(default_factory=dict)
     _digests: list[bytes] = field(default_factory=list)
     _settings: list[bytes] = field(default_factory=list)

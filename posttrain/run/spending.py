@@ -80,7 +80,7 @@ class Spending:
         except Interrupted as error:
             if not self.reason:
                 raise
-            fix = "With a higher spend_cap the same command goes on from there"
+            fix = "With a higher spend_cap the same command resumes from there"
             raise SpendCapReached(f"{self.reason}: {error}. {fix}") from error
         finally:
             ended.set()
@@ -93,7 +93,7 @@ class Spending:
         if left <= max(self.before.stopping, 0.0):
             took = Amount(value=max(self.before.seconds, 1e-9) / 3600, unit="hours")
             what = f"the cap is {self.describe()}, and this run has taken {took}"
-            reject("spend_cap", what, "Give a higher spend_cap: the same command goes on from the last checkpoint")
+            reject("spend_cap", what, "Give a higher spend_cap: the same command resumes from the last checkpoint")
 
     def _watch(self, ended: threading.Event) -> None:
         recorded = time.monotonic()

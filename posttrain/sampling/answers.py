@@ -3,7 +3,7 @@
     <kept>/answers/<key>/block-00000.json    answers to the first BLOCK questions, whole or not there, with their hash
 
 The key is of the model, the questions' token ids, the settings of sampling and the versions of the libraries. What
-was interrupted goes on at its next block.
+was interrupted resumes at its next block.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Asking:
 def ask(questions: Sequence[Question], asking: Asking) -> list[list[Written]]:
     """Return the sampled answers to each question, kept or by the model, which is loaded only where one is missing.
 
-    Raises BadInput for a prompt that cannot be rendered, Interrupted when a stop is requested: the same call goes on.
+    Raises BadInput for a prompt that cannot be rendered, Interrupted when a stop is requested: the same call resumes.
     """
     from posttrain.model.loading import load_tokenizer
 

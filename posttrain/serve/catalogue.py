@@ -120,7 +120,7 @@ def _paths(word: str) -> list[tuple[Path, bool]]:
             stages = sorted((path / "stages").glob("*/artifact"), key=lambda each: each.parent.name)
             found = [(each.resolve(), False) for each in stages if os.path.lexists(each / MANIFEST)]
             if not found:
-                reject(str(path), "the run has published no artifact", "The same command that began it goes on with it")
+                reject(str(path), "the run has published no artifact", "The same command that began it resumes it")
             return found
     names = [path.parent.name for path in ROOT.glob("*/run.json")]
     reject(word, "is neither a run nor an artifact", suggest(word, names))

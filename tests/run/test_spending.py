@@ -1,4 +1,4 @@
-"""The spend cap: what it says, when it stops a run, and how the run goes on."""
+"""The spend cap: what it says, when it stops a run, and how the run resumes."""
 
 from __future__ import annotations
 
