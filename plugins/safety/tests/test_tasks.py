@@ -12,13 +12,13 @@ import pytest
 
 from posttrain.config.compose import compose
 from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.data import declines
 from posttrain.errors import BadInput
 from posttrain.gate.spec import GateRequest
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
 from posttrain.scoring.harness.tasks import load_leaves
 from posttrain.scoring.plugin import evaluate_artifact
-from posttrain.sft import declines
 from tests.support.tiny import base_source, write_base
 
 pytestmark = pytest.mark.usefixtures("host")  # what a loaded plugin ships needs no consent
