@@ -159,7 +159,7 @@ def columns(stage: str, rows: Sequence[Any]) -> dict[str, list[Any]]:
         sides = {"chosen_ids": [list(row.chosen) for row in rows]}
         return found | sides | {"rejected_ids": [list(row.rejected) for row in rows]}
     found |= {"completion_ids": [list(row.completion) for row in rows], "label": [row.label for row in rows]}
-    return found | ({"KL_completion_ids": [row.aside for row in rows]} if rows[0].aside else {})
+    return found | ({"KL_completion_ids": [list(row.aside) for row in rows]} if rows[0].aside else {})
 
 
 def _whole(example: Mapping[str, list[int]]) -> dict[str, list[int]]:
