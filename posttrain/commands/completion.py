@@ -1,4 +1,4 @@
-"""What the Tab key offers where Hydra has nothing to say: words of commands, options of groups, values of settings."""
+"""Completions where Hydra has none: words of commands, options of groups, values of settings."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain import environment
-from posttrain.commands import runs
 from posttrain.config.schema import Launcher
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain
 from posttrain.gate.procedure import WARNED
@@ -48,6 +47,8 @@ def _run_members(members: list[list[str]], host: Host) -> int:
                 said.add(str(error))
                 explain(error)
         first = first or code
+    from posttrain.commands import runs  # reads reports, which a run that is rejected never needs
+
     for root, recipe in ran:
         runs.show(runs.rows(root, recipe))
     return first

@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.errors import ArtifactDamaged, reject, shown
 
 LIMIT = 0.05
-"""Largest difference of a log-probability that float16 weights and llama.cpp's float16 cache explain (measured: 0.004
-for a small trained model, 0.021 for SmolLM2-135M under random matrices; a lost scaling moves it by more than 1)."""
+"""Largest difference of a log-probability that float16 weights and llama.cpp's float16 cache explain: 0.004
+for a small trained model, 0.021 for SmolLM2-135M under random matrices. A lost scaling exceeds it in the tests."""
 LENGTH = 24
 """Tokens of a greedy answer."""
 SAMPLE = 5000

@@ -46,7 +46,7 @@ PATHS = ("model", "adapter", "tokenizer")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsFile:
-    """What is known of records in a file: enough to find them in the store of rendered rows, without reading it."""
+    """Number and digest of the records in a file, by which the store of rendered rows has them without a reading."""
 
     name: str
     """Name of the file in FOLDER."""

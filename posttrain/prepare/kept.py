@@ -69,7 +69,7 @@ class Kept:
 
 
 def find(root: Path, key: str, note: Callable[[str], None]) -> Kept | None:
-    """Return the preparation of a key; None when there is none, or a damaged one, of which ``note`` is told."""
+    """Return the preparation of a key; None for none, or for a damaged one, which ``note`` receives."""
     folder = root / key
     try:
         entry = as_kind(Entry, read_json(folder / SUMMARY), str(folder / SUMMARY))

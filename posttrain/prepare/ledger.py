@@ -195,7 +195,7 @@ class Touched:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What preparation did to the rows of a stage, in numbers."""
+    """Numbers of a stage's rows, before and after preparation."""
 
     read: int
     kept: int

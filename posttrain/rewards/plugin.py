@@ -11,5 +11,5 @@ from posttrain.rewards.shipped import rewards
 
 @hookimpl
 def register_rewards() -> Sequence[Reward]:
-    """The rewards that come with posttrain."""
+    """Return the shipped rewards."""
     return rewards()

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import is_dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import posttrain
 from posttrain.config.help import docstrings
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from tests.support.generators import DOCS, load_generator
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_page", DOCS / "api.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_generator("api")
 
 
 def test_the_page_of_public_names_is_current(generator: ModuleType) -> None:

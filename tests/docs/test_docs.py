@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -15,19 +14,12 @@ from types import ModuleType
 import pytest
 
 from posttrain import hookspecs
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from tests.support.generators import DOCS, load_generator
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hooks_page", DOCS / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return load_generator("hooks")
 
 
 def test_the_page_of_hooks_is_current(generator: ModuleType) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,19 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from posttrain.config.paths import shipped
+from tests.support.generators import DOCS, load_generator
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("settings_page", DOCS / "settings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_generator("settings")
 
 
 def test_page_and_schema_are_current(generator: ModuleType) -> None:

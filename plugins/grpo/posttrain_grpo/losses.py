@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 
 from posttrain import AnsweredQuestion, TokenScores
-from posttrain_grpo.advantages import advantages
 from posttrain_grpo.config import GRPOSettings
+
+LEAST_SPREAD = 1e-4
+"""Added to a spread that divides, as TRL has it: rewards that hardly differ shall not be blown up."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,15 @@ class GRPOLoss:
         if self.settings.loss_type == "dr_grpo":
             return torch.full_like(scores.log_probs, 1 / (self.settings.max_tokens * totals["answers"]))
         return torch.full_like(scores.log_probs, 1 / max(totals["loss_tokens"], 1))
+
+
+def advantages(rewards: Sequence[Sequence[float]], scale: str) -> list[list[float]]:
+    """Return each reward over the mean of its group, divided by the spread that ``scale`` names."""
+    flat = [value for group in rewards for value in group]
+    overall = stdev(flat) if len(flat) > 1 else 0.0
+    found = []
+    for group in rewards:
+        spread = {"group": stdev(group), "batch": overall, "none": 1 - LEAST_SPREAD}[scale]
+        mean = fmean(group)
+        found.append([(value - mean) / (spread + LEAST_SPREAD) for value in group])
+    return found

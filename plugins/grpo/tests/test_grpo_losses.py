@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from posttrain_grpo.advantages import advantages
 from posttrain_grpo.config import GRPOSettings
-from posttrain_grpo.losses import GRPOLoss
+from posttrain_grpo.losses import GRPOLoss, advantages
 from trl import GRPOTrainer
 
 from posttrain import AnsweredQuestion, TokenScores

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.prepare.contamination import GateDocument
 from posttrain.scoring.checks import blaming
+from posttrain.scoring.harness.requests import wording
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.isolation import quiet
 
@@ -36,7 +37,7 @@ def _asked(leaf: Any, doc: Any) -> str:
         return str(query)
     asked = leaf.doc_to_text(doc)
     if isinstance(asked, list):  # a whole conversation
-        return "\n\n".join(str(turn.get("content") or "") for turn in asked if turn.get("role") != "system")
+        return wording(asked)
     if isinstance(asked, int):  # the contexts are the choices, as in Winogrande
         return str(leaf.doc_to_choice(doc)[asked])
     return str(asked or leaf.doc_to_target(doc)) if leaf.OUTPUT_TYPE == "loglikelihood_rolling" else str(asked)

@@ -203,11 +203,11 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         target_hash=_hash(str(target)),
         target=target_text,
         words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, question, requests)]),
-        wording=_wording(question),
+        wording=wording(question),
     )
 
 
-def _wording(question: Any) -> str:
+def wording(question: Any) -> str:
     """Return a question as one text, of a conversation its turns; empty where the task words none."""
     if isinstance(question, list):
         return "\n\n".join(str(turn.get("content") or "") for turn in question if turn.get("role") != "system")
