@@ -182,7 +182,8 @@ def test_what_no_gate_passed_is_not_merged_in_silence(
     from posttrain.model import merging
 
     sft = judged_sft(state)
-    made = merging.Merge(artifact=verify(sft), exact=0.0, published=0.0, limit=0.0)
+    nothing = merging.Distances(exact=0.0, published=0.0, limit=0.0)
+    made = merging.Merge(artifact=verify(sft), distances=nothing)
     told: list[str | None] = []
     monkeypatch.setattr(merging, "merge", lambda artifact, base, output, doubt: told.append(doubt) or made)
     assert main("merge", str(sft), "merged") == 0

@@ -124,7 +124,7 @@ def test_an_adapter_on_every_kind_of_layer_is_saved_reloaded_and_merged(
     check_output(stage.output, base)
     check_reloaded(stage.output, base, "float32")
     artifact = published(stage.output, base, tmp_path / "artifact")
-    assert merge(artifact, base, tmp_path / "merged").published < 1e-5
+    assert merge(artifact, base, tmp_path / "merged").distances.published < 1e-5
 
 
 def test_an_adapter_past_which_the_model_reads_is_named(tmp_path: Path) -> None:
