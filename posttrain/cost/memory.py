@@ -10,7 +10,7 @@ the libraries take for themselves and what an allocator loses: see ``HEADROOM`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from posttrain.config.schema import Method
 from posttrain.cost.architecture import Architecture
@@ -64,6 +64,8 @@ class Memory:
     """A chunk of logits, with what the loss keeps."""
     gathered: int = 0
     """Weights and gradients that are whole for a while, and copies for sending."""
+    loading: int = 0
+    """More than all of that: a model in 4 bits, which each process quantises whole before it is sliced."""
     copy: int = 0
     """Copy of a checkpoint that is written in the background, where the device is the CPU."""
 
@@ -93,7 +95,7 @@ def training_memory(model: Architecture, training: Training, engine: str, proces
     # fsdp sums an adapter's gradients over the processes once a step, so until then they are whole
     gradients = trained if training.method is not Method.full and engine != "deepspeed" else trained // share
     tokens = training.tokens * training.copies
-    return Memory(
+    memory = Memory(
         weights=(frozen + trained * FLOAT) // share + _casts(model, training) // share,
         gradients=gradients * FLOAT,
         moments=trained * FLOAT * MOMENTS // share,
@@ -101,6 +103,8 @@ def training_memory(model: Architecture, training: Training, engine: str, proces
         logits=_logit_bytes(model, training, tokens),
         gathered=_gathered_bytes(model, training, engine, processes),
     )
+    whole = frozen if training.method is Method.qlora else 0  # other weights lie in their files until they are sliced
+    return replace(memory, loading=max(0, whole - memory.total))
 
 
 def _frozen_bytes(model: Architecture, training: Training) -> int:
