@@ -24,6 +24,7 @@ from posttrain.prepare.ledger import Summary, Waterfall
 from posttrain.run.job import records_digest
 from posttrain.run.prepared import Preparer, describe
 from posttrain.saved import plain
+from posttrain.tokens.lengths import known_lengths, measure_lengths
 
 JSON = "--json"
 PAGE = "audit.html"
@@ -59,17 +60,19 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
     if not preparer.is_on:
         return None
     found = preparer.find()
-    if found is None or not (found.folder / PAGE).exists():
+    if found is None or not (found.folder / PAGE).exists() or known_lengths(found, plan.model) is None:
         trained, evaluated = _read(host, step)
         found = found or preparer.prepare(trained, evaluated)
-        _write_page(f"{plan.recipe}, {step.name}", step, found, [*trained, *evaluated])
+        _write_page(plan, step, found, [*trained, *evaluated])
     return found
 
 
-def _write_page(title: str, step: Step, done: Kept, records: Sequence[Record]) -> None:
+def _write_page(plan: Plan, step: Step, done: Kept, records: Sequence[Record]) -> None:
     from posttrain.report.audit import audit_page  # a page that is there already needs no engine of templates
 
-    text = audit_page(title, done, records, step.config.prepare.near.threshold, describe(done)[1:])
+    title = f"{plan.recipe}, {step.name}"
+    summary = measure_lengths(done, records[: done.entry.rows], plan.model)
+    text = audit_page(title, done, summary, records, step.config.prepare.near.threshold, describe(done)[1:])
     replace_text(done.folder / PAGE, text)
 
 

@@ -48,6 +48,11 @@ class GateDocument:
     target: str
     """The answer that the task holds to be right; empty when it has none."""
 
+    @property
+    def text(self) -> str:
+        """Question and answer."""
+        return "\n\n".join(part for part in (self.prompt, self.target) if part)
+
 
 @dataclass(frozen=True, slots=True)
 class Contamination:

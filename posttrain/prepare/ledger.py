@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.preparation import Action
+from posttrain.config.preparation import RULES, Action
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
 from posttrain.prepare.rules import EVIDENCE
@@ -18,15 +18,22 @@ EXACT, NEAR, CONTAMINATION = "exact", "near", "contamination"
 """Names of the findings that concern two texts."""
 UNREADABLE = "unreadable"
 """Name of the finding about a row that makes no record."""
+BALANCE = ("length", "source", "sample")
+"""Names of the findings of rows that are left out for the balance of the others."""
 DATA, EVAL_DATA = "data", "eval_data"
 """Names of the sets of rows."""
 KEPT, DROPPED = "keep", "drop"
 COLUMNS = (
     ("id", "int64"), ("set", "set"), ("source", "int32"), ("path", "set"), ("row", "int64"), ("where", "string"),
     ("record", "binary"), ("action", "set"), ("rule", "set"), ("score", "float32"), ("witness", "int64"),
-    ("task", "set"), ("document", "int64"), ("evidence", "string"), ("findings", "list"),
+    ("task", "set"), ("document", "int64"), ("asked", "string"), ("evidence", "string"), ("findings", "list"),
+    ("characters", "int64"), ("answer_characters", "int64"),
 )  # fmt: skip
-"""Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place."""
+"""Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place,
+``asked`` the text of the gate's document that a row holds."""
+ORDER = (UNREADABLE, *RULES)
+LAST = (CONTAMINATION, EXACT, NEAR, *BALANCE)
+"""Rules in the order of preparation; those of plugins stand between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,8 @@ class Found:
     """Position of the row that stays in its place, among all rows."""
     task: str | None = None
     document: int | None = None
+    asked: str | None = None
+    """Text of the document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,10 @@ class Ledger:
     """Rows that cannot be read and are left out, by set and source; their ids follow those of all others."""
     similarities: Sequence[int] = ()
     """Pairs of rows that were compared, by similarity in bins of the same width from 0 to 1."""
+    characters: Sequence[int] = ()
+    """Characters of every row's prompts and answers."""
+    answer_characters: Sequence[int] = ()
+    """Characters of every row's answers alone."""
 
     def deciding(self, row: int) -> Found | None:
         """Return the finding for which a row is left out; None for a row that stays."""
@@ -121,10 +134,13 @@ class Ledger:
             "record": self.digests[row],
             "action": KEPT if decided is None else DROPPED,
             "findings": [f"{each.rule}: {each.evidence}" for each in found],
+            "characters": self.characters[row],
+            "answer_characters": self.answer_characters[row],
         }
         if first is not None:
             values |= {
-                name: getattr(first, name) for name in ("rule", "score", "witness", "task", "document", "evidence")
+                name: getattr(first, name)
+                for name in ("rule", "score", "witness", "task", "document", "asked", "evidence")
             }
         return values
 
@@ -136,7 +152,8 @@ class Ledger:
         for row in range(self.trained):
             origin, decided = self.records[row].origin, self.deciding(row)
             source = sources.setdefault(origin.number, Waterfall(source=origin.path, read=0, kept=0, dropped={}))
-            source.count(None if decided is None else decided.rule)
+            size, answers = self.characters[row], self.answer_characters[row]
+            source.count(None if decided is None else decided.rule, size, answers)
             found.update({each.rule for each in self.found.get(row, ())})
             for each in self.found.get(row, ()):
                 if each.task is not None and each.document is not None:
@@ -152,12 +169,19 @@ class Ledger:
         return Summary(
             read=total.read,
             kept=total.kept,
-            dropped=dict(sorted(total.dropped.items())),
-            found=dict(sorted(found.items())),
+            dropped=in_order(total.dropped),
+            found=in_order(found),
             sources=list(sources.values()),
             similarities=[*self.similarities],
             tasks={task: Touched(documents=tasks[task], touched=len(touched[task])) for task in tasks},
         )
+
+
+def in_order(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts by rule in the order of preparation."""
+    first, last = {rule: at for at, rule in enumerate(ORDER)}, {rule: at for at, rule in enumerate(LAST)}
+    order = sorted(counts, key=lambda rule: (rule in last, first.get(rule, len(first)), last.get(rule, 0), rule))
+    return {rule: counts[rule] for rule in order}
 
 
 @dataclass(kw_only=True)
@@ -169,19 +193,33 @@ class Waterfall:
     kept: int
     dropped: dict[str, int]
     """Rows left out, by the rule that left them out."""
+    characters: int = 0
+    """Characters of the rows that were read."""
+    kept_characters: int = 0
+    kept_answers: int = 0
+    """Characters of the answers of the rows that stay."""
+    dropped_characters: dict[str, int] = field(default_factory=dict)
 
-    def count(self, rule: str | None) -> None:
+    def count(self, rule: str | None, characters: int = 0, answers: int = 0) -> None:
         """Count one row, left out by ``rule`` or kept."""
         self.read += 1
+        self.characters += characters
         if rule is None:
             self.kept += 1
+            self.kept_characters += characters
+            self.kept_answers += answers
         else:
             self.dropped[rule] = self.dropped.get(rule, 0) + 1
+            self.dropped_characters[rule] = self.dropped_characters.get(rule, 0) + characters
 
     def add(self, other: Waterfall) -> None:
         """Add the rows of another source."""
         self.read, self.kept = self.read + other.read, self.kept + other.kept
-        self.dropped = dict(Counter(self.dropped) + Counter(other.dropped))
+        self.characters += other.characters
+        self.kept_characters += other.kept_characters
+        self.kept_answers += other.kept_answers
+        self.dropped = in_order(Counter(self.dropped) + Counter(other.dropped))
+        self.dropped_characters = in_order(Counter(self.dropped_characters) + Counter(other.dropped_characters))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +245,8 @@ class Summary:
     tasks: dict[str, Touched] = field(default_factory=dict)
     similarities: list[int] = field(default_factory=list)
     """Pairs of rows that were compared, by similarity in bins of the same width from 0 to 1."""
+    tokens_per_character: list[float] = field(default_factory=list)
+    """Measured for each of ``sources``; empty where nothing was measured."""
 
     def line(self) -> str:
         """Return one line for the display of a run."""

@@ -5,6 +5,7 @@ Contamination comes before duplicates, so that the row that stays in a copy's pl
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from posttrain.prepare.near import BINS, Duplicate, find_duplicates
 from posttrain.prepare.rows import Row, batches
 from posttrain.prepare.rules import EVIDENCE
 
+ASKED = 2000
+"""Characters of a gate's document in the ledger."""
 NAMED = 10
 """Rows that are named when an action stops the run."""
 Judge = Callable[[Sequence[Row]], Sequence[Finding | None]]
@@ -53,6 +56,8 @@ class Preparation:
     _digests: list[bytes] = field(default_factory=list)
     _settings: list[bytes] = field(default_factory=list)
     _records: list[Record] = field(default_factory=list)
+    _characters: array[int] = field(default_factory=lambda: array("q"))
+    _answers: array[int] = field(default_factory=lambda: array("q"))
     _similarities: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def run(self) -> Ledger:
@@ -69,6 +74,8 @@ class Preparation:
             found=dict(sorted(self._found.items())),
             unread=[(DATA, bad) for bad in _bad(self.trained)] + [(EVAL_DATA, bad) for bad in _bad(self.evaluated)],
             similarities=self._similarities.tolist(),
+            characters=self._characters,
+            answer_characters=self._answers,
         )
         self._stop()
         return ledger
@@ -78,6 +85,8 @@ class Preparation:
         for batch in batches(map(Row, self._records)):
             self._digests += [row.digest() for row in batch]
             self._settings += [row.setting() for row in batch]
+            self._characters.extend(len(row.compared(Compared.both)) for row in batch)
+            self._answers.extend(len(row.compared(Compared.answer)) for row in batch)
             judged = batch[: max(len(self.trained) - start, 0)]
             for name, (action, judge) in self.judges.items() if judged else ():
                 for at, finding in enumerate(judge(judged), start=start):
@@ -92,10 +101,11 @@ class Preparation:
             return
         waiting = self._staying(range(len(self.trained)))
         rows = (Row(self._records[at]).exchanges for at in waiting)
+        asked = {(each.task, each.document): each.text for each in self.documents}
         for index, hit in find_contamination(rows, self.documents):
             found = Found(
                 rule=CONTAMINATION, action=action, evidence=hit.evidence[:EVIDENCE], score=hit.covered,
-                task=hit.task, document=hit.document,
+                task=hit.task, document=hit.document, asked=asked[hit.task, hit.document][:ASKED],
             )  # fmt: skip
             self._add(waiting[index], found)
 

@@ -118,7 +118,7 @@ def _repetition(row: Row) -> Finding | None:
 
 def _short(row: Row) -> Finding | None:
     words = len(row.answer.split())
-    return Finding(evidence=excerpt(row.answer), score=words) if 0 < words < SHORT_WORDS else None
+    return Finding(evidence=excerpt(row.answer), score=SHORT_WORDS - words) if 0 < words < SHORT_WORDS else None
 
 
 def _cut_off(row: Row) -> Finding | None:

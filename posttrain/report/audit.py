@@ -11,9 +11,10 @@ from typing import Any
 from posttrain.config.preparation import Compared
 from posttrain.data.records import Record
 from posttrain.prepare.kept import Kept
-from posttrain.prepare.ledger import CONTAMINATION, EXACT, KEPT, NEAR
+from posttrain.prepare.ledger import CONTAMINATION, EXACT, KEPT, NEAR, Summary
 from posttrain.prepare.rows import Row
 from posttrain.report.page import environment
+from posttrain.report.rows import advice, sources
 
 MOST_ROWS = 4
 """Rows shown of the worst and of the borderline ones of a rule."""
@@ -22,8 +23,6 @@ MOST_WORDS = 250
 AROUND = 300
 """Characters shown before and after the evidence."""
 SPACED = re.compile(r"\s*\S+\s*")
-MUCH = 0.01
-"""Share of rows with a finding from which on there is advice about it."""
 
 Parts = list[tuple[str, bool]]
 """Pieces of a text, the marked ones with True."""
@@ -64,17 +63,19 @@ class Bar:
     marked: bool = False
 
 
-def audit_page(title: str, done: Kept, records: Sequence[Record], threshold: float, advice: Sequence[str]) -> str:
+def audit_page(
+    title: str, done: Kept, summary: Summary, records: Sequence[Record], threshold: float, lines: Sequence[str]
+) -> str:
     """Render the audit of a stage's preparation.
 
     Args:
         title: The recipe and the stage.
         done: The preparation.
+        summary: Its counts, with the lengths measured by the recipe's tokenizer.
         records: All rows as they were read, those of ``data`` first.
         threshold: Similarity from which on rows are near duplicates.
-        advice: Lines of the display about the preparation.
+        lines: Lines of the display about the preparation.
     """
-    summary = done.summary
     kept, found = _ledger(done)
     return (
         environment()
@@ -82,11 +83,12 @@ def audit_page(title: str, done: Kept, records: Sequence[Record], threshold: flo
         .render(
             title=title,
             summary=summary,
+            sources=sources(summary),
             sections=_sections(found, records, summary.found, summary.dropped),
             lengths=_lengths(records, kept),
             similarities=_similarities(summary.similarities, threshold),
             threshold=threshold,
-            advice=[*advice, *_advice(summary.read, summary.found, summary.dropped)],
+            advice=[*lines, *advice(summary)],
         )
     )
 
@@ -112,7 +114,7 @@ def _sections(
     for rule in sorted(lines, key=lambda rule: -counts.get(rule, 0)):
         ordered = sorted(lines[rule], key=lambda line: -(line["score"] or 0))
         worst, rest = ordered[:MOST_ROWS], ordered[MOST_ROWS:]
-        borderline = rest[-MOST_ROWS:] if any(line["score"] is not None for line in rest) else []
+        borderline = rest[-MOST_ROWS:] if rest and (rest[-1]["score"] or 0) < (worst[0]["score"] or 0) else []
         sections.append(
             Section(
                 rule=rule,
@@ -127,25 +129,31 @@ def _sections(
 
 def _example(line: dict[str, Any], records: Sequence[Record]) -> Example:
     # A row that cannot be read has no record: its id follows those of all others.
-    text = Row(records[line["id"]]).compared(Compared.both) if line["id"] < len(records) else ""
+    row = Row(records[line["id"]]) if line["id"] < len(records) else None
+    text = "" if row is None else row.compared(Compared.both)
+    answers = 0 if row is None else max(len(text) - len(row.compared(Compared.answer)), 0)
     beside, other = "", None
     if line["rule"] in (EXACT, NEAR) and line["witness"] is not None:
         witness = records[line["witness"]]
         parts, other = differences(text, Row(witness).compared(Compared.both))
         beside = witness.where
     else:
-        parts = mark(text, line["evidence"] or "")
+        parts = mark(text, line["evidence"] or "", answers)
         if line["rule"] == CONTAMINATION:
-            beside = f"{line['task']}, document {line['document']}"
+            beside, other = f"{line['task']}, document {line['document']}", mark(line["asked"], line["evidence"] or "")
     return Example(
         where=line["where"], action=line["action"], score=line["score"], text=parts, beside=beside, other=other
     )
 
 
-def mark(text: str, evidence: str) -> Parts:
-    """Return the evidence, marked, with what stands around it; behind the text where the text does not have it."""
+def mark(text: str, evidence: str, since: int = 0) -> Parts:
+    """Return the evidence, marked, with what stands around it; behind the text where the text does not have it.
+
+    It is looked for behind ``since`` characters first: rules look at answers, and a prompt may have the same words.
+    """
     pattern = r"\W+".join(map(re.escape, re.findall(r"\w+", evidence)))
-    found = re.search(pattern, text, re.IGNORECASE) if pattern else None
+    compiled = re.compile(pattern, re.IGNORECASE)
+    found = (compiled.search(text, since) or compiled.search(text)) if pattern else None
     if found is None:
         parts = [(text[: 2 * AROUND], False)]
         return [*parts, (evidence, True)] if evidence else parts
@@ -190,16 +198,3 @@ def _bars(values: Sequence[tuple[str, int, bool]]) -> list[Bar]:
         Bar(label=label, count=count, percent=round(100 * count / most, 1), marked=marked)
         for label, count, marked in values
     ]
-
-
-def _advice(read: int, found: Mapping[str, int], dropped: Mapping[str, int]) -> list[str]:
-    """Return what to look at: rules that find much and leave it in."""
-    lines = []
-    for rule, count in found.items():
-        stays = count - dropped.get(rule, 0)
-        if rule not in (EXACT, NEAR, CONTAMINATION) and stays > MUCH * read:
-            lines.append(
-                f"{stays:,} rows with the finding {rule} are trained ({stays / read:.1%}): look at those below;"
-                f" prepare.rules.{rule}=drop leaves them out"
-            )
-    return lines

@@ -20,6 +20,7 @@ from posttrain.report.curves import further_charts, main_charts
 from posttrain.report.documents import MOST_DOCUMENTS, TaskChanges, changed_documents, shorten
 from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
+from posttrain.report.rows import advice, sources
 from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
 from posttrain.report.table import behind, remarks
@@ -94,6 +95,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
     """Return the values of one stage for the template."""
     tasks = stage.verdict.tasks if stage.verdict is not None else ()
     documents, prompts, missing = _documents(report, stage)
+    prepared = stage.prepared
     return {
         "name": stage.name,
         "report": stage,
@@ -105,6 +107,9 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
         "further": further_charts(stage),
         "share": trained_share(stage),
         "data": data_figures(stage),
+        "prepared": prepared,
+        "sources": [] if prepared is None else sources(prepared),
+        "advice": [] if prepared is None else advice(prepared),
         "documents": documents,
         "prompts": prompts,
         "remarks": remarks(stage.entry),

@@ -11,9 +11,10 @@ from typing import Any
 from posttrain.artifact import read_manifest
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import DocumentScore, Verdict
+from posttrain.prepare.ledger import Summary
 from posttrain.run.directory import RunState, StageState, artifact_of, read_state, true_ending, true_stage
 from posttrain.run.verdict import KeptVerdict
-from posttrain.saved import read_text
+from posttrain.saved import as_kind, read_text
 from posttrain.scoring.scorecard import read_questions, read_scorecard
 
 LARGEST = 1e100
@@ -35,6 +36,8 @@ class StageReport:
     """The last line of a plugin's error, when one failed."""
     missing: tuple[str, ...] = ()
     """Parts not shown, each with the reason."""
+    prepared: Summary | None = None
+    """Counts of the preparation of its rows."""
     damage: str | None = None
     """Damage to the manifest, to the verdict or to its scores, with the file's path."""
 
@@ -101,11 +104,24 @@ def _stage(path: Path, entry: StageState, metrics: Metrics) -> tuple[StageReport
     if not metrics and entry.digest is not None:
         missing.append("the curves: metrics.jsonl holds no step of this stage")
     verdict = None if kept is None else kept.verdict
+    prepared = _prepared(manifest, missing)
     report = StageReport(
         entry=entry, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(path / "stages" / entry.name),
-        missing=tuple(missing), damage=damage,
+        missing=tuple(missing), prepared=prepared, damage=damage,
     )  # fmt: skip
     return report, kept
+
+
+def _prepared(manifest: Mapping[str, Any], missing: list[str]) -> Summary | None:
+    metrics = manifest.get("metrics")
+    found = metrics.get("prepared") if isinstance(metrics, dict) else None
+    if found is None:
+        return None
+    try:
+        return as_kind(Summary, found, "prepared")
+    except ArtifactDamaged as error:
+        missing.append(f"the rows of its data: {error}")
+        return None
 
 
 def explain_missing(error: Exception) -> str:

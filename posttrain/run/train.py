@@ -32,6 +32,7 @@ from posttrain.run.on_policy import Asked, check_asked, read_asked, sample_recor
 from posttrain.run.prepared import Preparer, describe
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
 from posttrain.saved import plain
+from posttrain.tokens.lengths import measure_lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ def read_records(job: Job) -> Records:
         warnings=[*left_out, *unread],
         asked=read_asked(job),
         kept="" if done is None else done.entry.kept,
-        prepared=None if done is None else plain(done.summary),
+        prepared=None if done is None else plain(measure_lengths(done, trained, job.plan.model)),
     )
 
 

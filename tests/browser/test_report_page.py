@@ -129,7 +129,7 @@ def test_everything_is_drawn(browser: str, page: Path, width: int, columns: int,
     assert headline[0].startswith("mine")
     assert headline[1] < 100
     assert [name for name, _ in sections] == [
-        "Lift", "Training", "Cost", "Documents that changed", "Lineage", "Reproduce",
+        "Lift", "Training", "Data", "Cost", "Documents that changed", "Lineage", "Reproduce",
     ]  # fmt: skip
     tops = [top for _, top in seen["top"].items()]
     assert tops == sorted(tops)

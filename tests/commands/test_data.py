@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from posttrain import cli
 from posttrain.config.schema import Source
@@ -75,6 +76,22 @@ def test_a_run_trains_the_kept_rows_by_their_weight(monkeypatch: pytest.MonkeyPa
     assert trained == [["train.jsonl:1", "train.jsonl:3"] * 2]
     manifest = json.loads((only_run() / "stages" / "sft" / "artifact" / "manifest.json").read_text())
     assert manifest["metrics"]["prepared"]["dropped"] == {"exact": 1}
+    section = (only_run() / "report.html").read_text().partition('id="data"')[2].partition("</section>")[0]
+    assert "2 of 3 rows kept; dropped: 1 exact" in section
+    assert section.count("<table") == 2  # by source, and from read to kept
+
+
+def test_lengths_are_measured_by_the_tokenizer_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save("base/tokenizer.json")
+    ask(capsys)
+    (lengths,) = Path("runs").glob("cache/data/*/lengths.json")
+    texts = [f"{row['prompt']}\n\n{row['completion']}" for row in ROWS]
+    words = sum(len(text.split()) for text in texts)
+    assert json.loads(lengths.read_text())["tokens_per_character"] == [words / sum(map(len, texts))]
+    page = (lengths.parent / "audit.html").read_text()
+    assert f'<td data-label="tokens read">{words}</td>' in page
 
 
 def test_a_stage_without_a_row_left_is_rejected() -> None:

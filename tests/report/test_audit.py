@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from posttrain.prepare import kept as cache
 from posttrain.prepare.contamination import GateDocument
 from posttrain.prepare.filters import Finding
 from posttrain.prepare.kept import Kept
+from posttrain.prepare.ledger import Summary, Touched, Waterfall
 from posttrain.prepare.preparation import Preparation
 from posttrain.prepare.rows import Row
+from posttrain.report import rows
 from posttrain.report.audit import audit_page, differences, mark
 
 HOSTILE = "</pre><script>alert(1)</script><img src=//x>\u202e{{ 7 * 7 }}"
@@ -60,15 +63,54 @@ def done(records: list[Conversation], tmp_path: Path) -> Kept:
 
 @pytest.fixture
 def page(records: list[Conversation], done: Kept) -> str:
-    return audit_page("mine, sft", done, records, 0.8, ["look at this"])
+    return audit_page(
+        "mine, sft", done, replace(done.summary, tokens_per_character=[0.25]), records, 0.8, ["look at this"]
+    )
 
 
-def test_the_counts_are_those_of_the_ledger(page: str) -> None:
-    table = page.partition('id="rows"')[2].partition("</table>")[0]
-    assert re.findall("<th scope=.col.>(.*?)</th>", table) == [
-        "source", "read", "contamination", "exact", "near", "kept",
-    ]  # fmt: skip
-    assert re.findall("<td>(.*?)</td>", table) == ["6", "1", "1", "1", "3"]
+def cells(table: str) -> list[list[str]]:
+    rows = re.findall("<tr>.*?</tr>", table.partition("<tbody>")[2], re.DOTALL)
+    return [re.findall("<t[dh][^>]*>(?:<span[^>]*>)?([^<]*)", row) for row in rows]
+
+
+def test_the_counts_are_those_of_the_ledger_in_rows_and_tokens(
+    page: str, records: list[Conversation], done: Kept
+) -> None:
+    by_source, waterfall, tasks = re.findall("<table.*?</table>", page, re.DOTALL)[:3]
+    sizes = [len(each.messages[0]["content"] + each.messages[1]["content"]) + 2 for each in records]
+    kept = sum(sizes[at] for at in (0, 2, 5))
+    assert cells(by_source)[0][:5] == ["data", "6", "3", f"{sum(sizes) / 4:,.0f}", f"{kept / 4:,.0f}"]
+    assert [row[:4] for row in cells(waterfall)] == [
+        ["contamination", "1", f"{sizes[4] / 4:,.0f}", "5"],
+        ["exact", "1", f"{sizes[1] / 4:,.0f}", "4"],
+        ["near", "1", f"{sizes[3] / 4:,.0f}", "3"],
+    ]
+    assert cells(tasks) == [["&lt;b&gt;task&lt;/b&gt;", "1", "1", "100.0%"]]
+    total = sum(done.summary.sources[0].dropped_characters.values()) + done.summary.sources[0].kept_characters
+    assert total == done.summary.sources[0].characters == sum(sizes)
+
+
+def test_rows_of_several_sources_add_up_and_say_what_to_look_at() -> None:
+    one = Waterfall(source="a", read=100, kept=40, dropped={"refusal": 60}, characters=1000, kept_characters=400,
+                    kept_answers=100, dropped_characters={"refusal": 600})  # fmt: skip
+    two = Waterfall(source="b", read=100, kept=100, dropped={}, characters=500, kept_characters=500, kept_answers=500)
+    summary = Summary(
+        read=200, kept=140, dropped={"refusal": 60}, found={"refusal": 60, "short": 9}, sources=[one, two],
+        tasks={"gsm": Touched(documents=100, touched=3)}, tokens_per_character=[0.5, 1.0],
+    )  # fmt: skip
+    both, first, second = rows.sources(summary)
+    assert (both.source, both.read_tokens, both.kept_tokens, both.trained) == ("all sources", "1,000", "700", "67%")
+    assert [(fall.rule, fall.tokens, fall.left, fall.percent) for fall in both.falls] == [("refusal", "300", 140, 70.0)]
+    assert (first.trained, second.trained, second.falls) == ("25%", "100%", [])
+    said = "\n".join(rows.advice(summary))
+    for line in (
+        "9 rows with the finding short",
+        "refusal leaves out 30%",
+        "3.0% of the documents of gsm",
+        "a keeps 40 of 100",
+    ):
+        assert line in said
+    assert rows.sources(replace(summary, tokens_per_character=[]))[0].read_tokens == ""
 
 
 def test_pairs_stand_side_by_side_with_the_words_that_differ_marked(page: str) -> None:
@@ -80,7 +122,9 @@ def test_pairs_stand_side_by_side_with_the_words_that_differ_marked(page: str) -
 
 def test_what_a_gate_asks_is_marked_in_the_row(page: str) -> None:
     found = page.partition("<h3>contamination")[2].partition("<h3>")[0]
-    assert re.findall("<mark>(.*?)</mark>", found)[0].startswith("word405 word406")
+    row, document = re.findall("<mark>(.*?)</mark>", found)
+    assert row == document
+    assert row.startswith("word405 word406")
     assert "&lt;b&gt;task&lt;/b&gt;, document 7" in found
 
 
@@ -101,6 +145,7 @@ def test_advice_names_what_is_found_often_and_trained(page: str) -> None:
 def test_evidence_is_found_whatever_stands_between_its_words() -> None:
     assert mark("Is it RED, or blue?", "red or") == [("Is it ", False), ("RED, or", True), (" blue?", False)]
     assert mark("one", "two") == [("one", False), ("two", True)]
+    assert mark("5 or 6? 5", "5", 3) == [("5 or 6? ", False), ("5", True)]
     assert mark("one", "") == [("one", False)]
     (before, marked, after) = mark("a" * 1000 + " here " + "b" * 1000, "here")
     assert (len(before[0]), marked, len(after[0])) == (301, ("here", True), 301)
