@@ -21,8 +21,11 @@ Run a recipe, or resume it: train, score and decide, stage by stage.
 Example: posttrain recipe=quickstart sft.epochs=3""",
     "plan": f"""\
 posttrain plan recipe=NAME [key=value ...]     or posttrain recipe=NAME ... --dry-run
-Check a recipe with all of its problems at once, and show its stages, settings, memory, disk and gates. Trains nothing.
+Check a recipe with all of its problems at once, and show its stages, settings, memory, disk, steps, time, cost and
+gates. Trains nothing.
 
+  on=GPU             the GPUs to plan for, such as on=H100, on='8 x A100' or on=24GB; by default this machine
+  --measure          take two steps of the first stage here, and expect the time of all stages by their speed
   --json             print JSON
 {RECIPE_FLAGS}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,14 +13,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from posttrain.commands.estimate import estimate_lines, estimates, machine_line, machine_of, pace_of, volume_of
 from posttrain.config.compose import compose
 from posttrain.config.money import HOURS, Amount
 from posttrain.config.schema import Backend, GateConfig, GateTask, LaunchConfig, Method, Sequential
+from posttrain.cost.estimate import Estimate
+from posttrain.cost.machines import Machine
+from posttrain.cost.needs import Needs
 from posttrain.data.mixing import count_records
-from posttrain.errors import BadInput
+from posttrain.errors import BadInput, reject
 from posttrain.gate.reasons import weaknesses
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
+from posttrain.host.plugins import Host
 from posttrain.launch.shape import BLOCKS, needs_of, shape_of
 from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
@@ -29,6 +36,11 @@ from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
 EXPERTS = "experts"
+ON = "on="
+"""Word with the GPUs that a plan is for, in place of this machine."""
+MEASURE = "--measure"
+"""Flag that takes two steps of the first stage, for the speed of this machine."""
+FLAGS = ("--json", MEASURE)
 Kinds = Mapping[str, Mapping[str, int]]
 """Weights of the stored matrices by kind and name."""
 
@@ -36,18 +48,39 @@ Kinds = Mapping[str, Mapping[str, int]]
 def main(words: list[str]) -> int:
     """Print the plan, as text or as JSON."""
     host = plugins.load()
-    composition = compose(host, [word for word in words if word != "--json"])
+    on = next((word.removeprefix(ON) for word in words if word.startswith(ON)), None)
+    composition = compose(host, [word for word in words if word not in FLAGS and not word.startswith(ON)])
     plan = make_plan(composition, host)
+    machine = machine_of(plan, on)
+    expected = estimates(plan, machine, _measured(plan, host, on) if MEASURE in words else None)
+    needs = needs_of(plan, None if on is None else machine)
     if "--json" in words:
-        print(json.dumps(_plan_json(plan), indent=2))
+        print(json.dumps(_plan_json(plan, needs, expected), indent=2))
     else:
-        print("\n".join(map(one_line, _text(plan, composition.config))))
+        lines = _text(plan, composition.config, needs, machine, expected)
+        print("\n".join(map(one_line, lines)))
     return 0
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _measured(plan: Plan, host: Host, on: str | None) -> tuple[float, float]:
+    """Return the tokens and the seconds of a step taken here. Raises BadInput for another machine or unknown data."""
+    from posttrain.commands.measure import measure  # loads torch, which no other plan needs
+
+    if on is not None:
+        reject(f"{ON}{on}", "--measure takes its steps on this machine", "Leave out one of the two")
+    first = plan.steps[0]
+    pace = pace_of(first)
+    volume = None if pace is None else volume_of(first, pace, plan.model.path)
+    if pace is None or volume is None:
+        reject("--measure", f"{first.name} has no steps that can be counted before it runs", "Leave out --measure")
+    with redirect_stdout(sys.stderr):
+        print(f"--measure: two steps of {first.name}, in a run of its own that is removed")
+        return measure(plan, host, pace, volume)
+
+
+def _plan_json(plan: Plan, needs: Mapping[str, Needs], expected: Mapping[str, Estimate]) -> dict[str, Any]:
     """Return the plan for scripts: the stages in running order and the resolved recipe."""
-    stored, needs = _stored(plan), needs_of(plan)
+    stored = _stored(plan)
     stages = [
         {
             "name": step.name,
@@ -60,6 +93,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
             "notes": weaknesses(step.gate, step.tasks),
             "advice": _advice(step, stored),
             "needs": asdict(needs[step.name]) if step.name in needs else None,
+            "estimate": asdict(expected[step.name]) if step.name in expected else None,
         }
         for step in plan.steps
     ]
@@ -72,11 +106,14 @@ def _power_json(step: Step) -> dict[str, Any]:
     return {each.name: {"documents": each.documents, "chances": each.chances} for each in found}
 
 
-def _text(plan: Plan, config: DictConfig) -> list[str]:
+def _text(
+    plan: Plan, config: DictConfig, needs: Mapping[str, Needs], machine: Machine, expected: Mapping[str, Estimate]
+) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
-    stored, needs = _stored(plan), needs_of(plan)
+    stored, times = _stored(plan), estimate_lines(plan, machine, expected)
     lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored)]
+    lines.append(f"on     {machine_line(machine)}")
     lines += [*(f"warning  stands on what no gate passed: {each}" for each in read_base(plan)), ""]
     if plan.spend_cap is not None:
         lines[-1:] = [_cap(plan), ""]
@@ -87,6 +124,7 @@ def _text(plan: Plan, config: DictConfig) -> list[str]:
         lines += [f"  reach  {line}" for line in _reach(step, stored)]
         if need := needs.get(step.name):
             lines += [*(f"  memory {line}" for line in need.memory_lines()), f"  disk   {need.disk_line()}"]
+        lines += [f"  time   {line}" for line in times.get(step.name, ())]
         lines += [f"  gate   {line}" for line in _gate(step, plan.launch)]
         lines += [f"  advice {line}" for line in _advice(step, stored)]
         lines += [""]

@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from posttrain.model.base import stored_kind, stored_shapes
+from posttrain.config.paths import shipped
+from posttrain.cost.shapes import config_shapes
+from posttrain.errors import BadInput
+from posttrain.model.base import WEIGHTS, WEIGHTS_INDEX, stored_kind, stored_shapes
 from posttrain.model.trust import read_json
 
 LINEAR, EXPERTS, EMBEDDINGS = "linear layers", "experts", "embeddings"
@@ -70,12 +75,64 @@ class Architecture:
         return factors + (sum(prod(shape[:-1]) for shape in found) if dora else 0)
 
 
+def find_architecture(path: str) -> Architecture | None:
+    """Return the sizes of a folder's model, or of a hub's in its cache or in conf/architectures.yaml; None for others.
+
+    Nothing is copied, and a damaged model has no sizes: a run says what is wrong with it.
+    """
+    local = Path(path).expanduser()
+    try:
+        if (folder := local if local.is_dir() else _cached(path)) is not None:
+            return read_architecture(folder)
+        config = _published().get(path)
+        return None if config is None else _from_config(config)
+    except BadInput:
+        return None
+
+
 def read_architecture(folder: Path) -> Architecture | None:
     """Return the sizes of the model in ``folder``; None when its configuration does not tell them.
 
+    Without weights beside it, the configuration tells those of the architectures in ``shapes.FAMILIES``.
     Raises BadInput when its files are damaged.
     """
-    return architecture_of(read_json(folder / "config.json"), stored_shapes(folder))
+    config = read_json(folder / "config.json")
+    if (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file():
+        return architecture_of(config, stored_shapes(folder))
+    return _from_config(config)
+
+
+def _from_config(config: Mapping[str, Any]) -> Architecture | None:
+    inner = config.get("text_config")
+    shapes = config_shapes(inner if isinstance(inner, dict) else config)
+    return None if shapes is None else architecture_of(config, shapes)
+
+
+def _cached(name: str) -> Path | None:
+    """Return the newest copy of a hub's repository in the cache of its client, of which the configuration is there."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folder = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}" / "snapshots"
+    if name.count("/") > 1 or ".." in name or not folder.is_dir():
+        return None
+    found = [each for each in folder.iterdir() if (each / "config.json").is_file()]
+    return max(found, key=lambda each: each.stat().st_mtime, default=None)
+
+
+@cache
+def _published() -> Mapping[str, Mapping[str, Any]]:
+    """Return the configurations of conf/architectures.yaml, with the kind of every layer where some slide."""
+    import yaml
+
+    table = yaml.safe_load((shipped("conf") / "architectures.yaml").read_text(encoding="utf-8"))
+    return {name: _with_kinds(config) for name, config in table.items()}
+
+
+def _with_kinds(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    every = config.get("sliding_every")
+    if not every:
+        return config
+    numbers = range(1, config["num_hidden_layers"] + 1)
+    return {**config, "layer_types": [f"{'sliding' if each % every else 'full'}_attention" for each in numbers]}
 
 
 def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:

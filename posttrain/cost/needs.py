@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from posttrain.config.schema import Dtype, LoraSettings, Method
-from posttrain.cost.architecture import Architecture, read_architecture
+from posttrain.cost.architecture import find_architecture
 from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, gpus
+from posttrain.cost.machines import Machine
 from posttrain.cost.memory import KEPT_CHECKPOINTS, WHOLE, Memory, Training, checkpoint_bytes, training_memory
-from posttrain.errors import BadInput
 from posttrain.plan import Plan, Step
 
 
@@ -58,23 +57,24 @@ class Needs:
         return f"checkpoints: {sizes}, {gigabytes(saving)} while one is saved"
 
 
-def stage_needs(plan: Plan, engine: str, processes: int, per_node: int) -> dict[str, Needs]:
-    """Return the needs of each stage by name, as far as its settings and a model in a local folder tell them.
+def stage_needs(
+    plan: Plan, engine: str, processes: int, per_node: int, machine: Machine | None = None
+) -> dict[str, Needs]:
+    """Return the needs of each stage by name, as far as its settings and the sizes of its model tell them.
 
-    ``engine`` is the setting, ``per_node`` the processes that share a machine.
+    ``engine`` is the setting, ``per_node`` the processes that share a machine; ``machine`` has the devices, by default
+    those of this one.
     """
-    model = _architecture(plan)
+    model = find_architecture(plan.model.path)
     if model is None:
         return {}
-    device, found, former = device_memory(per_node), {}, None
-    for step in plan.steps:
-        training = training_of(step, plan.model.dtype, former)
-        if training is None:
-            continue
-        former = training
+    found = {}
+    on_gpus = bool(gpus()) if machine is None else machine.is_gpu
+    device = device_memory(per_node) if machine is None else machine.memory
+    for step, training in trainings(plan, on_gpus=on_gpus):
         checkpoint = checkpoint_bytes(model, training)
-        on_gpus = bool(gpus())  # without, a copy lies in the memory in which it trains
         whole = training_memory(model, training, "ddp", processes)
+        # without a GPU, a copy lies in the memory in which it trains
         chosen, reason = choose_engine(engine, processes, whole.total + (0 if on_gpus else checkpoint), device)
         copies = 1 if chosen in WHOLE else processes  # process 0 alone writes what is whole
         memory = training_memory(model, training, chosen, processes)
@@ -91,7 +91,16 @@ def stage_needs(plan: Plan, engine: str, processes: int, per_node: int) -> dict[
     return found
 
 
-def training_of(step: Step, stored: Dtype, former: Training | None) -> Training | None:
+def trainings(plan: Plan, *, on_gpus: bool) -> Iterator[tuple[Step, Training]]:
+    """Yield each stage with the sizes of its training; stages whose settings have none are left out."""
+    former = None
+    for step in plan.steps:
+        if (training := training_of(step, plan.model.dtype, former, on_gpus=on_gpus)) is not None:
+            former = training
+            yield step, training
+
+
+def training_of(step: Step, stored: Dtype, former: Training | None, *, on_gpus: bool) -> Training | None:
     """Return the sizes of a stage's training; None where its settings have none.
 
     A stage without a method of its own trains the weights of ``former``, the stage before it.
@@ -102,7 +111,7 @@ def training_of(step: Step, stored: Dtype, former: Training | None) -> Training 
     if not isinstance(tokens, int) or not isinstance(method, Method):
         return None
     lora = getattr(config, "lora", None)
-    computed = getattr(config, "compute_dtype", None) or (stored if gpus() else Dtype.float32)
+    computed = getattr(config, "compute_dtype", None) or (stored if on_gpus else Dtype.float32)
     return Training(
         method=method,
         rank=lora.r if isinstance(lora, LoraSettings) else former.rank if former else 0,
@@ -114,11 +123,3 @@ def training_of(step: Step, stored: Dtype, former: Training | None) -> Training 
         loss_chunk=getattr(config, "loss_chunk", tokens),
         compute_bytes=2 if computed is Dtype.bfloat16 else 4,
     )
-
-
-def _architecture(plan: Plan) -> Architecture | None:
-    folder = Path(plan.model.path).expanduser()
-    try:
-        return read_architecture(folder) if folder.is_dir() else None
-    except BadInput:  # a run says what is wrong with it
-        return None

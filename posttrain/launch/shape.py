@@ -11,6 +11,7 @@ from re import fullmatch
 
 from posttrain.config.schema import EngineName, LaunchConfig, Launcher
 from posttrain.cost.engines import SINGLE, choose_engine, gpus, missing_extra
+from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs, stage_needs
 from posttrain.engine.config import LoopConfig
 from posttrain.errors import Problem
@@ -57,9 +58,14 @@ def for_blocks(launch: LaunchConfig, blocks: int) -> LaunchConfig:
     return replace(launch, nodes=nodes, processes=min(shape.per_node, most // nodes))
 
 
-def needs_of(plan: Plan) -> dict[str, Needs]:
-    """Return the memory, the disk and the engine of each stage by name, as far as its settings tell."""
+def needs_of(plan: Plan, machine: Machine | None = None) -> dict[str, Needs]:
+    """Return the memory, the disk and the engine of each stage by name, as far as its settings tell.
+
+    With a ``machine``, they are those of its devices in place of the launch's.
+    """
     shape = shape_of(plan.launch)
+    if machine is not None:
+        return stage_needs(plan, plan.engine.value, machine.count, machine.count, machine)
     return stage_needs(plan, plan.engine.value, shape.world, shape.per_node)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.architectures import tiny_model
 from tests.support.command import main
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer, write_base
 
 RECIPE = """\
 defaults: [/stage@sft: sft, /gate@sft.gate: none, _self_]
@@ -97,5 +97,40 @@ def test_a_model_that_cannot_be_read_yet_is_no_obstacle(
     elif damage == "missing":
         weights.unlink()
     text = plan(capsys, *(["model.path=some/model"] if damage == "hub" else []))
-    assert "weights " not in text
+    assert "in matrices" not in text
     assert "memory " not in text
+
+
+def test_steps_tokens_time_and_cost_are_expected_of_each_stage(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = plan(capsys, "on=8 x H100", "price_per_hour=3 USD")
+    assert "on     8 x H100" in text
+    assert re.search(r"time   2 steps, \d+ tokens", text)
+    assert re.search(r"of training \(.* to .*\), [\d.]+ USD", text)
+    (stage,) = json.loads(plan(capsys, "on=24GB", "--json"))["stages"]
+    assert stage["estimate"]["seconds"] is None
+    assert stage["needs"]["device"] == 24_000_000_000
+
+
+def test_a_model_that_is_elsewhere_is_planned_by_its_published_sizes(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = plan(capsys, "model.path=meta-llama/Llama-3.1-8B", "model.dtype=bfloat16", "on=A100")
+    assert "weights 16.4 GB" in text
+    assert "no sizes" not in text
+    unknown = plan(capsys, "model.path=owner/unknown")
+    assert "not known: the sizes of owner/unknown" in unknown
+
+
+def test_two_steps_are_measured_and_leave_nothing(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_base(working_folder / "base")
+    (working_folder / "recipes").mkdir()
+    (working_folder / "recipes" / "mine.yaml").write_text(RECIPE)
+    rows = [{"prompt": f"{number}+1", "completion": f"{number + 1}"} for number in range(200)]
+    (working_folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = plan(capsys, "--measure", "sft.gradient_accumulation=2", "sft.prepare.enabled=false")
+    assert "as two steps here took" in text
+    assert not [*(working_folder / "runs").glob("measure-*")]
+    assert main("plan", "recipe=mine", "--measure", "on=H100") == 2
+    assert "on this machine" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""The machine that a plan is for: this one, or one of conf/machines.yaml by its name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.paths import shipped
+from posttrain.cost.engines import device_memory, gpus
+from posttrain.errors import reject, suggest
+
+Share = tuple[float, float, float]
+"""Part of a rate that a training reaches: low, likely and high."""
+SIZES = {"GB": 10**9, "GIB": 2**30, "G": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Devices of one kind, and their speed as far as it is known."""
+
+    name: str
+    """Name of the device; empty where nothing but its memory is known."""
+    count: int
+    """Devices that train together."""
+    memory: int | None
+    """Bytes of each; None when they are not known."""
+    is_gpu: bool
+    cores: int = 1
+    """Cores of each device that is a CPU."""
+    rates: Mapping[str, float] | None = None
+    """Operations a second of one device in matrix products, by number format; None for an unknown one."""
+    shares: Mapping[str, Share] | None = None
+    """Part of the rate that a training reaches, by method."""
+    bandwidth: float = 0.0
+    """Bytes a second from a device's memory; 0 when it is not known."""
+    measured: bool = False
+    """True when rate and shares were measured; else they are of data sheets and published runs."""
+
+    @property
+    def source(self) -> str:
+        """The origin of its figures, for people."""
+        if self.measured:
+            return "as measured on such a processor"
+        return "by data sheet and published runs, not measured"
+
+
+def this_machine(processes: int, per_node: int) -> Machine:
+    """Return this machine for a number of processes, of which ``per_node`` share it."""
+    memory, is_gpu = device_memory(per_node), bool(gpus())
+    cores = 1 if is_gpu else max(1, _cores() // per_node)
+    return _machine(_gpu_name() if is_gpu else _cpu_name(), processes, memory, is_gpu=is_gpu, cores=cores)
+
+
+def named_machine(text: str, processes: int) -> Machine:
+    """Return the GPUs that a word of the command names: ``H100``, ``8 x H100``, ``24GB`` or ``8 x 80GB``.
+
+    ``processes`` is their number where the word gives none. Raises BadInput for an unknown one.
+    """
+    found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(.+?)\s*", text, re.IGNORECASE)
+    count, what = (int(found[1] or processes), found[2]) if found else (0, text)
+    if count < 1:
+        reject(text, "names no device", "Write one as H100, '8 x H100' or 24GB")
+    if size := re.fullmatch(r"([\d.]+)\s*([A-Za-z]+)", what):
+        unit = SIZES.get(size[2].upper())
+        if unit and size[1].count(".") <= 1 and size[1] != "." and float(size[1]) > 0:
+            return Machine(name="", count=count, memory=int(float(size[1]) * unit), is_gpu=True)
+    if (name := _known("gpus", what)) is None:
+        known = list(_table()["gpus"])
+        fix = f"{suggest(what, known)} Or give its memory, such as 24GB"
+        reject(text, f"no figures of {what!r} are known", fix)
+    return _machine(name, count, _table()["gpus"][name]["memory"] * 10**9, is_gpu=True)
+
+
+def _machine(name: str, count: int, memory: int | None, *, is_gpu: bool, cores: int = 1) -> Machine:
+    table, group = _table(), "gpus" if is_gpu else "cpus"
+    if (key := _known(group, name)) is None:
+        return Machine(name=name, count=count, memory=memory, is_gpu=is_gpu, cores=cores)
+    entry = table[group][key]
+    shares = entry.get("shares") or table["shares"]["gpu" if is_gpu else "cpu"]
+    return Machine(
+        name=name, count=count, memory=memory, is_gpu=is_gpu, cores=cores,
+        rates={kind: rate * 1e12 * cores for kind, rate in entry["rate"].items()},
+        shares={method: tuple(share) for method, share in shares.items()},
+        bandwidth=entry.get("bandwidth", 0.0) * 1e9, measured=entry.get("measured", False),
+    )  # fmt: skip
+
+
+def _known(group: str, name: str) -> str | None:
+    """Return the key of the first device of which the name is part of ``name``; digits are never cut."""
+    given = re.sub(r"\W", "", name.lower())
+    return next((key for key in _table()[group] if re.search(re.sub(r"\W", "", key.lower()) + r"(?!\d)", given)), None)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load((shipped("conf") / "machines.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_name() -> str:
+    tool = shutil.which("nvidia-smi")
+    try:
+        command = [tool or "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "this GPU"
+    return (found.splitlines() or ["this GPU"])[0].strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else "this processor"
