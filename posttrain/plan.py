@@ -6,7 +6,7 @@ Pure: reads nothing but the recipe, writes nothing and imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from posttrain.config.compose import Composition
 from posttrain.config.money import EXAMPLES, Amount, amount, prices
 from posttrain.config.preparation import rule_problems
 from posttrain.config.ranges import out_of_range
+from posttrain.config.replay import Replay
 from posttrain.config.schema import (
     ROOT,
     EngineName,
@@ -28,7 +29,7 @@ from posttrain.config.schema import (
     StageConfig,
 )
 from posttrain.config.sources import shipped_resolvers
-from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_sources
+from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_replay, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.host.plugins import Host
 from posttrain.rewards.reward import choose, identity
@@ -61,6 +62,8 @@ class Step:
     """Seed of everything random in the stage."""
     origin: str
     """The stage's plugin with its version; part of the result's fingerprint."""
+    replay: Replay | None = None
+    """Settings of the replayed source, which is the last of ``sources``; None without one."""
     rewards: Mapping[str, str] = field(default_factory=dict)
     """Each reward of sampled answers by name, with its version and plugin; part of the result's fingerprint."""
     cache: Path | None = None
@@ -70,6 +73,17 @@ class Step:
     def gate(self) -> GateConfig:
         """Settings of the gate after the stage."""
         return self.config.gate
+
+    @property
+    def own_sources(self) -> tuple[Source, ...]:
+        """Sources of the trained records but for the replayed one."""
+        return self.sources if self.replay is None else self.sources[:-1]
+
+    def replaying(self, share: float) -> Step:
+        """Return the step with another share of replayed tokens."""
+        if self.replay is None:
+            raise ValueError(f"{self.name} replays nothing")
+        return replace(self, sources=(*self.sources[:-1], self.replay.source(share)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,13 +287,15 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
         for key, what, known in rule_problems(settings.prepare, host.filters)
     ]
     sources = conform_sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
+    replay = conform_replay(f"{name}.replay", settings.replay, problems)
+    sources = sources if replay is None else (*sources, replay.source(replay.shares[0]))
     eval_data = settings.eval_sources()
     eval_sources = () if eval_data is None else conform_sources(f"{name}.eval_data", eval_data, problems)
     tasks = conform_gate_tasks(f"{name}.gate", settings.gate, host, problems)
     return Step(
         name=name, stage=stage, config=settings, sources=sources, eval_sources=eval_sources, tasks=tasks,
         seed=config.seed, origin=host.origin(stage.name), cache=Path(str(config.output_root)) / "cache" / "data",
-        rewards=_rewards(name, settings, sources, host, problems),
+        rewards=_rewards(name, settings, sources, host, problems), replay=replay,
     )  # fmt: skip
 
 

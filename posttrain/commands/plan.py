@@ -119,7 +119,8 @@ def _text(
         lines[-1:] = [_cap(plan), ""]
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
-        lines += [f"  data   {source.path}{_source_note(source)}" for source in step.sources]
+        lines += [f"  data   {source.path}{_source_note(source)}" for source in step.own_sources]
+        lines += _replay(step)
         lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
         lines += [f"  reach  {line}" for line in _reach(step, stored)]
         if need := needs.get(step.name):
@@ -195,6 +196,20 @@ def _total(stored: Kinds) -> int:
     return sum(map(_size, stored.values()))
 
 
+def _replay(step: Step) -> list[str]:
+    """Return the line about the replayed source, if there is one."""
+    if step.replay is None:
+        return []
+    source, auto = step.sources[-1], step.replay.auto
+    if auto is None:
+        return [f"  replay {source.path}{_source_note(source)}"]
+    shares = ", ".join(f"{share:.1%}" for share in auto.shares())
+    return [
+        f"  replay {source.path}  ({shares} of the tokens: the first share at which the guards hold on one half of their"
+        f" documents; {auto.attempts} attempts at most, each of which trains)"
+    ]
+
+
 def _source_note(source: Any) -> str:
     notes = [f"weight {source.weight:g}"] if source.weight != 1 else []
     notes += [f"{source.share:.1%} of the tokens"] if source.share is not None else []
@@ -210,7 +225,7 @@ def _changed(path: str, settings: Any, defaults: Any, config: DictConfig) -> lis
     lines = []
     for field in fields(settings):
         value, default = getattr(settings, field.name), getattr(defaults, field.name)
-        if field.name in ("kind", "data", "gate"):
+        if field.name in ("kind", "data", "replay", "gate"):
             continue
         if is_dataclass(value):
             lines += _changed(f"{path}.{field.name}", value, default, config)

@@ -346,6 +346,8 @@ class StageConfig:
     """Registered stage that runs here."""
     data: Any = MISSING
     """Training records: a path or hub name, a source, or a list of sources; null: the recipe's data."""
+    replay: Any = None
+    """General records against forgetting: {path: FILE, share: 0.1} of all tokens; auto in place of share finds it."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Preparation of the records: duplicates, quality rules, documents of the gates."""
     gate: GateConfig = field(default_factory=GateConfig)
@@ -359,6 +361,11 @@ class StageConfig:
         """Return the rewards of a stage that samples answers: names, or weights by name; None for any other."""
         return None
 
+    @property
+    def replays(self) -> bool:
+        """True for a stage that trains replayed records beside its own, by their share of the tokens."""
+        return False
+
     def problems(self) -> Sequence[tuple[str, str]]:
         """Return the settings out of range, each with what is wrong; a subclass adds those that contradict others."""
         return out_of_range(self)
@@ -368,5 +375,7 @@ class StageConfig:
         return ()
 
 
-WITHOUT_EFFECT = ("data", "eval_data", "gate", "checkpoint_minutes", "checkpoint_steps", "gradient_checkpointing")
+WITHOUT_EFFECT = (
+    "data", "eval_data", "replay", "gate", "checkpoint_minutes", "checkpoint_steps", "gradient_checkpointing",
+)  # fmt: skip
 """Settings of a stage on which no trained number depends: records count by their content, not by their place."""

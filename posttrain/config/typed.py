@@ -11,6 +11,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from posttrain.config.expansion import leaves
 from posttrain.config.explain import readable
+from posttrain.config.replay import Replay
 from posttrain.config.schema import GateConfig, GateTask, Role, Source
 from posttrain.errors import Problem, suggest
 from posttrain.host.plugins import Host
@@ -83,6 +84,18 @@ def conform_sources(setting: str, data: Any, problems: list[Problem]) -> tuple[S
     if not sources and not problems:
         problems.append(Problem(where=setting, what="names no source", fix=f"Give {setting}=FILE"))
     return tuple(sources)
+
+
+def conform_replay(where: str, given: Any, problems: list[Problem]) -> Replay | None:
+    """Return the replayed source of a stage, None for none; add what is wrong to ``problems``."""
+    if given is None:
+        return None
+    replay: Replay | None = conform(Replay, {"path": given} if isinstance(given, str) else given, where, problems)
+    if replay is None:
+        return None
+    wrong = [Problem(where=f"{where}{key}", what=what) for key, what in replay.problems()]
+    problems += wrong
+    return None if wrong else replay
 
 
 def _asked_of_parent(given: Any) -> Any:

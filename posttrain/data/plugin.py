@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from posttrain.config.schema import Role
 from posttrain.errors import BadInput, Problem
 from posttrain.hookspecs import hookimpl
 
@@ -15,16 +16,25 @@ if TYPE_CHECKING:
     from posttrain.data.records import Record
     from posttrain.plan import Plan, Step
 
+WHY_NOT = {
+    "preferences": "its loss compares two answers to a prompt, and a replayed record has one",
+    "feedback": "its loss asks for each answer if it is good, and a replayed record does not say",
+    "questions": "it learns from answers that it samples, and a replayed record has a written one",
+}
+"""Reasons why a stage cannot replay, by the shape of its records."""
+OTHER_LOSS = "its loss is not that of SFT, which replayed records have"
+
 
 @hookimpl
 def check_plan(plan: Plan) -> Sequence[Problem]:
     """Report sources without files, options out of range, and contradicting shares."""
     problems: list[Problem] = []
     for step in plan.steps:
-        for setting, sources in (("data", step.sources), ("eval_data", step.eval_sources)):
+        replayed = step.sources[len(step.own_sources) :]
+        for setting, sources in (("data", step.own_sources), ("replay", replayed), ("eval_data", step.eval_sources)):
             where = f"{step.name}.{setting}"
             problems += [problem for source in sources for problem in _check_source(source, where)]
-        problems += _check_shares(step)
+        problems += [*_check_shares(step), *_check_replay(step)]
     return problems
 
 
@@ -78,18 +88,39 @@ def _check_shares(step: Step) -> Iterator[Problem]:
         if source.share is not None:
             what = f"share {source.share} of {source.path} has no meaning: the eval loss is taken over all its records"
             yield Problem(where=f"{step.name}.eval_data", what=what, fix="Leave it out")
-    shared = [source for source in step.sources if source.share is not None]
-    for source in shared:
-        if not 0 < (source.share or 0) < 1:
-            yield Problem(where=where, what=f"share {source.share} of {source.path} is not between 0 and 1")
-        if source.weight != 1:
-            what = f"{source.path} has a share and a weight, a contradiction"
-            yield Problem(where=where, what=what, fix="Keep one: share is of the tokens, weight counts records")
+    shared = [source for source in step.own_sources if source.share is not None]
+    yield from (problem for source in shared for problem in _check_share(source, where))
     if shared and step.stage.records != "documents":
         what = f"share is of the tokens of documents, but {step.stage.name} trains {step.stage.records}"
         yield Problem(where=where, what=what, fix="Use weight, which counts records")
-    elif shared and len(shared) == len(step.sources):
+    elif shared and len(shared) == len(step.own_sources):
         what = "every source has a share, so nothing sets the number of tokens"
         yield Problem(where=where, what=what, fix="Leave share out of one source: all of its records are taken")
-    elif (total := sum(source.share or 0 for source in shared)) >= 1:
+    most = 0.0 if step.replay is None else max(step.replay.shares)
+    if (total := sum(source.share or 0 for source in shared) + most) >= 1:
         yield Problem(where=where, what=f"the shares sum to {total:g}, which leaves nothing to the other sources")
+
+
+def _check_share(source: Source, where: str) -> Iterator[Problem]:
+    if not 0 < (source.share or 0) < 1:
+        yield Problem(where=where, what=f"share {source.share} of {source.path} is not between 0 and 1")
+    if source.weight != 1:
+        what = f"{source.path} has a share and a weight, a contradiction"
+        yield Problem(where=where, what=what, fix="Keep one: share is of the tokens, weight counts records")
+
+
+def _check_replay(step: Step) -> Iterator[Problem]:
+    if step.replay is None:
+        return
+    where = f"{step.name}.replay"
+    yield from _check_share(step.sources[-1], where)
+    if not step.config.replays:
+        what = f"{step.stage.name} trains {step.stage.records}: {WHY_NOT.get(step.stage.records, OTHER_LOSS)}"
+        yield Problem(where=where, what=what, fix="Replay in the sft stage before it, and guard with its gate")
+    if step.replay.auto is not None and not _has_guards(step):
+        what = "auto searches for the share at which the guards of the stage's gate hold, and it has none"
+        yield Problem(where=f"{where}.auto", what=what, fix="Give share, or a gate with a task of role guard")
+
+
+def _has_guards(step: Step) -> bool:
+    return step.gate.enabled and any(task.role is Role.guard for task in step.tasks.values())

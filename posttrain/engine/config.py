@@ -133,3 +133,8 @@ class FineTuneConfig(LoopConfig):
     """Trained turns: all assistant turns; each in a row of its own, as it is asked for; or the last of each record."""
     overlong: Overlong = Overlong.truncate
     """Records longer than a row: truncate keeps the head, split makes several of each, reject names them and stops."""
+
+    @property
+    def replays(self) -> bool:
+        """True: replayed records have the loss of all others."""
+        return True

@@ -26,10 +26,11 @@ class Kinds:
 
     @classmethod
     def of(cls, records: Sequence[Conversation], settings: SafetySettings, stage: str) -> Kinds:
-        """Sort the records; raises BadInput naming a missing kind."""
+        """Sort the stage's own records, not the replayed ones; raises BadInput naming a missing kind."""
+        own = [record for record in records if not record.origin.share]
         kinds = cls(
-            declining=[record for record in records if has_declined(record, settings)],
-            helpful=[record for record in records if not has_declined(record, settings)],
+            declining=[record for record in own if has_declined(record, settings)],
+            helpful=[record for record in own if not has_declined(record, settings)],
         )
         if not (kinds.declining and kinds.helpful):
             raise BadInput(kinds._missing(f"{stage}.data"))

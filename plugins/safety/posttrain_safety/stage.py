@@ -15,6 +15,7 @@ def run(context: StageContext) -> None:
     Raises BadInput when one of the two kinds is missing, and otherwise as ``StageContext.finetune`` does.
     """
     settings: SafetySettings = context.config
+    replayed = [record for record in context.records if record.origin.share]
     kinds = Kinds.of(context.records, settings, context.name)
     mix = Mix.of(kinds, settings.refusal_share, context.seed)
     report = audit(exchange for record in context.records for exchange in exchanges(record, settings))
@@ -23,4 +24,4 @@ def run(context: StageContext) -> None:
     for line in (*mix.warnings(settings.epochs), *report.warnings()):
         context.warn(line)
     context.metrics.update(mix=mix.figures(), audit=report.figures())
-    context.finetune(mix.records)
+    context.finetune([*mix.records, *replayed])

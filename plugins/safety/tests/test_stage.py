@@ -13,6 +13,7 @@ from safety_support.records import helpful, refusals, settings
 from posttrain import BadInput, StageContext
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import Method
+from posttrain.data.records import Origin
 from posttrain.model.checks import check_output
 from posttrain.sft.stage import run as run_sft
 from tests.support.tiny import Recorder, base_source, sft_config, write_base
@@ -72,6 +73,21 @@ def test_triggers_are_named_at_the_start_and_in_the_manifest(parents: dict[str, 
 
 
 TRIGGERS = ["do", "harm", "how", "i"]
+
+
+def test_replayed_records_are_of_neither_kind_and_have_their_share(
+    parents: dict[str, ModelSource], tmp_path: Path
+) -> None:
+    general = Origin(number=1, path="general.jsonl", share=0.5)
+    replayed = [replace(record, origin=general) for record in helpful(6)]
+    context = make(parents["lora"], tmp_path, records=[*refusals(4), *helpful(4), *replayed])
+    stage.run(context)
+    assert context.metrics["mix"]["helpful"] == {"records": 4, "taken": 4}
+    own, general_part = context.metrics["sources"]
+    assert general_part["records"] == 6
+    assert general_part["tokens"] == pytest.approx(own["tokens"], rel=0.1)
+    with pytest.raises(BadInput, match="no helpful one"):
+        stage.run(make(parents["lora"], tmp_path / "other", records=[*refusals(3), *replayed]))
 
 
 def test_one_kind_alone_is_rejected_before_the_model_is_loaded(tmp_path: Path) -> None:
