@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OnContamination,
         PrepareConfig,
     )
+    from posttrain.config.replay import AutoShare, Replay
     from posttrain.config.schema import (
         Backend,
         Dtype,
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from posttrain.tokens.judged import JudgedAnswer
 
 __all__ = [
+    "AutoShare",
     "MISSING",
     "Action",
     "Advice",
@@ -162,6 +164,7 @@ __all__ = [
     "Record",
     "Rendered",
     "RenderedPair",
+    "Replay",
     "Reward",
     "Role",
     "Row",
@@ -208,6 +211,7 @@ HOMES = {
         "OnContamination",
         "PrepareConfig",
     ),
+    "posttrain.config.replay": ("AutoShare", "Replay"),
     "posttrain.config.schema": (
         "Backend",
         "Dtype",
