@@ -95,7 +95,6 @@ if TYPE_CHECKING:
     from posttrain.tokens.judged import JudgedAnswer
 
 __all__ = [
-    "AutoShare",
     "MISSING",
     "Action",
     "Advice",
@@ -108,6 +107,7 @@ __all__ = [
     "Artifact",
     "ArtifactDamaged",
     "Asked",
+    "AutoShare",
     "Backend",
     "BadInput",
     "BalanceConfig",

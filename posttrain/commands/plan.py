@@ -204,10 +204,8 @@ def _replay(step: Step) -> list[str]:
     if auto is None:
         return [f"  replay {source.path}{_source_note(source)}"]
     shares = ", ".join(f"{share:.1%}" for share in auto.shares())
-    return [
-        f"  replay {source.path}  ({shares} of the tokens: the first share at which the guards hold on one half of their"
-        f" documents; {auto.attempts} attempts at most, each of which trains)"
-    ]
+    search = f"the first at which the guards hold on half of their documents, in {auto.attempts} trainings at most"
+    return [f"  replay {source.path}  ({shares} of the tokens: {search})"]
 
 
 def _source_note(source: Any) -> str:

@@ -1,4 +1,4 @@
-"""Settings of replay: general records trained beside a stage's own, so that it forgets less of what its parent knows."""
+"""Settings of replay: general records trained beside a stage's own, so that it forgets less of what it knows."""
 
 from __future__ import annotations
 
