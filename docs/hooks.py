@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain_trackers.weights_and_biases import WandbTracker
+from posttrain_trackers.tracking import Tracking
 
 from posttrain import hookspecs
 from posttrain.host import plugins
@@ -66,7 +66,7 @@ def shipped_users() -> dict[str, list[str]]:
     """Names of the shipped plugins that implement each hook."""
     host = plugins.load()
     manager = host.manager
-    manager.register(WandbTracker.__new__(WandbTracker), "tracker=wandb")
+    manager.register(Tracking.__new__(Tracking), "tracker=NAME")
     found: dict[str, list[str]] = {}
     for name, plugin in manager.list_name_plugin():
         info = host.plugins.get(name)

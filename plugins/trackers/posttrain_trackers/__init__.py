@@ -1,19 +1,24 @@
 """Trackers, each chosen by ``tracker=NAME``. Importing this imports no tracking service's client.
 
-A new tracker is a module with its class and settings, an entry of TRACKERS, and ``conf/tracker/NAME.yaml``.
+A new tracker is a class and its settings in ``services.py``, a row of TRACKERS, and ``conf/tracker/NAME.yaml``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain import Problem, Settings, hookimpl
-from posttrain_trackers.weights_and_biases import WandbSettings
+from posttrain_trackers.services import (
+    CometSettings,
+    MLflowSettings,
+    TensorBoardSettings,
+    TrackioSettings,
+    WandbSettings,
+)
 
 if TYPE_CHECKING:
     from posttrain import Plan
@@ -28,20 +33,34 @@ class Tracker:
     summary: str
     settings: type
     """Dataclass of the settings below ``tracker``."""
-    client: str
-    """Package of the service's client, and the extra of ``posttrain`` with it."""
-    start: str
-    """``module:class`` of the object with the hooks of a run; made of settings, directory and resolved recipe."""
+    clients: tuple[str, ...]
+    """Modules of the service's client, installed by the extra of ``posttrain`` with the tracker's name."""
+    service: str
+    """Class of ``posttrain_trackers.services``; made of settings, directory and resolved recipe."""
 
 
 TRACKERS = {
     "wandb": Tracker(
         summary="log steps, lifts and verdicts to Weights & Biases",
-        settings=WandbSettings,
-        client="wandb",
-        start="posttrain_trackers.weights_and_biases:WandbTracker",
+        settings=WandbSettings, clients=("wandb",), service="Wandb",
     ),
-}
+    "tensorboard": Tracker(
+        summary="log steps, lifts and verdicts for TensorBoard",
+        settings=TensorBoardSettings, clients=("tensorboardX",), service="TensorBoard",
+    ),
+    "mlflow": Tracker(
+        summary="log steps, lifts and verdicts to MLflow",
+        settings=MLflowSettings, clients=("mlflow", "sqlalchemy", "alembic"), service="MLflow",
+    ),
+    "trackio": Tracker(
+        summary="log steps, lifts and verdicts to trackio",
+        settings=TrackioSettings, clients=("trackio",), service="Trackio",
+    ),
+    "comet": Tracker(
+        summary="log steps, lifts and verdicts to Comet",
+        settings=CometSettings, clients=("comet_ml",), service="Comet",
+    ),
+}  # fmt: skip
 
 
 @hookimpl
@@ -63,17 +82,20 @@ def register_config() -> Sequence[Path]:
 def check_plan(plan: Plan) -> Sequence[Problem]:
     """Report a chosen tracker whose client is not installed."""
     chosen = TRACKERS.get(plan.tracker)
-    if chosen is not None and find_spec(chosen.client) is None:
-        fix = f"pip install 'posttrain[{chosen.client}]'"
-        return [Problem(where="tracker", what=f"{chosen.client} is not installed", fix=fix)]
-    return []
+    missing = [name for name in chosen.clients if find_spec(name) is None] if chosen else []
+    if not missing:
+        return []
+    what = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    return [Problem(where="tracker", what=what, fix=f"pip install 'posttrain[{plan.tracker}]'")]
 
 
 @hookimpl
 def run_started(plan: Plan, directory: Path) -> object | None:
-    """Return the chosen tracker, or None when it is not one of these."""
+    """Return the hooks of the chosen tracker, or None when it is not one of these."""
     if (chosen := TRACKERS.get(plan.tracker)) is None:
         return None
-    module, _, name = chosen.start.partition(":")
-    tracker: object = getattr(import_module(module), name)(plan.settings[plan.tracker], directory, plan.resolved)
-    return tracker
+    from posttrain_trackers import services
+    from posttrain_trackers.tracking import Tracking
+
+    start = getattr(services, chosen.service)
+    return Tracking(plan.tracker, lambda: start(plan.settings[plan.tracker], directory, plan.resolved))

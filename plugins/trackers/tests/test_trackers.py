@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import tomllib
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import posttrain_trackers
 import pytest
-from posttrain_trackers.weights_and_biases import WandbSettings
+from posttrain_trackers import TRACKERS
+from posttrain_trackers.services import WandbSettings
 
 from posttrain import cli
 from posttrain.config.compose import compose
@@ -17,6 +21,8 @@ from posttrain.host.plugins import Host
 from posttrain.plan import make_plan
 from tests.support.command import complete
 from tests.support.fakes import GATES, Script, run_json, run_on, run_recipe, scripted_host, write_project
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class FakeRun:
@@ -73,9 +79,49 @@ def test_a_service_that_fails_never_fails_the_run(
     assert capsys.readouterr().err.count("wandb is off for the rest of this run: ConnectionError: unreachable") == 1
 
 
-def test_the_real_client_logs_offline(working_folder: Path) -> None:
-    run_recipe(Script(), "tracker=wandb", "tracker.project=test")
-    assert list(working_folder.glob("runs/mine-*/wandb/offline-run-*/*.wandb"))
+def test_a_service_that_hangs_holds_a_run_up_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr("posttrain_trackers.tracking.CALL_SECONDS", 0.01)
+    run = FakeRun()
+    monkeypatch.setattr(run, "log", lambda values: forever.wait())
+    service(monkeypatch, lambda **settings: run)
+    run_recipe(Script(), "tracker=wandb")
+    forever.set()
+    assert run_json()["state"] == "done"
+    assert capsys.readouterr().err.count("wandb is off for the rest of this run: TimeoutError: no answer in") == 1
+
+
+def test_what_a_client_prints_is_no_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = FakeRun()
+    monkeypatch.setattr(run, "log", lambda values: print("an advertisement"))
+    service(monkeypatch, lambda **settings: run)
+    run_recipe(Script(), "tracker=wandb")
+    shown = capsys.readouterr()
+    assert "an advertisement" not in shown.out + shown.err
+    assert "done" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "mode"),
+    [([], None, "offline"), (["tracker.online=true"], None, "online"), (["tracker.online=true"], "offline", "offline")],
+)
+def test_a_run_is_sent_only_when_asked_for(
+    words: list[str], variable: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    asked: list[str] = []
+
+    def init(**settings: Any) -> FakeRun:
+        asked.append(settings["mode"])
+        return FakeRun()
+
+    service(monkeypatch, init)
+    run_recipe(Script(), "tracker=wandb", *words)
+    assert asked == [mode]
 
 
 def test_nothing_is_tracked_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +133,20 @@ def test_nothing_is_tracked_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert run_json()["state"] == "done"
 
 
-def test_a_client_that_is_not_installed_is_a_problem_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_client_that_is_not_installed_is_a_problem_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain_trackers.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install 'posttrain\[wandb\]'"):
-        run_recipe(Script(), "tracker=wandb")
+    with pytest.raises(BadInput, match=rf"not installed\n.*pip install 'posttrain\[{name}\]'"):
+        run_recipe(Script(), f"tracker={name}")
+
+
+def test_every_tracker_has_its_option_and_its_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = tomllib.loads((ROOT / "plugins/trackers/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    options = {path.stem for path in Path(posttrain_trackers.__file__).parent.glob("conf/tracker/*.yaml")}
+    extras = own["optional-dependencies"]
+    assert options == set(TRACKERS) == set(extras)
+    assert {name: project["optional-dependencies"][name] for name in extras} == extras
 
 
 def test_each_run_of_a_sweep_is_tracked_by_its_own_tracker(
@@ -136,7 +192,10 @@ def test_its_settings_are_listed_typed_and_checked(host: Host, capsys: pytest.Ca
         make_plan(compose(host, [*words, "tracker=wandb", "tracker.projekt=p", "tracker.entity=[1]"]), host)
     assert [problem.where for problem in caught.value.problems] == ["tracker.projekt=p", "tracker.entity=[1]"]
     assert "Did you mean tracker.project?" in str(caught.value)
-    with pytest.raises(BadInput, match=r"no tracker is chosen\n    Add tracker=NAME. Available: wandb"):
+    with pytest.raises(
+        BadInput,
+        match=r"no tracker is chosen\n    Add tracker=NAME. Available: comet, mlflow, tensorboard, trackio, wandb",
+    ):
         make_plan(compose(host, [*words, "tracker.project=p"]), host)
     with pytest.raises(BadInput, match=r"no tracker named 'wandbb'\n    Did you mean wandb\?"):
         make_plan(compose(host, [*words, "tracker=wandbb"]), host)
