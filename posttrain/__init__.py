@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from posttrain.prepare.filters import Filter, Finding
     from posttrain.prepare.rows import Row
     from posttrain.rewards.reward import Reward, Scorer
-    from posttrain.sampling.objective import AnsweredQuestion, Asked, PolicyLoss, TokenScores
+    from posttrain.sampling.objective import AnsweredQuestion, PolicyLoss, TokenScores
+    from posttrain.sampling.policy import Asked
     from posttrain.sampling.sampler import Answer
     from posttrain.stage import MISSING, Progress, Settings, Stage, StageConfig, from_recipe, from_variant, number
     from posttrain.tokens.chat import ChatRenderer, Rendered, RenderedPair
@@ -280,7 +281,8 @@ HOMES = {
         "Step",
     ),
     "posttrain.rewards.reward": ("Reward", "Scorer"),
-    "posttrain.sampling.objective": ("AnsweredQuestion", "Asked", "PolicyLoss", "TokenScores"),
+    "posttrain.sampling.objective": ("AnsweredQuestion", "PolicyLoss", "TokenScores"),
+    "posttrain.sampling.policy": ("Asked",),
     "posttrain.sampling.sampler": ("Answer",),
     "posttrain.data.declines": ("declines",),
     "posttrain.prepare.filters": ("Filter", "Finding"),

@@ -58,24 +58,26 @@ class RowOrder:
     seed: int
     shuffled: bool = True
     """False takes the rows in the order given, in every epoch."""
+    visits: int = 1
+    """Steps in a row that take the same rows."""
 
     @classmethod
     def from_config(cls, config: LoopConfig, rows: int, seed: int, shuffled: bool = True) -> RowOrder:
         """Return the order of a run over ``rows`` rows. The last step of an epoch may have fewer rows."""
         per_step = config.per_device_batch_size * config.gradient_accumulation
-        total = config.epochs * -(-rows // per_step)
+        total = config.epochs * -(-rows // per_step) * config.visits
         total = min(total, config.max_steps or total)
-        return cls(rows=rows, per_step=per_step, total=total, seed=seed, shuffled=shuffled)
+        return cls(rows=rows, per_step=per_step, total=total, seed=seed, shuffled=shuffled, visits=config.visits)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the rows."""
-        return -(-self.rows // self.per_step)
+        return -(-self.rows // self.per_step) * self.visits
 
     def of_step(self, step: int) -> list[int]:
         """Return the indices of the rows of optimizer step ``step``, counted from 1."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        start = place * self.per_step
+        start = place // self.visits * self.per_step
         if not self.shuffled:
             return list(range(start, min(start + self.per_step, self.rows)))
         indices: list[int] = _permutation(self.seed, epoch, self.rows)[start : start + self.per_step].tolist()

@@ -27,11 +27,12 @@ class LoopConfig(StageConfig):
     """Settings of the training loop, for every stage on it, whatever its loss."""
 
     eval_data: Any = None
-    """Records set aside from training, in the form of data: their loss is reported as eval_loss."""
+    """Records set aside from training, in the form of data: their loss is reported as eval_loss, the reward of greedy
+    answers to questions as eval_reward."""
     eval_share: float = number(0.0, least=0, below=1)
-    """Share of the records set aside for the eval loss. 0 trains all: the gate decides in any case."""
+    """Share of the records set aside so. 0 trains all: the gate decides in any case."""
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
-    """Optimizer steps between two measurements of the eval loss; once per epoch when absent."""
+    """Optimizer steps between two measurements on them; once per epoch when absent."""
     lr: float = number(MISSING, least=0)
     """Peak learning rate."""
     epochs: int = number(2, least=1)
@@ -78,6 +79,11 @@ class LoopConfig(StageConfig):
         """True when the rows of a forward pass meet in the loss."""
         return False
 
+    @property
+    def visits(self) -> int:
+        """Optimizer steps in a row on the same rows."""
+        return 1
+
     def eval_sources(self) -> Any:
         """Return the sources of the eval loss."""
         return self.eval_data
@@ -109,20 +115,19 @@ class SampledConfig(LoopConfig):
     """Longest answer, in tokens: one that goes on is cut, and counted as never ended."""
     reward: Any = "right"
     """A reward by name, a list of them, or weights by name: posttrain list rewards."""
+    updates: int = number(1, least=1)
+    """Optimizer steps on the answers of one sampling; checkpoints are saved between samplings."""
     idle_steps: int = number(20, least=1)
-    """Steps in a row without two answers of different rewards to any question, after which the stage stops."""
+    """Samplings in a row without two answers of different rewards to any question, after which the stage stops."""
+
+    @property
+    def visits(self) -> int:
+        """As ``updates`` has it."""
+        return self.updates
 
     def rewarding(self) -> Any:
         """Return the rewards."""
         return self.reward
-
-    def problems(self) -> Sequence[tuple[str, str]]:
-        """Return settings out of range or against each other, as (setting, what is wrong)."""
-        found = [*super().problems()]
-        if self.eval_data is not None or self.eval_share:
-            key = "eval_share" if self.eval_share else "eval_data"
-            found.append((key, "sampled answers have no eval loss: the gate asks questions that were never rewarded"))
-        return found
 
 
 @dataclass(kw_only=True)

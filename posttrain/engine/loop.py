@@ -72,7 +72,7 @@ class Training:
     """Asked after every step; true saves and stops."""
     checkpoints: Path
     evaluation: Evaluation
-    """Measures the eval loss, without a trace in the training."""
+    """Measures on records set aside, without a trace in the training."""
     engine: str = SINGLE
     """Name of the engine; with several processes, each runs the loop."""
     make_objective: Callable[[LoopConfig, str], Objective[Any]] = MaskedCrossEntropy
@@ -245,7 +245,8 @@ class Training:
             return {}
         report = partial(self.progress.part, what="eval document")
         metrics = self.evaluation.measure(step, engine, self.compute_dtype, report)
-        self._require_finite(step, "eval loss", metrics["eval_loss"])
+        for name, value in metrics.items():
+            self._require_finite(step, name.replace("_", " "), value)
         return metrics
 
     def _require_finite(self, step: int, name: str, value: float) -> None:
@@ -253,8 +254,9 @@ class Training:
         require_finite(step, name, value, fix)
 
     def _save_or_stop(self, position: Position, saves: Saves, engine: Engine) -> None:
-        # the last step is not saved: its weights are about to be published, and a stop has nothing left to save
-        if position.step == self.order.total:
+        # The last step is not saved: its weights are about to be published, and a stop has nothing left to save. Nor is
+        # one amid several on the same rows: what the model has drawn for them, it would draw otherwise now.
+        if position.step == self.order.total or position.step % self.order.visits:
             return
         due = processes.rank() == 0 and saves.is_due(position.step)  # clocks differ: process 0 has the word
         asked = torch.tensor([self.stop_requested(), due, saves.failed]).int()

@@ -23,6 +23,8 @@ LONG_STEP_SECONDS = 5
 FIGURES = {
     "loss": "loss {:.3f}",
     "eval_loss": "eval loss {:.3f}",
+    "reward": "reward {:.3f}",
+    "eval_reward": "eval reward {:.3f}",
     "lr": "lr {:.1e}",
     "rewards_margin": "margin {:+.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",

@@ -68,11 +68,19 @@ def scorer_of(job: Job) -> Scorer | None:
     return None if given is None else choose(given, job.host.rewards, job.host.reward_owners)
 
 
-def check_asked(job: Job, records: Sequence[Any]) -> None:
-    """Raise BadInput for records that are questions which the stage's rewards cannot use, or a gate asks as well."""
+def check_asked(job: Job, records: Sequence[Any], evaluated: Sequence[Any]) -> None:
+    """Raise BadInput for records that are questions which the stage's rewards cannot use, or a gate asks as well.
+
+    Questions ``evaluated`` must not be among those that are trained.
+    """
     scorer = scorer_of(job)
-    if scorer is not None:
-        check_questions(job, [each for each in records if isinstance(each, Question)], scorer)
+    if scorer is None:
+        return
+    trained, measured = ([each for each in given if isinstance(each, Question)] for given in (records, evaluated))
+    check_questions(job, trained, scorer)
+    problems = [*scorer.problems(measured), *_also_trained(trained, measured)]
+    if problems:
+        raise BadInput(problems[:MOST_PROBLEMS])
 
 
 def check_questions(job: Job, questions: Sequence[Question], scorer: Scorer) -> None:
@@ -80,6 +88,20 @@ def check_questions(job: Job, questions: Sequence[Question], scorer: Scorer) -> 
     problems = [*scorer.problems(questions)[:MOST_PROBLEMS], *islice(_asked_by_gates(job, questions), 1)]
     if problems:
         raise BadInput(problems)
+
+
+def _also_trained(trained: Sequence[Question], measured: Sequence[Question]) -> Iterator[Problem]:
+    """Yield a problem for each question of eval_data that is trained as well."""
+    own = {_turns(question): question for question in trained}
+    for question in measured:
+        if (found := own.get(_turns(question))) is not None:
+            what = f"it is set aside by eval_data, and trained as {found.where}"
+            yield Problem(where=question.where, what=what, fix="Leave it out of one of the two")
+
+
+def _turns(question: Question) -> tuple[tuple[str, str], ...]:
+    """Return what makes two questions the same: their turns, letter case and spaces aside."""
+    return tuple((str(turn["role"]), _plain(str(turn["content"]))) for turn in question.prompt)
 
 
 def sample_records(

@@ -93,6 +93,7 @@ def _figures(artifact: Artifact) -> str:
         "tokens": "{:,} tokens",
         "final_loss": "loss {:.3f}",
         "eval_loss": "eval loss {:.3f}",
+        "eval_reward": "eval reward {:.3f}",
     }
     found = artifact.manifest.metrics
     return "".join(", " + text.format(found[key]) for key, text in texts.items() if found.get(key) is not None)
@@ -241,7 +242,7 @@ def read_records(job: Job) -> Records:
     evaluation = replace(job.step, sources=job.step.eval_sources)
     evaluated = _read(job, evaluation) if evaluation.sources else ()
     trained = _read(job, job.step)
-    check_asked(job, trained)
+    check_asked(job, trained, evaluated)
     left_out = [line for each in (trained, evaluated) for line in _left_out(job, each)]
     unread = _unread(job, [*trained, *evaluated])
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.

@@ -4,7 +4,8 @@
     batch      prompts, each once for all of its answers, packed end to end; nothing padded
     share      log-probabilities of every token by the policy, and by the model before training where the loss asks
 
-Every answer draws by the seed, the step, its question and its number: a resumed run writes what it would have written.
+Every answer draws by the seed, the sampling, its question and its number: a resumed run writes what it would have
+written, and several processes write what one does.
 """
 
 # N = tokens of all answers of a batch, A = answers of a batch
@@ -12,48 +13,31 @@ Every answer draws by the seed, the step, its question and its number: a resumed
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.cost.operations import Work
-from posttrain.data.records import Question
 from posttrain.digests import digest_of
-from posttrain.disk import naming
 from posttrain.engine.ahead import on_device
 from posttrain.engine.answers import AnswerBatch
-from posttrain.engine.attention import causal_model, shares_prompts
+from posttrain.engine.attention import shares_prompts
 from posttrain.engine.config import SampledConfig
-from posttrain.engine.precision import autocasting
 from posttrain.engine.start import TOLERANCE
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
-from posttrain.model.probe import set_attention
-from posttrain.rewards.reward import Scorer
-from posttrain.sampling.answers import BLOCK, model_ends, stop_ids, text_of
-from posttrain.sampling.sampler import Answer, Drawing, sample
-from posttrain.stage import Progress
+from posttrain.sampling.policy import Asked, Policy
+from posttrain.sampling.sampler import Answer, Drawing
+from posttrain.sampling.trail import Trail
 
 if TYPE_CHECKING:
     from posttrain.engine.engine import Engine
     from posttrain.engine.objective import Sums, Totals
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A question of the stage, before the policy answers it."""
-
-    question: Question
-    """The question as its source has it."""
-    prompt: Sequence[int]
-    """Token ids up to the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,17 +119,13 @@ class SampledObjective:
     """Number format of the arithmetic."""
     _: KW_ONLY
     loss: PolicyLoss
-    scorer: Scorer
-    tokenizer: Any
+    policy: Policy
     first: Sequence[Asked]
     """Questions by whose answers the start is proven."""
     seed: int
     stored: str
     """Number format of the stored weights."""
-    trail: Path
-    """Folder of all sampled answers, a file for each step."""
-    progress: Progress
-    coupled = False
+    trail: Trail
     shuffled = True
     drawn = True
     shared: bool = field(default=False, init=False)
@@ -153,7 +133,12 @@ class SampledObjective:
     _before: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     """Trained weights before training, for a loss with a reference."""
     _drawn: tuple[int, Sequence[AnsweredQuestion]] | None = field(default=None, init=False)
-    _idle: int = field(default=0, init=False)
+    """Number of the last sampling, and its questions with their answers."""
+
+    @property
+    def coupled(self) -> bool:
+        """As the settings have it."""
+        return self.config.coupled
 
     def begin(self, engine: Engine) -> None:
         """Keep the model before training, and prove that the loop gives tokens the chances they were drawn with.
@@ -163,29 +148,25 @@ class SampledObjective:
         self._engine = engine
         self.shared = engine.run(partial(shares_prompts, engine.model))
         times = "once for all of its answers" if self.shared else "again for each answer, as the kernel needs it"
-        self.progress.note(f"prompts: each is computed {times}")
+        self.policy.progress.note(f"prompts: each is computed {times}")
         if self.loss.referenced:
             trained = engine.model.named_parameters()
             self._before = {name: each.detach().clone() for name, each in trained if each.requires_grad}
         self._prove_start(engine)
 
     def draw(self, step: int, rows: Sequence[Asked]) -> Sequence[AnsweredQuestion]:
-        """Return the step's questions with the answers of the policy as it is; the same ones when asked again."""
-        if self._drawn is None or self._drawn[0] != step:
-            answers = self._write(rows, step)
-            texts = [[text_of(self.tokenizer, answer) for answer in group] for group in answers]
-            parts = [
-                [self.scorer.parts(each.question, text, answer.ended) for text, answer in zip(said, group, strict=True)]
-                for each, said, group in zip(rows, texts, answers, strict=True)
-            ]
-            rewards = [[self.scorer.total(each) for each in group] for group in parts]
+        """Return the step's questions with the answers of the policy as it is, or was at the first of ``updates``."""
+        sampling = -(-step // self.config.updates)
+        if self._drawn is None or self._drawn[0] != sampling:
+            assert self._engine is not None
+            groups = self.policy.answer(self._engine, self.dtype, rows, self._drawing(sampling))
+            rewards = [[each.reward for each in group] for group in groups]
             advantages = self.loss.advantages(rewards)
-            found = [
-                AnsweredQuestion(asked=asked, answers=group, rewards=given, advantages=better)
-                for asked, group, given, better in zip(rows, answers, rewards, advantages, strict=True)
+            self.trail.write(sampling, rows, groups, advantages)
+            self._drawn = sampling, [
+                AnsweredQuestion(asked=asked, answers=[each.answer for each in group], rewards=given, advantages=better)
+                for asked, group, given, better in zip(rows, groups, rewards, advantages, strict=True)
             ]
-            self._keep(step, found, texts, parts)
-            self._drawn = step, found
         return self._drawn[1]
 
     def totals(self, rows: Sequence[AnsweredQuestion]) -> Totals:
@@ -240,17 +221,17 @@ class SampledObjective:
     def figures(self, sums: Mapping[str, float], totals: Totals) -> dict[str, float]:
         """Return the figures of the loss, and of the answers behind it.
 
-        Raises BadInput when no question's answers have differed in their rewards for ``idle_steps`` steps.
+        Raises BadInput when no question's answers have differed in their rewards for ``idle_steps`` samplings.
         """
-        rows = () if self._drawn is None else self._drawn[1]
+        sampling, rows = (0, ()) if self._drawn is None else self._drawn
         answers = [answer for row in rows for answer in row.answers]
         spread = fmean(len(set(row.rewards)) > 1 for row in rows)
         reward = fmean(value for row in rows for value in row.rewards)
-        self._idle = 0 if spread else self._idle + 1
-        if self._idle >= self.config.idle_steps:
-            what = f"in {self._idle} steps no question had answers of different rewards (mean {reward:.3f})"
+        most = self.config.idle_steps
+        if not spread and self.trail.idle(sampling, most) == most:
+            what = f"in {most} steps no question had answers of different rewards (mean {reward:.3f})"
             fix = "Nothing is learnt so: raise k or temperature, ask other questions, or end earlier by max_steps"
-            raise BadInput(Problem(where=str(self.trail), what=what, fix=fix))
+            raise BadInput(Problem(where=str(self.trail.folder), what=what, fix=fix))
         return {
             **self.loss.figures(sums, totals),
             "reward": reward,
@@ -281,53 +262,18 @@ class SampledObjective:
             for name, each in now.items():
                 trained[name].data = each
 
-    def _write(self, rows: Sequence[Asked], step: int) -> list[list[Answer]]:
-        """Return the policy's answers to the questions of a step."""
-        assert self._engine is not None
-        model = self._engine.model
-        drawing = Drawing(
+    def _drawing(self, sampling: int) -> Drawing:
+        return Drawing(
             k=self.config.k,
             temperature=self.config.temperature,
             max_tokens=self.config.max_tokens,
-            seed=int(digest_of([self.seed, step])[:15], 16),
+            seed=int(digest_of([self.seed, sampling])[:15], 16),
         )
-        ends = stop_ids(self.tokenizer) | model_ends(model)
-        size = max(1, BLOCK // drawing.k)
-        found: list[list[Answer]] = []
-        with _writing(causal_model(model)), autocasting(model, self.dtype):
-            for start in range(0, len(rows), size):
-                prompts = [each.prompt for each in rows[start : start + size]]
-                found += self._engine.run(partial(sample, model, prompts, drawing, ends))
-                self.progress.part(len(found) * drawing.k, len(rows) * drawing.k, "answer")
-        return found
-
-    def _keep(
-        self,
-        step: int,
-        rows: Sequence[AnsweredQuestion],
-        texts: Sequence[Sequence[str]],
-        parts: Sequence[Sequence[Mapping[str, float]]],
-    ) -> None:
-        """Write the answers of a step, each on a line: the trail of what was rewarded."""
-        lines = [
-            {
-                "where": row.asked.question.where, "answer": text, "ended": answer.ended, "tokens": len(answer.ids),
-                "reward": reward, "advantage": advantage, "rewards": each,
-            }
-            for row, said, scored in zip(rows, texts, parts, strict=True)
-            for answer, text, reward, advantage, each in zip(
-                row.answers, said, row.rewards, row.advantages, scored, strict=True
-            )
-        ]  # fmt: skip
-        self.trail.mkdir(parents=True, exist_ok=True)
-        path = self.trail / f"step-{step:08d}.jsonl"
-        with naming(path):
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
     @torch.no_grad()
     def _prove_start(self, engine: Engine) -> None:
         """Raise ArtifactDamaged unless the loop gives sampled tokens the log-probabilities they were drawn with."""
-        answers = self._write(self.first, step=0)
+        answers = self.policy.write(engine, self.dtype, self.first, self._drawing(0))
         rows = [
             AnsweredQuestion(asked=asked, answers=group, rewards=[0.0] * len(group), advantages=[0.0] * len(group))
             for asked, group in zip(self.first, answers, strict=True)
@@ -345,36 +291,3 @@ class SampledObjective:
             )
         if scores.reference is not None and float((scores.log_probs - scores.reference).abs().max()) > 0:
             raise ArtifactDamaged("the reference is not the model before training; nothing was trained")
-
-
-@contextlib.contextmanager
-def _writing(causal: PreTrainedModel) -> Iterator[None]:
-    """Give the model attention that writes with a cache, and its own back: kernels of packed rows have none."""
-    before = causal.config._attn_implementation
-    try:
-        set_attention(causal, "sdpa")
-    except (ImportError, ValueError):
-        set_attention(causal, "eager")
-    try:
-        yield
-    finally:
-        set_attention(causal, before)
-
-
-def trail_figures(trail: Path, steps: int) -> dict[str, Any]:
-    """Return the counts of the answers in the files of the first ``steps`` steps, and the reward at either end.
-
-    An end is a tenth of the steps.
-    """
-    files = [trail / f"step-{step:08d}.jsonl" for step in range(1, steps + 1)]
-    kept = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in files]
-    found = [each for answers in kept for each in answers]
-    rewards = [fmean(each["reward"] for each in answers) for answers in kept]
-    end = max(1, steps // 10)
-    return {
-        "sampled_answers": len(found),
-        "sampled_tokens": sum(each["tokens"] for each in found),
-        "never_ended": sum(not each["ended"] for each in found),
-        "reward_first": fmean(rewards[:end]),
-        "reward_last": fmean(rewards[-end:]),
-    }

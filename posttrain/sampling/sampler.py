@@ -29,6 +29,7 @@ class Drawing:
     k: int
     """Answers to each prompt."""
     temperature: float
+    """0 takes the likeliest token, at temperature 1."""
     max_tokens: int
     """Longest answer, its stop token included."""
     seed: int
@@ -154,13 +155,17 @@ class _Block:
 
     def _draw(self, logits_RV: torch.Tensor, alive: torch.Tensor, step: int) -> torch.Tensor:
         """Draw a token [R] for each answer by its own number, and note its log-probability and the entropy."""
-        log_probs_RV = (logits_RV / self._drawing.temperature).log_softmax(-1)
+        greedy = self._drawing.temperature == 0
+        log_probs_RV = (logits_RV if greedy else logits_RV / self._drawing.temperature).log_softmax(-1)
         if not torch.isfinite(log_probs_RV.amax(-1)).all():
             raise ArtifactDamaged("the model that was to answer gives logits that are not finite")
         probs_RV = log_probs_RV.double().exp()
-        ladder_RV = probs_RV.cumsum(-1)
-        height_R1 = self._noise_RT[alive, step][:, None] * ladder_RV[:, -1:]
-        chosen_R = torch.searchsorted(ladder_RV, height_R1, right=True)[:, 0].clamp(max=logits_RV.shape[-1] - 1)
+        if greedy:
+            chosen_R = logits_RV.argmax(-1)
+        else:
+            ladder_RV = probs_RV.cumsum(-1)
+            height_R1 = self._noise_RT[alive, step][:, None] * ladder_RV[:, -1:]
+            chosen_R = torch.searchsorted(ladder_RV, height_R1, right=True)[:, 0].clamp(max=logits_RV.shape[-1] - 1)
         log_probs_R = log_probs_RV.gather(1, chosen_R[:, None])[:, 0]
         entropy_R = -(probs_RV * log_probs_RV.clamp(min=-1e4)).sum(-1)
         found = zip(alive.tolist(), chosen_R.tolist(), log_probs_R.tolist(), entropy_R.tolist(), strict=True)

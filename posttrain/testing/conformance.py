@@ -61,8 +61,9 @@ class AtStep:
 
     @hookimpl
     def step_logged(self, step: int) -> None:
-        """Note the step, and act at the chosen one."""
-        self.seen.append(step)
+        """Note the step, and act at the chosen one; step 0 is a measurement, and no step of training."""
+        if step:
+            self.seen.append(step)
         if step == self.step:
             self.action()
 

@@ -44,6 +44,18 @@ def test_tokens_are_drawn_by_their_seed_from_the_distribution_of_a_plain_pass_in
             assert answer.ended or len(answer.ids) == DRAWING.max_tokens
 
 
+def test_at_temperature_zero_each_token_is_the_likeliest() -> None:
+    greedy = Drawing(k=1, temperature=0, max_tokens=12, seed=0)
+    found = sample(tiny(), PROMPTS, greedy, [END])
+    exact = tiny_llama(initializer_range=0.3).double().eval()
+    for prompt, (answer,) in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            logits_TV = exact(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
+        assert list(answer.ids) == logits_TV.argmax(-1).tolist()
+        expected_T = logits_TV.log_softmax(-1).amax(-1).tolist()
+        assert answer.log_probs == pytest.approx(expected_T, abs=1e-4)
+
+
 def tokens(groups: list[list[Answer]]) -> list[list[tuple[int, ...]]]:
     return [[answer.ids for answer in group] for group in groups]
 

@@ -32,7 +32,7 @@ QUESTIONS = [{"question": f"a {word}", "answer": "[a-p]", "match": "regex"} for 
 
 class TestGRPO(StageConformance):
     kind = "grpo"
-    settings = QUICK
+    settings = {**QUICK, "eval_share": 0.25, "eval_steps": 1, "max_steps": 4}
     records = QUESTIONS
     rejected = ([{"question": "a red"}], [{"question": "a red", "answer": "(", "match": "exact"}])
 
@@ -69,6 +69,49 @@ def test_every_answer_of_every_step_stays_with_its_reward(project: Project, tmp_
     assert (figures["reward_first"], figures["reward_last"]) == (pytest.approx(ends[0]), pytest.approx(ends[-1]))
 
 
+def test_greedy_answers_to_questions_set_aside_are_scored_and_change_nothing(project: Project, tmp_path: Path) -> None:
+    words = ("ice", "sea", "fog")
+    asked = [{"question": f"a {word}", "answer": "[a-p]", "match": "regex"} for word in words]
+    path = project.write_records(asked, "aside.jsonl")
+    plain = project.run(tmp_path / "plain", "grpo.max_steps=3").path
+    run = project.run(tmp_path / "told", "grpo.max_steps=3", f"grpo.eval_data='{path}'", "grpo.eval_steps=2").path
+    weights = "stages/grpo/artifact/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (plain / weights).read_bytes()
+    told = {step["step"]: step for step in steps(run)}
+    assert [step for step, each in told.items() if "eval_reward" in each] == [0, 2, 3]
+    changing = {"tokens_per_second", "mfu"}
+    for step in steps(plain):
+        assert {name: told[step["step"]][name] for name in step if name not in changing} == {
+            name: value for name, value in step.items() if name not in changing
+        }
+    for step in (0, 2, 3):
+        answers = run / "stages" / "grpo" / "answers" / f"eval-{step:08d}.jsonl"
+        lines = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert [line["question"] for line in lines] == [f"a {word}" for word in words]
+        assert told[step]["eval_reward"] == pytest.approx(sum(line["reward"] for line in lines) / len(words))
+        assert told[step]["eval_cut"] == sum(not line["ended"] for line in lines) / len(words)
+    figures = json.loads((run / "stages" / "grpo" / "artifact" / "manifest.json").read_text())["metrics"]
+    assert figures["eval_questions"] == len(words)
+    assert (figures["eval_reward_first"], figures["eval_reward"]) == (told[0]["eval_reward"], told[3]["eval_reward"])
+
+
+def test_a_share_of_the_questions_is_set_aside_and_never_trained(project: Project, tmp_path: Path) -> None:
+    run = project.run(tmp_path, "grpo.eval_share=0.25", "grpo.epochs=2").path
+    answers = run / "stages" / "grpo" / "answers"
+    trained, measured = (
+        {json.loads(line)["question"] for path in answers.glob(kind) for line in path.read_text().splitlines()}
+        for kind in ("step-*.jsonl", "eval-*.jsonl")
+    )
+    assert (len(trained), len(measured), trained & measured) == (6, 2, set())
+    assert len(list(answers.glob("eval-*.jsonl"))) == 3  # before training, and after each pass
+
+
+def test_a_question_to_set_aside_that_is_trained_is_rejected(project: Project, tmp_path: Path) -> None:
+    path = project.write_records([{"question": "A  Red", "answer": "x", "match": "regex"}], "both.jsonl")
+    with pytest.raises(BadInput, match=r"both.jsonl:1: it is set aside by eval_data, and trained as .*records.jsonl:1"):
+        project.run(tmp_path, f"grpo.eval_data='{path}'")
+
+
 def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"in 2 steps no question had answers of different rewards \(mean 0.000\)"):
         project.run(tmp_path, "grpo.reward=exact", "grpo.idle_steps=2")
@@ -80,7 +123,7 @@ def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> N
         ("grpo.k=1", "k: must be at least 2"),
         ("grpo.loss_type=dapoo", "Did you mean dapo"),
         ("grpo.scale_rewards=all", "no scale is called 'all'"),
-        ("grpo.eval_share=0.1", "sampled answers have no eval loss"),
+        ("grpo.eval_steps=1", "measures nothing without eval records"),
         ("grpo.reward=exakt", "no reward is called 'exakt'"),
         ("grpo.sequence_length=20", "exceed 20"),
         ("grpo.max_tokens=600", "exceed"),

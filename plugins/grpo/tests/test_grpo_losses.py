@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from posttrain import AnsweredQuestion, TokenScores
 from posttrain.data.records import Question
-from posttrain.sampling.objective import Asked
+from posttrain.sampling.policy import Asked
 from posttrain.sampling.sampler import Answer
 
 LENGTHS = (3, 5, 1, 4, 2, 5)

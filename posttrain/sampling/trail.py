@@ -1,0 +1,103 @@
+"""The trail of an on-policy stage: every answer it was rewarded for, with its reward, and its greedy answers.
+
+    answers/step-00000012.jsonl    the answers of the 12th sampling, each on a line, those to one question together
+    answers/eval-00000010.jsonl    greedy answers to the questions set aside, after optimizer step 10
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from posttrain.disk import naming
+from posttrain.engine import processes
+from posttrain.sampling.policy import Asked, Rewarded
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The folder of a stage's answers; process 0 writes."""
+
+    folder: Path
+    k: int
+    """Answers to each question of a sampling."""
+
+    def write(
+        self,
+        sampling: int,
+        rows: Sequence[Asked],
+        groups: Sequence[Sequence[Rewarded]],
+        advantages: Sequence[Sequence[float]],
+    ) -> None:
+        """Write the answers of a sampling, counted from 1, with their advantages."""
+        lines = [
+            {**_line(row, each), "advantage": advantage}
+            for row, group, given in zip(rows, groups, advantages, strict=True)
+            for each, advantage in zip(group, given, strict=True)
+        ]
+        if sampling == 1:
+            self._forget("step-*.jsonl")
+        self._write(self._path(sampling), lines)
+
+    def write_greedy(self, step: int, rows: Sequence[Asked], answers: Sequence[Rewarded]) -> None:
+        """Write the greedy answers to the questions set aside, after an optimizer step."""
+        if step == 0:
+            self._forget("eval-*.jsonl")
+        lines = [_line(row, each) for row, each in zip(rows, answers, strict=True)]
+        self._write(self.folder / f"eval-{step:08d}.jsonl", lines)
+
+    def idle(self, last: int, most: int) -> int:
+        """Count the samplings in a row, up to ``last``, at most ``most``, whose questions all had answers of one reward."""
+        for count in range(most):
+            if last - count < 1 or self._differs(last - count):
+                return count
+        return most
+
+    def figures(self, samplings: int) -> dict[str, Any]:
+        """Return the counts of the answers of so many samplings, and the reward at either end, a tenth of them."""
+        kept = [self._read(sampling) for sampling in range(1, samplings + 1)]
+        found = [each for answers in kept for each in answers]
+        rewards = [fmean(each["reward"] for each in answers) for answers in kept]
+        end = max(1, samplings // 10)
+        return {
+            "sampled_answers": len(found),
+            "sampled_tokens": sum(each["tokens"] for each in found),
+            "never_ended": sum(not each["ended"] for each in found),
+            "reward_first": fmean(rewards[:end]),
+            "reward_last": fmean(rewards[-end:]),
+        }
+
+    def _differs(self, sampling: int) -> bool:
+        rewards = [each["reward"] for each in self._read(sampling)]
+        return any(len(set(rewards[start : start + self.k])) > 1 for start in range(0, len(rewards), self.k))
+
+    def _path(self, sampling: int) -> Path:
+        return self.folder / f"step-{sampling:08d}.jsonl"
+
+    def _read(self, sampling: int) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._path(sampling).read_text(encoding="utf-8").splitlines()]
+
+    def _forget(self, pattern: str) -> None:
+        """Remove what an earlier training, of other settings, has left."""
+        for path in self.folder.glob(pattern) if processes.rank() == 0 else ():
+            path.unlink()
+
+    def _write(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        if processes.rank() > 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with naming(path):
+            # half a character pair of a question has no bytes, but an escape
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _line(row: Asked, each: Rewarded) -> dict[str, Any]:
+    return {
+        "where": row.question.where, "question": row.question.prompt[-1]["content"], "answer": each.text,
+        "ended": each.answer.ended, "tokens": len(each.answer.ids), "reward": each.reward, "rewards": dict(each.parts),
+    }  # fmt: skip
