@@ -2,12 +2,12 @@
 
 With the ratio r of a token's chance to the one it was drawn with, and its answer's advantage a:
 
-    dapo, grpo, dr_grpo   -min(r a, clip(r, 1 - epsilon, 1 + epsilon_high) a)
+    all but cispo         -min(r a, clip(r, 1 - epsilon, 1 + epsilon_high) a)
     cispo                 -min(r, 1 + epsilon_high) a log p, no gradient through the weight
     all                   + beta (q/p - log q/p - 1), the KL divergence from the model before training
 
 A token's loss is divided by the tokens of the step (dapo, cispo), by those of its answer and the answers of the step
-(grpo), or by max_tokens and the answers (dr_grpo).
+(grpo), by max_tokens and the answers (dr_grpo), or by the tokens of its batch and the batches of the step (bnpo).
 """
 
 # N = tokens of all answers of a batch, A = answers of a batch
@@ -46,7 +46,8 @@ class GRPOLoss:
         """Count the answers' tokens that are in the loss."""
         answers = [answer for row in rows for answer in row.answers]
         counted = [answer for answer in answers if answer.ended or not self.settings.mask_cut]
-        return {"loss_tokens": sum(len(answer.ids) for answer in counted)}
+        batches = {"batches": -(-len(rows) // self.settings.per_device_batch_size)} if self.settings.coupled else {}
+        return {"loss_tokens": sum(len(answer.ids) for answer in counted), **batches}
 
     def share(self, scores: TokenScores, totals: Mapping[str, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the share of a batch in the loss of the step, and sums of its figures over tokens."""
@@ -92,6 +93,8 @@ class GRPOLoss:
             return 1 / (scores.lengths[scores.owners].to(scores.log_probs.dtype) * totals["answers"])
         if self.settings.loss_type == "dr_grpo":
             return torch.full_like(scores.log_probs, 1 / (self.settings.max_tokens * totals["answers"]))
+        if self.settings.loss_type == "bnpo":
+            return 1 / (self._counts(scores).sum().clamp(min=1) * totals["batches"]).expand_as(scores.log_probs)
         return torch.full_like(scores.log_probs, 1 / max(totals["loss_tokens"], 1))
 
 

@@ -21,6 +21,8 @@ from posttrain.sampling.sampler import Answer
 
 LENGTHS = (3, 5, 1, 4, 2, 5)
 ENDED = (True, False, True, True, True, False)
+CUTS = ((0, 2), (2, 6))
+"""First and last answer of each question, which is a batch of its own."""
 MOST = 5
 EPSILON, HIGH = 0.2, 0.3
 
@@ -34,7 +36,10 @@ def numbers(spread: float) -> list[torch.Tensor]:
 
 
 def settings(**given: Any) -> GRPOSettings:
-    return GRPOSettings(kind="grpo", data="q", max_tokens=MOST, epsilon=EPSILON, epsilon_high=HIGH, lr=1e-5, **given)
+    return GRPOSettings(
+        kind="grpo", data="q", max_tokens=MOST, epsilon=EPSILON, epsilon_high=HIGH, lr=1e-5, per_device_batch_size=1,
+        **given,
+    )  # fmt: skip
 
 
 def ours(spread: float, **given: Any) -> tuple[float, torch.Tensor, dict[str, float]]:
@@ -47,10 +52,12 @@ def ours(spread: float, **given: Any) -> tuple[float, torch.Tensor, dict[str, fl
         for length, ended in zip(LENGTHS, ENDED, strict=True)
     ]
     asked = Asked(question=Question(prompt=(), where="q:1"), prompt=[1])
-    row = AnsweredQuestion(asked=asked, answers=answers, rewards=[0.0] * len(answers), advantages=[])
-    totals = {"answers": len(answers), **loss.totals([row])}
+    rows = [
+        AnsweredQuestion(asked=asked, answers=answers[first:last], rewards=[], advantages=[]) for first, last in CUTS
+    ]
+    totals = {"answers": len(answers), **loss.totals(rows)}
     total, summed = torch.zeros((), dtype=torch.float64), defaultdict[str, float](float)
-    for first, last in ((0, 2), (2, len(answers))):
+    for row, (first, last) in zip(rows, CUTS, strict=True):
         lengths = torch.tensor(LENGTHS[first:last])
         part = slice(sum(LENGTHS[:first]), sum(LENGTHS[:last]))
         owners = torch.arange(last - first).repeat_interleave(lengths)
@@ -69,52 +76,63 @@ def ours(spread: float, **given: Any) -> tuple[float, torch.Tensor, dict[str, fl
 
 
 def theirs(kind: str, spread: float, beta: float = 0.0, mask_cut: bool = False) -> tuple[float, torch.Tensor, Any]:
-    """Loss, gradient and metrics of TRL's trainer on the same tokens, padded, with the step as its one batch."""
+    """Loss, gradient and metrics of TRL's trainer on the same tokens, padded.
+
+    The step is its one batch, or, for the loss that depends on batches, each question is, as in accumulated gradients.
+    """
     policy_N, drawn_N, reference_N, advantages_A = numbers(spread)
     policy_N.requires_grad_()
     rows = torch.tensor([[place < length for place in range(MOST)] for length in LENGTHS])
+    ended_A1 = torch.tensor(ENDED).long()[:, None]
+    metrics: dict[str, Any] = {"train": defaultdict(list)}
+    cuts = CUTS if kind == "bnpo" else [(0, len(LENGTHS))]
 
     def padded(values_N: torch.Tensor) -> torch.Tensor:
         return torch.zeros(rows.shape, dtype=torch.float64).masked_scatter(rows, values_N)
 
-    mask = rows.long() * torch.tensor(ENDED).long()[:, None] if mask_cut else rows.long()
-    metrics: dict[str, Any] = {"train": defaultdict(list)}
-    accelerator = SimpleNamespace(
-        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
-    )
-    trainer = SimpleNamespace(
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, loss_type=kind,
-        importance_sampling_level="token", epsilon_low=EPSILON, use_vllm=False, current_gradient_accumulation_steps=1,
-        epsilon_high=1 + HIGH if kind == "cispo" else HIGH, max_completion_length=MOST, accelerator=accelerator,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1), _metrics=metrics,
-        model=SimpleNamespace(training=True), _entropy_bonus_enabled=False,
-        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(policy_N), torch.zeros(rows.shape), None),
-    )  # fmt: skip
-    inputs = {
-        "prompt_ids": torch.ones(len(LENGTHS), 1).long(), "prompt_mask": torch.ones(len(LENGTHS), 1).long(),
-        "completion_ids": rows.long(), "completion_mask": mask, "advantages": advantages_A,
-        "old_per_token_logps": padded(drawn_N), "ref_per_token_logps": padded(reference_N),
-        "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    loss.backward()
-    return float(loss.detach()), policy_N.grad, metrics["train"]
+    total = torch.zeros((), dtype=torch.float64)
+    for first, last in cuts:
+        part = slice(first, last)
+        mask = (rows.long() * ended_A1 if mask_cut else rows.long())[part]
+        accelerator = SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
+        )
+        trainer = SimpleNamespace(
+            aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, loss_type=kind,
+            importance_sampling_level="token", epsilon_low=EPSILON, use_vllm=False,
+            current_gradient_accumulation_steps=len(cuts),
+            epsilon_high=1 + HIGH if kind == "cispo" else HIGH, max_completion_length=MOST, accelerator=accelerator,
+            args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1), _metrics=metrics,
+            model=SimpleNamespace(training=True), _entropy_bonus_enabled=False,
+            _get_per_token_logps_and_entropies=lambda *_, part=part, mask=mask, **__: (
+                padded(policy_N)[part], torch.zeros(mask.shape), None,
+            ),
+        )  # fmt: skip
+        inputs = {
+            "prompt_ids": torch.ones(len(mask), 1).long(), "prompt_mask": torch.ones(len(mask), 1).long(),
+            "completion_ids": rows.long()[part], "completion_mask": mask, "advantages": advantages_A[part],
+            "old_per_token_logps": padded(drawn_N)[part], "ref_per_token_logps": padded(reference_N)[part],
+            "num_items_in_batch": mask.sum(),
+        }  # fmt: skip
+        total = total + GRPOTrainer._compute_loss(trainer, None, inputs)
+    total.backward()
+    return float(total.detach()), policy_N.grad, metrics["train"]
 
 
 @pytest.mark.parametrize("mask_cut", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo", "cispo", "bnpo"])
 def test_loss_and_gradient_are_trls(kind: str, beta: float, mask_cut: bool) -> None:
-    own = "dapo" if kind == "bnpo" else kind  # a batch of the whole step: both divide by its tokens
-    loss, gradient, figures = ours(0.4, loss_type=own, beta=beta, mask_cut=mask_cut)
+    loss, gradient, figures = ours(0.4, loss_type=kind, beta=beta, mask_cut=mask_cut)
     expected, expected_gradient, metrics = theirs(kind, 0.4, beta, mask_cut)
     assert loss == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
-    if beta:
-        assert figures["kl"] == pytest.approx(metrics["kl"][0], rel=1e-6)
-    clipped = metrics["cispo_clip_ratio" if kind == "cispo" else "clip_ratio/region_mean"][0]
-    assert figures["clipped"] == pytest.approx(clipped, rel=1e-6)
     assert 0 < figures["clipped"] < 1
+    if kind != "bnpo":  # its batches report means of their own
+        clipped = metrics["cispo_clip_ratio" if kind == "cispo" else "clip_ratio/region_mean"][0]
+        assert figures["clipped"] == pytest.approx(clipped, rel=1e-6)
+        if beta:
+            assert figures["kl"] == pytest.approx(metrics["kl"][0], rel=1e-6)
 
 
 def test_on_policy_nothing_is_clipped_and_the_divergence_is_zero() -> None:
