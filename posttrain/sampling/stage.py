@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.data.records import Question
-from posttrain.engine.config import SampledConfig
 from posttrain.engine.answers import set_aside
+from posttrain.engine.config import SampledConfig
 from posttrain.engine.stage import carry_out, check_vocabulary, make_training, switch_dropout_off
 from posttrain.errors import BadInput, PluginFailed, Problem
 from posttrain.sampling.answers import prompt_ids

@@ -1,7 +1,7 @@
 """The trail of an on-policy stage: every answer it was rewarded for, with its reward, and its greedy answers.
 
-    answers/step-00000012.jsonl    the answers of the 12th sampling, each on a line, those to one question together
-    answers/eval-00000010.jsonl    greedy answers to the questions set aside, after optimizer step 10
+answers/step-00000012.jsonl    the answers of the 12th sampling, each on a line, those to one question together
+answers/eval-00000010.jsonl    greedy answers to the questions set aside, after optimizer step 10
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trail:
         self._write(self.folder / f"eval-{step:08d}.jsonl", lines)
 
     def idle(self, last: int, most: int) -> int:
-        """Count the samplings in a row, up to ``last``, at most ``most``, whose questions all had answers of one reward."""
+        """Count the samplings in a row up to ``last``, at most ``most``, without two rewards for any question."""
         for count in range(most):
             if last - count < 1 or self._differs(last - count):
                 return count

@@ -27,8 +27,8 @@ class GRPOSettings(SampledConfig):
     """Share of the steps in which the learning rate rises linearly from 0."""
     loss_type: str = "dapo"
     """dapo (each token of the step weighs the same, arXiv:2503.14476), grpo (each answer, arXiv:2402.03300), dr_grpo (a
-    token against max_tokens, arXiv:2503.20783), bnpo (a token of its forward pass, as TRL's) or cispo (clipped weights on
-    log-likelihoods, arXiv:2506.13585)."""
+    token against max_tokens, arXiv:2503.20783), bnpo (a token of its forward pass, as TRL's) or cispo (clipped weights
+    on log-likelihoods, arXiv:2506.13585)."""
     scale_rewards: str = "group"
     """Spread that divides an answer's reward over the mean of its question: of the question's answers (group), of the
     step's (batch), or none."""
