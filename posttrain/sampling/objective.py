@@ -163,10 +163,15 @@ class SampledObjective:
             rewards = [[each.reward for each in group] for group in groups]
             advantages = self.loss.advantages(rewards)
             self.trail.write(sampling, rows, groups, advantages)
-            self._drawn = sampling, [
-                AnsweredQuestion(asked=asked, answers=[each.answer for each in group], rewards=given, advantages=better)
-                for asked, group, given, better in zip(rows, groups, rewards, advantages, strict=True)
-            ]
+            self._drawn = (
+                sampling,
+                [
+                    AnsweredQuestion(
+                        asked=asked, answers=[each.answer for each in group], rewards=given, advantages=better
+                    )
+                    for asked, group, given, better in zip(rows, groups, rewards, advantages, strict=True)
+                ],
+            )
         return self._drawn[1]
 
     def totals(self, rows: Sequence[AnsweredQuestion]) -> Totals:
