@@ -70,7 +70,8 @@ posttrain: post-training of language models in which an evaluation gates every s
   --format NAME      with leaderboard: table, markdown or json; with ledger export: jsonl or csv
   output_root=DIR    with leaderboard and ledger: the folder of runs (./runs by default)
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml
-  --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4
+  --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4;
+                     select=best judges the best of them, on documents that had no part in the choice
   --help, --version
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the Tab key
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource
-from posttrain.config.schema import OnFail
+from posttrain.config.schema import Half, OnFail
 from posttrain.console import styled
 from posttrain.data.reading import remote
 from posttrain.disk import explain_error, require_writable
@@ -109,6 +109,7 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
     judgement = ledger.Judgement(
         run=job.run.path.name, recipe=job.plan.recipe, stage=job.name, lineage=artifact.manifest.lineage,
         base=artifact.manifest.base, parent=artifact.manifest.parent_digest, artifact=artifact.digest, verdict=verdict,
+        tried=job.step.gate.chosen_from,
     )  # fmt: skip
     ledger.record(job.plan.output_root, job.folder, judgement)
     if verdict.state == "pass":
@@ -133,8 +134,9 @@ def _next_parent(
     if policy is None:
         return artifact.source(job.base), verdict.unpromoted
     if policy is OnFail.warn:
-        setting = f"on_{verdict.state}: warn"
-        job.display.line(job.name, "gate", f"warning: not promoted, and by {setting} the run goes on from it")
+        chosen_later = verdict.state == "undecided" and job.step.gate.half is Half.choosing
+        by = "to be chosen from" if chosen_later else f"by on_{verdict.state}: warn"
+        job.display.line(job.name, "gate", f"warning: not promoted, and {by} the run goes on from it")
         return artifact.source(job.base), (*verdict.unpromoted, f"{artifact.named}: {verdict.state}")
     if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
         job.display.line(job.name, "gate", f"rolled back: the pipeline continues from {parent.name}")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import GateTask, Launcher, OnFail
+from posttrain.config.schema import GateTask, Half, Launcher, OnFail
 from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import explain_error, replace_text
@@ -102,6 +102,9 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     problems = []
     if not settings.gate.enabled:
         problems.append(Problem(where="gate", what="this gate is switched off", fix="Choose a gate with tasks"))
+    if settings.gate.half is Half.choosing:
+        what = "this half promotes nothing, so nothing can pass"
+        problems.append(Problem(where="gate.half", what=what, fix="Leave it out, or give judging"))
     if settings.update_baseline and (settings.baseline is None or not is_scores(settings.baseline)):
         what = "there is no file to write the scores to"
         problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))

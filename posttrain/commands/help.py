@@ -15,7 +15,8 @@ Run a recipe, or resume it: train, score and decide, stage by stage.
   key=value          any setting, such as sft.lr=1e-3; posttrain list STAGE has them, posttrain show those of a recipe
   gate@STAGE.gate=X  another gate of a stage
   +stage@NAME=KIND   one more stage; ~stage@NAME takes one out; 'stages=[sft,dpo]' selects and orders
-  --multirun, -m     run every combination of comma-separated values
+  --multirun, -m     run every combination of comma-separated values; select=best chooses one on half of the last gate's
+                     documents and judges it on the other half
 {RECIPE_FLAGS}
 
 Example: posttrain recipe=quickstart sft.epochs=3""",

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.commands.arguments import parse
 from posttrain.config.expansion import leaves
+from posttrain.config.schema import Half
 from posttrain.errors import ArtifactDamaged, reject
 from posttrain.quoting import cell
 from posttrain.report.run import RunReport, read_report
@@ -18,6 +19,8 @@ from posttrain.report.scores import clock, scale_of
 COLUMNS = ("run", "state", "lifts", "time", "differs in")
 WITHOUT_INTEREST = ("output_root", "stages", "data_workers", "plugin_timeout", "spend_cap", "price_per_hour", "launch.")
 """Settings on which no result depends."""
+CHOICE = (".gate.half", ".gate.chosen_from")
+"""Ends of the settings that tell a choice among runs; the state of a run says it."""
 MOST_DIFFERENCES = 12
 
 
@@ -34,6 +37,8 @@ class Row:
     """One text a stage and task: the lift with its bounds, the system compared with, the decision."""
     differs: dict[str, str]
     """Values of the settings in which the runs of its recipe differ."""
+    choice: str = ""
+    """Its part in a choice of the best: ``for choosing``, or ``chosen from N``; empty outside of one."""
 
 
 def main(words: list[str]) -> int:
@@ -75,7 +80,7 @@ def rows(root: Path, recipe: str | None = None) -> list[Row]:
             row = Row(
                 run=path.name, recipe=report.run.recipe, state=report.run.state, started=report.run.started or "",
                 seconds=sum(stage.seconds or 0.0 for stage in report.run.stages) or None,
-                lifts=list(_lifts(report)), differs=differs,
+                lifts=list(_lifts(report)), differs=differs, choice=_choice(settings[path]),
             )  # fmt: skip
         found.append(row)
     chosen = [row for row in found if recipe in (None, row.recipe)]
@@ -106,10 +111,19 @@ def _settings(path: Path) -> dict[str, str]:
     return {key: str(value) for key, value in found if not key.startswith(WITHOUT_INTEREST)}
 
 
+def _choice(settings: Mapping[str, str]) -> str:
+    """Return the part of a run in a choice, by its settings."""
+    halves = {value for key, value in settings.items() if key.endswith(CHOICE[0])}
+    if Half.choosing.value in halves:
+        return "for choosing"
+    tried = max((int(value) for key, value in settings.items() if key.endswith(CHOICE[1])), default=1)
+    return f"chosen from {tried}" if tried > 1 else ""
+
+
 def _differences(own: Mapping[str, str], alike: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {
         key: own.get(key, "absent")
-        for key in sorted({key for other in alike for key in other})
+        for key in sorted({key for other in alike for key in other if not key.endswith(CHOICE)})
         if len({other.get(key) for other in alike}) > 1
     }
 
@@ -118,7 +132,8 @@ def _cells(row: Row, between: str) -> tuple[str, ...]:
     differs = [f"{key}={value}" for key, value in row.differs.items()]
     if len(differs) > MOST_DIFFERENCES:
         differs = [*differs[:MOST_DIFFERENCES], f"and {len(differs) - MOST_DIFFERENCES} more"]
-    return (row.run, row.state, between.join(row.lifts), clock(row.seconds), between.join(differs))
+    state = f"{row.state}, {row.choice}" if row.choice else row.state
+    return (row.run, state, between.join(row.lifts), clock(row.seconds), between.join(differs))
 
 
 def show(found: Sequence[Row]) -> None:
@@ -137,6 +152,6 @@ def show(found: Sequence[Row]) -> None:
         table.add_column(column, overflow="fold", no_wrap=column == "run")
     for row in found:
         name, state, lifts, time, differs = _cells(row, "\n")
-        coloured = styled((state, COLOURS.get(state, "default")))
+        coloured = styled((state, COLOURS.get(row.state, "default")))
         table.add_row(styled(name), coloured, Text(lifts), styled(time), Text(differs))
     table_console().print(table)

@@ -103,6 +103,14 @@ class Sequential(Enum):
     obrien_fleming = "obrien_fleming"
 
 
+class Half(Enum):
+    """The documents that a gate asks: both halves, or the one to choose on, or the one to judge on."""
+
+    both = "both"
+    choosing = "choosing"
+    judging = "judging"
+
+
 class EngineName(Enum):
     """The division of training among processes: ``auto`` takes what fits."""
 
@@ -281,6 +289,10 @@ class GateConfig:
     """Requests scored at once; a killed evaluation resumes after its last batch of documents."""
     seed: int = 0
     """Seed of document samples, few-shot examples, the order of documents and resampling."""
+    half: Half = Half.both
+    """both, choosing (promotes nothing) or judging: the halves on which select=best of a sweep chooses and judges."""
+    chosen_from: int = 1
+    """Number of candidates among which the judged one was chosen, as the ledger records it."""
 
     def allowed_drop(self, task: GateTask) -> float:
         """Return the loss that a guard allows."""
@@ -301,6 +313,8 @@ class GateConfig:
             found.append(("batch_size", f"{self.batch_size} is not positive"))
         if not 1 <= self.looks <= MOST_LOOKS:
             found.append(("looks", f"{self.looks} is not between 1 and {MOST_LOOKS}"))
+        if self.chosen_from < 1:
+            found.append(("chosen_from", f"{self.chosen_from} is not positive"))
         return found
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
+from posttrain.gate.halves import select_half
 from posttrain.gate.sequential import select_portion
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 
 if TYPE_CHECKING:
-    from posttrain.config.schema import GateTask
+    from posttrain.config.schema import GateTask, Half
 
 Rows = Mapping[int, DocumentScore]
 """One system's rows of one task under one filter, by document."""
@@ -65,6 +66,7 @@ def _match_task(request: GateRequest, scorecard: Scorecard, name: str, task: Gat
         _require_fresh(name, system, found, request.systems[system].digest)
         _require_same_questions(name, system, found, candidate)
     _require_all(name, len(candidate), scorecard, request.gate.seed)
+    _require_half(name, candidate, scorecard, request.gate.half)
     groups = group_equal({doc_id: (row.document_hash, row.request_hash) for doc_id, row in candidate.items()})
     return TaskScores(
         name=name,
@@ -161,6 +163,14 @@ def _require_all(name: str, found: int, scorecard: Scorecard, seed: int) -> None
     expected = found if total is None else len(select_portion(asked, scorecard.look, seed, clusters))
     if found != expected:
         raise ArtifactDamaged(f"{name}: {found:,} documents are scored, not {expected:,}")
+
+
+def _require_half(name: str, rows: Rows, scorecard: Scorecard, half: Half) -> None:
+    # A document that took part in the choice would judge what was chosen by it.
+    hashes = {doc_id: row.document_hash for doc_id, row in rows.items()}
+    if strange := sorted(hashes.keys() - select_half(hashes, half, scorecard.clusters.get(name))):
+        others = f"{len(strange):,} documents, such as {strange[0]}"
+        raise ArtifactDamaged(f"{name}: the gate asks the {half.value} half, and {others}, belong to the other")
 
 
 def _scores(name: str, metric: str, rows: Rows, groups: Sequence[Sequence[int]]) -> list[float]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from posttrain.config.schema import OnFail
+from posttrain.config.schema import Half, OnFail
 from posttrain.errors import GateFailed, GateUndecided, PluginFailed, PosttrainError
+from posttrain.gate.halves import hold_back
 from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict, VerdictState
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def decide_candidate(
     if not isinstance(verdict, Verdict):
         raise PluginFailed(f"{request.stage}: the gate answered {verdict!r}, which is not a verdict: never a pass")
     return replace(
-        verdict,
+        hold_back(request.gate, verdict),
         gated=verdict.gated and request.gate.enabled,
         unpromoted=request.unpromoted,
         scored_by=scored_by,
@@ -65,9 +66,14 @@ def state_of(verdict: Verdict) -> str:
 
 
 def policy_for(gate: GateConfig, state: str) -> OnFail | None:
-    """Return the gate's policy for a verdict; None for a pass, which needs none."""
+    """Return the gate's policy for a verdict; None for a pass, which needs none.
+
+    A run goes on from what the half for choosing does not fail: it is to be compared, and is promoted by nothing.
+    """
     if state == "pass":
         return None
+    if state == "undecided" and gate.half is Half.choosing:
+        return OnFail.warn
     return gate.on_fail if state == "fail" else gate.on_undecided
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Role
+from posttrain.config.schema import Half, Role
 from posttrain.gate.evidence import Mean
 from posttrain.gate.roles import RULES
 
@@ -133,6 +133,18 @@ def copies(comparison: Comparison) -> str | None:
     if comparison.documents <= distinct:
         return None
     return f"{comparison.name}: {comparison.documents:,} documents, {distinct:,} distinct: equal ones count once"
+
+
+def of_choice(gate: GateConfig) -> list[str]:
+    """Return what the choice of a candidate among several means for a verdict; nothing for one alone."""
+    if gate.half is Half.choosing:
+        return ["asked on the half of the documents for choosing: it promotes nothing"]
+    if gate.chosen_from == 1:
+        return []
+    if gate.half is Half.judging:
+        return [f"chosen from {gate.chosen_from:,} on the other half of the documents, and judged on this one"]
+    luck = f"luck alone passes up to {1 - gate.confidence**gate.chosen_from:.0%} of what is not better"
+    return [f"chosen from {gate.chosen_from:,}, and judged on all documents: if they had a part in the choice, {luck}"]
 
 
 def weaknesses(gate: GateConfig, tasks: Mapping[str, GateTask]) -> list[str]:

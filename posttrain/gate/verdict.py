@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.schema import Sequential
 from posttrain.gate.comparison import Comparison, Decision, decide, list_comparisons
 from posttrain.gate.evidence import Mean
+from posttrain.gate.halves import hold_back
 from posttrain.gate.matching import match_scores
-from posttrain.gate.reasons import copies, idle, reason, weaknesses
+from posttrain.gate.reasons import copies, idle, of_choice, reason, weaknesses
 from posttrain.gate.sequential import Look, make_looks
 from posttrain.gate.spec import Comparator, GateRequest, Scorecard, TaskVerdict, Verdict, worst
 
@@ -32,18 +33,19 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
     if not request.gate.enabled:
         return Verdict(state="pass", gated=False, tasks=(), reason="the recipe switched this gate off")
     asked, decisions = _decide_all(request, scorecard)
-    weak = weaknesses(request.gate, request.tasks)
+    weak = [*of_choice(request.gate), *weaknesses(request.gate, request.tasks)]
     if not asked:
         nothing = "this gate asks nothing, so nothing can pass it"
         return Verdict(state="undecided", gated=True, tasks=(), reason=nothing, notes=tuple(weak))
     verdicts = [_verdict(*found, request.gate) for found in zip(asked, decisions, strict=True)]
-    return Verdict(
+    verdict = Verdict(
         state=worst(decision.state for decision in decisions),
         gated=True,
         tasks=tuple(verdicts),
         reason=_summary(verdicts),
         notes=tuple(dict.fromkeys([*weak, *(note for each in asked for note in (idle(each), copies(each)) if note)])),
     )
+    return hold_back(request.gate, verdict)
 
 
 def plan_looks(request: GateRequest) -> list[Look]:

@@ -63,6 +63,8 @@ class Lift:
     """Plugins behind the scores, with their versions."""
     judged_by: str
     """Plugins behind the verdict, with their versions."""
+    tried: int = 1
+    """Number of candidates among which the judged one was chosen."""
 
     def __post_init__(self) -> None:
         """Take the value that SQLite gives back for each value; raise ValueError when it cannot hold one."""
@@ -103,6 +105,8 @@ class Judgement:
     artifact: str
     """Digest of the artifact."""
     verdict: Verdict
+    tried: int = 1
+    """Number of candidates among which it was chosen."""
 
     def lifts(self, recorded_at: str, recorded_by: str) -> list[Lift]:
         """Return its lifts; raise PluginFailed when a plugin's verdict holds a value of a wrong type."""
@@ -112,6 +116,7 @@ class Judgement:
             "base": self.base.digest, "parent": self.parent, "artifact": self.artifact,
             "verdict": self.verdict.state, "unpromoted": "; ".join(self.verdict.unpromoted),
             "scored_by": ", ".join(self.verdict.scored_by), "judged_by": ", ".join(self.verdict.judged_by),
+            "tried": self.tried,
         }  # fmt: skip
         try:
             return [Lift(**shared, **_figures(task)) for task in self.verdict.tasks]
@@ -120,8 +125,11 @@ class Judgement:
 
 
 def lift_from_json(value: Any) -> Lift:
-    """Return the lift in a JSON value; raise ValueError when the fields are not exactly those of a lift."""
-    if not isinstance(value, dict) or set(value) != set(KINDS):
+    """Return the lift in a JSON value; raise ValueError when the fields are not exactly those of a lift.
+
+    ``tried`` may be absent: it is 1.
+    """
+    if not isinstance(value, dict) or {*value, "tried"} != set(KINDS):
         raise ValueError("it does not have the fields of a lift")
     return Lift(**value)
 

@@ -16,7 +16,7 @@ from posttrain.ledger.lift import KINDS, Lift
 from posttrain.saved import require_file
 
 LEDGER = "ledger.sqlite"
-FORMAT = 2
+FORMAT = 3
 """Format of the table, kept as SQLite's user_version."""
 WAIT_SECONDS = 60
 """Longest wait for another writer."""

@@ -219,6 +219,7 @@ class _Regression:
             parent=(baseline or base).digest,
             artifact=source.digest,
             verdict=verdict,
+            tried=self.settings.gate.chosen_from,
         )
 
     def _update_baseline(self, verdict: Verdict, scorecard: Scorecard) -> None:

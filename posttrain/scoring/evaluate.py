@@ -65,17 +65,23 @@ class _Evaluation:
         tasks: Sequence[PreparedTask],
     ) -> None:
         self._request, self._progress, self._loading, self._tokenizer = request, progress, loading, tokenizer
+        half, clusters = request.gate.half, read_clusters(request.tasks, tasks)
+        tasks = [task.in_half(half, clusters.get(task.name)) for task in tasks]
         self._empty = Scorecard(
             rows=(),
             higher_is_better={task.name: task.higher_is_better for task in tasks},
             settings={task.name: digest_of(task.settings) for task in tasks},
             documents={task.name: len(task.questions) for task in tasks},
-            clusters=read_clusters(request.tasks, tasks),
+            clusters={
+                task.name: {question.doc_id: clusters[task.name][question.doc_id] for question in task.questions}
+                for task in tasks
+                if task.name in clusters
+            },
         )
-        seed, clusters = request.gate.seed, self._empty.clusters
+        seed, sources = request.gate.seed, self._empty.clusters
         self._sessions, content = [], _content(request, loading.device, tokenizer)
         for look in plan_looks(request):
-            new = [task.at(look, seed, clusters.get(task.name)) for task in tasks]
+            new = [task.at(look, seed, sources.get(task.name)) for task in tasks]
             asked = [task for task in new if task.questions]
             self._sessions.append(_Session(request, progress, content, look, asked))
 

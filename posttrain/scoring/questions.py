@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.gate.halves import select_half
 from posttrain.gate.sequential import Look, select_new
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import Half
 
 Asked = Mapping[int, tuple[str, str, str]]
 """By document: the hashes of document, requests and target."""
@@ -71,6 +75,12 @@ class PreparedTask:
     """Tokens that end a generated answer beside the model's own: those of the chat template, in a chat."""
     settings: Any
     """Fingerprint of the tasks' settings as JSON values: no paths, with hashes of their functions' source."""
+
+    def in_half(self, half: Half, clusters: Mapping[int, str] | None) -> PreparedTask:
+        """Return the task with only the questions of a half."""
+        hashes = {question.doc_id: question.document_hash for question in self.questions}
+        chosen = select_half(hashes, half, clusters)
+        return replace(self, questions=[question for question in self.questions if question.doc_id in chosen])
 
     def at(self, look: Look, seed: int, clusters: Mapping[int, str] | None) -> PreparedTask:
         """Return the task with only the new questions of one look."""

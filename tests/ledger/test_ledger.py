@@ -390,7 +390,7 @@ def test_a_ledger_of_another_format_is_rejected(version: int) -> None:
     ROOT.mkdir()
     edit("CREATE TABLE lifts (artifact TEXT)", f"PRAGMA user_version = {version}")
     for call in (add, lambda: lifts(ROOT), lambda: rebuild(ROOT), lambda: verify(ROOT), lambda: check(ROOT)):
-        with pytest.raises(BadInput, match=f"its format is {version}, not 2"):
+        with pytest.raises(BadInput, match=f"its format is {version}, not {store.FORMAT}"):
             call()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
+from posttrain.config.schema import GateConfig, GateTask, Half, Role, Sequential
 from posttrain.errors import BadInput
 from posttrain.gate.sequential import Look
 from posttrain.gate.spec import GateRequest, Scorecard
@@ -176,3 +176,16 @@ def test_a_direction_that_the_task_contradicts_is_rejected(root: Path, tmp_path:
     preflight({"own": replace(task, higher_is_better=declared)})
     with pytest.raises(BadInput, match=r"tasks\.own\.higher_is_better: is .* but for the task (more|less) points"):
         preflight({"own": replace(task, higher_is_better=not declared)})
+
+
+def test_a_gate_on_a_half_asks_its_documents_alone_and_the_same_of_each(root: Path, tmp_path: Path) -> None:
+    whole, _ = scored(asked(root, tmp_path / "whole"))
+    cards = {}
+    for half in (Half.choosing, Half.judging):
+        request = asked(root, tmp_path / half.value, half=half)
+        cards[half], _ = scored(request)
+        assert answers(cards[half]).items() < answers(whole).items()
+        assert judge(request, cards[half]).state == ("pass" if half is Half.judging else "undecided")
+        assert {row.doc_id for row in read_scorecard(request.scorecard)} == {row.doc_id for row in cards[half].rows}
+    assert not answers(cards[Half.choosing]).keys() & answers(cards[Half.judging]).keys()
+    assert sum(card.documents["quiz"] for card in cards.values()) == 48
