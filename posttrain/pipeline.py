@@ -22,12 +22,12 @@ from posttrain.gate.spec import Verdict
 from posttrain.host.plugins import Host
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan
+from posttrain.report.policy import advise
 from posttrain.run.directory import RunDirectory, open_run
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
-from posttrain.run.on_policy import describe_reward
 from posttrain.run.published import withdraw
 from posttrain.run.spending import within_cap
 from posttrain.run.start import read_base, read_start
@@ -116,8 +116,8 @@ def _record(job: Job, artifact: Artifact, verdict: Verdict) -> None:
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     job.host.hook.stage_finished(stage=job.name, artifact=artifact, verdict=verdict)
     job.display.line(job.name, verdict.state.upper(), verdict.reason)
-    for line in describe_reward(artifact.manifest.metrics, verdict):
-        job.display.line(job.name, "gate", line)
+    for line in advise(artifact.manifest.metrics, verdict):
+        job.display.line(job.name, "gate", f"warning: {line}")
     if verdict.unpromoted:
         job.display.line(job.name, "gate", f"not promoted: it stands on {'; '.join(verdict.unpromoted)}")
     report.write(job.run.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from posttrain.report.run import StageReport
@@ -17,7 +17,9 @@ TICKS = 4
 """Intervals on an axis, about."""
 SMALLEST = 1e-30
 """Absolute values below this are drawn as zero."""
-COUNTERS = ("tokens", "trained_tokens", "tokens_per_second", "model_flops", "mfu")
+COUNTERS = (
+    "tokens", "trained_tokens", "tokens_per_second", "model_flops", "mfu", "answers", "loss_tokens", "batches",
+)  # fmt: skip
 """Metrics of every step without a chart: they do not show the course of training."""
 MAIN = (("loss", "eval_loss"), ("lr",))
 """Metrics of the charts shown for every stage; each further metric has a chart of its own."""
@@ -63,14 +65,18 @@ class Chart:
 
 def main_charts(stage: StageReport) -> list[Chart]:
     """Return the charts of the loss, with the eval loss where it was measured, and of the learning rate."""
-    return [chart for names in MAIN if (chart := _chart(stage, names)) is not None]
+    return charts_of(stage, MAIN)
 
 
-def further_charts(stage: StageReport) -> list[Chart]:
-    """Return a chart for each further metric of the stage."""
-    known = {*COUNTERS, *(name for names in MAIN for name in names)}
-    names = [name for name in stage.metrics if name not in known]
-    return [chart for name in names if (chart := _chart(stage, (name,))) is not None]
+def further_charts(stage: StageReport, shown: Sequence[Sequence[str]] = ()) -> list[Chart]:
+    """Return a chart for each further metric of the stage, but those ``shown`` elsewhere."""
+    known = {*COUNTERS, *(name for names in (*MAIN, *shown) for name in names)}
+    return charts_of(stage, [(name,) for name in stage.metrics if name not in known])
+
+
+def charts_of(stage: StageReport, groups: Iterable[Sequence[str]]) -> list[Chart]:
+    """Return a chart for each group of metrics, those that were logged on common axes."""
+    return [chart for names in groups if (chart := _chart(stage, names)) is not None]
 
 
 def _chart(stage: StageReport, names: Sequence[str]) -> Chart | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,6 @@ from posttrain.scoring.catalogue import data_files, is_path, read_task_file
 from posttrain.tokens.chat import ChatRenderer
 
 if TYPE_CHECKING:
-    from posttrain.gate.spec import Verdict
     from posttrain.run.display import TrainingProgress
     from posttrain.run.job import Job
 
@@ -136,15 +135,6 @@ def sample_records(
         records += kept.records
         figures.append({"source": each.source.path, "parent": parent.digest, **kept.figures})
     return records, figures
-
-
-def describe_reward(metrics: Mapping[str, Any], verdict: Verdict) -> list[str]:
-    """Return a line where the reward of a training rose and its gate did not follow: it may have learnt the reward."""
-    first, last = metrics.get("reward_first"), metrics.get("reward_last")
-    if verdict.state == "pass" or first is None or last is None or last <= first:
-        return []
-    what = f"the reward rose from {first:.3f} to {last:.3f}, and the gate did not follow"
-    return [f"warning: {what}: read the answers with the highest rewards in answers/ before training longer"]
 
 
 def _asked_by_gates(job: Job, questions: Sequence[Question]) -> Iterator[Problem]:

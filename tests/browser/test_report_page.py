@@ -40,7 +40,7 @@ window.addEventListener("load", () => {
     curves: shown("polyline").map((e) => box(e).width),
     intervals: shown("svg.interval .bounds").map((e) => box(e).width),
     names: shown(".lifts tbody th").map((e) => box(e).width),
-    columns: new Set(shown(".pair > div").map((e) => Math.round(box(e).left))).size,
+    columns: new Set(shown(".comparison .pair > div").map((e) => Math.round(box(e).left))).size,
     text: document.body.innerText,
     loaded: performance.getEntriesByType("resource").map((e) => e.name),
     attacked: window.attacked === undefined ? 0 : 1,
@@ -81,8 +81,24 @@ def page(working_folder: Path) -> Path:
     sign_verdict(run / "stages/sft")
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"recipe": f"mine {LONG}", "command": ["posttrain", LONG]}))
+    sample_answers(run, "dpo")
     report.write(run)
     return run / "report.html"
+
+
+def sample_answers(run: Path, stage: str) -> None:
+    """Let a stage be one on policy, with hostile questions and answers in its trail."""
+    folder = run / "stages" / stage / "answers"
+    folder.mkdir()
+    rows = []
+    for step in range(1, 4):
+        figures = {"reward": step / 4, "entropy": 1 / step, "clipped": 0.1, "cut": 0.5, "answer_tokens": 12.5}
+        rows.append({"stage": stage, "step": step, "loss": 0.1, "lr": 1e-3, **figures})
+        line = {"where": f"{LONG}.jsonl:1", "question": f"{ATTACK} {LONG}", "answer": f"{LONG} {step}", "ended": False}
+        text = json.dumps({**line, "reward": step / 4}) + "\n"
+        (folder / f"step-{step:08d}.jsonl").write_text(text)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def spell_out(verdict: Path) -> None:
@@ -133,12 +149,20 @@ def test_everything_is_drawn(browser: str, page: Path, width: int, columns: int,
     ]  # fmt: skip
     tops = [top for _, top in seen["top"].items()]
     assert tops == sorted(tops)
-    assert len(seen["curves"]) == 2  # loss and lr; grad_norm waits in a closed part
+    assert len(seen["curves"]) == 2 + 2 + 5  # loss and lr of both, and rewards; grad_norm waits in a closed part
     assert all(drawn > width / 4 for drawn in seen["curves"])
     assert len(seen["intervals"]) == 2 * 3
     assert max(seen["intervals"]) > 20
     assert seen["columns"] == columns
-    for words in ("2 of 2 stages promoted", "+50.0 [+40.0, +60.0]", "4 worse", "4 better", "posttrain"):
+    for words in (
+        "2 of 2 stages promoted",
+        "+50.0 [+40.0, +60.0]",
+        "4 worse",
+        "4 better",
+        "posttrain",
+        "highest reward",
+        "never ended",
+    ):
         assert words in seen["text"]
 
 

@@ -13,12 +13,10 @@ import pytest
 
 from posttrain.cli import dispatch
 from posttrain.errors import BadInput, Interrupted
-from posttrain.gate.spec import Verdict
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
 from posttrain.rewards.reward import Reward
 from posttrain.run.job import records_digest, step_identity
-from posttrain.run.on_policy import describe_reward
 from posttrain.sampling import answers
 from posttrain.testing import Project
 
@@ -143,17 +141,6 @@ def test_questions_of_a_gate_are_rejected(project: Project, tmp_path: Path) -> N
         BadInput, match=r"questions.jsonl:3: the gate of dpo asks the same in mine \(.*scored.jsonl:1\)"
     ):
         project.run(tmp_path, source(project), "dpo.gate.enabled=true", f"+dpo.gate.tasks.mine={task}")
-
-
-@pytest.mark.parametrize(("state", "first", "last", "told"), [
-    ("fail", 0.1, 0.4, True), ("undecided", 0.1, 0.4, True), ("pass", 0.1, 0.4, False), ("fail", 0.4, 0.1, False),
-])  # fmt: skip
-def test_a_reward_that_the_gate_does_not_follow_is_named(state: Any, first: float, last: float, told: bool) -> None:
-    verdict = Verdict(state=state, gated=True, tasks=(), reason="")
-    found = describe_reward({"reward_first": first, "reward_last": last}, verdict)
-    assert bool(found) is told
-    assert not told or "the reward rose from 0.100 to 0.400, and the gate did not follow" in found[0]
-    assert describe_reward({}, verdict) == []
 
 
 def test_no_record_at_all_is_rejected_with_the_figures(project: Project, tmp_path: Path) -> None:

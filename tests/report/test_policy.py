@@ -1,0 +1,99 @@
+"""What the report says of an on-policy stage: reward beside gate, the answers with the highest reward, and advice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import report
+from posttrain.gate.spec import Verdict
+from posttrain.report.policy import advise, report_policy
+from posttrain.report.run import read_report
+from tests.support.fakes import Script, only_run, run_recipe, write_project
+from tests.support.pages import read_page
+
+HOSTILE = '</pre><script>alert("1")</script>'
+FIGURES = {
+    "reward_first": 0.1, "reward_last": 0.6, "eval_reward_first": 0.2, "eval_reward": 0.5, "eval_reward_highest": 0.55,
+    "eval_reward_highest_step": 2, "eval_questions": 40,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(working_folder: Path) -> Path:
+    """A run whose stage dpo has the metrics of one on policy, and three samplings in its trail."""
+    write_project(working_folder)
+    script = Script()
+    script.during_training = lambda context: context.metrics.update(FIGURES if context.name == "dpo" else {})
+    run_recipe(script)
+    path = only_run()
+    rows: list[dict[str, Any]] = [{"stage": "dpo", "step": 0, "eval_reward": 0.2}]
+    for step in (1, 2, 3):
+        figures = {"reward": step / 5, "eval_reward": step / 4, "entropy": 1.0, "kl": 0.1, "clipped": 0.0}
+        rows.append(
+            {"stage": "dpo", "step": step, "loss": 0.1, "answer_tokens": 20.0 - step, "cut": 0.5 / step, **figures}
+        )
+        answers = [("same", 1.0), (f"best {step}", 2.0 if step == 2 else 1.5), (HOSTILE, 0.1)]
+        trail(path, step, answers)
+    with (path / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def trail(run: Path, step: int, answers: list[tuple[str, float]]) -> None:
+    folder = run / "stages" / "dpo" / "answers"
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"where": "q.jsonl:1", "question": "a red", "answer": text, "ended": True, "tokens": 2, "reward": reward}
+        for text, reward in answers
+    ]
+    (folder / f"step-{step:08d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "torn by a ki")
+
+
+def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> None:
+    found = read_report(run)
+    policy = report_policy(found, found.stages[1])
+    assert policy is not None
+    assert [(each.answer, each.step, each.reward) for each in policy.answers] == [
+        ("best 2", 2, 2.0), ("best 3", 3, 1.5), ("best 1", 1, 1.5), ("same", 3, 1.0), (HOSTILE, 3, 0.1),
+    ]  # fmt: skip
+    assert [chart.title for chart in policy.charts] == [
+        "reward and eval_reward", "entropy", "kl", "clipped", "answer_tokens", "cut",
+    ]  # fmt: skip
+    courses = {each.name: (each.before, each.after) for each in policy.courses}
+    assert courses["reward of sampled answers"] == ("0.100", "0.600")
+    assert courses["reward of greedy answers to questions set aside"] == ("0.200", "0.500")
+    assert courses["sampled answers that never ended"] == ("50.0%", "16.7%")
+    assert courses["tokens of a sampled answer"] == ("19.0", "17.0")
+    assert courses["gate: some, acc"] == ("10.0", "60.0")
+    assert report_policy(found, found.stages[0]) is None
+
+
+def test_the_page_shows_them_and_nothing_in_them_acts(run: Path) -> None:
+    report.write(run)
+    page = read_page((run / "report.html").read_text())
+    for text in ("Reward against gate", "n 40, highest 0.550 at step 2", "step 2 · reward 2", HOSTILE, "q.jsonl:1"):
+        assert text in page.words
+    assert not page.all("script")
+
+
+def test_without_its_trail_the_page_says_so(run: Path) -> None:
+    for path in (run / "stages" / "dpo" / "answers").iterdir():
+        path.unlink()
+    report.write(run)
+    words = read_page((run / "report.html").read_text()).words
+    assert "Not in this report: the sampled answers: this run has none in answers/" in words
+
+
+@pytest.mark.parametrize(("state", "first", "last", "told"), [
+    ("fail", 0.1, 0.4, True), ("undecided", 0.1, 0.4, True), ("pass", 0.1, 0.4, False), ("fail", 0.4, 0.1, False),
+])  # fmt: skip
+def test_a_reward_that_the_gate_does_not_follow_is_named(state: Any, first: float, last: float, told: bool) -> None:
+    verdict = Verdict(state=state, gated=True, tasks=(), reason="")
+    found = advise({"reward_first": first, "reward_last": last}, verdict)
+    assert bool(found) is told
+    assert not told or "the reward rose from 0.100 to 0.400, and the gate did not follow" in found[0]
+    assert advise({}, verdict) == advise({"reward_first": "a", "reward_last": 1}, verdict) == []
