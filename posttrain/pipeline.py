@@ -29,6 +29,7 @@ from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.published import withdraw
+from posttrain.run.replay import choose_share
 from posttrain.run.spending import within_cap
 from posttrain.run.start import read_base, read_start
 from posttrain.run.train import read_all, train
@@ -81,7 +82,9 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             for number, job in enumerate(jobs):
                 _forget_former(jobs[number:], parent)
                 with job.timed():
-                    artifact = train(job, parent, records.pop(job.name))  # pop: frees the records of trained stages
+                    # pop: frees the records of trained stages
+                    job, found = choose_share(job, parent, records.pop(job.name), unpromoted)  # noqa: PLW2901
+                    artifact = train(job, parent, found)
                     verdict = judge_stage(job, parent, artifact, unpromoted)
                 _record(job, artifact, verdict)
                 try:

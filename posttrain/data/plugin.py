@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from posttrain.config.schema import Role
+from posttrain.config.schema import Half, Role
 from posttrain.errors import BadInput, Problem
 from posttrain.hookspecs import hookimpl
 
@@ -120,6 +120,9 @@ def _check_replay(step: Step) -> Iterator[Problem]:
     if step.replay.auto is not None and not _has_guards(step):
         what = "auto searches for the share at which the guards of the stage's gate hold, and it has none"
         yield Problem(where=f"{where}.auto", what=what, fix="Give share, or a gate with a task of role guard")
+    if step.replay.auto is not None and step.gate.half is not Half.both:
+        what = f"auto chooses on one half of the documents and judges on the other, and half is {step.gate.half.value}"
+        yield Problem(where=f"{step.name}.gate.half", what=what, fix="Leave half out, or give replay.share")
 
 
 def _has_guards(step: Step) -> bool:

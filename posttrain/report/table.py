@@ -61,7 +61,7 @@ def remarks(stage: StageState) -> list[str]:
     origin = [f"linked from {stage.origin}, not trained again"] if stage.origin and stage.digest else []
     below = [f"stands on what no gate passed: {'; '.join(stage.unpromoted)}"] if stage.unpromoted else []
     eval_loss = [] if stage.eval_loss is None else [f"eval loss {stage.eval_loss:.4f}"]
-    return [*origin, *below, *eval_loss, *stage.warnings]
+    return [*origin, *below, *eval_loss, *(attempt.line() for attempt in stage.attempts), *stage.warnings]
 
 
 def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:

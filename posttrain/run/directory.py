@@ -31,6 +31,23 @@ UNFINISHED = ("running", "interrupted", "failed")
 """States of a stage and of a run that no artifact and no verdict tells."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One attempt to find the share of replayed tokens at which a stage's guards hold."""
+
+    share: float
+    """Share of the stage's tokens."""
+    held: bool
+    """True when every guard passed on the documents that choose."""
+    reason: str = ""
+    """The figures of the guards that did not."""
+
+    def line(self) -> str:
+        """Return the attempt in one line."""
+        found = "the guards hold" if self.held else f"the guards do not hold: {self.reason}"
+        return f"{self.share:.1%} of the tokens replayed: {found}"
+
+
 @dataclass(kw_only=True)
 class StageState:
     """State of one stage in run.json, for scripts."""
@@ -58,10 +75,14 @@ class StageState:
     """Final loss on the records of eval_data or eval_share; None without any."""
     warnings: list[str] = field(default_factory=list)
     """Problems reported by the stage without stopping."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """Shares of replayed tokens that were tried, for ``replay.auto``; the last one is that of the artifact."""
 
     def reset(self) -> None:
         """Forget all but the time spent, and the origin of what may still lie there: the stage is yet to run."""
-        fresh = StageState(name=self.name, kind=self.kind, seconds=self.seconds, origin=self.origin)
+        fresh = StageState(
+            name=self.name, kind=self.kind, seconds=self.seconds, origin=self.origin, attempts=self.attempts
+        )
         vars(self).update(vars(fresh))
 
 
@@ -173,7 +194,10 @@ def true_stage(path: Path, entry: StageState) -> tuple[StageState, KeptVerdict |
     folder = path / "stages" / entry.name
     artifact = artifact_of(path, entry)
     if artifact is None:
-        found = StageState(name=entry.name, kind=entry.kind, seconds=entry.seconds, parent_digest=entry.parent_digest)
+        found = StageState(
+            name=entry.name, kind=entry.kind, seconds=entry.seconds, parent_digest=entry.parent_digest,
+            attempts=entry.attempts,
+        )  # fmt: skip
         return replace(found, state=entry.state if entry.state in UNFINISHED else "pending"), None
     values = read_manifest(artifact)
     kept = None

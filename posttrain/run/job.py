@@ -63,7 +63,7 @@ class Job:
     @property
     def is_last(self) -> bool:
         """True for the last stage of the plan."""
-        return self.step is self.plan.steps[-1]
+        return self.name == self.plan.steps[-1].name
 
     def fingerprint(self, parent: ModelSource, kept: str = "") -> str:
         """Return the digest of everything the result depends on: settings, parent, data, seed, number format, code.

@@ -42,18 +42,26 @@ def _check_chats(job: Job) -> list[Problem]:
     return [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
 
 
-def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...] = ()) -> Verdict:
+def judge_stage(
+    job: Job,
+    parent: ModelSource,
+    artifact: Artifact,
+    unpromoted: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> Verdict:
     """Judge an artifact by its gate. The published files are scored, not the trainer's memory.
 
-    A kept verdict about the same question is made again from its scores. Raises ArtifactDamaged when that gives another
+    The verdict lies in ``folder``, by default that of the stage. A kept verdict about the same question is made again from its scores. Raises ArtifactDamaged when that gives another
     decision, or when the verdict or its scores are not what was written.
     """
-    request = _request(job, parent, artifact, unpromoted)
+    place = folder or job.folder
+    request = _request(job, parent, artifact.source(job.base), unpromoted, place)
     key = job.gate_digest(request.systems, unpromoted)
-    path = job.folder / VERDICT
+    path = place / VERDICT
     if (existing := _confirm_kept(job, request, path, key)) is not None:
         return existing
-    keep_evidence(job)
+    if folder is None:
+        keep_evidence(job)
     # Before the new scores replace those that it rests on: a kill in between leaves no verdict, never a false one.
     path.unlink(missing_ok=True)
     progress = EvaluationProgress(job.display, job.name)
@@ -66,23 +74,35 @@ def judge_stage(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: t
     return verdict
 
 
-def _request(job: Job, parent: ModelSource, artifact: Artifact, unpromoted: tuple[str, ...]) -> GateRequest:
+def judged_before(job: Job, parent: ModelSource, folder: Path, unpromoted: tuple[str, ...] = ()) -> Verdict | None:
+    """Return the verdict in ``folder``, confirmed by its scores, as ``judge_stage`` would; None when it has to judge."""
+    path = folder / VERDICT
+    if not os.path.lexists(path):
+        return None
+    candidate = replace(job.base, name=job.name, digest=read_verdict(path).artifact)  # scores are matched by digest
+    request = _request(job, parent, candidate, unpromoted, folder)
+    return _confirm_kept(job, request, path, job.gate_digest(request.systems, unpromoted))
+
+
+def _request(
+    job: Job, parent: ModelSource, candidate: ModelSource, unpromoted: tuple[str, ...], folder: Path
+) -> GateRequest:
     return GateRequest(
         stage=job.name,
         gate=job.step.gate,
         tasks=job.step.tasks,
-        systems=_systems(job, parent, artifact),
+        systems=_systems(job, parent, candidate),
         dtype=job.plan.model.dtype.value,
         cache=job.plan.output_root / "cache",
-        scorecard=job.folder / SCORECARD,
+        scorecard=folder / SCORECARD,
         unpromoted=unpromoted,
         launch=gate_group(job.plan.launch),
     )
 
 
-def _systems(job: Job, parent: ModelSource, artifact: Artifact) -> dict[str, ModelSource]:
+def _systems(job: Job, parent: ModelSource, candidate: ModelSource) -> dict[str, ModelSource]:
     """Return base, candidate, and the parent where it is not the base."""
-    systems = {"base": job.base, "candidate": artifact.source(job.base)}
+    systems = {"base": job.base, "candidate": candidate}
     if parent.digest != job.base.digest:
         systems["parent"] = parent
     return systems

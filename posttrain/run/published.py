@@ -51,7 +51,9 @@ def find_published(job: Job, parent: ModelSource, fingerprint: str) -> Artifact 
             check_output(path, parent)  # its manifest may have been written again
             job.display.line(job.name, "train", f"already done: {artifact.digest[:12]}")
             return artifact
-        set_aside(job, artifact.digest, "another parent, or other versions")
+        searches = job.step.replay is not None and job.step.replay.auto is not None
+        reason = "another share of replay" if searches else "another parent, or other versions"
+        set_aside(job, artifact.digest, reason)
     shutil.rmtree(job.folder / DRAFT, ignore_errors=True)  # half of the output of a killed attempt
     for found in _with_fingerprint(job, fingerprint):
         with _skipping_damaged(job, found):

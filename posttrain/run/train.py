@@ -50,6 +50,18 @@ class Records:
     prepared: Mapping[str, Any] | None = None
     """Counts of the preparation; None without one."""
 
+    def with_share(self, number: int, share: float) -> Records:
+        """Return the same records, those of source ``number`` with another share of the tokens."""
+
+        def again() -> Sequence[Record]:
+            origins = {record.origin: replace(record.origin, share=share) for record in self.trained}
+            return [
+                replace(record, origin=origins[record.origin]) if record.origin.number == number else record
+                for record in self.trained
+            ]
+
+        return replace(self, trained=HeldRecords.of(again))
+
     def release(self) -> None:
         """Let the records go until the stage trains, which reads them again."""
         self.trained.release()
