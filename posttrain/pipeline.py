@@ -83,7 +83,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
                 _forget_former(jobs[number:], parent)
                 with job.timed():
                     # pop: frees the records of trained stages
-                    job, found = choose_share(job, parent, records.pop(job.name), unpromoted)  # noqa: PLW2901
+                    job, found = choose_share(job, parent, records.pop(job.name), unpromoted)
                     artifact = train(job, parent, found)
                     verdict = judge_stage(job, parent, artifact, unpromoted)
                 _record(job, artifact, verdict)

@@ -51,8 +51,9 @@ def judge_stage(
 ) -> Verdict:
     """Judge an artifact by its gate. The published files are scored, not the trainer's memory.
 
-    The verdict lies in ``folder``, by default that of the stage. A kept verdict about the same question is made again from its scores. Raises ArtifactDamaged when that gives another
-    decision, or when the verdict or its scores are not what was written.
+    The verdict lies in ``folder``, by default that of the stage. A kept verdict about the same question is made again
+    from its scores. Raises ArtifactDamaged when that gives another decision, or when the verdict or its scores are not
+    what was written.
     """
     place = folder or job.folder
     request = _request(job, parent, artifact.source(job.base), unpromoted, place)
@@ -75,7 +76,7 @@ def judge_stage(
 
 
 def judged_before(job: Job, parent: ModelSource, folder: Path, unpromoted: tuple[str, ...] = ()) -> Verdict | None:
-    """Return the verdict in ``folder``, confirmed by its scores, as ``judge_stage`` would; None when it has to judge."""
+    """Return the verdict in ``folder``, confirmed by its scores; None when ``judge_stage`` has to judge."""
     path = folder / VERDICT
     if not os.path.lexists(path):
         return None

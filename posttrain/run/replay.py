@@ -46,7 +46,7 @@ def choose_share(
         if tried[-1].held:
             break
     else:
-        job.display.line(job.name, "replay", f"no share up to {shares[-1]:.1%} holds the guards: the last one is judged")
+        job.display.line(job.name, "replay", f"no share up to {shares[-1]:.1%} holds the guards: the last is judged")
     return _judged_by_others(attempts[len(tried) - 1], job, len(tried)), given
 
 
