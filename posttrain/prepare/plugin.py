@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.config.preparation import RULES
+from posttrain.config.preparation import LANGUAGE, RULES
 from posttrain.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -34,4 +34,4 @@ class QualityRule:
 @hookimpl
 def register_filters() -> Sequence[Filter]:
     """Register the quality rules."""
-    return [QualityRule(name) for name in RULES]
+    return [QualityRule(name) for name in RULES if name != LANGUAGE]

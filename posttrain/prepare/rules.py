@@ -17,6 +17,7 @@ from posttrain.prepare.arithmetic import wrong_annotations, wrong_equations
 from posttrain.prepare.fences import PYTHON, fault_of, fences
 from posttrain.prepare.filters import Finding
 from posttrain.prepare.rows import Row
+from posttrain.prepare.web import WEB, Fault, WebText
 
 EVIDENCE = 200
 """Characters of evidence in the ledger."""
@@ -65,13 +66,15 @@ class Rule:
     """Returns the row's fault, or None."""
     on_raw_text: bool = True
     """False for a rule about answers."""
+    on_chats: bool = True
+    """False for a rule about texts of the web."""
 
     def judge(self, rows: Sequence[Row]) -> list[Finding | None]:
         """Return the finding or None for each row."""
         return [self.find(row) if self._concerns(row) else None for row in rows]
 
     def _concerns(self, row: Row) -> bool:
-        return row.has_answers and (self.on_raw_text or not row.is_raw)
+        return row.has_answers and (self.on_raw_text if row.is_raw else self.on_chats)
 
 
 def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
@@ -180,6 +183,16 @@ def _broken(languages: Sequence[str]) -> Callable[[Row], Finding | None]:
     return find
 
 
+def _of_the_web(rule: Callable[[WebText], Fault | None]) -> Callable[[Row], Finding | None]:
+    """Return a rule about a raw text."""
+
+    def find(row: Row) -> Finding | None:
+        fault = rule(WebText(row.answer))
+        return None if fault is None else Finding(evidence=excerpt(fault[0]), score=fault[1])
+
+    return find
+
+
 _RULES = (
     Rule(name="empty", find=_empty),
     Rule(name="copied_prompt", find=_copied_prompt, on_raw_text=False),
@@ -195,6 +208,7 @@ _RULES = (
     Rule(name="open_fence", find=_open_fence, on_raw_text=False),
     Rule(name="code", find=_broken(PYTHON), on_raw_text=False),
     Rule(name="json", find=_broken(("json",)), on_raw_text=False),
+    *(Rule(name=name, find=_of_the_web(find), on_chats=False) for name, find in WEB.items()),
 )
 QUALITY: Mapping[str, Rule] = {rule.name: rule for rule in _RULES}
 """The rules by the names in ``config.preparation.RULES``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from posttrain.config.preparation import Compared
 from posttrain.data.records import Record
 from posttrain.prepare.kept import Kept
+from posttrain.prepare.languages import is_installed, language_of
 from posttrain.prepare.ledger import CONTAMINATION, EXACT, KEPT, NEAR, Summary
 from posttrain.prepare.rows import Row
 from posttrain.report.page import environment
@@ -20,6 +22,9 @@ MOST_ROWS = 4
 """Rows shown of the worst and of the borderline ones of a rule."""
 MOST_WORDS = 250
 """Words compared of two rows."""
+MOST_JUDGED = 500
+"""Rows of which the language is told."""
+TOO_SHORT = "too short to tell"
 AROUND = 300
 """Characters shown before and after the evidence."""
 SPACED = re.compile(r"\s*\S+\s*")
@@ -86,6 +91,7 @@ def audit_page(
             sources=sources(summary),
             sections=_sections(found, records, summary.found, summary.dropped),
             lengths=_lengths(records, kept),
+            languages=_languages(records, kept),
             similarities=_similarities(summary.similarities, threshold),
             threshold=threshold,
             advice=[*lines, *advice(summary)],
@@ -184,6 +190,15 @@ def _lengths(records: Sequence[Record], kept: Sequence[int]) -> list[Bar]:
         counts[words.bit_length()] = counts.get(words.bit_length(), 0) + 1
     steps = range(min(counts, default=0), max(counts, default=-1) + 1)
     return _bars([(f"{(1 << step) >> 1:,} to {(1 << step) - 1:,}", counts.get(step, 0), False) for step in steps])
+
+
+def _languages(records: Sequence[Record], kept: Sequence[int]) -> list[Bar]:
+    """Return some of the rows that stay by the language of their answers; none without the package for it."""
+    if not is_installed():
+        return []
+    found = [language_of(Row(records[row]).answer) for row in kept[:: max(1, -(-len(kept) // MOST_JUDGED))]]
+    counts = Counter(TOO_SHORT if each is None else each[0] for each in found)
+    return _bars([(code, count, False) for code, count in counts.most_common()])
 
 
 def _similarities(counts: Sequence[int], threshold: float) -> list[Bar]:

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.preparation import Action, OnContamination, rule_actions
+from posttrain.config.preparation import DETECTOR, LANGUAGE, Action, OnContamination, rule_actions
 from posttrain.data.records import Record
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import CORE_ORIGIN, Host
@@ -101,6 +101,10 @@ class Preparer:
         for name, action in rule_actions(self.step.config.prepare, self.host.filters).items():
             if action is not Action.ignore:
                 found[name] = (action, partial(self._ask, name))
+        if LANGUAGE in found:  # the only rule that asks for a setting
+            from posttrain.prepare.languages import Languages
+
+            found[LANGUAGE] = (found[LANGUAGE][0], Languages(self.step.config.prepare.languages).judge)
         return found
 
     def _ask(self, name: str, rows: Sequence[Row]) -> Sequence[Any]:
@@ -138,6 +142,7 @@ class Preparer:
             "shape": self.step.stage.records,
             "settings": plain(self.step.config.prepare),
             "filters": {name: [owner, each.version] for name, (owner, each) in self.host.filters.items()},
+            "detector": version(DETECTOR) if self.step.config.prepare.languages else None,
             "gates": self._gate_digests() if self._compares_with_gates() else None,
         }
         return cache.settings_key(content)

@@ -19,7 +19,7 @@ from posttrain.prepare.kept import Kept
 from posttrain.prepare.ledger import Summary, Touched, Waterfall
 from posttrain.prepare.preparation import Preparation
 from posttrain.prepare.rows import Row
-from posttrain.report import rows
+from posttrain.report import audit, rows
 from posttrain.report.audit import audit_page, differences, mark
 
 HOSTILE = "</pre><script>alert(1)</script><img src=//x>\u202e{{ 7 * 7 }}"
@@ -135,6 +135,18 @@ def test_what_strangers_wrote_is_text(page: str) -> None:
     assert "{{ 7 * 7 }}" in page
     assert re.findall("<mark>(please rate)</mark>", page)
     assert "default-src 'none'" in page
+
+
+def test_languages_of_the_rows_that_stay_are_told(
+    records: list[Conversation], done: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    german = "Der Fluss fließt durch das Tal, und die Leute, die dort wohnen, bauen ihre Häuser aus Holz und aus Stein."
+    told = [*records[:2], record(2, "wo", german), *records[3:]]
+    section = audit_page("a", done, done.summary, told, 0.8, []).partition('<section id="languages">')[2]
+    assert re.findall("<tr><th[^>]*>(.*?)</th><td>(.*?)</td>", section) == [("too short to tell", "2"), ("de", "1")]
+    monkeypatch.setattr(audit, "is_installed", lambda: False)
+    section = audit_page("a", done, done.summary, told, 0.8, []).partition('<section id="languages">')[2]
+    assert "posttrain[language]" in unescape(section)
 
 
 def test_advice_names_what_is_found_often_and_trained(page: str) -> None:
