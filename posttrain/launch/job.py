@@ -87,6 +87,8 @@ class Job:
     output: str
     kept: str | None
     """Folder for what can be computed again."""
+    trail: str | None
+    """Folder for the answers that the stage samples."""
     data_workers: int | None
     """Processes that render records."""
     metrics: Mapping[str, Any]
@@ -124,6 +126,7 @@ def write_job(
         checkpoints=str(context.checkpoints.absolute()),
         output=str(context.output.absolute()),
         kept=str(context.kept.absolute()) if context.kept else None,
+        trail=str(context.trail.absolute()) if context.trail else None,
         data_workers=context.data_workers,
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,

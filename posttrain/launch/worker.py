@@ -11,15 +11,22 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
 from posttrain.host.supervisor import die_with, watch_files
-from posttrain.launch.job import FOLDER, GATE_JOB, REQUESTS, STOP, config_of, parent_of, read_job, read_records
+from posttrain.launch.job import FOLDER, GATE_JOB, REQUESTS, STOP, Job, config_of, parent_of, read_job, read_records
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
 from posttrain.launch.signs import RankAnswers, RankProgress, descends_from
+
+if TYPE_CHECKING:
+    from posttrain.context import StageContext
+    from posttrain.host.plugins import Host
+    from posttrain.stage import Progress
 
 
 class Stop:
@@ -67,7 +74,6 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     job = read_job(path)
     _require_command(job.command)
     progress = RankProgress(path.parent / FOLDER, rank, job.name)
-    from posttrain.context import StageContext
     from posttrain.engine import processes
     from posttrain.host import plugins
     from posttrain.launch.plugin import run_here
@@ -77,24 +83,34 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
         found = host.origin(job.kind) if job.kind in host.stages else "no plugin"
         fix = "Install the same plugins on every node"
         reject(str(path), f"stage {job.name!r} is that of {job.origin}, but {found} has it here", fix)
-    stage = host.stages[job.kind]
-    folder = path.parent / FOLDER
-    trained, evaluated = read_records(folder, job.records), read_records(folder, job.eval_records)
     processes.join(job.silence_seconds)
     if processes.world() != job.world:
         reject(str(path), f"the launcher started {processes.world()} processes, but the job is for {job.world}")
-    context = StageContext(
-        name=job.name, config=config_of(job, stage), parent=parent_of(job), records=trained, eval_records=evaluated,
-        seed=job.seed, dtype=job.dtype, engine=job.engine, progress=progress, stop_requested=stop.requested,
-        checkpoints=Path(job.checkpoints), output=Path(job.output), kept=Path(job.kept) if job.kept else None,
-        data_workers=job.data_workers,
-        metrics=dict(job.metrics),
-    )  # fmt: skip
+    context = context_of(job, path.parent / FOLDER, host, progress, stop.requested)
     if processes.agree(stop.requested()):
         raise Interrupted("stopped before the first step")
-    run_here(stage, context, writes=rank == 0)
+    run_here(host.stages[job.kind], context, writes=rank == 0)
     processes.leave()
     return context.metrics
+
+
+def context_of(
+    job: Job, folder: Path, host: Host, progress: Progress, stop_requested: Callable[[], bool]
+) -> StageContext:
+    """Return the context of a job's stage in one of its processes; ``folder`` holds the records."""
+    from posttrain.context import StageContext
+    from posttrain.rewards.reward import choose
+
+    config = config_of(job, host.stages[job.kind])
+    given = config.rewarding()
+    return StageContext(
+        name=job.name, config=config, parent=parent_of(job), records=read_records(folder, job.records),
+        eval_records=read_records(folder, job.eval_records), seed=job.seed, dtype=job.dtype, engine=job.engine,
+        progress=progress, stop_requested=stop_requested, checkpoints=Path(job.checkpoints), output=Path(job.output),
+        kept=Path(job.kept) if job.kept else None, data_workers=job.data_workers,
+        scorer=None if given is None else choose(given, host.rewards, host.reward_owners),
+        trail=Path(job.trail) if job.trail else None, metrics=dict(job.metrics),
+    )  # fmt: skip
 
 
 def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from posttrain import Problem, Stage, hookimpl
+from posttrain import Stage, hookimpl
 from posttrain_grpo.config import GRPOSettings
-
-if TYPE_CHECKING:
-    from posttrain import Plan
 
 POSTTRAIN_API = 1
 KIND = "grpo"
@@ -27,16 +23,4 @@ def register_stages() -> Sequence[Stage]:
             parent="sft",
             records="questions",
         )
-    ]
-
-
-@hookimpl
-def check_plan(plan: Plan) -> Sequence[Problem]:
-    """Reject several processes: a policy that writes and trains in each of them is not proven."""
-    launch = plan.launch
-    several = launch.kind.value != "none" and ((launch.processes or 2) > 1 or launch.nodes > 1)
-    return [
-        Problem(where=f"{step.name}", what="grpo trains in one process", fix="Set launch=none, or run it apart")
-        for step in plan.steps
-        if step.stage.name == KIND and several
     ]

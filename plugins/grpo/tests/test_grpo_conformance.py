@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from posttrain_grpo import check_plan
 
-from posttrain import BadInput, Problem
+from posttrain import BadInput
 from posttrain.host import plugins
 from posttrain.testing import Project, StageConformance
 
@@ -134,14 +133,10 @@ def test_unusable_settings_are_rejected(project: Project, tmp_path: Path, overri
         project.run(tmp_path, override)
 
 
-def test_several_processes_are_rejected(project: Project) -> None:
-    found: list[Problem] = []
-    for kind in ("none", "local"):
-        plan = project.plan(plugins.load())
-        plan.launch.kind = type(plan.launch.kind)(kind)
-        plan.launch.processes = 2
-        found += check_plan(plan=plan)
-    assert [problem.what for problem in found] == ["grpo trains in one process"]
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_slice_the_weights_are_rejected_with_the_one_that_does_not(project: Project, engine: str) -> None:
+    with pytest.raises(BadInput, match=rf"whole weights, but engine={engine} slices them\s+Give engine=ddp"):
+        project.plan(plugins.load(), "launch=local", "launch.processes=2", f"engine={engine}")
 
 
 def test_listing_imports_no_torch() -> None:

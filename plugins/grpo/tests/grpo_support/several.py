@@ -1,0 +1,67 @@
+"""The work of one of several processes, for test_grpo_several.py: a stage whole, and stopped and resumed.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m grpo_support.several JOB
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from posttrain_grpo.stage import run
+
+from posttrain import Interrupted
+from posttrain.engine import processes
+from posttrain.host import plugins
+from posttrain.launch.job import FOLDER, read_job
+from posttrain.launch.worker import context_of
+from posttrain.testing import Recorder
+
+
+def train(path: Path, name: str, stop: Callable[[], bool] = lambda: False) -> None:
+    """Run the stage of a job in a folder of its own beside it; process 0 leaves what it reported."""
+    told, folder = Recorder(), path.parent / name
+    context = context_of(read_job(path), path.parent / FOLDER, plugins.load(), told, stop)
+    places = {part: folder / part for part in ("checkpoints", "output", "trail")}
+    for place in places.values():
+        place.mkdir(parents=True, exist_ok=True)
+    try:
+        run(replace(context, **places))
+    finally:
+        processes.wait()
+        if processes.rank() == 0:
+            steps = {step: dict(metrics) for step, metrics in told.steps.items()}
+            (folder / "steps.json").write_text(json.dumps(steps))
+
+
+def interrupt(path: Path, name: str, after: int) -> None:
+    """Train until only the last process is asked to stop, after step ``after``."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return processes.rank() == processes.world() - 1 and len(asked) >= after
+
+    try:
+        train(path, name, stop)
+    except Interrupted:
+        return
+    raise AssertionError("it was not stopped")
+
+
+def main(path: Path) -> None:
+    """Run the stage."""
+    torch.set_num_threads(1)
+    processes.join(60)
+    train(path, "whole")
+    interrupt(path, "resumed", after=1)
+    train(path, "resumed")
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
