@@ -26,6 +26,7 @@ Check a recipe with all of its problems at once, and show its stages, settings, 
 gates. Trains nothing.
 
   on=GPU             the GPUs to plan for, such as on=H100, on='8 x A100' or on=24GB; by default this machine
+  fit=24GB           propose settings that fit into such a GPU, or into fit='2 x H100', and plan with them
   --measure          take two steps of the first stage here, and expect the time of all stages by their speed
   --json             print JSON
 {RECIPE_FLAGS}

@@ -18,6 +18,7 @@ from posttrain.config.compose import compose
 from posttrain.config.money import HOURS, Amount
 from posttrain.config.schema import Backend, GateConfig, GateTask, LaunchConfig, Method, Sequential
 from posttrain.cost.estimate import Estimate
+from posttrain.cost.fit import fit
 from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs
 from posttrain.data.mixing import count_records
@@ -38,6 +39,8 @@ from posttrain.scoring.outlook import outlooks as gate_outlooks
 EXPERTS = "experts"
 ON = "on="
 """Word with the GPUs that a plan is for, in place of this machine."""
+FIT = "fit="
+"""Word with the devices that the settings are to fit into."""
 MEASURE = "--measure"
 """Flag that takes two steps of the first stage, for the speed of this machine."""
 FLAGS = ("--json", MEASURE)
@@ -48,18 +51,36 @@ Kinds = Mapping[str, Mapping[str, int]]
 def main(words: list[str]) -> int:
     """Print the plan, as text or as JSON."""
     host = plugins.load()
-    on = next((word.removeprefix(ON) for word in words if word.startswith(ON)), None)
-    composition = compose(host, [word for word in words if word not in FLAGS and not word.startswith(ON)])
+    on, size = (next((word.removeprefix(key) for word in words if word.startswith(key)), None) for key in (ON, FIT))
+    if on is not None and size is not None:
+        reject(f"{FIT}{size}", f"names the devices, and so does {ON}{on}", f"Leave out {ON}{on}")
+    asked = [word for word in words if word not in FLAGS and not word.startswith((ON, FIT))]
+    on = on if size is None else size
+    composition = compose(host, asked)
     plan = make_plan(composition, host)
     machine = machine_of(plan, on)
+    fitting = [] if size is None else _fitting(plan, machine)
+    if size is not None and (more := fit(plan, machine).words):  # what follows is the plan with the proposal
+        composition = compose(host, [*asked, *more])
+        plan = make_plan(composition, host)
     expected = estimates(plan, machine, _measured(plan, host, on) if MEASURE in words else None)
     needs = needs_of(plan, None if on is None else machine)
     if "--json" in words:
         print(json.dumps(_plan_json(plan, needs, expected), indent=2))
     else:
-        lines = _text(plan, composition.config, needs, machine, expected)
+        lines = [*fitting, *_text(plan, composition.config, needs, machine, expected)]
         print("\n".join(map(one_line, lines)))
     return 0
+
+
+def _fitting(plan: Plan, machine: Machine) -> list[str]:
+    """Return the lines with the settings that fit into the machine, or with the reason why none do."""
+    found = fit(plan, machine)
+    if found.reason:
+        return [f"fit    nothing does: {found.reason}", ""]
+    devices = [f"launch=local launch.processes={machine.count}"] if machine.count > 1 else []
+    words = " ".join([*devices, *found.words])
+    return [f"fit    {words or 'everything does, as it is'}", ""]
 
 
 def _measured(plan: Plan, host: Host, on: str | None) -> tuple[float, float]:

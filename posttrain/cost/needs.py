@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.cost.architecture import find_architecture
@@ -117,9 +118,14 @@ def training_of(step: Step, stored: Dtype, former: Training | None, *, on_gpus: 
         rank=lora.r if isinstance(lora, LoraSettings) else former.rank if former else 0,
         targets=lora.target_modules if isinstance(lora, LoraSettings) else former.targets if former else "all-linear",
         dora=lora.dora if isinstance(lora, LoraSettings) else bool(former and former.dora),
-        tokens=tokens * getattr(config, "per_device_batch_size", 1),
+        tokens=(tokens + _answered(config)) * getattr(config, "per_device_batch_size", 1),
         copies=2 if step.stage.records == "preferences" else 1,
         checkpointing=bool(getattr(config, "gradient_checkpointing", False)),
         loss_chunk=getattr(config, "loss_chunk", tokens),
         compute_bytes=2 if computed is Dtype.bfloat16 else 4,
     )
+
+
+def _answered(config: Any) -> int:
+    """Return the tokens of the answers that pass the model with a question beside the longest row."""
+    return (getattr(config, "k", 1) - 1) * getattr(config, "max_tokens", 0)
