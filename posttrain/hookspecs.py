@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from posttrain.data.records import Record
     from posttrain.errors import Problem
     from posttrain.gate.spec import GateProgress, GateRequest, Scorecard, Verdict
+    from posttrain.host.readers import Reader
     from posttrain.plan import Plan, Step
     from posttrain.prepare.filters import Filter
     from posttrain.rewards.reward import Reward
@@ -94,6 +95,15 @@ def register_filters() -> Sequence[Filter]:  # type: ignore[empty-body]
 
     A filter is asked in batches and answers one Finding or None for each row; its version is part of the cache's key. A
     name in use leaves the whole plugin out.
+    """
+
+
+@hookspec
+def register_readers() -> Sequence[Reader]:  # type: ignore[empty-body]
+    """Return the formats of files that this plugin reads, each for an ending: data and replay may then be such files.
+
+    A reader yields the records of an open file with their lines; its name and version are part of the data's digest. An
+    ending in use leaves the whole plugin out.
     """
 
 

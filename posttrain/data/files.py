@@ -9,14 +9,17 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from posttrain.data.rows import Found, Rows, strict
+from posttrain.data.rows import BadRow, Found, Rows, strict
 from posttrain.data.tables import count_table_rows, read_csv, read_parquet, read_tsv
 from posttrain.data.texts import read_json, read_jsonl, read_text
 from posttrain.data.unpacking import PACKED, opened
 from posttrain.errors import nearest, reject
+from posttrain.host import readers
+from posttrain.host.readers import Reader
 
 COUNTED_BYTES = 64_000_000
 """Size of the largest file whose lines are counted: a few hundredths of a second."""
@@ -43,19 +46,34 @@ class FileFormat:
     """True for a note about the data beside it."""
     is_text: bool = True
     """True for a file that is read from front to end, and so may be compressed."""
+    identity: str = ""
+    """Name and version of a plugin's reader, on which the records depend; empty for the formats of this table."""
 
 
 def format_of(path: Path) -> FileFormat | None:
     """Return the kind of a file by its ending, below that of its compression; None for an unknown one."""
     if path.suffix not in PACKED:
-        return FORMATS.get(path.suffix)
-    known = FORMATS.get(Path(path.stem).suffix)
+        return _format(path.suffix)
+    known = _format(Path(path.stem).suffix)
     return known if known is not None and known.is_text else None
 
 
 def known_endings() -> str:
     """Return the endings of files in words."""
-    return f"{', '.join(FORMATS)}; texts also with {' or '.join(PACKED)} behind"
+    return f"{', '.join((*FORMATS, *readers.known))}; texts also with {' or '.join(PACKED)} behind"
+
+
+def _format(suffix: str) -> FileFormat | None:
+    reader = readers.known.get(suffix)
+    if reader is None:
+        return FORMATS.get(suffix)
+    return FileFormat(read=partial(_read_registered, reader), identity=f"{reader.name} {reader.version}")
+
+
+def _read_registered(reader: Reader, file: BinaryIO, place: str) -> Iterator[Found]:
+    for line, row in reader.read(file):
+        where = f"{place}:{line}"
+        yield BadRow(where=where, kind=reader.name, what=row) if isinstance(row, str) else (where, dict(row))
 
 
 def read_found(path: Path, place: str | None = None) -> Iterator[Found]:
@@ -87,7 +105,7 @@ def read_rows(path: Path) -> Rows:
 
 def count_rows(path: Path) -> int | None:
     """Return the number of rows in one file; None when counting takes long or the ending is unknown."""
-    known = FORMATS.get(path.suffix)
+    known = _format(path.suffix)
     if known is None or known.count is None or path.stat().st_size > known.largest_counted:
         return None
     return known.count(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from posttrain.config.schema import Half, Role
 from posttrain.errors import BadInput, Problem
 from posttrain.hookspecs import hookimpl
+from posttrain.host.readers import Reader
 
 if TYPE_CHECKING:
     from posttrain.config.schema import Source
@@ -23,6 +24,21 @@ WHY_NOT = {
 }
 """Reasons why a stage cannot replay, by the shape of its records."""
 OTHER_LOSS = "its loss is not that of SFT, which replayed records have"
+
+
+@hookimpl
+def register_readers() -> Sequence[Reader]:
+    """Return the format of lines of JSON under its other ending."""
+    return [Reader(name="JSON", suffix=".ndjson", version="1", read=_read_lines)]
+
+
+def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    from posttrain.data.rows import BadRow
+    from posttrain.data.texts import read_jsonl
+
+    for found in read_jsonl(file, ""):
+        where, row = (found.where, found.what) if isinstance(found, BadRow) else found
+        yield int(where.removeprefix(":")), row
 
 
 @hookimpl

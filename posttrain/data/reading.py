@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain.config.schema import Source
 from posttrain.data.contents import Contents
-from posttrain.data.files import count_rows, local_files, read_found
+from posttrain.data.files import count_rows, format_of, local_files, read_found
 from posttrain.data.hub import copy_hub, read_copy, read_hub
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRow, Found, RawRow, Rows, bad_row, strict
@@ -172,4 +172,10 @@ def _content(source: Source, contents: Contents, cache: Path | None) -> str | li
     if files is None and cache is None:
         return source.path
     paths = [copy_hub(source, cache)] if files is None and cache is not None else [path for path, _ in files or ()]
-    return [contents.digest(path) for path in paths]
+    return [contents.digest(path) + _reader(path) for path in paths]
+
+
+def _reader(path: Path) -> str:
+    """Return the identity of the plugin's reader of a file; empty for the formats of posttrain."""
+    known = format_of(path)
+    return "" if known is None or not known.identity else f" {known.identity}"

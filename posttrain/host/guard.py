@@ -11,7 +11,8 @@ import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, BinaryIO
 
 import pluggy
 
@@ -21,19 +22,22 @@ from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.host.process_state import ProcessState
+from posttrain.host.readers import Reader
 from posttrain.rewards.reward import Reward
 
 MARK = "posttrain_impl"
 """Attribute with which pluggy marks the implementation of a hook."""
 STARTING = (
     "register_stages", "register_settings", "register_rewards", "register_config", "register_eval_tasks",
-    "register_filters",
+    "register_filters", "register_readers",
 )  # fmt: skip
 """Hooks that every command waits for."""
 SETTINGS = "settings"
 """Name of the call in which the settings of a plugin are created, for every recipe."""
 COLLECTING = (*STARTING, "check_plan", "check_gate")
 """Hooks whose answers are lists."""
+ROWS_AT_ONCE = 500
+"""Rows that a reader gives in one guarded call."""
 TRAINING = "run_stage"
 """The hook that may seed and set torch: the pipeline restores everything."""
 
@@ -116,6 +120,25 @@ class Guard:
             return call
 
         return replace(reward, score=guarded(reward.score), lacks=guarded(reward.lacks))
+
+    def reader(self, reader: Reader) -> Reader:
+        """Return ``reader`` with its function guarded, and each of its answers checked."""
+        call = f"the reader {reader.name}"
+
+        def read(file: BinaryIO) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+            with self.calling(call):
+                rows = iter(reader.read(file))
+            while True:
+                with self.calling(call):
+                    batch = list(islice(rows, ROWS_AT_ONCE))
+                for row in batch:
+                    if not _is_row(row):
+                        raise self._failed(call, f"it yielded {row!r:.80}, not a line's number with its keys or a text")
+                    yield row
+                if len(batch) < ROWS_AT_ONCE:
+                    return
+
+        return replace(reader, read=read)
 
     def wrapper(self, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, a wrapper of the hook's other implementations, guarded before and after them."""
@@ -269,6 +292,13 @@ def _fault(hook: str, answer: Any) -> str | None:
     if hook in COLLECTING:
         return None if isinstance(answer, list) else f"{answer!r:.80}, not a list"
     return f"{answer!r:.80}, although this hook has no answer"
+
+
+def _is_row(row: object) -> bool:
+    """Return True for the number of a line with a mapping or a text."""
+    if not isinstance(row, tuple) or len(row) != 2:
+        return False
+    return isinstance(row[0], int) and not isinstance(row[0], bool) and isinstance(row[1], Mapping | str)
 
 
 def _unless_all(answer: Any, kinds: tuple[type, ...], wanted: str) -> str | None:

@@ -23,11 +23,12 @@ import pluggy
 from posttrain import hookspecs
 from posttrain.config.paths import shipped
 from posttrain.errors import PluginFailed
-from posttrain.host import activity, consent
+from posttrain.host import activity, consent, readers
 from posttrain.host.activity import Activity
 from posttrain.host.choice import Choice
 from posttrain.host.guard import SETTINGS, START_SECONDS, Guard, ask_traced, guarded
 from posttrain.host.process_state import ProcessState
+from posttrain.host.readers import Reader
 from posttrain.host.registration import (
     RECIPES,
     ask,
@@ -36,6 +37,7 @@ from posttrain.host.registration import (
     check_filter,
     check_hook_names,
     check_option,
+    check_reader,
     check_reward,
     check_settings,
     check_stage,
@@ -108,6 +110,10 @@ class Host:
     """Files of recipes and of the options of groups, by names such as ``recipes/mine`` and ``gate/mine``."""
     filters: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Rules on rows, each with the name of its plugin, by their names."""
+    readers: dict[str, Reader] = field(default_factory=dict)
+    """Formats of files, by their endings."""
+    reader_owners: dict[str, str] = field(default_factory=dict)
+    """The name of the plugin of each reader, by its ending."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
     listeners: dict[str, str] = field(default_factory=dict)
     """The plugin of each object that is registered for the current run alone, by the names of both."""
@@ -148,6 +154,9 @@ class Host:
             del self.rewards[reward], self.reward_owners[reward]
         del self.folders[info.name]
         self.filters = {filter_: found for filter_, found in self.filters.items() if found[0] != info.name}
+        for suffix in [suffix for suffix, owner in self.reader_owners.items() if owner == info.name]:
+            del self.readers[suffix], self.reader_owners[suffix]
+        readers.use(self.readers)
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
     def owner(self, name: str) -> PluginInfo:
@@ -242,6 +251,7 @@ def load(entries: Iterable[EntryPoint] | None = None) -> Host:
         _load_entry(host, entry, choice)
     for name in sorted(choice.wanted.keys() - {entry.name for entry in found}):
         _fail(host, name, "not installed", "POSTTRAIN_PLUGINS names it, but no installed distribution has it")
+    readers.use(host.readers)
     return host
 
 
@@ -306,6 +316,7 @@ class Registered:
     tasks: dict[str, Path]
     options: dict[str, Path]
     filters: dict[str, Any]
+    readers: dict[str, Reader]
 
 
 def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -> None:
@@ -331,6 +342,8 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     host.tasks |= found.tasks
     host.options |= found.options
     host.filters |= {each: (name, judge) for each, judge in found.filters.items()}
+    host.readers |= found.readers
+    host.reader_owners |= dict.fromkeys(found.readers, name)
     stages, settings = (tuple(item.name for item in items) for items in (found.stages, found.settings))
     host.plugins[name] = PluginInfo(name=name, origin=origin, state="loaded", stages=stages, settings=settings)
 
@@ -366,11 +379,16 @@ def _ask_all(host: Host, guard: Guard, plugin: ModuleType | object) -> Registere
     for each in filters:
         check_filter(host, each)
     names += [each.name for each in filters]
+    formats = ask(host.manager, plugin, "register_readers")
+    for reader in formats:
+        check_reader(host, reader)
+    names += [reader.suffix for reader in formats]
+    formats = formats if guard.origin == BUILT_IN else [guard.reader(reader) for reader in formats]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PluginFailed(f"it registers {twice[0]!r} twice")
     return Registered(
         stages=stages, settings=settings, rewards=rewards, folders=folders, tasks=tasks, options=options,
-        filters={each.name: each for each in filters},
+        filters={each.name: each for each in filters}, readers={reader.suffix: reader for reader in formats},
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pluggy
 from posttrain import hookspecs
 from posttrain.config.schema import ROOT
 from posttrain.errors import PluginFailed
+from posttrain.host.readers import OWN_ENDINGS, Reader
 from posttrain.rewards.reward import Reward
 from posttrain.stage import RECORD_SHAPES, Settings, Stage, StageConfig
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 RECIPES = "recipes"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+ENDING = re.compile(r"\.[a-z][a-z0-9]*")
 CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Words that YAML or the command line reads as a value: no stage can have one as its name."""
 OTHER_RULES = ("exact", "near", "contamination", "unreadable", "length", "source", "sample", "language")
@@ -152,6 +154,18 @@ def check_filter(host: Host, each: object) -> None:
         raise PluginFailed(f"the filter {name!r} has the name of a finding of posttrain")
     if name in host.filters:
         raise PluginFailed(f"the filter {name!r} is already registered by {host.filters[name][0]}")
+
+
+def check_reader(host: Host, reader: object) -> None:
+    """Raise PluginFailed for a reader of files that cannot be used, or whose ending is taken."""
+    if not isinstance(reader, Reader):
+        raise PluginFailed(f"register_readers must return Reader objects, not {type(reader).__name__}")
+    if not isinstance(reader.version, str) or not callable(reader.read):
+        raise PluginFailed(f"the reader {reader.name!r} needs a version, a text, and read, a function")
+    if not isinstance(reader.suffix, str) or not ENDING.fullmatch(reader.suffix):
+        raise PluginFailed(f"{reader.suffix!r} cannot be the ending of a reader: a dot, lower-case letters and digits")
+    if reader.suffix in OWN_ENDINGS or reader.suffix in host.readers:
+        raise PluginFailed(f"the ending {reader.suffix} of reader {reader.name!r} is read already")
 
 
 def _check_free(host: Host, name: str, what: str) -> None:

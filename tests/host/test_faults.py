@@ -24,7 +24,7 @@ from tests.support.installed import command, install, listed
 
 HOOKS = {
     "register_stages": "", "register_settings": "", "register_rewards": "", "register_config": "",
-    "register_filters": "", "register_eval_tasks": "",
+    "register_filters": "", "register_readers": "", "register_eval_tasks": "",
     "check_plan": "plan", "run_started": "plan, directory", "check_gate": "step", "load_records": "step",
     "run_stage": "stage, context", "step_logged": "stage, step, metrics", "evaluate_artifact": "request, progress",
     "judge_artifact": "request, scorecard", "stage_finished": "stage, artifact, verdict",
@@ -32,7 +32,7 @@ HOOKS = {
 }  # fmt: skip
 START = (
     "register_stages", "register_settings", "register_rewards", "register_filters", "register_config",
-    "register_eval_tasks",
+    "register_eval_tasks", "register_readers",
 )  # fmt: skip
 LATER = [hook for hook in HOOKS if hook not in START]
 PROTESTS = {
