@@ -84,6 +84,7 @@ if TYPE_CHECKING:
         VerdictState,
     )
     from posttrain.hookspecs import hookimpl
+    from posttrain.host.readers import Reader
     from posttrain.plan import Plan, Step
     from posttrain.prepare.filters import Filter, Finding
     from posttrain.prepare.rows import Row
@@ -162,6 +163,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Question",
+    "Reader",
     "Record",
     "Rendered",
     "RenderedPair",
@@ -285,6 +287,7 @@ HOMES = {
     "posttrain.sampling.policy": ("Asked",),
     "posttrain.sampling.sampler": ("Answer",),
     "posttrain.data.declines": ("declines",),
+    "posttrain.host.readers": ("Reader",),
     "posttrain.prepare.filters": ("Filter", "Finding"),
     "posttrain.prepare.rows": ("Row",),
     "posttrain.stage": (

@@ -83,6 +83,7 @@ PUBLIC = [
     "Problem",
     "Progress",
     "Question",
+    "Reader",
     "Record",
     "Rendered",
     "RenderedPair",
@@ -121,7 +122,9 @@ PUBLIC = [
 """The whole public API. A name that is added or removed is a change that plugins feel: it belongs in CHANGELOG.md."""
 FOREIGN = {
     "Any",
+    "BinaryIO",
     "Callable",
+    "Iterable",
     "Iterator",
     "Mapping",
     "None",

@@ -76,7 +76,7 @@ class Page:
     def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
         """Print a stage, from at most ``count`` records of each source."""
         sources = [_limited(source, count) for source in step.sources]
-        read = read_sources(sources, step.stage.records, step.seed, step.cache)
+        read = read_sources(sources, step.stage.records, step.seed, step.cache, config.max_bad_share)
         found = [record for record in read if isinstance(record, records.Document)]
         table = Rendering(self.tokenizer, config.train_on, proven=False).table(found)
         trained, held = split_eval(table.all(), config.eval_share, step.seed)
@@ -109,7 +109,7 @@ class Page:
         """Print a stage on preferences or judged answers: each prompt once, and the scored tokens of its answers."""
         renderer = ChatRenderer(self.tokenizer)
         sources = [_limited(source, count) for source in step.sources]
-        read = read_sources(sources, step.stage.records, step.seed, step.cache)
+        read = read_sources(sources, step.stage.records, step.seed, step.cache, config.max_bad_share)
         found = [_answers(renderer, record) for record in read]
         self._rule(f"{step.name}: {', '.join(source.path for source in step.sources)}")
         for prompt, answers in found[:SHOWN]:

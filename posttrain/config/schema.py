@@ -362,6 +362,8 @@ class StageConfig:
     """Training records: a path or hub name, a source, or a list of sources; null: the recipe's data."""
     replay: Any = None
     """General records against forgetting: {path: FILE, share: 0.1} of all tokens; auto in place of share finds it."""
+    max_bad_share: float = number(0.0, least=0, below=1)
+    """Share of the rows of all sources together that may be left out because they cannot be read."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Preparation of the records: duplicates, quality rules, documents of the gates."""
     gate: GateConfig = field(default_factory=GateConfig)
@@ -390,6 +392,7 @@ class StageConfig:
 
 
 WITHOUT_EFFECT = (
-    "data", "eval_data", "replay", "gate", "checkpoint_minutes", "checkpoint_steps", "gradient_checkpointing",
+    "data", "eval_data", "replay", "max_bad_share", "gate", "checkpoint_minutes", "checkpoint_steps",
+    "gradient_checkpointing",
 )  # fmt: skip
 """Settings of a stage on which no trained number depends: records count by their content, not by their place."""

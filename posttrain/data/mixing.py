@@ -14,7 +14,7 @@ from posttrain.config.schema import Source
 from posttrain.data.reading import count_selected, read_records
 from posttrain.data.records import Origin, Record
 from posttrain.data.rows import BadRows
-from posttrain.errors import BadInput, reject
+from posttrain.errors import BadInput, Problem, reject
 
 
 class Mix(list[Record]):
@@ -26,44 +26,59 @@ class Mix(list[Record]):
         """The rows left out, for each source with any."""
 
 
-def read_sources(sources: Sequence[Source], shape: str, seed: int, cache: Path | None = None) -> Mix:
+def read_sources(
+    sources: Sequence[Source], shape: str, seed: int, cache: Path | None = None, max_bad_share: float = 0.0
+) -> Mix:
     """Read the records of all sources, source by source, each record repeated by the weight; see ``weigh``.
 
     Raises BadInput as ``read_rows`` does.
     """
-    return weigh(read_rows(sources, shape, cache), seed)
+    return weigh(read_rows(sources, shape, cache, max_bad_share), seed)
 
 
-def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None) -> Mix:
+def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None, max_bad_share: float = 0.0) -> Mix:
     """Read every record of all sources but those with ``on_policy`` once, source by source.
 
     A ``share`` is a share of tokens, unknown here: records carry their origin for ``tokens.shares``. Rows that cannot
-    be read are left out up to the source's ``max_bad_share``.
+    be read are left out up to the source's ``max_bad_share``, or up to that of the stage, of all rows together.
 
     Raises:
-        BadInput: There is no source, one cannot be read, or more of its rows than ``max_bad_share``; the first ten of
-            each kind are named, of all sources at once.
+        BadInput: There is no source, one cannot be read, none of its rows can, or more of them cannot than may be left
+            out; the first ten of each kind are named, of all sources at once.
     """
     if not sources:
         reject("data", "names no source of records")
-    read, problems = Mix(), []
+    read, problems, sifted = Mix(), [], []
     for number, source in enumerate(sources):
         if source.on_policy is not None:  # its records are sampled when the stage starts
             continue
         origin = Origin(number=number, path=source.path, share=source.share or 0.0, weight=float(source.weight))
         bad = BadRows(path=source.path, number=number)
         try:
-            records = [replace(record, origin=origin) for record in bad.sift(read_records(source, shape, cache))]
-            bad.check(source.max_bad_share)
+            read += [replace(record, origin=origin) for record in bad.sift(read_records(source, shape, cache))]
         except BadInput as error:
             # The rows before the place at which a file ends the reading are named all the same.
             problems += [row.problem() for row in bad.first() if row.problem() not in error.problems] + error.problems
             continue
-        read += records
-        read.bad += [bad] if bad.rows else []
+        sifted.append((bad, source.max_bad_share))
+    read.bad = [bad for bad, _ in sifted if bad.rows]
+    problems += _too_bad(sifted, max_bad_share)
     if problems:
         raise BadInput(problems)
     return read
+
+
+def _too_bad(sifted: Sequence[tuple[BadRows, float]], max_bad_share: float) -> list[Problem]:
+    """Return the problems of the sources with more bad rows than they, and all of them together, may have."""
+    rows, bad_rows = sum(bad.read for bad, _ in sifted), sum(len(bad.rows) for bad, _ in sifted)
+    few = bad_rows <= max_bad_share * rows
+    problems: list[Problem] = []
+    for bad, most in sifted:
+        try:
+            bad.check(1.0 if few else most)
+        except BadInput as error:
+            problems += error.problems
+    return problems
 
 
 def weigh(records: Sequence[Record], seed: int) -> Mix:

@@ -59,7 +59,7 @@ def load_records(step: Step) -> Sequence[Record]:
     """Read every source of the step; raises BadInput with file and line of a fault."""
     from posttrain.data.mixing import read_rows
 
-    return read_rows(step.sources, step.stage.records, step.cache)
+    return read_rows(step.sources, step.stage.records, step.cache, step.config.max_bad_share)
 
 
 def _check_source(source: Source, where: str) -> Iterator[Problem]:

@@ -110,10 +110,8 @@ class Host:
     """Files of recipes and of the options of groups, by names such as ``recipes/mine`` and ``gate/mine``."""
     filters: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """Rules on rows, each with the name of its plugin, by their names."""
-    readers: dict[str, Reader] = field(default_factory=dict)
-    """Formats of files, by their endings."""
-    reader_owners: dict[str, str] = field(default_factory=dict)
-    """The name of the plugin of each reader, by its ending."""
+    readers: dict[str, tuple[str, Reader]] = field(default_factory=dict)
+    """Formats of files, each with the name of its plugin, by their endings."""
     plugins: dict[str, PluginInfo] = field(default_factory=dict)
     listeners: dict[str, str] = field(default_factory=dict)
     """The plugin of each object that is registered for the current run alone, by the names of both."""
@@ -154,8 +152,7 @@ class Host:
             del self.rewards[reward], self.reward_owners[reward]
         del self.folders[info.name]
         self.filters = {filter_: found for filter_, found in self.filters.items() if found[0] != info.name}
-        for suffix in [suffix for suffix, owner in self.reader_owners.items() if owner == info.name]:
-            del self.readers[suffix], self.reader_owners[suffix]
+        self.readers = {suffix: found for suffix, found in self.readers.items() if found[0] != info.name}
         readers.use(self.readers)
         _fail(self, info.name, info.origin, _reason(info.name, info.origin, failure))
 
@@ -342,8 +339,7 @@ def _register(host: Host, name: str, origin: str, plugin: ModuleType | object) -
     host.tasks |= found.tasks
     host.options |= found.options
     host.filters |= {each: (name, judge) for each, judge in found.filters.items()}
-    host.readers |= found.readers
-    host.reader_owners |= dict.fromkeys(found.readers, name)
+    host.readers |= {suffix: (name, reader) for suffix, reader in found.readers.items()}
     stages, settings = (tuple(item.name for item in items) for items in (found.stages, found.settings))
     host.plugins[name] = PluginInfo(name=name, origin=origin, state="loaded", stages=stages, settings=settings)
 

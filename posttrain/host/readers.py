@@ -32,7 +32,7 @@ known: dict[str, Reader] = {}
 """The readers in use, by ending."""
 
 
-def use(readers: Mapping[str, Reader]) -> None:
-    """Take these readers, by their endings, in place of all others."""
+def use(readers: Mapping[str, tuple[str, Reader]]) -> None:
+    """Take these readers, each with the name of its plugin, by their endings, in place of all others."""
     known.clear()
-    known.update(readers)
+    known.update({suffix: reader for suffix, (_, reader) in readers.items()})

@@ -57,6 +57,16 @@ def test_all_of_a_few_are_named_at_once_with_the_share_that_would_leave_them_out
     assert "max_bad_share: 0.5" in summary
 
 
+def test_a_stage_may_leave_out_a_share_of_all_rows_together(tmp_path: Path) -> None:
+    few = write(tmp_path / "a.jsonl", GOOD, BAD["JSON"], BAD["shape"])
+    many = write(tmp_path / "b.jsonl", *[GOOD] * 17)
+    assert len(read_sources([few, many], "conversations", 1, max_bad_share=0.1)) == 18
+    with pytest.raises(BadInput, match=r"a\.jsonl: 2 of 3 rows cannot be read"):
+        read_sources([few, many], "conversations", 1, max_bad_share=0.099)
+    with pytest.raises(BadInput, match="is not valid JSON"):  # a source without a good row is none
+        read_sources([write(tmp_path / "c.jsonl", BAD["JSON"]), many], "conversations", 1, max_bad_share=0.5)
+
+
 def test_the_first_ten_of_each_kind_are_named_of_every_source(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", *[GOOD] * 20, *[BAD["JSON"]] * 30, *[BAD["encoding"]] * 3)
     two = write(tmp_path / "b.jsonl", GOOD, *[BAD["shape"]] * 11)

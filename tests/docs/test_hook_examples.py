@@ -21,10 +21,12 @@ import pytest
 import posttrain
 from posttrain import BadInput, GateUndecided, Question, hookspecs
 from posttrain.config.compose import compose
+from posttrain.config.schema import Source
 from posttrain.context import StageContext
+from posttrain.data.mixing import read_sources
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
 from posttrain.hookspecs import hookimpl
-from posttrain.host import plugins
+from posttrain.host import plugins, readers
 from posttrain.host.plugins import Host
 from posttrain.plan import make_plan
 from tests.support.fakes import GATES, TASK, Script, only_run, run_on, scripted_host, write_project
@@ -192,6 +194,17 @@ def test_check_gate(ran: Ran) -> None:
     Path("reviewed.txt").write_text("")
     with pytest.raises(BadInput, match=r"sft.gate.tasks.some: some.yaml is not reviewed"):
         run_on(scripted_host(Script()), "seed=1")
+
+
+def test_register_readers(ran: Ran) -> None:
+    readers.use(ran.host.readers)
+    Path("chats.qa").write_text("Q: Which way?\nA: North.\n\nperhaps\n")
+    source = Source(path="chats.qa", max_bad_share=0.5)
+    found = read_sources([source], "conversations", seed=0)
+    assert [[turn["content"] for turn in record.messages] for record in found] == [["Which way?", "North."]]
+    assert [(bad.where, bad.what) for bad in found.bad[0].rows] == [
+        ("chats.qa:4", "is neither a question nor an answer to one")
+    ]
 
 
 def test_register_filters(ran: Ran) -> None:
