@@ -88,7 +88,8 @@ if TYPE_CHECKING:
     from posttrain.plan import Plan, Step
     from posttrain.prepare.filters import Filter, Finding
     from posttrain.prepare.rows import Row
-    from posttrain.rewards.reward import Reward, Scorer
+    from posttrain.rewards.reward import Attempt, Reward, Score, Scores
+    from posttrain.rewards.scorer import Rated, Scorer
     from posttrain.sampling.objective import AnsweredQuestion, PolicyLoss, TokenScores
     from posttrain.sampling.policy import Asked
     from posttrain.sampling.sampler import Answer
@@ -109,6 +110,7 @@ __all__ = [
     "Artifact",
     "ArtifactDamaged",
     "Asked",
+    "Attempt",
     "AutoShare",
     "Backend",
     "BadInput",
@@ -163,6 +165,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Question",
+    "Rated",
     "Reader",
     "Record",
     "Rendered",
@@ -173,8 +176,10 @@ __all__ = [
     "Row",
     "Rule",
     "SampledConfig",
+    "Score",
     "Scorecard",
     "Scorer",
+    "Scores",
     "Sequential",
     "Settings",
     "Source",
@@ -282,7 +287,8 @@ HOMES = {
         "Plan",
         "Step",
     ),
-    "posttrain.rewards.reward": ("Reward", "Scorer"),
+    "posttrain.rewards.reward": ("Attempt", "Reward", "Score", "Scores"),
+    "posttrain.rewards.scorer": ("Rated", "Scorer"),
     "posttrain.sampling.objective": ("AnsweredQuestion", "PolicyLoss", "TokenScores"),
     "posttrain.sampling.policy": ("Asked",),
     "posttrain.sampling.sampler": ("Answer",),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow
     from posttrain.engine.checkpoint import CheckpointFolder, Position
-    from posttrain.rewards.reward import Scorer
+    from posttrain.rewards.scorer import Scorer
     from posttrain.sampling.objective import PolicyLoss
     from posttrain.stage import Progress, Stage
     from posttrain.tokens.chat import ChatRenderer

@@ -32,7 +32,7 @@ from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_replay, conform_sources
 from posttrain.errors import BadInput, Problem, suggest
 from posttrain.host.plugins import Host
-from posttrain.rewards.reward import choose, identity
+from posttrain.rewards.scorer import prepared
 from posttrain.stage import Stage
 
 CORE = "sft"
@@ -304,18 +304,16 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
 def _rewards(
     name: str, settings: StageConfig, sources: Sequence[Source], host: Host, problems: list[Problem]
 ) -> dict[str, str]:
-    """Return the rewards of a stage and of its sources, with versions; add unknown ones to ``problems``."""
+    """Return the rewards of a stage and of its sources, with versions; add unusable ones to ``problems``."""
     asked = [(f"{name}.data.on_policy", source.on_policy.reward) for source in sources if source.on_policy is not None]
     if (own := settings.rewarding()) is not None:
         asked.append((name, own))
     found: dict[str, str] = {}
     for where, given in asked:
         try:
-            scorer = choose(given, host.rewards, host.reward_owners)
-        except ValueError as error:
-            problems.append(Problem(where=f"{where}.reward", what=str(error)))
-            continue
-        found |= {reward.name: identity(reward, scorer.owners[reward.name]) for reward in scorer.rewards}
+            found |= prepared(given, host.rewards, host.reward_owners, f"{where}.reward")
+        except BadInput as error:
+            problems += error.problems
     return found
 
 

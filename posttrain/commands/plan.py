@@ -31,7 +31,7 @@ from posttrain.launch.shape import BLOCKS, needs_of, shape_of
 from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
-from posttrain.rewards.reward import read_weights
+from posttrain.rewards.scorer import read_choice
 from posttrain.run.start import read_base
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
@@ -234,7 +234,7 @@ def _source_note(source: Any) -> str:
     notes += [f"{source.share:.1%} of the tokens"] if source.share is not None else []
     notes += [f"the first {source.limit:,}"] if source.limit else []
     if (asked := source.on_policy) is not None:
-        rewards = " and ".join(read_weights(asked.reward))
+        rewards = " and ".join(read_choice(asked.reward))
         notes.append(f"asked of the parent, {asked.k} answers each, kept as {asked.keep.value} by {rewards}")
     return f"  ({', '.join(notes)})" if notes else ""
 

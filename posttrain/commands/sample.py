@@ -20,9 +20,9 @@ from posttrain.data.records import Conversation, Feedback, Preference, Question,
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
 from posttrain.errors import BadInput, Problem, reject
-from posttrain.host import plugins
+from posttrain.host import consent, plugins
 from posttrain.model.base import resolve_base
-from posttrain.rewards.reward import Scorer, choose, identity
+from posttrain.rewards.scorer import Scorer, choose
 
 USAGE = (
     "posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [temperature=0.7] [reward=right] [keep=pairs|best|labels]"
@@ -35,25 +35,27 @@ PROVENANCE = ".provenance"
 
 def main(words: list[str]) -> int:
     """Sample answers of an artifact to questions, score them, and write the records made of them."""
-    given = parse("sample", words, (*SETTINGS, *PLACES))
+    given = parse("sample", words, (*SETTINGS, *PLACES), flags=(consent.FLAG,))
     if len(given.plain) != 3:
         reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
     folder, asked, output = Path(given.plain[0]), given.plain[1], Path(given.plain[2])
     settings = _settings(given, asked)
     if output.suffix != ".jsonl" or output.exists():
         reject(str(output), "exists already" if output.exists() else "is no .jsonl file", "Give a new file.jsonl")
+    root = Path(given.settings.get("output_root", "runs"))
     host = plugins.load()
     try:
-        scorer = choose(settings.reward, host.rewards, host.reward_owners)
+        scorer = choose(settings.reward, host.rewards, host.reward_owners, root / "cache")
     except ValueError as error:
         reject("reward", str(error))
+    identities = scorer.identities()
     questions = [each for each in read_source(Source(path=asked), "questions") if isinstance(each, Question)]
     if problems := scorer.problems(questions):
         raise BadInput(problems)
     artifact = verify(folder)
     base = resolve_base(_base(artifact, given), artifact.pins)
     environment.prepare()
-    kept = _sample(artifact, base, questions, settings, scorer, Path(given.settings.get("output_root", "runs")))
+    kept = _sample(artifact, base, questions, settings, scorer, root)
     print(f"sampled    {kept.line()}")
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(output, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in kept.records))
@@ -63,7 +65,7 @@ def main(words: list[str]) -> int:
         "base": artifact.manifest.base.name,
         "questions": data_digest([Source(path=asked)]),
         "settings": settings.identity(),
-        "rewards": [identity(reward, scorer.owners[reward.name]) for reward in scorer.rewards],
+        "rewards": list(identities.values()),
         "records": digest_of([_row(record) for record in kept.records]),
         "figures": dict(kept.figures),
     }

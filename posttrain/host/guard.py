@@ -109,7 +109,7 @@ class Guard:
         return call
 
     def reward(self, reward: Reward) -> Reward:
-        """Return ``reward`` with both of its functions guarded."""
+        """Return ``reward`` with every one of its functions guarded."""
 
         def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
@@ -119,7 +119,9 @@ class Guard:
 
             return call
 
-        return replace(reward, score=guarded(reward.score), lacks=guarded(reward.lacks))
+        score = None if reward.score is None else guarded(reward.score)
+        opening = None if (opens := reward.open) is None else guarded(lambda *args: guarded(opens(*args)))
+        return replace(reward, score=score, open=opening, lacks=guarded(reward.lacks), prepare=guarded(reward.prepare))
 
     def reader(self, reader: Reader) -> Reader:
         """Return ``reader`` with its function guarded, and each of its answers checked."""

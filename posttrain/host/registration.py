@@ -139,6 +139,8 @@ def check_reward(host: Host, reward: object) -> None:
         raise PluginFailed(f"{reward.name!r} cannot be the name of a reward: lower-case letters, digits and _")
     if reward.name in host.rewards:
         raise PluginFailed(f"the reward {reward.name!r} is already registered by {host.reward_owners[reward.name]}")
+    if (reward.score is None) == (reward.open is None):
+        raise PluginFailed(f"the reward {reward.name!r} must have either score or open")
     if isinstance(reward.version, bool) or not isinstance(reward.version, int):
         raise PluginFailed(f"the version of reward {reward.name!r} must be a whole number, not {reward.version!r}")
 

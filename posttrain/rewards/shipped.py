@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from posttrain.rewards.code import code
 from posttrain.rewards.matching import MATCHES, is_right, is_usable, parse_json
+from posttrain.rewards.maths import maths
 from posttrain.rewards.reward import Reward, lacks_nothing
 
 if TYPE_CHECKING:
@@ -93,4 +95,6 @@ def rewards() -> Sequence[Reward]:
             name="format", summary=f"1 for a whole answer of the pattern meta.{FORM}", version=1, score=_format,
             lacks=_lacks_format,
         ),
+        maths(),
+        code(),
     ]  # fmt: skip

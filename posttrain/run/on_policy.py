@@ -14,7 +14,7 @@ from posttrain.data.files import read_rows
 from posttrain.data.reading import read_source
 from posttrain.data.records import Question, Record
 from posttrain.errors import BadInput, Problem
-from posttrain.rewards.reward import Scorer, choose
+from posttrain.rewards.scorer import Scorer, choose
 from posttrain.sampling.answers import Asking, ask
 from posttrain.sampling.keeping import SERVED, keep, score
 from posttrain.sampling.sampler import Drawing
@@ -55,7 +55,7 @@ def read_asked(job: Job) -> list[Asked]:
             raise BadInput(Problem(where=f"{where}.keep", what=what, fix=f"The choices and their shapes: {fix}"))
         read = read_source(replace(source, on_policy=None), "questions", job.step.cache)
         questions = [each for each in read if isinstance(each, Question)]
-        scorer = choose(settings.reward, job.host.rewards, job.host.reward_owners)
+        scorer = _chosen(job, settings.reward)
         check_questions(job, questions, scorer)
         found.append(Asked(source=source, questions=questions, scorer=scorer))
     return found
@@ -64,7 +64,11 @@ def read_asked(job: Job) -> list[Asked]:
 def scorer_of(job: Job) -> Scorer | None:
     """Return the rewards of a stage that samples answers; None for any other."""
     given = job.step.config.rewarding()
-    return None if given is None else choose(given, job.host.rewards, job.host.reward_owners)
+    return None if given is None else _chosen(job, given)
+
+
+def _chosen(job: Job, given: Any) -> Scorer:
+    return choose(given, job.host.rewards, job.host.reward_owners, job.plan.output_root / "cache")
 
 
 def check_asked(job: Job, records: Sequence[Any], evaluated: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ Several processes share the questions: each writes and scores its part, then all
 the seed, its question and its number, so that it is the same whoever writes it.
 """
 
-# A = answers to the questions of a step, T = tokens of the longest answer, P = parts of a reward
+# A = answers to the questions of a step, T = tokens of the longest answer, P = parts of a reward, B = bytes of a note
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isnan, nan
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +23,20 @@ from posttrain.data.records import Question
 from posttrain.engine import processes
 from posttrain.engine.attention import causal_model
 from posttrain.engine.precision import autocasting
+from posttrain.errors import reject
 from posttrain.model.probe import set_attention
-from posttrain.rewards.reward import Scorer
+from posttrain.rewards.reward import Attempt
+from posttrain.rewards.scorer import Rated, Scorer, count_notes
 from posttrain.sampling.answers import BLOCK, model_ends, stop_ids, text_of
 from posttrain.sampling.sampler import Answer, Drawing, sample
 from posttrain.stage import Progress
 
 if TYPE_CHECKING:
     from posttrain.engine.engine import Engine
+
+
+NOTE_BYTES = 96
+"""Longest note that processes send each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +58,12 @@ class Rewarded:
     text: str
     """Its text without the stop token."""
     parts: Mapping[str, float]
-    """Score by each reward."""
+    """Score by each reward that could score it."""
+    notes: Mapping[str, str]
+    """Note of each reward that left one."""
     reward: float
-    """Their weighted sum."""
+    """Weighted sum of its scores; of one that could not be scored the mean of its question's others, so that nothing
+    pushes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +79,17 @@ class Policy:
         """Return the answers to each of ``rows`` by the engine's model as it is, in the arithmetic of ``dtype``.
 
         Every process calls it with the same rows, and gets the answers to all of them. Raises as ``sample`` and
-        ``Scorer.parts`` do.
+        ``Scorer.rate`` do, and BadInput when no answer could be scored.
         """
         share = -(-len(rows) // processes.world())
         first = min(processes.rank() * share, len(rows))
         own = rows[first : first + share]
         groups = self.write(engine, dtype, own, drawing)
-        found = [self._rewarded(row, answer) for row, group in zip(own, groups, strict=True) for answer in group]
+        answers = [answer for group in groups for answer in group]
+        found = [*zip(answers, self._rate(own, groups), strict=True)]
         if processes.world() > 1:
             found = self._gathered(found, first * drawing.k, len(rows) * drawing.k, drawing.max_tokens)
-        return [found[start : start + drawing.k] for start in range(0, len(found), drawing.k)]
+        return self._rewarded([found[start : start + drawing.k] for start in range(0, len(found), drawing.k)])
 
     @torch.no_grad()
     def write(self, engine: Engine, dtype: str, rows: Sequence[Asked], drawing: Drawing) -> list[list[Answer]]:
@@ -93,41 +105,75 @@ class Policy:
                 self.progress.part(len(found) * drawing.k, len(rows) * drawing.k, "answer")
         return found
 
-    def _rewarded(self, row: Asked, answer: Answer) -> Rewarded:
-        text = text_of(self.tokenizer, answer)
-        parts = self.scorer.parts(row.question, text, answer.ended)
-        return Rewarded(answer=answer, text=text, parts=parts, reward=self.scorer.total(parts))
+    def _rate(self, rows: Sequence[Asked], groups: Sequence[Sequence[Answer]]) -> list[Rated]:
+        attempts = [
+            Attempt(question=row.question, text=text_of(self.tokenizer, answer), ended=answer.ended)
+            for row, group in zip(rows, groups, strict=True)
+            for answer in group
+        ]
+        return self.scorer.rate(attempts)
 
-    def _gathered(self, own: Sequence[Rewarded], first: int, count: int, longest: int) -> list[Rewarded]:
+    def _rewarded(self, groups: Sequence[Sequence[tuple[Answer, Rated]]]) -> list[list[Rewarded]]:
+        """Return the answers with their rewards. Raises BadInput when there are answers and none could be scored."""
+        known = [rated.reward for group in groups for _, rated in group if rated.reward is not None]
+        if groups and not known:
+            counts = count_notes(rated.notes for group in groups for _, rated in group)
+            told = "; ".join(f"{count:,} {note}" for note, count in counts.items())
+            fix = "Mend what the reward needs; the same command goes on from the last checkpoint"
+            reject("reward", f"no answer of this step could be scored: {told}", fix)
+        found = []
+        for group in groups:
+            mean = fmean([rated.reward for _, rated in group if rated.reward is not None] or known)
+            found.append(
+                [
+                    Rewarded(
+                        answer=answer, text=text_of(self.tokenizer, answer), parts=rated.parts, notes=rated.notes,
+                        reward=mean if rated.reward is None else rated.reward,
+                    )
+                    for answer, rated in group
+                ]
+            )  # fmt: skip
+        return found
+
+    def _gathered(
+        self, own: Sequence[tuple[Answer, Rated]], first: int, count: int, longest: int
+    ) -> list[tuple[Answer, Rated]]:
         """Return the answers of all processes, ``count`` in all; those of this one begin at ``first``."""
         names = [reward.name for reward in self.scorer.rewards]
         ids_AT = torch.zeros(count, longest, dtype=torch.int64)
         log_probs_AT = torch.zeros(count, longest, dtype=torch.float64)
         parts_AP = torch.zeros(count, len(names), dtype=torch.float64)
+        notes_APB = torch.zeros(count, len(names), NOTE_BYTES, dtype=torch.int64)
         shape_A3 = torch.zeros(count, 3, dtype=torch.float64)
-        for place, each in enumerate(own, start=first):
-            size = len(each.answer.ids)
-            ids_AT[place, :size] = torch.tensor(each.answer.ids)
-            log_probs_AT[place, :size] = torch.tensor(each.answer.log_probs, dtype=torch.float64)
-            parts_AP[place] = torch.tensor([each.parts[name] for name in names], dtype=torch.float64)
-            shape_A3[place] = torch.tensor([size, each.answer.ended, each.answer.entropy], dtype=torch.float64)
+        for place, (answer, rated) in enumerate(own, start=first):
+            size = len(answer.ids)
+            ids_AT[place, :size] = torch.tensor(answer.ids)
+            log_probs_AT[place, :size] = torch.tensor(answer.log_probs, dtype=torch.float64)
+            parts_AP[place] = torch.tensor([rated.parts.get(name, nan) for name in names], dtype=torch.float64)
+            for number, name in enumerate(names):
+                note = rated.notes.get(name, "").encode()[:NOTE_BYTES]
+                notes_APB[place, number, : len(note)] = torch.tensor(list(note))
+            shape_A3[place] = torch.tensor([size, answer.ended, answer.entropy], dtype=torch.float64)
         # every place is one process' alone, and zero in the others: their sum is exact
-        ids, log_probs, parts, shape = [
-            processes.total(each).tolist() for each in (ids_AT, log_probs_AT, parts_AP, shape_A3)
+        ids, log_probs, parts, notes, shape = [
+            processes.total(each).tolist() for each in (ids_AT, log_probs_AT, parts_AP, notes_APB, shape_A3)
         ]
-        return [
-            self._rebuilt(ids[place][: int(size)], log_probs[place][: int(size)], bool(ended), entropy,
-                          dict(zip(names, parts[place], strict=True)))
+        answers = [
+            Answer(
+                ids=tuple(ids[place][: int(size)]), ended=bool(ended), log_probs=tuple(log_probs[place][: int(size)]),
+                entropy=entropy,
+            )
             for place, (size, ended, entropy) in enumerate(shape)
         ]  # fmt: skip
+        return [*zip(answers, map(self._rebuilt, parts, notes), strict=True)]
 
-    def _rebuilt(
-        self, ids: list[int], log_probs: list[float], ended: bool, entropy: float, parts: Mapping[str, float]
-    ) -> Rewarded:
-        answer = Answer(ids=tuple(ids), ended=ended, log_probs=tuple(log_probs), entropy=entropy)
-        return Rewarded(
-            answer=answer, text=text_of(self.tokenizer, answer), parts=parts, reward=self.scorer.total(parts)
-        )
+    def _rebuilt(self, parts_P: Sequence[float], notes_PB: Sequence[Sequence[int]]) -> Rated:
+        """Return scores that a process has sent: not a number stands for none."""
+        names = [reward.name for reward in self.scorer.rewards]
+        parts = {name: value for name, value in zip(names, parts_P, strict=True) if not isnan(value)}
+        texts = [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in notes_PB]
+        notes = {name: text for name, text in zip(names, texts, strict=True) if text}
+        return Rated(parts=parts, notes=notes, reward=self.scorer.total(parts))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.disk import naming
 from posttrain.engine import processes
+from posttrain.rewards.scorer import count_notes
 from posttrain.sampling.policy import Asked, Rewarded
 
 
@@ -62,6 +63,7 @@ class Trail:
         kept = [self._read(sampling) for sampling in range(1, samplings + 1)]
         found = [each for answers in kept for each in answers]
         rewards = [fmean(each["reward"] for each in answers) for answers in kept]
+        notes = count_notes(each.get("notes", {}) for each in found)
         end = max(1, samplings // 10)
         return {
             "sampled_answers": len(found),
@@ -69,6 +71,7 @@ class Trail:
             "never_ended": sum(not each["ended"] for each in found),
             "reward_first": fmean(rewards[:end]),
             "reward_last": fmean(rewards[-end:]),
+            **({"notes": notes} if notes else {}),
         }
 
     def _differs(self, sampling: int) -> bool:
@@ -100,4 +103,5 @@ def _line(row: Asked, each: Rewarded) -> dict[str, Any]:
     return {
         "where": row.question.where, "question": row.question.prompt[-1]["content"], "answer": each.text,
         "ended": each.answer.ended, "tokens": len(each.answer.ids), "reward": each.reward, "rewards": dict(each.parts),
+        **({"notes": dict(each.notes)} if each.notes else {}),
     }  # fmt: skip

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from posttrain.config.ranges import number
 from posttrain.data.questions import read_question
 from posttrain.data.records import Question
 from posttrain.errors import BadInput, PluginFailed
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
-from posttrain.rewards.reward import Reward, Scorer, choose, read_weights
+from posttrain.rewards.reward import Attempt, Reward, Score
+from posttrain.rewards.scorer import Scorer, choose, count_notes, read_choice
 from posttrain.rewards.shipped import rewards
 
 SHIPPED = {reward.name: reward for reward in rewards()}
@@ -26,8 +31,13 @@ def question(**values: Any) -> Question:
     return read_question({"question": "How much?", **values}, "q.jsonl:1")
 
 
+def attempt(text: str = "an answer", **values: Any) -> Attempt:
+    return Attempt(question=question(**values), text=text, ended=True)
+
+
 def parts(name: str, asked: Question, text: str, ended: bool = True) -> float:
-    return choose(name, SHIPPED, OWNERS).parts(asked, text, ended)[name]
+    (found,) = choose(name, SHIPPED, OWNERS).rate([Attempt(question=asked, text=text, ended=ended)])
+    return found.parts[name]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,7 @@ def test_a_question_without_what_a_reward_needs_is_named(name: str, asked: Quest
     assert name in problem.what
 
 
-def raises(asked: Question, text: str, ended: bool) -> float:
+def raises(asked: Any, text: Any, ended: Any) -> float:
     raise KeyError("target")
 
 
@@ -99,12 +109,85 @@ def test_a_faulty_reward_is_named_with_its_question(score: Callable[..., Any], w
     faulty = Reward(name="mine", summary="", version=1, score=score)
     scorer = Scorer(rewards=[faulty], weights=[1.0], owners={"mine": "plugin mine (mine 0.1)"})
     with pytest.raises(PluginFailed, match=rf"reward mine of plugin mine \(mine 0.1\) at q.jsonl:1: {what}"):
-        scorer.parts(question(), "an answer", True)
+        scorer.rate([attempt()])
+
+
+def opened(*scores: Any) -> Callable[..., Any]:
+    return lambda settings, kept: lambda attempts: list(scores)
+
+
+@pytest.mark.parametrize(
+    ("scores", "what"),
+    [
+        ([1.0], "it gave 1 scores for 2 answers"),
+        ([1.0, None], "it gave None for 'an answer'"),
+        ([1.0, Score(value=math.nan)], "it gave nan for 'an answer'"),
+    ],
+)
+def test_a_faulty_reward_of_several_answers_is_named(scores: list[Any], what: str) -> None:
+    faulty = Reward(name="mine", summary="", version=1, open=opened(*scores))
+    scorer = Scorer(rewards=[faulty], weights=[1.0], owners={"mine": "us"})
+    with pytest.raises(PluginFailed, match=what):
+        scorer.rate([attempt(), attempt()])
+
+
+def test_an_answer_that_could_not_be_scored_has_no_reward_and_is_counted_by_its_note() -> None:
+    notes = [Score(value=0.0, note="unread"), Score(value=None, note="down"), Score(value=None, note="down"), 1.0]
+    judge = Reward(name="mine", summary="", version=1, open=opened(*notes))
+    scorer = Scorer(rewards=[judge, SHIPPED["ended"]], weights=[2.0, 1.0], owners={"mine": "us", "ended": "us"})
+    found = scorer.rate([attempt()] * 4)
+    assert [each.reward for each in found] == [1.0, None, None, 3.0]
+    assert [dict(each.parts) for each in found[:2]] == [{"mine": 0.0, "ended": 1.0}, {"ended": 1.0}]
+    assert list(count_notes(each.notes for each in found).items()) == [("mine: down", 2), ("mine: unread", 1)]
+
+
+@dataclass(kw_only=True)
+class Options:
+    model: str
+    size: int = number(4, least=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"mine": {}}, "mine needs model: reward: {mine: {model: ...}}"),
+        ({"mine": {"modle": "x"}}, "mine has no setting 'modle'. Did you mean model"),
+        ({"mine": {"model": 3}}, "mine.model is 3, not a text"),
+        ({"mine": {"model": "x", "size": 0}}, "mine.size must be at least 1, not 0"),
+        ({"mine": {"model": "x", "weight": "much"}}, "the weight of mine is 'much'"),
+        ({"exact": {"model": "x"}}, "exact has no setting 'model'"),
+    ],
+)
+def test_settings_that_a_reward_does_not_have_are_rejected(given: Any, what: str) -> None:
+    mine = Reward(name="mine", summary="", version=1, open=opened(), settings=Options)
+    with pytest.raises(ValueError, match=re.escape(what)):
+        choose(given, {**SHIPPED, "mine": mine}, {**OWNERS, "mine": "us"})
+
+
+def test_a_reward_gets_its_settings_the_shared_folder_and_its_needs_into_its_identity(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def opens(settings: Options, kept: Path) -> Any:
+        seen.append((settings, kept))
+        return lambda attempts: [0.5] * len(attempts)
+
+    mine = Reward(
+        name="mine",
+        summary="",
+        version=2,
+        open=opens,
+        settings=Options,
+        prepare=lambda its: f"digest of {its.model}",
+    )
+    scorer = choose({"mine": {"model": "x", "weight": 2}}, {"mine": mine}, {"mine": "us"}, tmp_path)
+    assert scorer.identities() == {"mine": "mine 2 of us, digest of x"}
+    assert [each.reward for each in scorer.rate([attempt(), attempt()]) + scorer.rate([attempt()])] == [1.0] * 3
+    assert seen == [(Options(model="x"), tmp_path)]
 
 
 def test_rewards_add_up_by_their_weights() -> None:
     scorer = choose({"exact": 1.0, "ended": -0.25}, SHIPPED, OWNERS)
-    assert scorer.total(scorer.parts(question(answer="x"), "x", True)) == 0.75
+    assert scorer.rate([attempt("x", answer="x")])[0].reward == 0.75
 
 
 @pytest.mark.parametrize(
@@ -112,7 +195,7 @@ def test_rewards_add_up_by_their_weights() -> None:
 )
 def test_settings_that_name_no_reward_are_rejected(given: Any) -> None:
     with pytest.raises(ValueError, match=r"neither|twice|weight"):
-        read_weights(given)
+        read_choice(given)
 
 
 def test_an_unknown_reward_is_named_with_its_neighbour() -> None:
@@ -128,10 +211,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch, *found: Any) -> plugins.Host:
 
 
 def test_a_plugins_reward_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = loaded(monkeypatch, Reward(name="mine", summary="", version=1, score=raises))
+    opens = Reward(name="many", summary="", version=1, open=lambda settings, kept: lambda attempts: raises(*[None] * 3))
+    host = loaded(monkeypatch, Reward(name="mine", summary="", version=1, score=raises), opens)
+    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward many: KeyError: 'target'"):
+        choose("many", host.rewards, host.reward_owners).rate([attempt()])
     assert host.reward_owners["mine"] == "mine (mine_rewards)"
     with pytest.raises(PluginFailed, match=r"plugin mine .* in reward mine: KeyError: 'target'"):
-        choose("mine", host.rewards, host.reward_owners).parts(question(), "an answer", True)
+        choose("mine", host.rewards, host.reward_owners).rate([attempt()])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +226,7 @@ def test_a_plugins_reward_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
         (Reward(name="exact", summary="", version=1, score=raises), "already registered by posttrain"),
         (Reward(name="My Own", summary="", version=1, score=raises), "cannot be the name of a reward"),
         (Reward(name="mine", summary="", version=True, score=raises), "must be a whole number"),
+        (Reward(name="mine", summary="", version=1), "must have either score or open"),
         (raises, "must return Reward objects"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from posttrain.config.on_policy import Keep, OnPolicy
 from posttrain.data.questions import read_question
 from posttrain.data.records import Conversation, Feedback, Preference
-from posttrain.rewards.reward import choose
+from posttrain.rewards.scorer import choose
 from posttrain.rewards.shipped import rewards
 from posttrain.sampling.answers import Written
 from posttrain.sampling.keeping import Kept, keep, score
