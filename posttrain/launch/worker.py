@@ -99,7 +99,7 @@ def context_of(
 ) -> StageContext:
     """Return the context of a job's stage in one of its processes; ``folder`` holds the records."""
     from posttrain.context import StageContext
-    from posttrain.rewards.reward import choose
+    from posttrain.rewards.scorer import choose
 
     config = config_of(job, host.stages[job.kind])
     given = config.rewarding()

@@ -75,8 +75,6 @@ def code() -> Reward:
     """Return the reward."""
 
     def opened(settings: Any, kept: Path) -> Scores:
-        _prepare(settings)
-
         def scores(attempts: Sequence[Attempt]) -> list[float | Score]:
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
                 return list(threads.map(_score, attempts))

@@ -26,9 +26,8 @@ SHORT = sandbox.Limits(seconds=1, clock=20.0)
 
 def rate(*texts: str, tests: list[Any] = ADD, ended: bool = True) -> list[Rated]:
     asked = read_question({"question": "Write add.", "meta": {"tests": tests}}, "q.jsonl:1")
-    with consent.given_by([consent.FLAG]):
-        scorer = choose("code", REWARD, OWNER)
-        return scorer.rate([Attempt(question=asked, text=text, ended=ended) for text in texts])
+    scorer = choose("code", REWARD, OWNER)
+    return scorer.rate([Attempt(question=asked, text=text, ended=ended) for text in texts])
 
 
 def test_a_program_is_right_when_every_test_passes() -> None:
@@ -196,9 +195,6 @@ def test_nobody_runs_programs_without_the_users_consent(monkeypatch: pytest.Monk
         scorer = choose("code", REWARD, OWNER)
         with pytest.raises(BadInput, match=r"needs your consent(.|\n)*--trust-tasks(.|\n)*a recipe alone cannot"):
             scorer.identities()
-        asked = read_question({"question": "?", "meta": {"tests": ADD}}, "q.jsonl:1")
-        with pytest.raises(BadInput, match="needs your consent"):
-            scorer.rate([Attempt(question=asked, text="1", ended=True)])
         consent.file().parent.mkdir(parents=True)
         consent.file().write_text("run_code reward\n")
         assert scorer.identities()["code"].startswith("code 1 of us, Python 3.")
