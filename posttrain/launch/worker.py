@@ -102,13 +102,13 @@ def context_of(
     from posttrain.rewards.scorer import choose
 
     config = config_of(job, host.stages[job.kind])
-    given = config.rewarding()
+    given, kept = config.rewarding(), Path(job.kept) if job.kept else None
     return StageContext(
         name=job.name, config=config, parent=parent_of(job), records=read_records(folder, job.records),
         eval_records=read_records(folder, job.eval_records), seed=job.seed, dtype=job.dtype, engine=job.engine,
         progress=progress, stop_requested=stop_requested, checkpoints=Path(job.checkpoints), output=Path(job.output),
-        kept=Path(job.kept) if job.kept else None, data_workers=job.data_workers,
-        scorer=None if given is None else choose(given, host.rewards, host.reward_owners),
+        kept=kept, data_workers=job.data_workers,
+        scorer=None if given is None else choose(given, host.rewards, host.reward_owners, kept),
         trail=Path(job.trail) if job.trail else None, metrics=dict(job.metrics),
     )  # fmt: skip
 

@@ -7,5 +7,6 @@ maths       \boxed{...} compared as mathematics, in a process of its own
 code        programs scored by a question's tests, with the user's consent
 sandbox     programs of models, run where they can do no harm
 cell        the inside of the sandbox, a program of its own
+judge       answers judged by a language model behind an endpoint
 shipped     the rewards that come with posttrain
 """

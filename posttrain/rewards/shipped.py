@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.rewards.code import code
+from posttrain.rewards.judge import judge
 from posttrain.rewards.matching import MATCHES, is_right, is_usable, parse_json
 from posttrain.rewards.maths import maths
 from posttrain.rewards.reward import Reward, lacks_nothing
@@ -97,4 +98,5 @@ def rewards() -> Sequence[Reward]:
         ),
         maths(),
         code(),
+        judge(),
     ]  # fmt: skip
