@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
 from posttrain.config.money import EXAMPLES, Amount, amount, prices
-from posttrain.config.preparation import language_problem, rule_problems
+from posttrain.config.preparation import rule_problems, setting_problem
 from posttrain.config.ranges import out_of_range
 from posttrain.config.replay import Replay
 from posttrain.config.schema import (
@@ -286,7 +286,7 @@ def _step(name: str, config: DictConfig, host: Host, problems: list[Problem]) ->
         Problem(where=f"{name}.prepare.{key}", what=what, fix=suggest(key.partition(".")[2], known))
         for key, what, known in rule_problems(settings.prepare, host.filters)
     ]
-    if (wrong := language_problem(settings.prepare)) is not None:
+    if (wrong := setting_problem(settings.prepare)) is not None:
         problems.append(Problem(where=f"{name}.prepare.{wrong[0]}", what=wrong[1], fix=wrong[2]))
     sources = conform_sources(f"{name}.data", config.data if settings.data is None else settings.data, problems)
     replay = conform_replay(f"{name}.replay", settings.replay, problems)

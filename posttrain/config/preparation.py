@@ -110,6 +110,12 @@ class BalanceConfig:
     """Most words of a row; longer ones are left out."""
     per_source: int | None = number(None, least=1)
     """Most rows of one source."""
+    per_group: int | None = number(None, least=1)
+    """Most rows of one group; ``columns: {group: topic}`` of a source names the key with the group."""
+    refused: float | None = number(None, least=0, below=1)
+    """Most share of rows whose answers decline a request."""
+    helpful: float | None = number(None, least=0, below=1)
+    """Most share of rows whose answers do not."""
     rows: int | None = number(None, least=1)
     """Rows chosen from all that are left."""
     choose: Choice = Choice.spread
@@ -155,8 +161,16 @@ def rule_problems(config: PrepareConfig, filters: Iterable[str]) -> Sequence[tup
     return found
 
 
-def language_problem(config: PrepareConfig) -> tuple[str, str, str] | None:
-    """Return what hinders the rule ``language``: the setting, what is wrong, and the fix."""
+def setting_problem(config: PrepareConfig) -> tuple[str, str, str] | None:
+    """Return a setting that cannot be met, what is wrong, and the fix."""
+    refused, helpful = config.balance.refused, config.balance.helpful
+    if refused is not None and helpful is not None and refused + helpful < 1:
+        what = "refused and helpful are less than all rows together"
+        return "balance", what, "Set one of them, or let them add up to 1 or more"
+    return _language_problem(config)
+
+
+def _language_problem(config: PrepareConfig) -> tuple[str, str, str] | None:
     codes = "ISO 639 codes are such as en, de, zh"
     if config.rules.get(LANGUAGE) is not None and not config.languages:
         return f"rules.{LANGUAGE}", "no languages are named, so every row would pass", "Set prepare.languages=[en]"

@@ -24,8 +24,10 @@ from posttrain.data.records import Record
 from posttrain.data.rows import BadRow, Found, RawRow, Rows, bad_row, strict
 from posttrain.data.shapes import to_record
 from posttrain.data.urls import copy_url, is_url
-from posttrain.errors import BadInput, reject, suggest
+from posttrain.errors import BadInput, reject, shown, suggest
 
+GROUP = "group"
+"""Key by which rows are capped, where ``columns`` names one."""
 _ABSENT = object()
 
 
@@ -86,12 +88,21 @@ def _record(source: Source, shape: str, where: str, row: RawRow) -> Record | Bad
         renamed = _rename(row, source.columns, where)
         kind = "shape"
         record = to_record(renamed, source.format, shape, where)
+        group = _group(renamed, where) if GROUP in source.columns else ""
     except BadInput as error:
         return bad_row(error, kind)
     # A key renamed to one that nothing reads is set aside on purpose, as is one of which columns take a part.
     aside = {*source.columns, *(name.split(".")[0] for name in source.columns.values())}
     unread = tuple(key for key in record.unread if key not in aside)
-    return record if unread == record.unread else replace(record, unread=unread)
+    return record if unread == record.unread and not group else replace(record, unread=unread, group=group)
+
+
+def _group(row: RawRow, where: str) -> str:
+    """Return the group of a row, a text or a number."""
+    value = row[GROUP]
+    if not isinstance(value, str | int | float):
+        reject(where, f"the group is {shown(value)}", "Name a key with a text or a number: columns: {group: topic}")
+    return str(value)
 
 
 def data_digest(sources: Sequence[Source], cache: Path | None = None) -> str:

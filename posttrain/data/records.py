@@ -53,6 +53,8 @@ class Conversation:
     """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
+    group: str = ""
+    """Value of the key that ``columns`` renames to group, for balance; empty without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Text:
     """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
+    group: str = ""
+    """Value of the key that ``columns`` renames to group, for balance; empty without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,8 @@ class Preference:
     """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
+    group: str = ""
+    """Value of the key that ``columns`` renames to group, for balance; empty without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +113,8 @@ class Feedback:
     """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
+    group: str = ""
+    """Value of the key that ``columns`` renames to group, for balance; empty without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +135,8 @@ class Question:
     """Source of the record."""
     unread: tuple[str, ...] = ()
     """Keys of its row that nothing reads."""
+    group: str = ""
+    """Value of the key that ``columns`` renames to group, for balance; empty without one."""
 
 
 Document = Conversation | Text

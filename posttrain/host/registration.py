@@ -24,7 +24,10 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 ENDING = re.compile(r"\.[a-z][a-z0-9]*")
 CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Words that YAML or the command line reads as a value: no stage can have one as its name."""
-OTHER_RULES = ("exact", "near", "contamination", "unreadable", "length", "source", "sample", "language")
+OTHER_RULES = (
+    "exact", "near", "contamination", "semantic", "unreadable", "language",
+    "length", "source", "group", "refused", "helpful", "sample",
+)  # fmt: skip
 """Names of the ledger's findings that are no rules on single rows."""
 GROUPS_WITH_SETTINGS = ("tracker",)
 """Groups whose options are plugins that own their settings."""

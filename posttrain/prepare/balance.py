@@ -11,6 +11,8 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -37,37 +39,90 @@ STEPS = 1000
 Features = NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows among which balance chooses; what takes time to tell is told for the rows that need it."""
+
+    text: Callable[[int], str]
+    """Text of a row."""
+    is_declined: Callable[[int], bool]
+    """Returns true for a row whose answer declines a request."""
+    sources: Sequence[Hashable]
+    groups: Sequence[str]
+    """Value of the field by which rows are capped; empty for none."""
+    quality: Sequence[float]
+    """The better rows stay."""
+
+
 class Texts(Sequence[str]):
     """Texts made as they are asked for: all of them at once would be as large as the data."""
 
-    def __init__(self, text: Callable[[int], str], count: int) -> None:
-        self._text, self._places = text, range(count)
+    def __init__(self, text: Callable[[int], str], rows: Sequence[int]) -> None:
+        self._text, self._rows = text, rows
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        places = self._places[index]
-        return self._text(places) if isinstance(places, int) else [self._text(place) for place in places]
+        rows = self._rows[index]
+        return self._text(rows) if isinstance(rows, int) else [self._text(row) for row in rows]
 
 
-def unbalanced(
-    texts: Sequence[str], sources: Sequence[Hashable], quality: Sequence[float], config: BalanceConfig
-) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield the rows that balance leaves out, each with its rule and the reason: length, source, then sample."""
-    left = list(range(len(texts)))
-    if config.longest is not None:
-        words = [len(text.split()) for text in texts]
-        yield from ((row, ("length", f"{words[row]:,} words")) for row in left if words[row] > config.longest)
-        left = [row for row in left if words[row] <= config.longest]
-    if config.per_source is not None:
-        over = set(over_cap([sources[row] for row in left], config.per_source, [quality[row] for row in left]))
-        yield from ((left[at], ("source", f"more than {config.per_source:,} rows of it")) for at in sorted(over))
-        left = [row for at, row in enumerate(left) if at not in over]
+def unbalanced(rows: Rows, config: BalanceConfig) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield the rows that balance leaves out, each with its rule and the reason.
+
+    The order is length, source, group, shares, sample, and shares once more: a sample of topics has shares of its own.
+    """
+    left = list(range(len(rows.sources)))
+    for judge in (_long, _of_sources, _of_groups, _of_shares, _beyond_sample, _of_shares):
+        out = dict(judge(rows, left, config))
+        yield from sorted(out.items())
+        left = [row for row in left if row not in out]
+
+
+Reasons = Iterator[tuple[int, tuple[str, str]]]
+"""Rows that are left out, each with its rule and the reason."""
+
+
+def _long(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
+    for row in left if config.longest is not None else ():
+        if (words := len(rows.text(row).split())) > config.longest:
+            yield row, ("length", f"{words:,} words")
+
+
+def _of_sources(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
+    if (most := config.per_source) is not None:
+        for at in over_cap([rows.sources[row] for row in left], most, [rows.quality[row] for row in left]):
+            yield left[at], ("source", f"more than {most:,} rows of it")
+
+
+def _of_groups(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
+    if (most := config.per_group) is not None:
+        named = [row for row in left if rows.groups[row]]
+        for at in over_cap([rows.groups[row] for row in named], most, [rows.quality[row] for row in named]):
+            yield named[at], ("group", f"more than {most:,} rows of {rows.groups[named[at]]}")
+
+
+def _of_shares(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
+    if config.refused is None and config.helpful is None:
+        return
+    parts: dict[bool, list[int]] = {True: [], False: []}
+    for row in left:
+        parts[rows.is_declined(row)].append(row)
+    for name, share, one, other in (
+        ("refused", config.refused, parts[True], parts[False]), ("helpful", config.helpful, parts[False], parts[True])
+    ):  # fmt: skip
+        if share is None:
+            continue
+        most = int(Fraction(str(share)) * len(other) / (1 - Fraction(str(share))))
+        for at in over_cap([name] * len(one), most, [rows.quality[row] for row in one]):
+            yield one[at], (name, f"more than {share:.0%} of the rows")
+
+
+def _beyond_sample(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
     if config.rows is not None:
         choose = spread if config.choose is Choice.spread else cover
-        remaining = Texts(lambda at: texts[left[at]], len(left))
-        chosen = set(choose(remaining, config.rows, [quality[row] for row in left]))
+        chosen = set(choose(Texts(rows.text, left), config.rows, [rows.quality[row] for row in left]))
         yield from ((row, ("sample", "not chosen")) for at, row in enumerate(left) if at not in chosen)
 
 

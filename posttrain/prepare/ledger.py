@@ -18,7 +18,7 @@ EXACT, NEAR, CONTAMINATION = "exact", "near", "contamination"
 """Names of the findings that concern two texts."""
 UNREADABLE = "unreadable"
 """Name of the finding about a row that makes no record."""
-BALANCE = ("length", "source", "sample")
+BALANCE = ("length", "source", "group", "refused", "helpful", "sample")
 """Names of the findings of rows that are left out for the balance of the others."""
 DATA, EVAL_DATA = "data", "eval_data"
 """Names of the sets of rows."""

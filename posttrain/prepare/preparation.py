@@ -18,7 +18,7 @@ from posttrain.data.mixing import Mix
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
 from posttrain.errors import BadInput, Problem
-from posttrain.prepare.balance import Texts, unbalanced
+from posttrain.prepare.balance import Rows, unbalanced
 from posttrain.prepare.contamination import GateDocument, find_contamination
 from posttrain.prepare.filters import Finding
 from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, Found, Ledger
@@ -140,10 +140,14 @@ class Preparation:
 
     def _balance(self) -> None:
         staying = self._staying(range(len(self.trained)))
-        sources = [self._records[at].origin.number for at in staying]
-        quality = [-float(len(self._found.get(at, ()))) for at in staying]
-        texts = Texts(lambda index: Row(self._records[staying[index]]).compared(Compared.both), len(staying))
-        for index, (rule, evidence) in unbalanced(texts, sources, quality, self.config.balance):
+        rows = Rows(
+            text=lambda at: Row(self._records[staying[at]]).compared(Compared.both),
+            is_declined=lambda at: Row(self._records[staying[at]]).is_declined,
+            sources=[self._records[at].origin.number for at in staying],
+            groups=[self._records[at].group for at in staying],
+            quality=[-float(len(self._found.get(at, ()))) for at in staying],
+        )
+        for index, (rule, evidence) in unbalanced(rows, self.config.balance):
             self._add(staying[index], Found(rule=rule, action=Action.drop, evidence=evidence))
 
     def _groups(self) -> Iterator[list[int]]:

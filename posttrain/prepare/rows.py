@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from posttrain.config.preparation import Compared
+from posttrain.data.declines import is_declined, opens_with_decline
 from posttrain.data.records import Conversation, Feedback, Message, Preference, Question, Record, Text
 from posttrain.digests import canonical
 
@@ -71,6 +72,14 @@ class Row:
     def has_answers(self) -> bool:
         """True when the row holds answers that are trained, and not questions that a model will answer."""
         return not isinstance(self.record, Question)
+
+    @property
+    def is_declined(self) -> bool:
+        """True when an answer declines: by its key ``refuses`` if it has one, else by its first words."""
+        record = self.record
+        if isinstance(record, Conversation):
+            return is_declined(record)
+        return self.has_answers and not self.is_raw and any(map(opens_with_decline, self.answers))
 
     def compared(self, over: Compared) -> str:
         """Return the text in which duplicates are looked for; a rejected answer is part of it."""

@@ -196,6 +196,16 @@ def test_a_mixed_file_is_fine(tmp_path: Path) -> None:
 # columns
 
 
+def test_a_group_is_kept_only_where_columns_name_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "a", "completion": "b", "group": "x", "topic": topic} for topic in ("sea", 7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(each.group, each.unread) for each in read(path)] == [("", ("group", "topic"))] * 2
+    assert [(each.group, each.unread) for each in read(path, columns={"group": "topic"})] == [("sea", ()), ("7", ())]
+    path.write_text(json.dumps(rows[0] | {"topic": ["sea"]}))
+    assert "the group is" in rejection(path, columns={"group": "topic"})
+
+
 def test_columns_rename_before_the_shape_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json.dumps({"question": "1+1?", "answer": "2"}))
     (record,) = read(path, columns={"prompt": "question", "completion": "answer"})

