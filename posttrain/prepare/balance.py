@@ -85,9 +85,9 @@ Reasons = Iterator[tuple[int, tuple[str, str]]]
 
 
 def _long(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:
-    for row in left if config.longest is not None else ():
-        if (words := len(rows.text(row).split())) > config.longest:
-            yield row, ("length", f"{words:,} words")
+    if (most := config.longest) is not None:
+        words = {row: len(rows.text(row).split()) for row in left}
+        yield from ((row, ("length", f"{count:,} words")) for row, count in words.items() if count > most)
 
 
 def _of_sources(rows: Rows, left: Sequence[int], config: BalanceConfig) -> Reasons:

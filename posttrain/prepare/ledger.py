@@ -14,7 +14,7 @@ from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
 from posttrain.prepare.rules import EVIDENCE
 
-EXACT, NEAR, CONTAMINATION = "exact", "near", "contamination"
+EXACT, NEAR, SEMANTIC, CONTAMINATION = "exact", "near", "semantic", "contamination"
 """Names of the findings that concern two texts."""
 UNREADABLE = "unreadable"
 """Name of the finding about a row that makes no record."""
@@ -32,7 +32,7 @@ COLUMNS = (
 """Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place,
 ``asked`` the text of the gate's document that a row holds."""
 ORDER = (UNREADABLE, *RULES)
-LAST = (CONTAMINATION, EXACT, NEAR, *BALANCE)
+LAST = (CONTAMINATION, EXACT, NEAR, SEMANTIC, *BALANCE)
 """Rules in the order of preparation; those of plugins stand between."""
 
 

@@ -21,10 +21,11 @@ from posttrain.errors import BadInput, Problem
 from posttrain.prepare.balance import Rows, unbalanced
 from posttrain.prepare.contamination import GateDocument, find_contamination
 from posttrain.prepare.filters import Finding
-from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, Found, Ledger
+from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, SEMANTIC, Found, Ledger
 from posttrain.prepare.near import BINS, Duplicate, find_duplicates
 from posttrain.prepare.rows import Row, batches
 from posttrain.prepare.rules import EVIDENCE
+from posttrain.prepare.semantic import find_alike, load
 
 ASKED = 2000
 """Characters of a gate's document in the ledger."""
@@ -66,6 +67,7 @@ class Preparation:
         self._judge()
         self._compare_with_gates()
         self._find_duplicates()
+        self._find_alike()
         self._balance()
         ledger = Ledger(
             records=self._records,
@@ -114,8 +116,7 @@ class Preparation:
         if set(actions.values()) == {Action.ignore}:
             return
         for number, group in enumerate(self._groups()):
-            # Rows set aside for the eval loss come first and count as better: they stay.
-            order = [at for at in group if at >= len(self.trained)] + [at for at in group if at < len(self.trained)]
+            order = self._in_order(group)
             folder = None if self.folder is None else self.folder / f"group{number}"
             for each in self._duplicates(order, folder):
                 at, witness = order[each.row], order[each.witness]
@@ -126,6 +127,27 @@ class Preparation:
                     rule=each.kind, action=actions[each.kind], evidence=evidence, score=each.similarity, witness=witness
                 )
                 self._add(at, found)
+
+    def _find_alike(self) -> None:
+        config = self.config.semantic
+        if config.model is None or config.action is Action.ignore:
+            return
+        model = load(Path(config.model).expanduser())
+        for group in self._groups():
+            order = self._in_order(group)
+            texts = (Row(self._records[at]).compared(config.over) for at in order)
+            for row, witness, cosine in find_alike(texts, model, config.threshold):
+                at, other = order[row], order[witness]
+                if at < len(self.trained):
+                    evidence = f"{self._records[other].where}: {Row(self._records[at]).compared(config.over)}"[
+                        :EVIDENCE
+                    ]
+                    found = Found(rule=SEMANTIC, action=config.action, evidence=evidence, score=cosine, witness=other)
+                    self._add(at, found)
+
+    def _in_order(self, group: Sequence[int]) -> list[int]:
+        """Return the rows set aside for the eval loss first: they stay."""
+        return [at for at in group if at >= len(self.trained)] + [at for at in group if at < len(self.trained)]
 
     def _duplicates(self, order: Sequence[int], folder: Path | None) -> Sequence[Duplicate]:
         def chunks() -> Iterable[Sequence[str]]:

@@ -13,7 +13,7 @@ from posttrain.config.preparation import Compared
 from posttrain.data.records import Record
 from posttrain.prepare.kept import Kept
 from posttrain.prepare.languages import is_installed, language_of
-from posttrain.prepare.ledger import CONTAMINATION, EXACT, KEPT, NEAR, Summary
+from posttrain.prepare.ledger import CONTAMINATION, EXACT, KEPT, NEAR, SEMANTIC, Summary
 from posttrain.prepare.rows import Row
 from posttrain.report.page import environment
 from posttrain.report.rows import advice, sources
@@ -139,7 +139,7 @@ def _example(line: dict[str, Any], records: Sequence[Record]) -> Example:
     text = "" if row is None else row.compared(Compared.both)
     answers = 0 if row is None else max(len(text) - len(row.compared(Compared.answer)), 0)
     beside, other = "", None
-    if line["rule"] in (EXACT, NEAR) and line["witness"] is not None:
+    if line["rule"] in (EXACT, NEAR, SEMANTIC) and line["witness"] is not None:
         witness = records[line["witness"]]
         parts, other = differences(text, Row(witness).compared(Compared.both))
         beside = witness.where

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from posttrain.prepare.ledger import CONTAMINATION, EXACT, NEAR, UNREADABLE, Summary, Waterfall, in_order
+from posttrain.prepare.ledger import CONTAMINATION, EXACT, NEAR, SEMANTIC, UNREADABLE, Summary, Waterfall, in_order
 
 MUCH = 0.01
 """Share of rows with a finding from which on there is advice about it."""
@@ -86,7 +86,7 @@ def advice(summary: Summary) -> list[str]:
     lines = []
     for rule, count in summary.found.items():
         stays = count - summary.dropped.get(rule, 0)
-        if rule not in (EXACT, NEAR, CONTAMINATION) and stays > MUCH * summary.read:
+        if rule not in (EXACT, NEAR, SEMANTIC, CONTAMINATION) and stays > MUCH * summary.read:
             lines.append(
                 f"{stays:,} rows with the finding {rule} are trained ({stays / summary.read:.1%}): look at them;"
                 f" prepare.rules.{rule}=drop leaves them out"

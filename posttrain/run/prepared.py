@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.config.preparation import DETECTOR, LANGUAGE, Action, OnContamination, rule_actions
+from posttrain.config.preparation import DETECTOR, LANGUAGE, MODEL_FILES, Action, OnContamination, rule_actions
 from posttrain.data.records import Record
+from posttrain.digests import file_digests
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import CORE_ORIGIN, Host
 from posttrain.plan import Plan, Step
@@ -143,9 +145,17 @@ class Preparer:
             "settings": plain(self.step.config.prepare),
             "filters": {name: [owner, each.version] for name, (owner, each) in self.host.filters.items()},
             "detector": version(DETECTOR) if self.step.config.prepare.languages else None,
+            "semantic": self._static_model(),
             "gates": self._gate_digests() if self._compares_with_gates() else None,
         }
         return cache.settings_key(content)
+
+    def _static_model(self) -> Mapping[str, str] | None:
+        """Return the digests of the model by which rows are compared."""
+        folder = self.step.config.prepare.semantic.model
+        return (
+            None if folder is None else file_digests({name: Path(folder).expanduser() / name for name in MODEL_FILES})
+        )
 
     def _gate_digests(self) -> Mapping[str, Any]:
         found = {
