@@ -20,10 +20,11 @@ from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import explain_error, replace_text
 from posttrain.errors import BadInput, PosttrainError, Problem
-from posttrain.gate.procedure import STATES, policy_for, verdict_error
+from posttrain.gate.procedure import policy_for, verdict_error
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.launch.shape import in_slurm_job, launch_problems
+from posttrain.regression.baseline import missing_baseline
 from posttrain.regression.gate import Outcome, is_scores, judge_adapter
 from posttrain.report import PAGE, write_gate
 from posttrain.scoring.checks import check_backend, check_tasks
@@ -108,6 +109,8 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
     if settings.update_baseline and (settings.baseline is None or not is_scores(settings.baseline)):
         what = "there is no file to write the scores to"
         problems.append(Problem(where="update_baseline", what=what, fix="Add baseline=FILE.json"))
+    if settings.baseline is not None and is_scores(settings.baseline) and not settings.update_baseline:
+        problems += missing_baseline(Path(settings.baseline).expanduser())
     if settings.launch.kind is Launcher.slurm and not in_slurm_job():
         what = "posttrain gate queues no Slurm job"
         problems.append(Problem(where="launch", what=what, fix="Run it inside of one, or use launch=local"))
@@ -116,20 +119,13 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
 
 
 def _make_report(name: str, outcome: Outcome, words: Sequence[str]) -> RunReport:
-    """Return the outcome in the form of a run's report, with the candidate as its only stage."""
-    from posttrain.report.run import RunReport, StageReport
-    from posttrain.run.directory import RunState, StageState
+    """Return the outcome in the form of a run's report."""
+    from posttrain.report.run import GateRecord, gate_report
     from posttrain.run.job import versions
 
-    verdict, candidate = outcome.verdict, outcome.candidate
-    stage = StageState(name=candidate.source.name, kind="gate", state=STATES[verdict.state], verdict=verdict.state)
-    ended = "done" if verdict.state == "pass" else stage.state
-    return RunReport(
-        path=outcome.folder,
-        run=RunState(recipe=name, state=ended, stages=[stage], command=["posttrain", "gate", *words]),
-        stages=(StageReport(entry=stage, verdict=verdict, manifest={"versions": versions()}),),
-        is_gate=True,
-    )
+    command = ["posttrain", "gate", *words]
+    record = GateRecord(gate=name, candidate=outcome.candidate.source.name, command=command, versions=versions())
+    return gate_report(outcome.folder, record, outcome.verdict)
 
 
 def _print(report: RunReport) -> None:

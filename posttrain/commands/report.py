@@ -1,4 +1,4 @@
-"""``posttrain report``: print the final table of a run and rewrite its reports."""
+"""``posttrain report``: print the final table of a run, or of one gate about an adapter, and rewrite its reports."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from posttrain import report
 from posttrain.errors import ArtifactDamaged, BadInput, Problem, reject, suggest
 
 ROOT = Path("runs")
+GATE = "gate.json"
+"""Record of a gate about an existing adapter, in the folder of its evidence."""
 
 
 def main(words: list[str]) -> int:
-    """Report on the run of this directory or name, by default on the newest.
+    """Report on the run or the gate of this directory or name, by default on the newest run.
 
     Raises BadInput for a run that does not exist or cannot be written; ArtifactDamaged, once the rest is reported, for
     a damaged one.
@@ -20,9 +22,8 @@ def main(words: list[str]) -> int:
     if len(words) > 1:
         reject(f"report {' '.join(words)}", "takes one run", "posttrain report RUN")
     path = _find(words[0]) if words else _newest()
-    report.show(path)
     try:
-        damage = report.write(path)
+        damage = _write(path)
     except OSError as error:
         raise BadInput(Problem(where=str(path), what=f"cannot write the reports: {error}")) from None
     if damage:
@@ -30,11 +31,24 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _write(path: Path) -> list[str]:
+    """Print the table of a run or gate, and write its reports; return the damage found in it."""
+    if not os.path.lexists(path / "run.json"):
+        from posttrain.report.run import read_gate
+
+        found = read_gate(path)
+        report.show_report(found)
+        report.write_gate(found)
+        return []
+    report.show(path)
+    return report.write(path)
+
+
 def _find(word: str) -> Path:
     for path in (Path(word), ROOT / word):
-        if os.path.lexists(path / "run.json"):
+        if os.path.lexists(path / "run.json") or os.path.lexists(path / GATE):
             return path
-    reject(word, "is not the directory of a run", suggest(word, _names()))
+    reject(word, "is not the directory of a run, nor of a gate", suggest(word, _names()))
 
 
 def _newest() -> Path:

@@ -235,6 +235,8 @@ class GateTask:
     """Bound of a limit: the bound of the candidate's own score must be better."""
     cluster: str | None = None
     """Field that names a document's source, when several share one: bounds then hold over sources."""
+    slices: list[str] = field(default_factory=list)
+    """Fields of the documents to compare by value, such as their topic; a group is compared by its tasks."""
     limit: int | None = None
     """Documents to score, as a seeded sample; all when absent."""
     num_fewshot: int | None = None

@@ -15,6 +15,8 @@ ASKED = ("question", "messages", "prompt")
 ANSWERED = ("answer", "completion")
 """Keys of a row for its right answers."""
 KNOWN = (*ASKED, *ANSWERED, "match", "meta")
+META = "meta_json"
+"""Field of a gate's document with the ``meta`` of its question, as JSON: what slices are named by, and nobody asks."""
 SHAPE = "question (text) or messages or prompt, [answer | completion, match, meta]"
 """The keys of a question, for messages."""
 

@@ -13,6 +13,7 @@ Read in this order::
     evidence    the choice of an interval by the kind of scores
     statistics  the intervals, Holm's correction, power; each with its source
     sequential  early decisions
+    slices      where a loss or a lift comes from
     halves      one half of the documents to choose on, one to judge the chosen on
     reasons     a verdict in words
     procedure   a gate asked through the plugins' hooks, and the consequence of its verdict

@@ -13,6 +13,7 @@ from posttrain.digests import digest_of
 from posttrain.gate.evidence import Evidence, Pool, measure_distance, pair_scores
 from posttrain.gate.roles import RULES
 from posttrain.gate.sequential import Look, is_hopeless
+from posttrain.gate.slices import Part, cut
 from posttrain.gate.spec import Comparator, VerdictState
 from posttrain.gate.statistics import Bounds, LowAt, holm
 
@@ -49,6 +50,8 @@ class Comparison:
     """True when the scores lie between 0 and 1, so that changes are shown in percentage points."""
     documents: int
     """Number of scored documents, equal ones included; the evidence counts distinct ones."""
+    parts: tuple[Part, ...] = ()
+    """The evidence of single slices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +97,18 @@ def decide(asked: Sequence[Comparison], confidence: float, look: Look) -> list[D
 
 def _paired(gate: GateConfig, task: TaskScores, system: Comparator) -> Comparison:
     threshold = RULES[task.task.role].least(gate, task.task)
-    return _comparison(task, against=system, evidence=_difference(task, system), threshold=threshold)
+    found = _comparison(task, against=system, evidence=_difference(task, system), threshold=threshold)
+    return replace(found, parts=cut(task, *_oriented(task, system)))
 
 
 def _difference(task: TaskScores, system: Comparator) -> Evidence | None:
+    return pair_scores(*_oriented(task, system), task.clusters) if task.scores["candidate"] else None
+
+
+def _oriented(task: TaskScores, system: Comparator) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the scores whose difference is the lift: where less is better, the systems are exchanged."""
     new, old = task.scores["candidate"], task.scores[system]
-    # Where less is better, exchanging the systems turns the difference around.
-    better, worse = (new, old) if task.higher_is_better else (old, new)
-    return pair_scores(better, worse, task.clusters) if new else None
+    return (new, old) if task.higher_is_better else (old, new)
 
 
 def _limit(gate: GateConfig, task: TaskScores) -> Comparison:

@@ -40,6 +40,8 @@ class TaskScores:
     """The source of each document, where the gate asks for it or documents resemble each other."""
     documents: int
     """Number of scored documents, equal ones included."""
+    slices: Mapping[str, Sequence[str]]
+    """The value of each document by field; of equal documents, that of the first."""
     contents: tuple[frozenset[str], frozenset[str]]
     """Hashes of the documents, and of their requests."""
 
@@ -77,6 +79,7 @@ def _match_task(request: GateRequest, scorecard: Scorecard, name: str, task: Gat
         scores={system: _scores(name, task.metric, found, groups) for system, found in rows.items()},
         clusters=_clusters(name, task, groups, scorecard),
         documents=len(candidate),
+        slices=_slices(name, groups, scorecard),
         contents=(
             frozenset(row.document_hash for row in candidate.values()),
             frozenset(row.request_hash for row in candidate.values()),
@@ -201,6 +204,17 @@ def _clusters(name: str, task: GateTask, groups: Sequence[Sequence[int]], scorec
     if sources is None or missing is not None:
         raise ArtifactDamaged(f"{name}: the scorecard does not name the source of document {missing}")
     return merge_sources(groups, sources)
+
+
+def _slices(name: str, groups: Sequence[Sequence[int]], scorecard: Scorecard) -> dict[str, list[str]]:
+    """Return the value of each group of equal documents, by field."""
+    found = {}
+    for field, documents in scorecard.slices.get(name, {}).items():
+        values = {doc_id: value for value, ids in documents.items() for doc_id in ids}
+        if missing := [group[0] for group in groups if group[0] not in values]:
+            raise ArtifactDamaged(f"{name}: the scorecard does not name the {field} of document {missing[0]}")
+        found[field] = [values[group[0]] for group in groups]
+    return found
 
 
 def merge_sources(groups: Sequence[Sequence[int]], sources: Mapping[int, str]) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 VerdictState = Literal["pass", "fail", "undecided"]
 """The decision of a gate, in one word."""
-Comparator = Literal["base", "parent", "threshold"]
+Comparator = Literal["base", "parent", "baseline", "threshold"]
 """The other side of a comparison: a system, or the threshold of a limit."""
 
 
@@ -49,7 +49,7 @@ class GateRequest:
     tasks: Mapping[str, GateTask]
     """The gate's tasks, typed and checked, by their name in the gate."""
     systems: Mapping[str, ModelSource]
-    """``base``, ``candidate``, and ``parent`` when the parent is not the base."""
+    """``base``, ``candidate``, and ``parent`` when the parent is not the base; ``baseline`` in ``posttrain gate``."""
     dtype: str
     """``float32`` or ``bfloat16``."""
     cache: Path
@@ -67,7 +67,7 @@ class DocumentScore:
     """One answer of one system, under one filter of one task."""
 
     system: str
-    """``base``, ``parent`` or ``candidate``."""
+    """``base``, ``parent``, ``baseline`` or ``candidate``."""
     digest: str
     """Content digest of the system."""
     task: str
@@ -104,8 +104,32 @@ class Scorecard:
     """Number of documents of each task, scored or not yet; a scorecard with fewer is rejected."""
     clusters: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """The source of every document, scored or not yet, for the tasks whose documents share sources or questions."""
+    slices: Mapping[str, Mapping[str, Mapping[str, tuple[int, ...]]]] = field(default_factory=dict)
+    """Documents of each value of each field of a task's slices."""
     look: Look = Look()
     """The look of a sequential gate at these scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceVerdict:
+    """The documents of one value of a field, in one comparison. It explains, and decides nothing."""
+
+    field: str
+    """Field of the documents, or ``task`` for the tasks of a group."""
+    value: str
+    """Value of the field."""
+    n: int
+    """Number of compared documents."""
+    better: int
+    """Documents that the candidate answers better than the other system."""
+    worse: int
+    """Documents that it answers worse."""
+    lift: float
+    """Oriented mean difference."""
+    low: float
+    """Lower bound of the lift; the bounds of all slices of a comparison hold together."""
+    high: float
+    """Upper bound of the lift."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +158,7 @@ class TaskVerdict:
     base: float
     """Score of the base."""
     parent: float
-    """Score of the parent."""
+    """Score of the parent, or of the baseline."""
     candidate: float
     """Score of the candidate."""
     lift: float
@@ -159,6 +183,8 @@ class TaskVerdict:
     """Bootstrap lower bound, for scores that are not 0 or 1. Reported only."""
     bootstrap_high: float | None = None
     """Upper bound of the same interval."""
+    slices: tuple[SliceVerdict, ...] = ()
+    """Slices of the documents, field by field, where the task names fields or is a group."""
 
 
 @dataclass(frozen=True, kw_only=True)

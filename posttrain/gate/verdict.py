@@ -18,6 +18,7 @@ from posttrain.gate.halves import hold_back
 from posttrain.gate.matching import match_scores
 from posttrain.gate.reasons import copies, idle, of_choice, reason, weaknesses
 from posttrain.gate.sequential import Look, make_looks
+from posttrain.gate.slices import bound_parts, drivers
 from posttrain.gate.spec import Comparator, GateRequest, Scorecard, TaskVerdict, Verdict, worst
 
 if TYPE_CHECKING:
@@ -43,7 +44,15 @@ def judge(request: GateRequest, scorecard: Scorecard) -> Verdict:
         gated=True,
         tasks=tuple(verdicts),
         reason=_summary(verdicts),
-        notes=tuple(dict.fromkeys([*weak, *(note for each in asked for note in (idle(each), copies(each)) if note)])),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *(sentence for verdict in verdicts for sentence in drivers(verdict)),
+                    *weak,
+                    *(note for each in asked for note in (idle(each), copies(each)) if note),
+                ]
+            )
+        ),
     )
     return hold_back(request.gate, verdict)
 
@@ -99,7 +108,9 @@ def _comparators(request: GateRequest) -> list[Comparator]:
     """Return the systems to compare with; a parent that is the base counts once, as the base."""
     wanted: list[Comparator] = []
     for name in request.gate.against:
-        comparator: Comparator = "parent" if name == "parent" and "parent" in request.systems else "base"
+        comparator: Comparator = "base"
+        if name in ("parent", "baseline") and name in request.systems:
+            comparator = name  # type: ignore[assignment]
         if comparator not in wanted:
             wanted.append(comparator)
     return wanted
@@ -118,7 +129,7 @@ def _verdict(comparison: Comparison, decision: Decision, gate: GateConfig) -> Ta
         against=comparison.against,
         n=evidence.n if evidence is not None else 0,
         base=means["base"],
-        parent=means.get("parent", means["base"]),
+        parent=means.get("parent", means.get("baseline", means["base"])),
         candidate=means["candidate"],
         lift=evidence.mean if evidence is not None else 0.0,
         low=decision.bounds.low,
@@ -131,6 +142,7 @@ def _verdict(comparison: Comparison, decision: Decision, gate: GateConfig) -> Ta
         adjusted_low=decision.adjusted_low,
         bootstrap_low=bootstrap.low if bootstrap is not None else None,
         bootstrap_high=bootstrap.high if bootstrap is not None else None,
+        slices=bound_parts(comparison.parts, decision.confidence),
     )
 
 

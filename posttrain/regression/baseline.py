@@ -2,18 +2,20 @@
 
 It is small JSON with one line per document, so that its changes can be reviewed::
 
-    {"format": 1, "gate": "quickstart", "sha256": "...", "adapter": "adapters/v1", "digest": "...",
+    {"format": 2, "gate": "quickstart", "sha256": "...", "adapter": "adapters/v1", "digest": "...",
      "asked": {"base": "...", "chat_template": "...", "tokenizer": "...", "dtype": "float32", "versions": ...},
      "tasks": {"facts": {"metric": "acc", "filter": "none", "higher_is_better": true, "settings": "...",
                          "base": 0.1, "score": 0.9,
-                         "documents": [[0, "5a7c...", 0.0, 1.0], ...]}}}
+                         "documents": [[0, "5a7c...", 0.0, 1.0, "Paris", "Rome"], ...]}}}
 
-A document holds its number, a hash of document, requests and target, the base's score and the adapter's.
+A document holds its number, a hash of document, requests and target, the base's score and the adapter's, and the
+beginning of either answer.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +31,19 @@ from posttrain.saved import as_kind, plain, read_json
 if TYPE_CHECKING:
     from posttrain.config.schema import GateTask
 
-FORMAT = 1
+FORMAT = 2
+DECIDING = ("torch", "transformers", "peft", "lm_eval")
+"""Libraries whose releases change scores. A patch release of theirs is noted, as any other version is."""
+MOST_CHARACTERS = 160
+"""Characters kept of an answer, for people who read the comment; scores need none."""
+MOST_ANSWERS = 2000
+"""Documents of a task with answers kept: half a megabyte."""
 UPDATE = "--update-baseline makes it anew from the given adapter"
 HASH = 16
 """Hexadecimal digits of a document's hash."""
+
+
+Document = tuple[int, str, float, float, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +73,8 @@ class Entry:
     """Mean score of the base."""
     score: float
     """Mean score of the adapter."""
-    documents: Sequence[tuple[int, str, float, float]]
-    """Number, hash, the base's score and the adapter's."""
+    documents: Sequence[Document]
+    """Number, hash, the base's score and the adapter's, the beginning of the base's answer and of the adapter's."""
 
 
 def make_baseline(
@@ -93,8 +104,7 @@ def read_baseline(path: Path) -> Baseline:
     try:
         record = as_kind(dict, read_json(path), str(path))
     except FileNotFoundError:
-        fix = "--update-baseline writes it from an adapter that passes against its base"
-        raise BadInput(Problem(where=str(path), what="no such baseline", fix=fix)) from None
+        raise BadInput(missing_baseline(path)) from None
     version, claimed = record.pop("format", None), record.pop("sha256", None)
     if type(version) is int and version != FORMAT:
         raise BadInput(Problem(where=str(path), what=f"has format {version}, not {FORMAT}", fix=UPDATE))
@@ -107,6 +117,12 @@ def read_baseline(path: Path) -> Baseline:
         if what := _contradiction(entry):
             raise ArtifactDamaged(f"{path} is damaged: {name}: {what}; {UPDATE}")
     return baseline
+
+
+def missing_baseline(path: Path) -> list[Problem]:
+    """Return the problem of a baseline file that does not exist; nothing for one that does."""
+    fix = "--update-baseline writes it from an adapter that passes against its base"
+    return [] if os.path.lexists(path) else [Problem(where=str(path), what="no such baseline", fix=fix)]
 
 
 def _contradiction(entry: Entry) -> str | None:
@@ -125,22 +141,45 @@ def _mean(scores: Sequence[float]) -> float:
     return round(fmean(scores), 6) if scores else 0.0
 
 
-def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any]) -> None:
-    """Raise BadInput with every condition that differs from the baseline's."""
-    problems = []
+def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any]) -> list[str]:
+    """Return the differences from the baseline's conditions that change no score, such as a patch release.
+
+    Raises BadInput with every condition that differs and could change one.
+    """
+    problems, noted = [], []
     for key in sorted(baseline.asked.keys() | asked.keys()):
         then, now = baseline.asked.get(key), asked.get(key)
-        if then != now:
-            what = f"another {key.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
-            problems.append(Problem(where=str(path), what=what, fix=f"The scores cannot be compared; {UPDATE}"))
+        if then == now:
+            continue
+        if key == "versions" and (changed := _harmless(then, now)):
+            noted.append(f"{path.name}: {changed}: such changes are taken to change no score")
+            continue
+        what = f"another {key.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
+        problems.append(Problem(where=str(path), what=what, fix=f"The scores cannot be compared; {UPDATE}"))
     if problems:
         raise BadInput(problems)
+    return noted
+
+
+def _harmless(then: Any, now: Any) -> str | None:
+    """Return the changes of versions that change no score, as text; None when a library's minor version differs."""
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return None
+    if any(_minor(then.get(name)) != _minor(now.get(name)) for name in DECIDING):
+        return None
+    changed = [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed)
+
+
+def _minor(version: object) -> str:
+    """Return a version as far as its second number."""
+    return ".".join(str(version).partition("+")[0].split(".")[:2])
 
 
 def add_baseline(
     path: Path, baseline: Baseline, tasks: Mapping[str, GateTask], scorecard: Scorecard, base: str
 ) -> Scorecard:
-    """Add the file's scores to the candidate's: those of the base, and the baseline's own as ``parent``.
+    """Add the file's scores to the candidate's: those of the base, and the baseline's own.
 
     ``base`` is the digest of the base. Raises BadInput when the baseline answered other documents or other prompts.
     """
@@ -152,9 +191,10 @@ def add_baseline(
         if what := _difference(entry, name, task, candidate, scorecard):
             problems.append(Problem(where=f"{path}: {name}", what=what, fix=f"The task changed; {UPDATE}"))
         elif entry is not None:
-            for doc_id, _, base_score, score in entry.documents:
-                rows.append(_row(candidate[doc_id], "base", task.metric, base_score, base))
-                rows.append(_row(candidate[doc_id], "parent", task.metric, score, baseline.digest))
+            for doc_id, _, base_score, score, base_answer, answer in entry.documents:
+                like = candidate[doc_id]
+                rows.append(_row(like, "base", task.metric, base_score, base, base_answer))
+                rows.append(_row(like, "baseline", task.metric, score, baseline.digest, answer))
     if problems:
         raise BadInput(problems)
     return replace(scorecard, rows=tuple(rows))
@@ -174,7 +214,7 @@ def _difference(
         then = getattr(entry, key)
         if then != value:
             return f"another {key}: {_shown(then)} then, {_shown(value)} now"
-    hashes = {doc_id: hashed for doc_id, hashed, _, _ in entry.documents}
+    hashes = {doc_id: hashed for doc_id, hashed, *_ in entry.documents}
     asked = {doc_id: _hash(row) for doc_id, row in candidate.items()}
     differing = [doc_id for doc_id in sorted(hashes.keys() | asked.keys()) if hashes.get(doc_id) != asked.get(doc_id)]
     if differing:
@@ -198,16 +238,19 @@ def _system(name: str, task: GateTask, scorecard: Scorecard, system: str) -> dic
 def _entry(
     name: str, task: GateTask, rows: Mapping[int, tuple[DocumentScore, DocumentScore]], scorecard: Scorecard
 ) -> Entry:
-    documents = [
-        (doc_id, _hash(row), float(base.metrics[task.metric]), float(row.metrics[task.metric]))
-        for doc_id, (base, row) in rows.items()
-    ]
+    documents = [_document(task, place, base, row) for place, (base, row) in enumerate(rows.values())]
     return Entry(
         **_entry_head(name, task, {doc_id: row for doc_id, (_, row) in rows.items()}, scorecard),
         base=_mean([document[2] for document in documents]),
         score=_mean([document[3] for document in documents]),
         documents=documents,
     )
+
+
+def _document(task: GateTask, place: int, base: DocumentScore, row: DocumentScore) -> Document:
+    of_base, of_adapter = (_kept(each.response) if place < MOST_ANSWERS else "" for each in (base, row))
+    scores = float(base.metrics[task.metric]), float(row.metrics[task.metric])
+    return row.doc_id, _hash(row), *scores, of_base, of_adapter
 
 
 def _entry_head(name: str, task: GateTask, rows: Mapping[int, DocumentScore], scorecard: Scorecard) -> dict[str, Any]:
@@ -223,8 +266,14 @@ def _hash(row: DocumentScore) -> str:
     return digest_of([row.document_hash, row.request_hash, row.target_hash])[:HASH]
 
 
-def _row(like: DocumentScore, system: str, metric: str, score: float, digest: str) -> DocumentScore:
-    return replace(like, system=system, digest=digest, metrics={metric: float(score)}, response="")
+def _kept(answer: str) -> str:
+    """Return the beginning of an answer, as the file keeps it."""
+    text = answer.encode("utf-8", "replace").decode("utf-8")  # a model may have written half a surrogate pair
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def _row(like: DocumentScore, system: str, metric: str, score: float, digest: str, answer: str) -> DocumentScore:
+    return replace(like, system=system, digest=digest, metrics={metric: float(score)}, response=answer)
 
 
 def _shown(value: Any) -> str:

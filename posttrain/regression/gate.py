@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Outcome:
     folder: Path
     """Holds scorecard.jsonl, questions.jsonl and verdict.json."""
     rows: tuple[DocumentScore, ...]
-    """Every score of base, candidate and, as ``parent``, the baseline."""
+    """Every score of base, candidate and baseline."""
 
 
 def is_scores(baseline: str) -> bool:
@@ -77,10 +77,9 @@ def judge_adapter(
     if adapter is not None:
         changes.require_same_tokenizer(tokenizer, adapter)
     conditions = _conditions(settings, candidate, tokenizer)
-    if file is not None and committed is not None:
-        require_same_asked(file, committed, conditions)
+    noted = require_same_asked(file, committed, conditions) if file is not None and committed is not None else ()
     changes.require_change(candidate)
-    return _Regression(name, settings, tasks, host, display, candidate, conditions).judge(adapter, file)
+    return _Regression(name, settings, tasks, host, display, candidate, conditions, noted).judge(adapter, file)
 
 
 def _read_baseline_adapter(settings: RegressionConfig, candidate: Candidate) -> Candidate | None:
@@ -132,12 +131,14 @@ class _Regression:
     display: Display
     candidate: Candidate
     conditions: Mapping[str, Any]
+    noted: Sequence[str] = ()
+    """Differences from the baseline that change no score."""
 
     def judge(self, adapter: Candidate | None, file: Path | None) -> Outcome:
         """Judge the candidate against its base, and against the baseline: an adapter or a file of its scores."""
         systems = {"base": self.candidate.base, "candidate": self.candidate.source}
         baseline = None if adapter is None else adapter.source
-        request = self._request(systems if baseline is None else {**systems, "parent": baseline})
+        request = self._request(systems if baseline is None else {**systems, "baseline": baseline})
         request.scorecard.parent.mkdir(parents=True, exist_ok=True)
         request.scorecard.with_name(VERDICT).unlink(missing_ok=True)  # it rests on scores that are about to change
         if file is None:
@@ -150,6 +151,7 @@ class _Regression:
             scorecard = add_baseline(file, committed, self.tasks, scores, self.candidate.base.digest)
         requests = self._requests(request, baseline)
         verdict = join([decide_candidate(self.host, asked, scorecard, scored_by) for asked in requests])
+        verdict = replace(verdict, notes=(*verdict.notes, *self.noted))
         folder = request.scorecard.parent
         write_verdict(folder / VERDICT, verdict, requests, scorecard)
         ledger.record(Path(self.settings.output_root), folder, self._judgement(folder, verdict, baseline))
@@ -198,11 +200,11 @@ class _Regression:
         """Return the gate's own roles against the base, and every task as a guard against the baseline."""
         if baseline is None:
             return [request]
-        compared = replace(request, systems={**request.systems, "parent": baseline})
+        compared = replace(request, systems={**request.systems, "baseline": baseline})
         over_base = replace(compared, gate=replace(request.gate, against=["base"]))
         over_baseline = replace(
             compared,
-            gate=replace(request.gate, against=["parent"]),
+            gate=replace(request.gate, against=["baseline"]),
             tasks={name: replace(task, role=Role.guard) for name, task in request.tasks.items()},
         )
         return [over_base, over_baseline]

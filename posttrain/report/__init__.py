@@ -28,9 +28,11 @@ def write(path: Path) -> list[str]:
 
 
 def write_gate(report: RunReport) -> None:
-    """Write the page of one gate about an existing adapter into the folder of its evidence."""
+    """Write the page of one gate about an existing adapter into the folder of its evidence, and how it was asked."""
     from posttrain.report.page import page
+    from posttrain.report.run import GATE, gate_record
 
+    _write(report.path / GATE, gate_record(report))
     _write(report.path / PAGE, page(report))
 
 
@@ -42,8 +44,14 @@ def _write(path: Path, text: str) -> None:
 def show(path: Path) -> None:
     """Print the final table of the run in ``path``, and the path of its report.html."""
     from posttrain.report.run import read_report
+
+    show_report(read_report(path))
+
+
+def show_report(report: RunReport) -> None:
+    """Print the final table of a run or of a gate, and the path of its report.html."""
     from posttrain.report.table import print_table, table_console
 
-    console = table_console()
-    print_table(read_report(path), console)
+    console, path = table_console(), report.path
+    print_table(report, console)
     console.print(f"{path / PAGE}", style="dim")

@@ -48,6 +48,11 @@ class Interval:
         return "; ".join(words)
 
     @property
+    def fields(self) -> str:
+        """The fields of the task's slices, as text."""
+        return ", ".join(dict.fromkeys(part.field for part in self.task.slices))
+
+    @property
     def scores(self) -> dict[str, str]:
         """The score of every system."""
         return {name: self.scale.score(getattr(self.task, name)) for name in ("base", "parent", "candidate")}

@@ -24,7 +24,7 @@ from posttrain.report.policy import CHARTS, report_policy
 from posttrain.report.rows import advice, sources
 from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
-from posttrain.report.table import behind, remarks
+from posttrain.report.table import COLUMNS, behind, remarks, shown_columns
 from posttrain.saved import read_text
 
 TONES = {
@@ -33,6 +33,8 @@ TONES = {
     "undecided": "warn", "interrupted": "warn", "warned": "warn", "unpromoted": "warn", "damaged": "bad",
 }  # fmt: skip
 """Colour of a state; others have none."""
+SYSTEMS = ("base", "parent", "candidate")
+"""Columns of the table with a system's score."""
 MOST_UNBROKEN = 24
 """Letters of a name's word that are not broken."""
 ENDINGS = {
@@ -66,6 +68,7 @@ def page(report: RunReport) -> str:
             command=shlex.join(report.run.command),
             recipe=_recipe(report),
             most=MOST_DOCUMENTS,
+            systems={COLUMNS[place]: title for place, title in shown_columns(report) if COLUMNS[place] in SYSTEMS},
         )
     )
 

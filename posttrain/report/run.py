@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import read_manifest
 from posttrain.errors import ArtifactDamaged
+from posttrain.gate.procedure import STATES
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.prepare.ledger import Summary
+from posttrain.quoting import redacted
 from posttrain.run.directory import RunState, StageState, artifact_of, read_state, true_ending, true_stage
-from posttrain.run.verdict import KeptVerdict
-from posttrain.saved import as_kind, read_text
+from posttrain.run.verdict import VERDICT, KeptVerdict, confirmed_verdict
+from posttrain.saved import as_kind, read_as, read_text
 from posttrain.scoring.scorecard import read_questions, read_scorecard
 
 LARGEST = 1e100
 """Values of this size or more are no measurements, and are not drawn."""
+GATE = "gate.json"
+"""Name of the record beside the scores of one gate."""
 Metrics = Mapping[str, list[tuple[int, float]]]
 """Per metric of a stage, (step, value) in the order of logging."""
 
@@ -75,6 +79,20 @@ class RunReport:
         return self.path if self.is_gate else self.path / "stages" / stage.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateRecord:
+    """Content of gate.json, beside the scores of ``posttrain gate``."""
+
+    gate: str
+    """Name of the gate."""
+    candidate: str
+    """Name of the judged adapter or model."""
+    command: list[str]
+    """Words of the command."""
+    versions: dict[str, str]
+    """Versions of the packages that scored."""
+
+
 def read_report(path: Path) -> RunReport:
     """Read the run in ``path``, finished or not, as its manifests and verdicts have it.
 
@@ -86,6 +104,35 @@ def read_report(path: Path) -> RunReport:
     state = true_ending(recorded.state, [kept for _, kept in found])
     run = replace(recorded, state=state, stages=[stage.entry for stage, _ in found])
     return RunReport(path=path, run=run, stages=tuple(stage for stage, _ in found))
+
+
+def gate_record(report: RunReport) -> str:
+    """Return the text of gate.json: everything that a gate's report shows and its verdict does not hold."""
+    (stage,) = report.stages
+    record = GateRecord(
+        gate=report.run.recipe, candidate=stage.name, command=report.run.command, versions=stage.manifest["versions"]
+    )
+    return redacted(json.dumps(asdict(record), indent=2)) + "\n"
+
+
+def gate_report(path: Path, record: GateRecord, verdict: Verdict) -> RunReport:
+    """Return the report of a gate about an existing adapter, with its candidate as the only stage."""
+    stage = StageState(name=record.candidate, kind="gate", state=STATES[verdict.state], verdict=verdict.state)
+    ended = "done" if verdict.state == "pass" else stage.state
+    return RunReport(
+        path=path,
+        run=RunState(recipe=record.gate, state=ended, stages=[stage], command=list(record.command)),
+        stages=(StageReport(entry=stage, verdict=verdict, manifest={"versions": record.versions}),),
+        is_gate=True,
+    )
+
+
+def read_gate(path: Path) -> RunReport:
+    """Read the gate in the folder ``path``; its verdict is made again from its scores.
+
+    Raises ArtifactDamaged when the verdict is not what its scores give, or a file is damaged.
+    """
+    return gate_report(path, read_as(GateRecord, path / GATE), confirmed_verdict(path / VERDICT).verdict)
 
 
 def _stage(path: Path, entry: StageState, metrics: Metrics) -> tuple[StageReport, KeptVerdict | None]:

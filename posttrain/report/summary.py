@@ -9,7 +9,7 @@ from posttrain.gate.spec import DocumentScore
 from posttrain.quoting import one_line
 from posttrain.report.documents import TaskChanges, changed_documents
 from posttrain.report.run import RunReport
-from posttrain.report.table import COLUMNS, judges, reasons, table_rows
+from posttrain.report.table import judges, reasons, shown_columns, table_rows
 
 MOST_BYTES = 60_000
 """Size of a summary: a comment on GitHub holds 65,536 characters, the summary of a job a megabyte."""
@@ -21,7 +21,8 @@ MARKS = {"pass": "✅ passed", "fail": "❌ failed", "undecided": "❔ undecided
 ESCAPED = str.maketrans(
     {**{mark: f"\\{mark}" for mark in "\\`*_[]|~"}, "&": "&amp;", "<": "&lt;", "@": "&#64;"},
 )
-SUMMARY_COLUMNS = tuple(column for column in COLUMNS if column not in ("stage", "tokens", "time"))
+LEFT_OUT = ("stage", "tokens", "time")
+"""Columns of the table that a comment has no use for."""
 
 
 NEXT = {
@@ -46,10 +47,9 @@ def summary(
                 f"### {MARKS[stage.verdict.state]}: {_inline(stage.name)}, gate {_inline(report.run.recipe)}",
                 "",
             ]
-    lines += [f"| {' | '.join(SUMMARY_COLUMNS)} |", "|" + "---|" * len(SUMMARY_COLUMNS)]
-    for row in table_rows(report):
-        cells = dict(zip(COLUMNS, row, strict=True))
-        lines.append(f"| {' | '.join(_inline(cells[column]) for column in SUMMARY_COLUMNS)} |")
+    columns = [(place, title) for place, title in shown_columns(report) if title not in LEFT_OUT]
+    lines += [f"| {' | '.join(title for _, title in columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(_inline(row[place]) for place, _ in columns)} |" for row in table_rows(report)]
     why = [each for _, text in reasons(report) for each in text.split("; ")]
     lines += ["", *(f"- {_inline(text)}" for text in (*why, *(text for _, text in judges(report)))), ""]
     states = {stage.verdict.state for stage in report.stages if stage.verdict is not None}

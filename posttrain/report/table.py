@@ -26,6 +26,19 @@ PLAIN_WIDTH = 140
 """Columns of a table written to a file or a pipe."""
 
 
+def shown_columns(report: RunReport) -> list[tuple[int, str]]:
+    """Return the places of a report's columns with their titles: a gate has a baseline, or nothing, for a parent."""
+    titles = dict(enumerate(COLUMNS))
+    if report.is_gate:
+        parent = COLUMNS.index("parent")
+        compared = {
+            task.against for stage in report.stages if stage.verdict is not None for task in stage.verdict.tasks
+        }
+        titles = {place: title for place, title in titles.items() if place != parent or "baseline" in compared}
+        titles |= {parent: "baseline"} if parent in titles else {}
+    return list(titles.items())
+
+
 def table_rows(report: RunReport) -> list[tuple[str, ...]]:
     """Return the cells in the order of COLUMNS, one line per stage, task and system compared with."""
     return [row for stage in report.stages for row in _stage_rows(stage)]
@@ -98,15 +111,17 @@ def print_table(report: RunReport, console: Console) -> None:
 
     title = f"{report.run.recipe}: {report.run.state.replace('_', ' ')}"
     table = Table(title=styled(title), title_justify="left", header_style="bold", box=SIMPLE)
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
+    columns = shown_columns(report)
+    for place, column in columns:
+        table.add_column(column, justify="right" if COLUMNS[place] in RIGHT else "left", overflow="fold")
     previous = None
     for stage, *cells in table_rows(report):
         if previous not in (None, stage):
             table.add_section()
         styles = ["default"] * 5 + [COLOURS.get(cells[5], "default")] + ["default"] * 2
-        coloured = (styled(pair) for pair in zip(cells, styles, strict=True))
-        table.add_row(styled("" if stage == previous else stage), *coloured)
+        coloured = [styled(pair) for pair in zip(cells, styles, strict=True)]
+        named = [styled("" if stage == previous else stage), *coloured]
+        table.add_row(*(named[place] for place, _ in columns))
         previous = stage
     console.print(table)
     for stage, reason in reasons(report):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Basis:
     documents: Mapping[str, int]
     clusters: Mapping[str, Mapping[int, str]]
     look: Look
+    slices: Mapping[str, Mapping[str, Mapping[str, tuple[int, ...]]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ class KeptVerdict:
         return Scorecard(
             rows=tuple(rows), higher_is_better=basis.higher_is_better, settings=basis.settings,
             documents=basis.documents, clusters=basis.clusters, look=basis.look,
+            slices=basis.slices,
         )  # fmt: skip
 
     def confirm(self) -> None:
@@ -156,7 +158,7 @@ def write_verdict(
         basis = Basis(
             asked=tuple(map(Asked.of, requests)), scorecard=_sha256(text), look=scorecard.look,
             higher_is_better=scorecard.higher_is_better, settings=scorecard.settings, documents=scorecard.documents,
-            clusters=scorecard.clusters,
+            clusters=scorecard.clusters, slices=scorecard.slices,
         )  # fmt: skip
         values = {"format": FORMAT, **verdict_json(verdict), "basis": plain(basis), "gate_digest": gate_digest}
         record = json.loads(json.dumps(values, allow_nan=False))  # the order of tasks stays

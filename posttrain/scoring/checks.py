@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ import yaml
 
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
+from posttrain.data.questions import META
 from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, shown, suggest
 from posttrain.gate.matching import group_equal, merge_sources
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 NO_FILTER = "none"
 """lm-eval's name for the filter of a task without a filter_list."""
+GROUP = "task"
+"""Field of the slices of a group: its tasks."""
+MOST_SLICES = 200
+"""Values of a field that slices can be named by."""
 
 
 _NLTK = re.compile(r"Resource\s+\S*?([A-Za-z]\w+)\S*\s+not found")
@@ -270,6 +276,59 @@ def check_cluster(where: str, task: GateTask, documents: Iterable[Any]) -> Itera
             what = f"document {index} has no field {task.cluster}"
             yield Problem(where=f"{where}.cluster", what=what, fix=suggest(task.cluster, fields))
             return
+
+
+def check_slices(where: str, task: GateTask, documents: Iterable[Any]) -> Iterator[Problem]:
+    """Report the first document without a field for slices, with the fields it has; or a field of too many values."""
+    values: dict[str, set[str]] = {field: set() for field in task.slices}
+    for index, document in enumerate(documents):
+        found = {field: field_of(document, field) for field in task.slices}
+        if missing := [field for field, value in found.items() if value is None]:
+            what = f"document {index} has no field {' and no '.join(missing)}"
+            fix = suggest(missing[0], fields_of(document))
+            yield Problem(where=f"{where}.slices", what=what, fix=fix)
+            return
+        for field, value in found.items():
+            values[field].add(str(value))
+    for field, different in values.items():
+        if len(different) > MOST_SLICES:
+            what = f"{field} has {len(different):,} values, more than {MOST_SLICES}"
+            yield Problem(where=f"{where}.slices", what=what, fix="Name a field that many documents share")
+
+
+def field_of(document: Any, field: str) -> str | None:
+    """Return the value of a document's field, or of its ``meta``, as text; None without one."""
+    if not isinstance(document, Mapping):
+        return None
+    value = document.get(field)
+    if value is None and META in document:
+        value = json.loads(document[META]).get(field)
+    return None if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def fields_of(document: Any) -> list[str]:
+    """Return the names of a document's fields, those of its ``meta`` among them."""
+    if not isinstance(document, Mapping):
+        return []
+    meta = json.loads(document[META]) if META in document else {}
+    return [str(key) for key in (*document, *meta) if key != META]
+
+
+def read_slices(
+    gate: Mapping[str, GateTask], prepared: Iterable[PreparedTask]
+) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+    """Return the documents of each value of each field of a task's slices; of a group without any, of its tasks."""
+    found: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
+    for task in prepared:
+        fields = gate[task.name].slices or ([GROUP] if len(task.leaves) > 1 else [])
+        for field in fields:
+            values: dict[str, list[int]] = {}
+            for question in task.questions:
+                own = question.leaf.config.task if field == GROUP else field_of(question.doc, field)
+                values.setdefault(str(own), []).append(question.doc_id)
+            by_value = {value: tuple(ids) for value, ids in sorted(values.items())}
+            found.setdefault(task.name, {})[field] = by_value
+    return found
 
 
 def read_clusters(gate: Mapping[str, GateTask], prepared: Iterable[PreparedTask]) -> dict[str, dict[int, str]]:

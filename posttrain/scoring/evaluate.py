@@ -18,7 +18,7 @@ from posttrain.gate.sequential import Look
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import is_settled, plan_looks
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
-from posttrain.scoring.checks import read_clusters
+from posttrain.scoring.checks import read_clusters, read_slices
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
 from posttrain.scoring.harness.rehearsal import rehearse_task
 from posttrain.scoring.harness.requests import prepare_task, request_values
@@ -77,6 +77,7 @@ class _Evaluation:
                 for task in tasks
                 if task.name in clusters
             },
+            slices=read_slices(request.tasks, tasks),
         )
         seed, sources = request.gate.seed, self._empty.clusters
         self._sessions, content = [], _content(request, loading.device, tokenizer)

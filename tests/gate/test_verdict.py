@@ -209,7 +209,7 @@ def test_the_json_holds_every_figure() -> None:
     means = {"base", "parent", "candidate"}
     asked = {"task", "metric", "filter", "higher_is_better", "questions", "role", "against", "n"}
     decided = {"lift", "low", "high", "confidence", "threshold", "state", "reason"}
-    found = {"method", "adjusted_low", "bootstrap_low", "bootstrap_high"}
+    found = {"method", "adjusted_low", "bootstrap_low", "bootstrap_high", "slices"}
     assert set(record["tasks"][0]) == {*asked, *means, *decided, *found}
     assert record["tasks"][0]["role"] == "lift"
 

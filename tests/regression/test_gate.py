@@ -263,7 +263,8 @@ def test_a_baseline_is_small_and_has_a_line_per_document(committed: Path) -> Non
     record = json.loads(text)
     documents = record["tasks"]["quiz"]["documents"]
     assert len(documents) == 48
-    assert {score for *_, score in documents} == {1.0}
+    assert {score for _, _, _, score, *_ in documents} == {1.0}
+    assert all(base and adapter for *_, base, adapter in documents)
     for document in documents:
         assert text.count(json.dumps(document, separators=(",", ":"))) == 1
     assert len(text.splitlines()) > 48
@@ -271,26 +272,41 @@ def test_a_baseline_is_small_and_has_a_line_per_document(committed: Path) -> Non
 
 def test_the_adapter_of_a_baseline_passes_and_is_asked_alone(gate: Gate, committed: Path) -> None:
     assert gate("good", f"baseline={committed}", "junit=junit.xml") == 0
-    assert cases() == {"lift quiz against base": "passed", "guard quiz against parent": "passed"}
+    assert cases() == {"lift quiz against base": "passed", "guard quiz against baseline": "passed"}
     (card,) = Path("runs/gates").glob("*/scorecard.jsonl")
     said = {row.system: row.response for row in read_scorecard(card)}
-    assert [said[system] for system in ("base", "parent")] == ["", ""]  # a baseline holds scores, and no answers
-    assert said["candidate"]
+    assert all(said[system] for system in ("base", "baseline", "candidate"))  # the first two are the file's
+    (folder,) = Path("runs/gates").iterdir()
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(folder)])
+    assert not ended.value.code
+    assert (folder / "report.html").read_bytes() == page
+    assert b"against baseline" in page
+    assert b"parent" not in page
 
 
 def test_an_adapter_that_is_worse_than_the_baseline_is_refused(
     gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gate("other", f"baseline={committed}", "gate.tasks.quiz.min_lift=-1", "junit=junit.xml") == 3
-    assert cases() == {"lift quiz against base": "passed", "guard quiz against parent": "failure"}
-    assert "quiz against parent" in capsys.readouterr().err
+    words = (f"baseline={committed}", "gate.tasks.quiz.min_lift=-1", "junit=junit.xml", "markdown=pr.md")
+    assert gate("other", *words) == 3
+    comment = Path("pr.md").read_text()
+    assert "| task | base | baseline | candidate | lift | verdict |" in comment
+    assert "parent" not in comment
+    shown = [line.split(" | ") for line in comment.splitlines() if re.match(r"\| \d+ \| ", line)]
+    assert shown
+    assert all(question and before and after for _, question, before, after, _ in shown)
+    assert cases() == {"lift quiz against base": "passed", "guard quiz against baseline": "failure"}
+    assert "quiz against baseline" in capsys.readouterr().err
 
 
 def test_a_previous_adapter_is_a_baseline(gate: Gate, material: Path) -> None:
     assert gate("good", f"baseline={material / 'other'}", "junit=junit.xml") == 0
-    assert cases() == {"lift quiz against base": "passed", "guard quiz against parent": "passed"}
+    assert cases() == {"lift quiz against base": "passed", "guard quiz against baseline": "passed"}
     assert gate("other", f"baseline={material / 'good'}", "gate.tasks.quiz.min_lift=-1", "junit=junit.xml") == 3
-    assert cases() == {"lift quiz against base": "passed", "guard quiz against parent": "failure"}
+    assert cases() == {"lift quiz against base": "passed", "guard quiz against baseline": "failure"}
 
 
 def test_only_an_adapter_that_passes_becomes_the_baseline(
@@ -326,7 +342,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "settings": (lambda record: record["tasks"]["quiz"].update(settings="1"), "another settings"),
     "missing": (lambda record: record["tasks"]["quiz"]["documents"].pop(), "1 of its documents are other ones"),
     "document": (lambda record: record["tasks"]["quiz"]["documents"][3].__setitem__(1, "x"), "such as 3"),
-    "format": (lambda record: record.update(format=0), "has format 0, not 1"),
+    "format": (lambda record: record.update(format=0), "has format 0, not 2"),
 }
 
 
@@ -350,10 +366,35 @@ def test_scores_of_a_baseline_stand_beside_the_candidates(committed: Path, candi
     card = compared(committed, read_baseline(committed).asked, candidate)
     means = {
         system: sum(row.metrics["acc"] for row in card.rows if row.system == system) / 48
-        for system in ("base", "parent", "candidate")
+        for system in ("base", "baseline", "candidate")
     }
-    assert means["parent"] == means["candidate"] == 1.0
+    assert means["baseline"] == means["candidate"] == 1.0
     assert means["base"] < 0.5
+
+
+def test_a_patch_release_is_noted_and_the_minor_one_of_a_library_is_not_compared(
+    committed: Path, candidate: Scorecard
+) -> None:
+    asked = read_baseline(committed).asked
+    libraries = asked["versions"]
+    minor = ".".join(libraries["torch"].split(".")[:2])
+    now = {**asked, "versions": {**libraries, "torch": f"{minor}.99+cu130", "posttrain": "99"}}
+    (note,) = require_same_asked(committed, read_baseline(committed), now)
+    assert f"torch {libraries['torch']} then, {minor}.99+cu130 now" in note
+    assert "posttrain" in note
+    for key, value in {"dtype": "bfloat16", "device": "cuda", "versions": {**libraries, "peft": "0.1"}}.items():
+        with pytest.raises(BadInput, match=f"another {key}"):
+            require_same_asked(committed, read_baseline(committed), {**asked, key: value})
+
+
+def test_a_missing_baseline_is_told_with_everything_else_and_before_anything_is_read(
+    gate: Gate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.commands.gate.judge_adapter", None)
+    assert gate("good", "baseline=none.json", "gate.enabled=false") == 2
+    told = capsys.readouterr().err
+    assert "none.json: no such baseline" in told
+    assert "switched off" in told
 
 
 @pytest.mark.parametrize("name", CHANGES)

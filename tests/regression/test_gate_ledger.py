@@ -62,7 +62,7 @@ def test_a_baseline_is_the_parent(material: Path, capsys: pytest.CaptureFixture[
     assert gate(material, "other") in (3, 4)
     assert gate(material, "good", f"baseline={material / 'other'}") == 0
     alone, over_base, over_other = exported(capsys)
-    assert [over_base["against"], over_other["against"]] == ["base", "parent"]
+    assert [over_base["against"], over_other["against"]] == ["base", "baseline"]
     assert alone["parent"] != over_base["parent"] == over_other["parent"] == alone["artifact"]
     assert over_base["parent_score"] == over_other["parent_score"] == alone["candidate_score"]
 
@@ -98,7 +98,7 @@ def test_with_a_baseline_every_document_is_compared(material: Path, capsys: pyte
     assert gate(material, "good", early) == 0
     assert gate(material, "good", early, f"baseline={material / 'artifact'}") == 0  # of equal weights: no lift
     found = {(row["against"], row["n"]) for row in exported(capsys)}
-    assert found == {("base", 20), ("base", 48), ("parent", 48)}
+    assert found == {("base", 20), ("base", 48), ("baseline", 48)}
 
 
 OTHER_SETTINGS = ("gate.tasks.quiz.min_lift=0.2", "gate.on_fail=warn", "gate.seed=1", "model.dtype=bfloat16")

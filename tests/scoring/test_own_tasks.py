@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.rewards.matching import MATCHES
 from posttrain.scoring import plugin
-from posttrain.scoring.checks import check_tasks
+from posttrain.scoring.checks import check_tasks, read_slices
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
@@ -73,10 +74,27 @@ CHAT = [
 def test_questions_are_asked_as_they_stand() -> None:
     data = write("q.jsonl", {"question": "6 * 7?", "answer": 42, "match": "numeric"}, {"messages": CHAT, "answer": "x"})
     assert asked("own_questions", data) == [
-        (["<|user|>6 * 7?<|end|><|assistant|>"], "[42]"),
-        (["<|system|>Short.<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"], '["x"]'),
+        (["<|user|>6 * 7?<|end|><|assistant|>"], "42"),
+        (["<|system|>Short.<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"], "x"),
     ]
     assert asked("own_questions", data, chat=False)[1][0] == ["Short.\n\na\n\nb\n\nc\n\n"]
+
+
+def test_slices_are_named_by_what_a_question_says_of_itself_and_it_is_the_same_question() -> None:
+    rows = [{"question": f"{number}?", "answer": "x"} for number in range(3)]
+    told = [{**row, "meta": {"topic": topic, "level": 1}} for row, topic in zip(rows, "aba", strict=True)]
+    plain, sliced = write("plain.jsonl", *rows), write("sliced.jsonl", *told)
+    asked, named = task("own_questions", plain), task("own_questions", sliced, slices=["topic", "level"])
+    before, after = (prepare_task("mine", each, tiny_tokenizer(), 0) for each in (asked, named))
+    assert read_slices({"mine": named}, [after]) == {
+        "mine": {"topic": {"a": (0, 2), "b": (1,)}, "level": {"1": (0, 1, 2)}}
+    }
+    assert read_slices({"mine": asked}, [before]) == {}
+    assert before.asked == after.asked
+    with pytest.raises(BadInput, match="document 0 has no field topic"):
+        preflight({"mine": task("own_questions", plain, slices=["topic"])})
+    group = replace(before, leaves=[*before.leaves, *before.leaves])
+    assert read_slices({"mine": asked}, [group]) == {"mine": {"task": {"own_questions": (0, 1, 2)}}}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +123,7 @@ def test_what_is_right(match: str, answer: Any, yes: list[str], no: list[str]) -
 def test_every_number_is_an_answer(answer: Any) -> None:
     """0 and 1 too, which Python takes for equal to False and True."""
     ((_, target),) = asked("own_questions", write("q.jsonl", {"question": "a", "answer": answer, "match": "numeric"}))
-    assert json.loads(target) == (answer if isinstance(answer, list) else [answer])
+    assert target == " or ".join(map(str, answer if isinstance(answer, list) else [answer]))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.text(alphabet="abc .:=\n"))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from posttrain.data.questions import META
 from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem, reject
@@ -189,7 +190,7 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
     requests = requests if isinstance(requests, list) else [requests]
     _check_texts(leaf, doc_id, requests)
     question, target = leaf.doc_to_text(doc), leaf.doc_to_target(doc)
-    target_text = str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else target)
+    target_text = str(leaf.doc_to_choice(doc)[target] if _is_choice(leaf, doc, target) else _as_given(doc, target))
     written: dict[str, str] = {}
     if chats is not None:
         requests = [_in_chat(request, chats, f"{where}, document {doc_id}", written) for request in requests]
@@ -198,12 +199,26 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         doc=_as_written(doc, written) if any(text != shown for text, shown in written.items()) else doc,
         leaf=leaf,
         requests=requests,
-        document_hash=_hash(json.dumps(doc, sort_keys=True, default=str)),
+        document_hash=_hash(json.dumps(_without_meta(doc), sort_keys=True, default=str)),
         request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
         target=target_text,
         words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, question, requests)]),
         wording=wording(question),
+    )
+
+
+def _without_meta(doc: Any) -> Any:
+    """Return a document without what nobody asks: two that differ in it alone are equal."""
+    return {key: value for key, value in doc.items() if key != META} if isinstance(doc, Mapping) else doc
+
+
+def _as_given(doc: Any, target: Any) -> Any:
+    """Return the right answers of an own question as its file has them, in place of the JSON of their list."""
+    if not isinstance(doc, Mapping) or not doc.keys() >= {"prompt", "answer", "match"} or target != doc["answer"]:
+        return target
+    return " or ".join(
+        answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False) for answer in json.loads(target)
     )
 
 

@@ -21,6 +21,7 @@ from posttrain.scoring.checks import (
     check_direction,
     check_filter,
     check_programs,
+    check_slices,
     cure,
     in_short,
     unknown_metric,
@@ -158,6 +159,8 @@ def _objections(where: str, task: GateTask, leaf: Any) -> Iterator[Problem]:
     yield from check_filter(where, _filters(leaf), task)
     if task.cluster is not None:
         yield from check_cluster(where, task, leaf.eval_docs)
+    if task.slices:
+        yield from check_slices(where, task, leaf.eval_docs)
 
 
 def _filters(leaf: Any) -> list[str]:

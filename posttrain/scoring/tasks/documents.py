@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from posttrain.config.schema import Source
 from posttrain.data.files import local_files, read_rows
-from posttrain.data.questions import read_question
+from posttrain.data.questions import META, read_question
 from posttrain.data.reading import read_source
 from posttrain.data.records import OUR_KEYS, Conversation, Message, Preference
 from posttrain.errors import reject
@@ -68,9 +68,13 @@ def _pair(record: Any) -> dict[str, Any]:
 
 
 def _questions(path: str) -> Iterable[dict[str, Any]]:
-    for file in local_files(path) or []:
-        for where, row in read_rows(file):
-            yield _question(row, where)
+    found = [_question(row, where) for file in local_files(path) or [] for where, row in read_rows(file)]
+    # The documents of one data set have the same fields.
+    return found if any(json.loads(doc[META]) for doc in found) else [_without_meta(doc) for doc in found]
+
+
+def _without_meta(doc: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in doc.items() if key != META}
 
 
 def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not question.answers:
         reject(where, "has no answer", "Give the right answer")
     answers = json.dumps(list(question.answers), ensure_ascii=False, sort_keys=True)
-    return {"prompt": _prompt(question.prompt), "answer": answers, "match": question.match}
+    meta = json.dumps(question.meta, ensure_ascii=False, sort_keys=True)
+    return {"prompt": _prompt(question.prompt), "answer": answers, "match": question.match, META: meta}
 
 
 def _prompt(listed: Iterable[Message]) -> str:
