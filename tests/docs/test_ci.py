@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,18 +17,25 @@ ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
 
 
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOC, re.DOTALL)
+
+
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", DOC, re.DOTALL)
+    (found,) = blocks(language)
+    return found
+
+
+GITHUB, GITLAB = (yaml.safe_load(found) for found in blocks("yaml"))
+
+
+def gitlab() -> str:
+    """The command of the job on GitLab."""
+    (found,) = [line for line in GITLAB["gate"]["script"] if line.startswith("posttrain gate")]
     return str(found)
-
-
-def steps() -> list[dict[str, Any]]:
-    return list(yaml.safe_load(block("yaml"))["jobs"]["gate"]["steps"])
-
-
-def runs() -> list[str]:
-    """The commands of the workflow, but that which installs posttrain."""
-    return [step["run"] for step in steps() if "run" in step and not step["run"].startswith("pip install")]
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +69,29 @@ def test_the_workflow_and_the_example_do_what_they_say(project: Path, monkeypatc
     assert shell(update) == 0
     assert Path("baselines/quickstart.json").exists()
     Path("summary.md").unlink()
-    assert [shell(run) for run in runs()] == [0]
+    assert shell(gitlab()) == 0
     assert Path("summary.md").read_text().startswith("### ✅ passed")
     assert Path("gate/comment.md").read_text() == Path("summary.md").read_text()
     assert '<testsuites name="mine" tests="2" failures="0" errors="0"' in Path("gate/junit.xml").read_text()
     assert shell(block("sh")) == 0
     committed = Path("baselines/quickstart.json").read_bytes()
     scaled(Path("adapters/candidate"), -1.0)
-    assert [shell(run) for run in runs()] == [3]
+    assert shell(gitlab()) == 3
     assert 'failures="0"' not in Path("gate/junit.xml").read_text()
     assert shell(block("sh")) == 3
     assert Path("baselines/quickstart.json").read_bytes() == committed
 
 
-def test_the_workflow_keeps_what_the_gate_wrote() -> None:
-    cached = next(step["with"]["path"] for step in steps() if step.get("uses", "").startswith("actions/cache@"))
-    kept = next(step for step in steps() if step.get("uses", "").startswith("actions/upload-artifact@"))
-    assert cached == "runs/cache"
-    assert kept["if"] == "always()"
-    for word in " ".join(runs()).split():
-        if word.startswith(("junit=", "markdown=")):
-            assert word.partition("=")[2].startswith(f"{kept['with']['path']}/")
+def test_every_ci_asks_the_same_gate_and_keeps_what_it_wrote() -> None:
+    (used,) = [step["with"] for step in GITHUB["jobs"]["gate"]["steps"] if "OWNER/posttrain" in step.get("uses", "")]
+    assert set(used) <= set(ACTION["inputs"])
+    words = set(shlex.split(gitlab()))
+    assert {f"{name}={used[name]}" for name in ("adapter", "gate", "baseline")} <= words
+    assert set(shlex.split(block("groovy").split("sh 'posttrain")[1].split("'")[0])) == words - {"posttrain"}
+    assert GITHUB["jobs"]["gate"]["permissions"]["pull-requests"] == "write"
+    kept = GITLAB["gate"]["artifacts"]
+    assert kept["when"] == "always"
+    assert GITLAB["gate"]["cache"]["paths"] == ["runs/cache"]
+    written = [word.partition("=")[2] for word in words if word.startswith(("junit=", "markdown="))]
+    assert all(path.startswith(f"{kept['paths'][0]}/") for path in written)
+    assert kept["reports"]["junit"] in written
