@@ -125,8 +125,8 @@ compared with the artifact's before it is called done.
 Example: posttrain export runs/quickstart-1a2b/stages/dpo/artifact --to gguf type=q8_0""",
     "report": """\
 posttrain report [RUN]
-Print the table of a run, by default the newest below ./runs, and write its report.html and report.md again. RUN may be a
-folder below runs/gates: then the verdict of posttrain gate is made again from its scores, and its page with it.
+Print the table of a run, by default the newest below ./runs, and write its report.html and report.md again. RUN may be
+a folder below runs/gates: then the verdict of posttrain gate is made again from its scores, and its page with it.
 
 Example: posttrain report quickstart-1a2b3c4d5e6f""",
     "leaderboard": f"""\
