@@ -58,7 +58,8 @@ posttrain: post-training of language models in which an evaluation gates every s
                                                records for training of an artifact's own answers, scored by a reward
   posttrain report [RUN]                       print the table of a run (default: the newest below ./runs) and rewrite
                                                its report.html and report.md
-  posttrain runs [recipe=NAME]                 list the runs: state, lifts, what differs
+  posttrain runs [recipe=NAME] [RUN ...]       list the runs: state, lifts, what differs; --html writes a page that
+                                               compares lifts, settings, curves and answers
   posttrain leaderboard [task=NAME] [top=N]    rank every artifact beside its base, by task; --html writes one page that
                                                filters and sorts without a server
   posttrain ledger export|verify|rebuild       every recorded lift: print them, detect changed rows, or rebuild them

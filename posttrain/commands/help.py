@@ -51,9 +51,10 @@ Look at a file of chats and write a commented recipe into ./recipes. A tenth of 
 
 Example: posttrain init chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct""",
     "runs": f"""\
-posttrain runs [recipe=NAME]
+posttrain runs [recipe=NAME] [RUN ...]
 List the runs, the newest first: state, lifts, time, and the settings in which those of one recipe differ.
 
+  --html             write runs.html: lifts, settings, curves and answers of the named runs, or of all, side by side
 {ROOT_FLAG}
 {FORMAT_FLAG}table, markdown or json
 

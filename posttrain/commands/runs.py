@@ -11,7 +11,8 @@ from typing import Any
 from posttrain.commands.arguments import parse
 from posttrain.config.expansion import leaves
 from posttrain.config.schema import Half
-from posttrain.errors import ArtifactDamaged, reject
+from posttrain.disk import replace_text
+from posttrain.errors import ArtifactDamaged, reject, suggest
 from posttrain.quoting import cell
 from posttrain.report.run import RunReport, read_report
 from posttrain.report.scores import clock, scale_of
@@ -21,6 +22,7 @@ WITHOUT_INTEREST = ("output_root", "stages", "data_workers", "plugin_timeout", "
 """Settings on which no result depends."""
 CHOICE = (".gate.half", ".gate.chosen_from")
 """Ends of the settings that tell a choice among runs; the state of a run says it."""
+HTML = "--html"
 MOST_DIFFERENCES = 12
 
 
@@ -42,15 +44,17 @@ class Row:
 
 
 def main(words: list[str]) -> int:
-    """Print the runs below ``output_root``, the newest first, or those of one recipe."""
-    given = parse("runs", words, ("output_root", "recipe"), ("table", "markdown", "json"))
-    if given.plain:
+    """Print the runs below ``output_root``, the newest first, or those of one recipe; or write a page of them."""
+    given = parse("runs", words, ("output_root", "recipe"), ("table", "markdown", "json"), (HTML,))
+    if given.plain and HTML not in given.flags:
         reject(f"runs {given.plain[0]}", "takes no word", f"posttrain runs recipe={given.plain[0]}")
     root = Path(given.settings.get("output_root", "runs"))
     found = rows(root, given.settings.get("recipe"))
     if not found:
         reject(str(root), "holds no such run", "posttrain recipe=quickstart makes one; output_root=DIR looks elsewhere")
-    if given.format == "json":
+    if HTML in given.flags:
+        print(_write_page(root, found, given.plain))
+    elif given.format == "json":
         print(json.dumps([asdict(row) for row in found], indent=2))
     elif given.format == "markdown":
         lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -58,6 +62,21 @@ def main(words: list[str]) -> int:
     else:
         show(found)
     return 0
+
+
+def _write_page(root: Path, found: Sequence[Row], names: Sequence[str]) -> Path:
+    """Write the page that compares the named runs, or all of them, without those whose run.json is damaged."""
+    from posttrain.report.comparison import PAGE, Side, comparison_page
+
+    known = {row.run: row for row in found if row.recipe}
+    for name in names:
+        if name not in known:
+            reject(f"runs {name}", "is no run here that can be read", suggest(name, known))
+    chosen = [known[name] for name in names] or list(known.values())
+    sides = [Side(report=read_report(root / row.run), differs=row.differs, choice=row.choice) for row in chosen]
+    text = comparison_page(sides).encode("utf-8", "replace").decode("utf-8")
+    replace_text(root / PAGE, text)
+    return root / PAGE
 
 
 def rows(root: Path, recipe: str | None = None) -> list[Row]:

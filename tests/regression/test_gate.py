@@ -423,7 +423,7 @@ def signed(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
 
 
 DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
-    "score": (edited(",1.0]", ",0.0]"), "was changed after it was written"),
+    "score": (edited(",1.0,", ",0.0,"), "was changed after it was written"),
     "mean": (edited('"score": 1.0', '"score": 0.9'), "was changed after it was written"),
     "digest": (edited('"digest": "', '"digest": "0'), "was changed after it was written"),
     "signed score": (
@@ -462,7 +462,7 @@ def test_a_baseline_that_is_not_what_was_written_is_damaged(committed: Path, nam
 
 
 def test_an_edited_baseline_ends_the_gate(gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.json").write_text(committed.read_text().replace(",1.0]", ",0.0]", 1))
+    Path("mine.json").write_text(committed.read_text().replace(",1.0,", ",0.0,", 1))
     assert gate("good", "baseline=mine.json") == 5
     assert "mine.json was changed after it was written" in capsys.readouterr().err
 
