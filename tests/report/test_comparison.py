@@ -69,4 +69,4 @@ def test_what_differs_between_runs_stands_side_by_side(
     assert main("runs", "mine-other", "--html") == 0
     assert "1 run side by side" in Path("runs/runs.html").read_text()
     assert main("runs", "none", "--html") == 2
-    assert "Did you mean" in capsys.readouterr().err
+    assert "Available: mine-" in capsys.readouterr().err
