@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint types contracts check test-browser fuzz docs clean
+.PHONY: install quickstart test lint types contracts check test-browser fuzz docs site clean
 
 install: .venv/installed
 
@@ -44,6 +44,9 @@ docs: install
 	$(BIN)/python docs/hooks.py
 	$(BIN)/python docs/api.py
 	$(BIN)/python docs/settings.py
+
+site: install
+	$(BIN)/python docs/site.py build/site
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -73,6 +73,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml
   --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4;
                      select=best judges the best of them, on documents that had no part in the choice
+  --verbose, -v      with a run: show the debug lines of every library; the run's posttrain.log keeps what was shown
   --help, --version
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the Tab key
 

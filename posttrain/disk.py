@@ -1,4 +1,4 @@
-"""Durable files, and errors of the disk under the name of the file."""
+"""Durable files, locks, and errors of the disk under the name of the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from posttrain.errors import BadInput, DiskFailed, PosttrainError, Problem, is_out_of_memory
 
@@ -18,6 +19,7 @@ PLACE_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 """Errors of a path that this user cannot read or write, for good."""
+ON_WINDOWS = os.name == "nt"
 
 
 def is_machine_error(error: BaseException) -> bool:
@@ -97,10 +99,27 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def lock(stream: IO[Any], *, wait: bool = True) -> bool:
+    """Lock an open file for this process alone; closing it, and the end of the process however it comes, unlocks it.
+
+    Return False when another process holds it and is not to be waited for.
+    """
+    import portalocker  # flock, and what Windows has in its place
+
+    flags = portalocker.LockFlags.EXCLUSIVE
+    try:
+        portalocker.lock(stream, flags if wait else flags | portalocker.LockFlags.NON_BLOCKING)
+    except portalocker.AlreadyLocked:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Flush the system's buffers of a file or folder to disk."""
+    if ON_WINDOWS and path.is_dir():  # it opens no folder, and writes a name with its file
+        return
     with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

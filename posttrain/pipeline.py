@@ -13,7 +13,6 @@ from pathlib import Path
 from posttrain import ledger, report
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import Half, OnFail
-from posttrain.console import styled
 from posttrain.data.reading import remote
 from posttrain.disk import explain_error, require_writable
 from posttrain.errors import DiskFailed, Interrupted, PluginFailed
@@ -28,6 +27,7 @@ from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
 from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
+from posttrain.run.log import logged
 from posttrain.run.published import withdraw
 from posttrain.run.replay import choose_share
 from posttrain.run.spending import within_cap
@@ -54,20 +54,23 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
             else (_check_start(start.artifact, undated, plan.model.dtype.value), start.unpromoted)
         )
         if far := sorted({name for step in plan.steps for name in remote((*step.sources, *step.eval_sources))}):
-            display.console.print(styled(f"data from afar, copied unless it is here: {', '.join(far)}"))
+            display.announce(f"data from afar, copied unless it is here: {', '.join(far)}")
         digests = {step.name: records_digest(step) for step in plan.steps}
         path = plan.output_root / run_name(plan, parent, digests)
         capped = within_cap(plan, path, interrupts, display.announce)
-        with open_run(path, plan) as directory, capped, host.restored(), _closing(directory, plan, host, display):
+        with (
+            open_run(path, plan) as directory, logged(path, directory.state.command, display), capped, host.restored(),
+            _closing(directory, plan, host, display),
+        ):  # fmt: skip
             host.start_run(plan, path)
-            display.console.print(styled(("posttrain", "bold"), f" {plan.recipe} ─► {path}"))
+            display.announce(("posttrain", "bold"), f" {plan.recipe} ─► {path}")
             for line in plan.shadows:
-                display.console.print(styled(line))
+                display.announce(line)
             # The day has no part in the run's name: on another day the same command resumes this run, with its day.
             base = directory.pin_day(undated)
             parent = base if start is None else start.artifact.source(base)
             if base.template_variables:
-                display.console.print(styled(f"variables of the chat template: {dict(base.template_variables)}"))
+                display.announce(f"variables of the chat template: {dict(base.template_variables)}")
             jobs = [
                 Job(
                     plan=plan, step=step, host=host, run=directory, base=base, data_digest=digests[step.name],
@@ -211,5 +214,5 @@ def _write_end(directory: RunDirectory, display: Display) -> None:
         directory.save()
         report.write(directory.path)
     except OSError as error:
-        display.console.print(styled(f"the end of the run could not be recorded: {error}"))
+        display.announce(f"the end of the run could not be recorded: {error}")
     report.show(directory.path)

@@ -17,6 +17,7 @@ Run a recipe, or resume it: train, score and decide, stage by stage.
   +stage@NAME=KIND   one more stage; ~stage@NAME takes one out; 'stages=[sft,dpo]' selects and orders
   --multirun, -m     run every combination of comma-separated values; select=best chooses one on half of the last gate's
                      documents and judges it on the other half
+  --verbose, -v      show the debug lines of every library; posttrain.log in the run's folder has what was shown
 {RECIPE_FLAGS}
 
 Example: posttrain recipe=quickstart sft.epochs=3""",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain import environment
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.run.directory import RunDirectory
 
 MULTIRUN = ("--multirun", "-m")
+VERBOSE = ("--verbose", "-v")
 
 
 def main(words: list[str]) -> int:
@@ -27,14 +29,15 @@ def main(words: list[str]) -> int:
 
     host = plugins.load()
     is_sweep = any(word in MULTIRUN for word in words)
-    others, best = selection([word for word in words if word not in MULTIRUN], is_sweep=is_sweep)
+    others, best = selection([word for word in words if word not in (*MULTIRUN, *VERBOSE)], is_sweep=is_sweep)
+    run_plan = partial(_run_plan, verbose=any(word in VERBOSE for word in words))
     if is_sweep:
-        return (run_best if best else run_members)(sweep(host, others), host, _run_plan)
-    code, _ = _run_plan(make_plan(compose(host, others), host), host)
+        return (run_best if best else run_members)(sweep(host, others), host, run_plan)
+    code, _ = run_plan(make_plan(compose(host, others), host), host)
     return code
 
 
-def _run_plan(plan: Plan, host: Host) -> tuple[int, RunDirectory | None]:
+def _run_plan(plan: Plan, host: Host, *, verbose: bool) -> tuple[int, RunDirectory | None]:
     """Run a plan, and print its final table however it ends; with launch=slurm outside of a job, queue it as one.
 
     Return 0, or after verdicts that a gate only warns about the code of the worst of them; and the run's directory.
@@ -46,7 +49,7 @@ def _run_plan(plan: Plan, host: Host) -> tuple[int, RunDirectory | None]:
     from posttrain.pipeline import run
     from posttrain.run.display import Display
 
-    directory = run(plan, host, Display())
+    directory = run(plan, host, Display(verbose=verbose))
     if directory.state.state != WARNED:
         return 0, directory
     verdicts = [stage.verdict for stage in directory.state.stages]

@@ -47,6 +47,10 @@ def device_memory(processes: int = 1) -> int | None:
             return min(int(size) for size in found) * 2**20
         except (OSError, ValueError, subprocess.SubprocessError):
             return None
+    if not hasattr(os, "sysconf"):  # Windows
+        import psutil
+
+        return int(psutil.virtual_memory().total) // processes
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
 
 

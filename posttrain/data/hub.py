@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from posttrain.config.schema import Source
 from posttrain.data.rows import RawRow, Rows
 from posttrain.data.tables import drop_filled
 from posttrain.digests import canonical, digest_of
-from posttrain.disk import replace_text
+from posttrain.disk import lock, replace_text
 from posttrain.errors import ArtifactDamaged, BadInput, Problem, first_line, reject
 from posttrain.saved import plain, read_as
 
@@ -69,8 +68,8 @@ def copy_hub(source: Source, cache: Path) -> Path:
     folder = cache / "hub" / f"{source.path.replace('/', '--')}-{digest_of(options)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "rows.jsonl"
-    with (folder / ".lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run that copies the same rows is waited for
+    with (folder / ".lock").open("ab") as held:
+        lock(held)  # another run that copies the same rows is waited for
         state = _state(folder, file)
         if not state.is_complete:
             with file.open("ab") as copy:

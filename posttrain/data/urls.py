@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 
 from posttrain.data.files import WILDCARDS, format_of, known_endings
 from posttrain.digests import digest_of
-from posttrain.disk import is_machine_error, replace_text
+from posttrain.disk import is_machine_error, lock, replace_text
 from posttrain.errors import BadInput, Problem, first_line, reject, suggest
 
 WRAPPERS = (
@@ -58,8 +57,8 @@ def copy_url(url: str, cache: Path) -> list[tuple[Path, str]]:
     check_url(url)
     folder = cache / "urls" / digest_of(url)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run that copies the same files is waited for
+    with (folder / ".lock").open("ab") as held:
+        lock(held)  # another run that copies the same files is waited for
         listing = folder / "names"
         try:
             names = list(_update(url, folder))

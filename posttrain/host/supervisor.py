@@ -37,6 +37,8 @@ TICK = 0.5
 """Seconds between two checks of the child."""
 ENDING = 60.0
 """Seconds that a child may take to end after it has recorded its exit code: no thread gets longer."""
+KILL = 9
+"""SIGKILL, a name that Windows lacks."""
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -162,7 +164,7 @@ def _fork(memory: mmap.mmap, lost: Mapping[str, str]) -> int:
     return 0
 
 
-def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+def die_with(parent: int, number: int = KILL) -> None:
     """Have the kernel send this process ``number`` at the end of its parent: a killed command leaves nothing running.
 
     Elsewhere than on Linux, do nothing.

@@ -106,5 +106,5 @@ def _time_of(row: Row) -> datetime:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container may run under a number that has no name
-        return str(os.getuid())
+    except (OSError, KeyError, ImportError):  # a container may run under a number that has no name
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"

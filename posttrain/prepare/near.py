@@ -178,7 +178,7 @@ class _ShingleSets:
                     self._index_R[first + wanted] = np.arange(len(wanted)) + len(self._operators)
                     self._append(stream, [normalise(chunk[number]) for number in wanted])
                 first += len(chunk)
-        self._file = os.open(self._path, os.O_RDONLY)
+        self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def _append(self, stream: Any, texts: Sequence[bytes]) -> None:
         flat = shingles(texts)
@@ -204,12 +204,20 @@ class _ShingleSets:
 
     def _set(self, index: int) -> Hashes:
         first, last = self._offsets[index], self._offsets[index + 1]
-        return np.frombuffer(os.pread(self._file, 8 * (last - first), 8 * first), np.uint64)
+        return np.frombuffer(_read_at(self._file, 8 * (last - first), 8 * first), np.uint64)
 
     def close(self) -> None:
         """Remove the file."""
         os.close(self._file)
         self._path.unlink(missing_ok=True)
+
+
+def _read_at(file: int, size: int, place: int) -> bytes:
+    """Return ``size`` bytes of an open file from ``place``."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    os.lseek(file, place, os.SEEK_SET)  # Windows
+    return os.read(file, size)
 
 
 def _operators(text: bytes) -> bytes:

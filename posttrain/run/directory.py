@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 from posttrain.artifact import MANIFEST, Manifest, ModelSource, read_manifest
 from posttrain.chat_template import DATE
 from posttrain.config.schema import OnFail
-from posttrain.disk import replace_text
+from posttrain.disk import lock, replace_text
 from posttrain.errors import Problem, RunLocked
 from posttrain.gate.procedure import STATES, WARNED, policy_for, state_of
 from posttrain.host import activity
@@ -146,8 +145,8 @@ def open_run(path: Path, plan: Plan) -> Iterator[RunDirectory]:
     Raises RunLocked at once, naming the holder, when another process writes it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("a+") as lock:
-        _lock(lock, path)  # before the first write: a second process must not change the first one's recipe or state
+    with (path / ".lock").open("a+") as held:
+        _lock(held, path)  # before the first write: a second process must not change the first one's recipe or state
         replace_text(path / "recipe.yaml", redacted(OmegaConf.to_yaml(OmegaConf.create(dict(plan.resolved)))))
         run = RunDirectory(path, _state(path, plan))
         run.save()
@@ -161,8 +160,8 @@ def end(path: Path, state: str) -> None:
     Raises RunLocked when another process has resumed it; OSError or ArtifactDamaged when run.json cannot be read or
     written.
     """
-    with (path / ".lock").open("a+") as lock:
-        _lock(lock, path)
+    with (path / ".lock").open("a+") as held:
+        _lock(held, path)
         recorded = read_state(path)
         if recorded.state == "running":
             recorded.end(state)
@@ -265,19 +264,25 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _lock(lock: IO[str], path: Path) -> None:
-    """Lock the run until ``lock`` is closed; raise RunLocked at once when another process holds it."""
-    # flock, not a file with a process id: the kernel frees it however the process ends, so no dead run stays locked.
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
+def _lock(stream: IO[str], path: Path) -> None:
+    """Lock the run until ``stream`` is closed; raise RunLocked at once when another process holds it."""
+    # A lock, not a file with a process id: the kernel frees it however the process ends, so no dead run stays locked.
+    if not lock(stream, wait=False):
+        holder = _holder(stream)
         problem = Problem(
             where=str(path), what=f"{holder} writes this run", fix="Wait for it to end, or set output_root=OTHER"
         )
         raise RunLocked(problem) from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()},\n")
-    lock.flush()
+    stream.seek(0)
+    stream.truncate()
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()},\n")
+    stream.flush()
+
+
+def _holder(stream: IO[str]) -> str:
+    """Return what the holder of a run wrote into its lock."""
+    try:
+        stream.seek(0)
+        return stream.read().strip() or "another process"
+    except PermissionError:  # of Windows, where a locked file cannot be read
+        return "another process"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from posttrain.console import DataConsole, styled
 from posttrain.errors import require_finite
@@ -36,16 +37,32 @@ FIGURES = {
 class Display:
     """Lines and bars of one run, on standard error: standard output holds results alone."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, verbose: bool = False) -> None:
         self.console = console or DataConsole(file=sys.stderr, soft_wrap=True)
+        self.verbose = verbose
+        """True to show the debug lines of every library."""
+        self.log: Callable[[str], None] | None = None
+        """Receiver of all lines, those without a style or a bar; None outside of a run."""
 
     def line(self, stage: str, what: str, text: str) -> None:
         """Print one line about a stage."""
-        self.console.print(styled((f"{stage:<8}", "bold"), f" {what:<6} {text}"))
+        self._print(styled((f"{stage:<8}", "bold"), f" {what:<6} {text}"))
 
-    def announce(self, text: str) -> None:
-        """Print one line about the run."""
-        self.console.print(text, markup=False)
+    def tick(self, stage: str, what: str, text: str) -> None:
+        """Print one line of progress; a terminal has its bar, and the line goes to the log alone."""
+        if not self.console.is_terminal:
+            self.line(stage, what, text)
+        elif self.log is not None:
+            self.log(f"{stage:<8} {what:<6} {text}")
+
+    def announce(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line about the run, its parts alone or with a style."""
+        self._print(styled(*parts))
+
+    def _print(self, text: Text) -> None:
+        self.console.print(text)
+        if self.log is not None:
+            self.log(text.plain)
 
     def bar(self) -> Progress:
         """Return a bar, drawn on a terminal only and removed at its end."""
@@ -81,11 +98,11 @@ class Ticker:
         assert self._task is not None
         self._bar.update(self._task, completed=done, total=total, figures=figures)
         now = self._advanced = time.monotonic()
-        if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
+        if now - self._printed >= LINE_SECONDS:
             self._printed = now
             pace = (now - self._started) / max(done - self._first, 1)
             left = _clock(pace * (total - done))
-            self._display.line(self._stage, self._what, f"{done}/{total}  {figures}  {left} left")
+            self._display.tick(self._stage, self._what, f"{done}/{total}  {figures}  {left} left")
 
     def begin_part(self, done: int, total: int, part: str) -> None:
         """Show ``part`` of the work after ``done`` of ``total``."""
@@ -94,9 +111,9 @@ class Ticker:
             return
         if self._task is not None:
             self._bar.update(self._task, figures=part)
-        if not self._display.console.is_terminal and now - self._printed >= LINE_SECONDS:
+        if now - self._printed >= LINE_SECONDS:
             self._printed = now
-            self._display.line(self._stage, self._what, f"{done}/{total}  {part}" if total else part)
+            self._display.tick(self._stage, self._what, f"{done}/{total}  {part}" if total else part)
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""

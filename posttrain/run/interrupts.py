@@ -51,7 +51,10 @@ class Interrupts:
         if not self._installed:
             self._requested = True
         elif not self._requested:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if os.name == "nt":
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)  # it wakes the main thread, whatever that waits for
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -88,7 +91,8 @@ class Interrupts:
         # Python calls a handler between two instructions of the main thread, and a backward pass is one of them: on its
         # own it would leave the user without an answer for as long as that takes.
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        if hasattr(os, "set_blocking"):  # on Windows from Python 3.12 on
+            os.set_blocking(writer, False)
         former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._answer, args=(reader,), daemon=True)
         thread.start()

@@ -12,7 +12,6 @@ never changes and a hit is exact. A store that does not match its manifest is na
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 import posttrain
 from posttrain.data.records import Origin
 from posttrain.digests import digest_of, file_digests
+from posttrain.disk import lock
 from posttrain.errors import ArtifactDamaged, Interrupted
 from posttrain.saved import as_kind, read_json
 from posttrain.tokens.filling import ARRAYS, MANIFEST, Fill, fill_store
@@ -150,16 +150,15 @@ def _locked(path: Path, fill: Fill) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # of Windows, which removes no open file
+                path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path, fill: Fill) -> IO[bytes]:
     told = False
     while True:
         stream = path.open("ab")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(stream, wait=False):
             stream.close()
             if fill.stop_requested():
                 raise Interrupted("stopped while another process renders the same records") from None

@@ -22,9 +22,10 @@ def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the body once this process has computed for ``seconds``.
 
     Computing time, not time by the clock: a busy machine must not reject a sound template. Limits nest: what the body
-    computes counts for the one around it, too. Only the main thread can be interrupted; elsewhere there is no limit.
+    computes counts for the one around it, too. Only the main thread can be interrupted, and on Windows nothing can;
+    elsewhere there is no limit.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
     global _end
