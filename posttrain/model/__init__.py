@@ -1,1 +1,1 @@
-"""Models: base, loading, quantisation, checks, saving, merging."""
+"""Models: base, loading, quantisation, checks, saving, merging, reward models."""

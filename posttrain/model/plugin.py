@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 from posttrain.config.schema import Method
 from posttrain.errors import Problem
 from posttrain.hookspecs import hookimpl
+from posttrain.model.reward_model import reward_model
+from posttrain.rewards.reward import Reward
 
 if TYPE_CHECKING:
     from posttrain.plan import Plan
+
+
+@hookimpl
+def register_rewards() -> Sequence[Reward]:
+    """Return the reward that a model gives."""
+    return [reward_model()]
 
 
 @hookimpl
