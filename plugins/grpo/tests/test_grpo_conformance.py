@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from posttrain import BadInput
+from posttrain import BadInput, Interrupted
 from posttrain.host import plugins
 from posttrain.testing import Project, StageConformance
+from posttrain.testing.conformance import AtStep
 
 QUICK: dict[str, Any] = {
     "lr": 1e-2,
@@ -114,6 +119,36 @@ def test_a_question_to_set_aside_that_is_trained_is_rejected(project: Project, t
 def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"in 2 steps no question had answers of different rewards \(mean 0.000\)"):
         project.run(tmp_path, "grpo.reward=exact", "grpo.idle_steps=2")
+
+
+def test_it_stops_at_the_same_step_when_it_was_interrupted_in_between(project: Project, tmp_path: Path) -> None:
+    idle = ["grpo.reward=exact", "grpo.idle_steps=3"]
+    with pytest.raises(Interrupted):
+        project.run(tmp_path, *idle, also=[AtStep(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    told = AtStep(0, int)
+    with pytest.raises(BadInput, match="in 3 steps no question had answers of different rewards"):
+        project.run(tmp_path, *idle, also=[told])
+    assert told.seen == [], "the third step without a difference is the first after resuming"
+
+
+def test_full_weights_are_trained_as_an_adapter_is(tmp_path: Path) -> None:
+    folder, change = tmp_path / "project", ["grpo.beta=0.1", "grpo.updates=2", "grpo.max_steps=4"]
+    folder.mkdir()
+    settings = {**QUICK, "max_tokens": 40, "reward": "ended"}  # random weights rarely answer well, but some answers end
+    project = Project(folder=folder, kind="grpo", settings=settings, records=QUESTIONS, full=True).write()
+    whole = project.run(tmp_path / "whole", *change).path
+    told = steps(whole)
+    assert told[0]["kl"] == told[0]["clipped"] == 0.0
+    assert all(step["kl"] > 0 for step in told[1:])
+    assert max(step["clipped"] for step in told) > 0, "the second update is off the policy that wrote the answers"
+    assert [step["reward"] for step in told] == [told[0]["reward"]] * 2 + [told[2]["reward"]] * 2
+    with pytest.raises(Interrupted):
+        project.run(tmp_path / "resumed", *change, also=[AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    resumed = project.run(tmp_path / "resumed", *change).path
+    weights = "stages/grpo/artifact/model.safetensors"
+    assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+    before = load_file(folder / "sft" / "model.safetensors")
+    assert all(not torch.equal(each, before[name]) for name, each in load_file(whole / weights).items())
 
 
 @pytest.mark.parametrize(
