@@ -32,6 +32,7 @@ from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
 from posttrain.rewards.scorer import read_choice
+from posttrain.run.prepared import remaining
 from posttrain.run.start import read_base
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
@@ -68,7 +69,8 @@ def main(words: list[str]) -> int:
     if "--json" in words:
         print(json.dumps(_plan_json(plan, needs, expected), indent=2))
     else:
-        lines = [*fitting, *_text(plan, composition.config, needs, machine, expected)]
+        rows = {step.name: remaining(plan, host, step) for step in plan.steps}
+        lines = [*fitting, *_text(plan, composition.config, needs, machine, expected, rows)]
         print("\n".join(map(one_line, lines)))
     return 0
 
@@ -128,7 +130,12 @@ def _power_json(step: Step) -> dict[str, Any]:
 
 
 def _text(
-    plan: Plan, config: DictConfig, needs: Mapping[str, Needs], machine: Machine, expected: Mapping[str, Estimate]
+    plan: Plan,
+    config: DictConfig,
+    needs: Mapping[str, Needs],
+    machine: Machine,
+    expected: Mapping[str, Estimate],
+    rows: Mapping[str, str],
 ) -> list[str]:
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
@@ -141,7 +148,7 @@ def _text(
     for step in plan.steps:
         lines += [f"{step.name}  {step.stage.summary}  [{step.origin}]"]
         lines += [f"  data   {source.path}{_source_note(source)}" for source in step.own_sources]
-        lines += _replay(step)
+        lines += [*_replay(step), f"  rows   {rows[step.name]}"]
         lines += [f"  {line}" for line in _changed(step.name, step.config, type(step.config)(), config)]
         lines += [f"  reach  {line}" for line in _reach(step, stored)]
         if need := needs.get(step.name):

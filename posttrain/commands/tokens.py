@@ -22,6 +22,7 @@ from posttrain.engine.config import FineTuneConfig, LoopConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
+from posttrain.run.prepared import remaining
 from posttrain.sft.examples import Rendering, mix_rows, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
@@ -57,6 +58,8 @@ def main(words: list[str]) -> int:
             page.show(step, step.config, count)
         elif isinstance(step.config, LoopConfig):
             page.show_answers(step, step.config, count)
+        if step.sources:
+            page.console.print(styled(f"{step.name}: {remaining(plan, host, step)}"))
     return 0
 
 

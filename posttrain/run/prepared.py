@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.preparation import DETECTOR, LANGUAGE, MODEL_FILES, Action, OnContamination, rule_actions
+from posttrain.data.reading import remote
 from posttrain.data.records import Record
 from posttrain.digests import file_digests
 from posttrain.errors import BadInput, Problem, reject
@@ -21,6 +22,7 @@ from posttrain.prepare import kept as cache
 from posttrain.prepare.filters import ask
 from posttrain.prepare.kept import Kept
 from posttrain.prepare.rows import Row
+from posttrain.run.job import records_digest
 from posttrain.saved import plain
 from posttrain.scoring.code import task_digests
 
@@ -164,6 +166,22 @@ class Preparer:
             for name, task in step.tasks.items()
         }
         return {**found, "lm_eval": version("lm_eval")}
+
+
+def remaining(plan: Plan, host: Host, step: Step) -> str:
+    """Return what preparation leaves of a stage's rows, from the cache; without one, that counts are before it.
+
+    No row is read, and nothing is copied from afar.
+    """
+    before = f"counts are before preparation: posttrain data recipe={plan.recipe} shows what it leaves"
+    if not step.config.prepare.enabled:
+        return "prepare.enabled is false, every row is trained"
+    root = plan.output_root / "cache" / FOLDER
+    if not root.is_dir() or remote((*step.sources, *step.eval_sources)):
+        return before
+    preparer = Preparer(plan=plan, host=host, step=step, data_digest=records_digest(step), note=lambda line: None)
+    found = preparer.find()
+    return before if found is None else f"prepared: {found.summary.line()}"
 
 
 def _content(records: Sequence[Record]) -> str:

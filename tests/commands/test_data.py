@@ -43,6 +43,19 @@ def ask(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def test_the_plan_says_what_preparation_leaves_once_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned() -> str:
+        with pytest.raises(SystemExit):
+            cli.main(["plan", *ALONE])
+        return capsys.readouterr().out
+
+    assert "rows   counts are before preparation: posttrain data recipe=mine shows what it leaves" in planned()
+    ask(capsys)
+    assert "rows   prepared: 2 of 3 rows kept; dropped: 1 exact" in planned()
+    write([*ROWS, ROWS[0]])
+    assert "rows   counts are before preparation" in planned()
+
+
 def test_the_waterfall_is_shown_and_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first = ask(capsys)
     assert (first["read"], first["kept"], first["dropped"]) == (3, 2, {"exact": 1})
