@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from posttrain.artifact import ModelSource
 from posttrain.config.ranges import number
 from posttrain.config.schema import ModelConfig
-from posttrain.data.records import Conversation
 from posttrain.errors import BadInput, reject
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
 
@@ -59,6 +58,8 @@ class RewardModel:
 
     def _ids(self, attempt: Attempt) -> list[int] | str:
         """Return the token ids of a conversation, or why there are none."""
+        from posttrain.data.records import Conversation
+
         turns = (*attempt.question.prompt, {"role": "assistant", "content": attempt.text})
         try:
             shown = self.renderer.conversation(Conversation(messages=turns, where=attempt.question.where))
