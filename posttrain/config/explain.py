@@ -17,7 +17,7 @@ from posttrain.config.schema import ROOT, GateTask, LaunchConfig, ModelConfig, S
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
-FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline")
+FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline", "--verbose")
 """Flags of the commands that compose."""
 TYPE_ERRORS = {
     r"Value (.+) of type '\w+' could not be converted to Float": r"\1 is not a number",
@@ -25,6 +25,9 @@ TYPE_ERRORS = {
     r"Value (.+) is not a valid bool \(type \w+\)": r"\1 is neither true nor false",
     r"field '(.+)' is not Optional": r"\1 cannot be null",
     r"Unsupported interpolation type (.+)": r"a recipe cannot use the resolver '\1'",
+    r"Invalid value ('(?:float16|fp16|half)'), expected one of \[(.+)\]": (
+        r"\1 is not one of \2: it loses small gradients unless the loss is scaled, which is not done"
+    ),
     r"Invalid value (.+), expected one of \[(.+)\]": r"\1 is not one of \2",
 }
 """Messages of OmegaConf by pattern, in plain English."""

@@ -116,6 +116,7 @@ def test_every_problem_is_reported_at_once(host: Host) -> None:
         (["recipe=quickstart", "eval_data=a.jsonl"], "Did you mean sft.eval_data?"),
         (["recipe=quickstart", "sft.lr=[1]"], "sft.lr"),
         (["recipe=quickstart", "sft.lr=abc"], "sft.lr=abc: 'abc' is not a number"),
+        (["recipe=quickstart", "model.dtype=float16"], "unless the loss is scaled"),
         (["recipe=quickstart", "sft.epochs=x"], "sft.epochs=x: 'x' is not an integer"),
         (["recipe=quickstart", "sft.packing=maybe"], "sft.packing=maybe: 'maybe' is neither true nor false"),
         (["recipe=quickstart", "sft.lr=null"], "sft.lr=null: sft.lr cannot be null"),

@@ -6,7 +6,6 @@ A client is imported when its run starts, and its own reports about its use and 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import time
@@ -201,6 +200,8 @@ class Comet:
 
     def __init__(self, settings: CometSettings, directory: Path, config: Mapping[str, Any]) -> None:
         os.environ.setdefault("COMET_INTERNAL_REPORTING", "false")
+        import logging
+
         import comet_ml
 
         logging.getLogger("comet_ml").setLevel(logging.ERROR)  # it asks to be imported before torch
