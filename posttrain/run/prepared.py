@@ -24,6 +24,7 @@ from posttrain.prepare.kept import Kept
 from posttrain.prepare.rows import Row
 from posttrain.run.job import records_digest
 from posttrain.saved import plain
+from posttrain.scoring.catalogue import dataset_revisions
 from posttrain.scoring.code import task_digests
 
 if TYPE_CHECKING:
@@ -72,18 +73,19 @@ class Preparer:
         records = [*trained, *evaluated]
         found = self.find(records)
         if found is None or found.entry.rows != len(trained):
-            found = self._make(trained, evaluated, self._key(records))
+            found = self._make(trained, evaluated)
         if trained and not found.summary.kept:
             fix = "Look at the rows with posttrain data, or set another action under prepare"
             reject(f"{self.step.name}.prepare", f"no row is left: {found.summary.line()}", fix)
         return found
 
-    def _make(self, trained: Sequence[Record], evaluated: Sequence[Record], key: str) -> Kept:
+    def _make(self, trained: Sequence[Record], evaluated: Sequence[Record]) -> Kept:
         from posttrain.prepare.preparation import Preparation  # a preparation in the cache needs no numpy
 
         root = self.plan.output_root / "cache" / FOLDER
-        parts = root / f"{key}.parts"
         documents = self._documents()
+        key = self._key([*trained, *evaluated])  # after the documents: the revision of a data set is known by its copy
+        parts = root / f"{key}.parts"
         preparation = Preparation(
             trained=trained, evaluated=evaluated, config=self.step.config.prepare, judges=self._judges(),
             documents=documents, folder=parts,
@@ -161,7 +163,11 @@ class Preparer:
 
     def _gate_digests(self) -> Mapping[str, Any]:
         found = {
-            f"{step.name}/{name}": [task.task or name, task_digests(task.task or name, task.data)]
+            f"{step.name}/{name}": [
+                task.task or name,
+                task_digests(task.task or name, task.data),
+                {} if task.data is not None else dataset_revisions(task.task or name),
+            ]
             for step in self._gated()
             for name, task in step.tasks.items()
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import importlib.util
 import os
 import re
@@ -24,6 +25,9 @@ MOST_INCLUDES = 50
 EVALUATED = ("test_split", "validation_split", "training_split")
 """Splits in lm-eval's order of preference: it scores the first one of a task."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ ]*:[ ]*["']?([\w.:-]+)["']?[ ]*\r?$""", re.MULTILINE)
+
+_TAGS = re.compile(rb"""^["']?tag["']?[ ]*:([^:\r\n]*(?:\r?\n[ ]*- [^:\r\n]*)*)""", re.MULTILINE)
+"""A task's tags: one behind the key, or a list of them below it."""
 
 
 class Function(str):
@@ -196,6 +200,46 @@ def _content(path: str) -> bytes:
         return os.read(descriptor, 1 << 16)
     finally:
         os.close(descriptor)
+
+
+def dataset_revisions(reference: str) -> dict[str, list[str]]:
+    """Return the revisions on this machine of the hub datasets behind a task or a group, by the dataset's name."""
+    waiting, seen, found = [reference], set[str](), dict[str, list[str]]()
+    while waiting:
+        name = waiting.pop()
+        path = Path(name) if is_path(name) else registered_tasks().get(name)
+        if name in seen:
+            continue
+        seen.add(name)
+        if path is None:
+            waiting += _tagged().get(name, [])
+            continue
+        settings = read_task_file(path)
+        dataset, parts = settings.get("dataset_path"), settings.get("task")
+        waiting += _leaves(parts) if isinstance(parts, list) else []  # names of tasks, and texts that name none
+        if isinstance(dataset, str) and (revisions := _revisions(dataset)):
+            found[dataset] = revisions
+    return found
+
+
+@functools.cache
+def _tagged() -> Mapping[str, list[str]]:
+    """Return the registered tasks of each tag."""
+    found: dict[str, list[str]] = {}
+    for name, path in registered_tasks().items():
+        tags = _TAGS.search(_content(str(path)))
+        for tag in re.findall(rb"[\w.-]+", tags[1]) if tags else ():
+            found.setdefault(tag.decode(), []).append(name)
+    return found
+
+
+def _revisions(dataset: str) -> list[str]:
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
+    copies = Path(HF_HUB_CACHE).glob(f"datasets--{glob.escape(dataset.replace('/', '--'))}/snapshots/*")
+    tables = prepared.glob(f"{glob.escape(dataset.replace('/', '___'))}/*/*/*")
+    return sorted({path.name for path in (*copies, *tables) if path.is_dir()})
 
 
 def documents_from(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
