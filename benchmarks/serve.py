@@ -5,8 +5,9 @@
 Every greedy answer is compared with that of its artifact alone, token by token; its fingerprint says which one. The
 name ``live`` is moved by the ledger while requests to it are answered. The requests go through the whole application,
 within one process and without a network. Then the same answers are made by the engine alone: with the rows of all
-adapters in one batch, and with a batch for each adapter. Prints the figures as JSON; exits with 1 when an answer was
-crossed or lost.
+adapters in one batch, and with a batch for each adapter. Prints the figures as JSON, with the memory of the process
+before and after the requests; exits with 1 when an answer was crossed or lost. Without arguments it is the soak:
+8 adapters and the moving name, 1,250 requests each, 1,000 malformed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -164,6 +166,12 @@ def swapping(root: Path, catalogue: Catalogue, follower: Follower, ended: thread
     return thread
 
 
+def resident() -> int:
+    """Return the memory of this process in megabytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
 def speed(service: Service, places: dict[str, tuple[Lane, str]], digests: list[str], count: int) -> float:
     """Return the tokens in a second of the processor by an engine that makes ``count`` answers of all adapters.
 
@@ -226,10 +234,12 @@ def main() -> None:
         follower.look()
         digests = [served.digest for served in catalogue.artifacts]
         wanted = answers_alone(service, digests)
+        before = resident()
         thread = swapping(root, catalogue, follower, ended)
         figures = asyncio.run(soak(service, wanted, options))
         ended.set()
         thread.join()
+        figures |= {"rss MB before": before, "rss MB after": resident()}
         service.engine.stop()
         mixed = speed(service, service.models.places, digests, options.answers)
         single = speed(service, separate(service, digests), digests, options.answers)

@@ -69,6 +69,8 @@ class ModelSource:
     """Values of the template's variables in every rendering; ``date`` is the day that it prints."""
     content_digest: str = ""
     """SHA-256 of a base without these values."""
+    llama: tuple[Path, ...] = ()
+    """Files of llama.cpp that answer in place of the weights: the model's, then that of an adapter on it."""
 
     def with_variables(self, variables: Mapping[str, Any]) -> ModelSource:
         """Return a base rendered with these values of the template's variables; they are part of its digest."""

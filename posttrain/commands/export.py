@@ -70,7 +70,7 @@ def _write(artifact: Artifact, base: ModelSource, form: str, kind: str, given: A
     if done.parity is None:
         print("warning    parity was not measured: pip install 'posttrain[llama]', and give the command again")
     if done.state == "lossy":
-        print(f"warning    {kind} is lossy: no gate has judged this file")
+        print(f"warning    {kind} is lossy: no gate has judged this file (gate.backend=llama does)")
     print(f"exported   {done.adapter or done.path} ({done.state})")
     print(f"           {done.path.parent / 'Modelfile'} for Ollama" + (f", on {done.path}" if done.adapter else ""))
     return 0

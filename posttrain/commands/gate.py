@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
     with _naming_files(settings):
         outcome = _judge(name, settings, tasks, problems, host)
         report = _make_report(name, outcome, words)
-        _print(report)
+        _print(report, outcome)
         _write_reports(settings, report, outcome)
     return _exit_code(settings, outcome)
 
@@ -94,7 +94,7 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
         settings: RegressionConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     tasks = conform_gate_tasks("gate", settings.gate, host, problems)
     problems += _find_contradictions(settings)
-    found = [*check_backend(settings.gate), *check_tasks(tasks)]
+    found = [*check_backend(settings.gate, settings.adapter), *check_tasks(tasks)]
     problems += [replace(problem, where=f"gate.{problem.where}") for problem in found]
     return composition.recipe, settings, tasks, problems
 
@@ -120,21 +120,25 @@ def _find_contradictions(settings: RegressionConfig) -> list[Problem]:
 
 def _make_report(name: str, outcome: Outcome, words: Sequence[str]) -> RunReport:
     """Return the outcome in the form of a run's report."""
+    from posttrain.model import llama
     from posttrain.report.run import GateRecord, gate_report
     from posttrain.run.job import versions
 
-    command = ["posttrain", "gate", *words]
-    record = GateRecord(gate=name, candidate=outcome.candidate.source.name, command=command, versions=versions())
+    command, source = ["posttrain", "gate", *words], outcome.candidate.source
+    behind = {llama.PACKAGE: llama.version()} if source.llama else {}
+    record = GateRecord(gate=name, candidate=source.name, command=command, versions={**versions(), **behind})
     return gate_report(outcome.folder, record, outcome.verdict)
 
 
-def _print(report: RunReport) -> None:
+def _print(report: RunReport, outcome: Outcome) -> None:
     from posttrain.report.table import print_table, table_console
 
     console = table_console()
     print_table(report, console)
     for name in ("scorecard.jsonl", PAGE):
         console.print(f"{report.path / name}", style="dim", soft_wrap=True)
+    if ".lossy." in outcome.candidate.path.name and outcome.verdict.state == "pass":
+        console.print("the artifact's card says so; the same export names the file without .lossy", style="dim")
 
 
 def _write_reports(settings: RegressionConfig, report: RunReport, outcome: Outcome) -> None:

@@ -99,6 +99,7 @@ Example: posttrain list sft""",
 posttrain gate adapter=DIR gate=NAME [key=value ...]
 Judge an existing adapter or model, for CI. Ends with 0 when it passes, 3 when it fails, 4 when undecided.
 
+  adapter=FILE.gguf  a file of llama.cpp, with gate.backend=llama
   baseline=FILE|DIR  compare with the scores in FILE.json, or with an earlier adapter
   --update-baseline  write the scores of an adapter that passes into the baseline
   junit=FILE         write JUnit XML; markdown=FILE writes the comment for a pull request
@@ -120,7 +121,7 @@ Write an artifact as one model, or as files for llama.cpp. Ids, log-probabilitie
 compared with the artifact's before it is called done.
 
   --to FORM          merged: one model of transformers. gguf: one file. gguf-lora: the adapter alone, for its base
-  type=NAME          f16 by default, and f32, have to agree with the artifact; q8_0 is marked lossy
+  type=NAME          f16 by default, and f32, have to agree; q8_0 is marked lossy until a gate passes it
   pretokenizer=NAME  the splitting rule of llama.cpp for a tokenizer that it does not know, such as llama-bpe
   output=DIR         the folder to write; model.path=DIR is the base, where it has moved
 
@@ -173,6 +174,7 @@ Serve promoted artifacts and their base over HTTP in OpenAI's form, each proven 
   --token-file FILE  token that a client has to give; or POSTTRAIN_TOKEN in the environment
   --allow-unpromoted serve what no gate passed, too
   --check URL        ask the same proof of a running server, and start none
+  --backend vllm     vLLM generates, in a process of its own; --vllm-command CMD starts it, 'vllm serve' by default
 {ROOT_FLAG}
 
 Example: posttrain serve runs/quickstart-1a2b --port 8000""",

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Callable
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain import environment
 from posttrain.commands.arguments import Arguments, parse
-from posttrain.errors import reject
+from posttrain.errors import reject, suggest
 from posttrain.saved import read_text
 from posttrain.serve.catalogue import BasePlace, Catalogue, read_catalogue
 
+if TYPE_CHECKING:
+    from posttrain.serve.service import Backend
+
 USAGE = (
     "posttrain serve RUN|ARTIFACT... [--port N] [--host ADDRESS] [--token-file FILE] [--allow-unpromoted] [--check URL]"
+    " [--backend embedded|vllm] [--vllm-command COMMAND]"
 )
 KEYS = ("model.path", "model.revision", "output_root", "batch", "queue", "max_tokens", "max_body")
-OPTIONS = ("--port", "--host", "--token-file", "--check")
+OPTIONS = ("--port", "--host", "--token-file", "--check", "--backend", "--vllm-command")
+BACKENDS = ("embedded", "vllm")
 FLAGS = ("--allow-unpromoted",)
-TOKEN = "POSTTRAIN_TOKEN"
+TOKEN, VLLM = "POSTTRAIN_TOKEN", "POSTTRAIN_VLLM"
+"""Variables with the server's token, and with the command that starts vLLM."""
 PORT = 8000
 LOOPBACK = "127.0.0.1"
 
@@ -33,31 +43,45 @@ def main(words: list[str]) -> int:
     if token is None and not _is_loopback(host):
         fix = f"Set {TOKEN} in the environment, or give --token-file FILE"
         reject(f"--host {host}", "others can reach this address, and there is no token", fix)
+    backend = given.options.get("--backend", BACKENDS[0])
+    if backend not in BACKENDS:
+        reject(f"--backend {backend}", "is no backend", suggest(backend, BACKENDS))
+    command = _vllm_command(given) if backend == "vllm" else []
+    before = dict(os.environ)
+    if command:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPUs are vLLM's; this process proves on the CPU
     environment.prepare()
     root = given.settings.get("output_root")
     place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
 
     def read() -> Catalogue:
         unpromoted = "--allow-unpromoted" in given.flags
-        found = read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
-        for why in found.skipped:
-            print(f"left out   {why}")
-        return found
+        return read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
 
     if url := given.options.get("--check"):
         from posttrain.serve.check import Remote, check
 
-        for line in check(read(), Remote(url, token)):
+        catalogue = read()
+        _tell_left_out(catalogue)
+        for line in check(catalogue, Remote(url, token)):
             print(f"proven     {line}", flush=True)
         return 0
     require_extra()
-    return _serve(given, read, place, host, token)
+    return _serve(given, read, place, host, token, command, before)
 
 
-def _serve(given: Arguments, read: Callable[[], Catalogue], place: BasePlace, host: str, token: str | None) -> int:
+def _serve(
+    given: Arguments,
+    read: Callable[[], Catalogue],
+    place: BasePlace,
+    host: str,
+    token: str | None,
+    command: Sequence[str],
+    before: Mapping[str, str],
+) -> int:
     from posttrain.serve.follower import Follower
     from posttrain.serve.server import listen, take_port, write_log
-    from posttrain.serve.service import Limits, open_service
+    from posttrain.serve.service import Limits, embedded, open_service
 
     limits = Limits(
         rows=whole(given, "batch", 32), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
@@ -68,7 +92,10 @@ def _serve(given: Arguments, read: Callable[[], Catalogue], place: BasePlace, ho
         reject(f"--port {number}", "is no number", USAGE)
     with take_port(host, int(number)) as port:
         catalogue = read()
-        service = open_service(catalogue, limits, token)
+        backend = _vllm(catalogue, command, before) if command else embedded
+        service = open_service(catalogue, limits, token, backend)
+        catalogue = service.catalogue
+        _tell_left_out(catalogue)
         service.log = write_log
         follower = Follower(service, catalogue, place, unpromoted="--allow-unpromoted" in given.flags)
         follower.start()
@@ -80,6 +107,43 @@ def _serve(given: Arguments, read: Callable[[], Catalogue], place: BasePlace, ho
         listen(service, port, follower, lambda: print(f"proven     listening on {place_of}", flush=True))
     print("stopped    no answer is under way")
     return 0
+
+
+def _vllm_command(given: Arguments) -> list[str]:
+    """Return the words that begin vLLM: those given, or ``vllm serve`` where it is installed."""
+    words = given.options.get("--vllm-command") or os.environ.get(VLLM)
+    if words is None:
+        found = shutil.which("vllm")
+        if found is None:
+            fix = "Give the command that starts it, of another environment: --vllm-command '/opt/vllm/bin/vllm serve'"
+            reject("--backend vllm", "there is no command vllm", fix)
+        return [found, "serve"]
+    try:
+        command = shlex.split(words)
+    except ValueError as error:
+        reject(f"--vllm-command {words}", f"is no command: {error}", USAGE)
+    if not command or shutil.which(command[0]) is None:
+        reject(f"--vllm-command {words}", "there is no such command", USAGE)
+    return command
+
+
+def _vllm(catalogue: Catalogue, command: Sequence[str], environ: Mapping[str, str]) -> Backend:
+    from posttrain.serve.ask import Generator
+    from posttrain.serve.models import Models
+    from posttrain.serve.server import write_log
+    from posttrain.serve.service import Limits
+    from posttrain.serve.vllm import VllmEngine, VllmModels
+
+    def backend(limits: Limits) -> tuple[Models, Generator]:
+        models = VllmModels(catalogue, command, environ, partial(write_log, "vllm"))
+        return models, VllmEngine(models.routes, models.stop, rows=limits.rows, queue=limits.queue)
+
+    return backend
+
+
+def _tell_left_out(catalogue: Catalogue) -> None:
+    for why in catalogue.skipped:
+        print(f"left out   {why}")
 
 
 def require_extra() -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from posttrain.config.schema import MISSING, Dtype, GateConfig, LaunchConfig
 
+GGUF = ".gguf"
+"""Suffix of a candidate that is a file of llama.cpp."""
+
 
 @dataclass(kw_only=True)
 class BaseSettings:
@@ -29,7 +32,7 @@ class RegressionConfig:
     """One gate on an existing adapter or model."""
 
     adapter: str = MISSING
-    """Directory of an artifact, of a peft adapter or of full weights."""
+    """Directory of an artifact, of a peft adapter or of full weights; or FILE.gguf with gate.backend=llama."""
     baseline: str | None = None
     """Directory of an earlier adapter, or its scores in FILE.json; a task may lose ``max_drop`` against them."""
     update_baseline: bool = False

@@ -135,6 +135,7 @@ class Backend(Enum):
 
     hf = "hf"
     vllm = "vllm"
+    llama = "llama"
 
 
 class OnFail(Enum):
@@ -286,7 +287,8 @@ class GateConfig:
     on_undecided: OnFail = OnFail.stop
     """The same for an undecided verdict."""
     backend: Backend = Backend.hf
-    """hf (transformers) or vllm (GPUs), for every system of the gate, because the two differ in their scores."""
+    """hf (transformers) or vllm (GPUs), for every system of the gate, because the two differ in their scores; llama
+    with ``posttrain gate adapter=FILE.gguf``: llama.cpp for the file, transformers for the systems beside it."""
     batch_size: int = 16
     """Requests scored at once; a killed evaluation resumes after its last batch of documents."""
     seed: int = 0

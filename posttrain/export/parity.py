@@ -8,14 +8,9 @@ each answer, and the greedy answers. llama.cpp runs in this process (xllamacpp),
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
 import math
 import random
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.errors import ArtifactDamaged, reject, shown
+from posttrain.errors import reject, shown
+from posttrain.model.llama import llama
 
 LIMIT = 0.05
 """Largest difference of a log-probability that float16 weights and llama.cpp's float16 cache explain: 0.004
@@ -34,8 +30,6 @@ SAMPLE = 5000
 """Tokens of the vocabulary in the texts whose ids are compared."""
 TOP = 5
 """Log-probabilities compared of each first token."""
-WAIT_SECONDS = 600
-"""Longest wait for an answer of llama.cpp."""
 QUESTIONS = (
     "Hello!",
     "What is 17 + 25? And 1234567 - 89?",
@@ -74,11 +68,6 @@ class Parity:
         return self.log_prob <= LIMIT and self.greedy == self.prompts
 
 
-def is_installed() -> bool:
-    """Tell whether llama.cpp can be asked: xllamacpp is installed."""
-    return importlib.util.find_spec("xllamacpp") is not None
-
-
 def compare(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase, adapter: Path | None = None) -> Parity:
     """Compare the file ``path``, with the file of an ``adapter`` if there is one, with ``model`` in float32.
 
@@ -86,10 +75,11 @@ def compare(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase, adapter:
     llama.cpp cannot read the file.
     """
     stops = set(_listed(model.generation_config.eos_token_id))
-    with llama(path, adapter) as ask:
+    with llama((path,) if adapter is None else (path, adapter)) as ask:
         prompts = [_same_prompt(ask, tokenizer, conversation) for conversation in CONVERSATIONS]
+        begun = [tokenizer.bos_token_id] if begin_of(tokenizer) else []
         for text in vocabulary_texts(tokenizer):
-            _same_ids(ask, tokenizer, text)
+            _same_ids(ask, tokenizer, text, [*begun, *tokenizer(text, add_special_tokens=False).input_ids])
         answers = [_answer(ask, ids) for ids in prompts]
     pairs = list(zip(prompts, answers, strict=True))
     far = [_first_token(model, ids, answer) for ids, answer in pairs]
@@ -120,43 +110,6 @@ def _first_token(model: Any, ids: Sequence[int], answer: Mapping[str, Any]) -> f
     return max(abs(float(each["logprob"]) - float(expected_V[each["id"]])) for each in reported[0]["top_logprobs"])
 
 
-@contextlib.contextmanager
-def llama(path: Path, adapter: Path | None = None, context: int = 1024) -> Iterator[Any]:
-    """Serve a file by llama.cpp; yield a function that posts a JSON body to a path and returns the answer."""
-    import xllamacpp
-
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    if adapter is not None:
-        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    # ggml's threads spin while they wait: more of them than free cores are slower than one.
-    for threads in (parameters.cpuparams, parameters.cpuparams_batch):
-        threads.n_threads = torch.get_num_threads()
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context, 1, 0
-    parameters.hostnames, parameters.port = ["127.0.0.1"], 0
-    parameters.verbosity, parameters.warmup, parameters.use_jinja = -1, False, True
-    try:
-        server = xllamacpp.Server(parameters)
-    except RuntimeError as error:
-        raise ArtifactDamaged(f"{path} cannot be read by llama.cpp: {error}") from None
-    address = server.listening_address
-    try:
-        yield lambda place, body: _post(f"{address}{place}", body)
-    finally:
-        del server
-
-
-def _post(address: str, body: Mapping[str, Any]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        what = error.read().decode("utf-8", "replace")
-        raise ArtifactDamaged(f"llama.cpp cannot answer: {shown(what)}") from None
-
-
 def vocabulary_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return texts of tokens from all over the vocabulary: conversations hardly meet its merges."""
     special = set(tokenizer.all_special_ids)
@@ -165,22 +118,28 @@ def vocabulary_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(chosen[start : start + 100]) for start in range(0, len(chosen), 100)]
 
 
+def begin_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that the tokenizer puts before every text, as text: llama.cpp adds it, and so renders none."""
+    own = tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if own is not None and tokenizer("a").input_ids[:1] == [own] else ""
+
+
 def _same_prompt(ask: Any, tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the ids of a conversation. Raises BadInput when llama.cpp renders or splits it in another way."""
     messages = [dict(message) for message in conversation]
     text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     found = ask("/apply-template", {"messages": messages})["prompt"]
-    if found != text:
-        at = _first_difference(text, found)
-        theirs, ours = (shown(each[at : at + 40]) for each in (found, text))
+    wanted = text.removeprefix(begin_of(tokenizer))
+    if found != wanted:
+        at = _first_difference(wanted, found)
+        theirs, ours = (shown(each[at : at + 40]) for each in (found, wanted))
         what = f"at character {at} of a conversation, llama.cpp renders {theirs}, and training {ours}"
         reject("the chat template", what, "Use --to merged: llama.cpp reads this template in another way")
-    return _same_ids(ask, tokenizer, text)
+    return _same_ids(ask, tokenizer, wanted, list(tokenizer(text, add_special_tokens=False).input_ids))
 
 
-def _same_ids(ask: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _same_ids(ask: Any, tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
     """Return the ids of a text. Raises BadInput at the first one that llama.cpp has otherwise."""
-    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     theirs = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
     if theirs != ids:
         at = _first_difference(ids, theirs)

@@ -6,9 +6,8 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,15 @@ from posttrain.export.gguf_file import EXACT, check_plain, write_adapter, write_
 from posttrain.export.parity import Parity
 from posttrain.export.tensors import Architecture
 from posttrain.export.vocabulary import Vocabulary, read_vocabulary
+from posttrain.model import llama
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.model.merging import merge
 from posttrain.model.trust import read_json
+from posttrain.run.start import find_export_standing
 
 MODELFILE = "Modelfile"
-STATES = {"agrees": "", "lossy": ".lossy", "not measured": ".unmeasured"}
-"""Answers of the comparison, and the mark in the file's name."""
+STATES = {"agrees": "", "passed": "", "lossy": ".lossy", "not measured": ".unmeasured"}
+"""Answers of the comparison or, for a lossy file, of ``posttrain gate``, and the mark in the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Export:
 
     path: Path
     state: str
-    """``agrees``, ``lossy`` or ``not measured``."""
+    """``agrees``, ``lossy``, ``passed`` for a lossy file that a gate has passed, or ``not measured``."""
     parity: Parity | None
     """None where llama.cpp is not installed."""
     adapter: Path | None = None
@@ -58,7 +59,7 @@ def export_model(
         path = draft / f"{stem}.gguf"
         write_model(source.model, path, _name(artifact), vocabulary, kind)
         found = _compare(path, source)
-        state = _state(found, kind, path)
+        state = _state(found, kind, (path,), artifact)
         done = output / f"{stem}{STATES[state]}.gguf"
         _keep(artifact, path, done, kind, state, found)
         _write_modelfile(output, vocabulary, done, None)
@@ -81,11 +82,11 @@ def export_adapter(
         write_model(base.model, below, Path(base.base).name, vocabulary, kind)
         write_adapter(artifact.path, base.model, above, _name(artifact))
         found = _compare(below, source, above)
-        state = _state(found, kind, above)
+        state = _state(found, kind, (below, above), artifact)
         mark = STATES[state]
         done, adapter = output / f"{stem}-base-{kind}{mark}.gguf", output / f"{stem}-lora{mark}.gguf"
         below.replace(done)
-        _keep(artifact, above, adapter, f"lora on {kind}", state, found)
+        _keep(artifact, above, adapter, f"lora on {kind}", state, found, done)
         _write_modelfile(output, vocabulary, done, adapter)
     return Export(path=done, state=state, parity=found, adapter=adapter)
 
@@ -143,36 +144,48 @@ def _name(artifact: Artifact) -> str:
 
 
 def _compare(path: Path, source: ModelSource, adapter: Path | None = None) -> Parity | None:
-    if not parity.is_installed():
+    if not llama.is_installed():
         return None
     return parity.compare(path, load_model(source, "float32"), load_tokenizer(source), adapter)
 
 
-def _state(found: Parity | None, kind: str, path: Path) -> str:
-    """Return the answer of the comparison. Raises ArtifactDamaged when an exact format does not agree."""
+def _state(found: Parity | None, kind: str, files: Sequence[Path], artifact: Artifact) -> str:
+    """Return the answer of the comparison; for a lossy file the gate's, where ``posttrain gate`` has passed it.
+
+    Raises ArtifactDamaged when an exact format does not agree.
+    """
     if found is None:
         return "not measured"
     if kind not in EXACT:
-        return "lossy"
+        digest = llama.digest_of_files(files)
+        return "passed" if find_export_standing(digest, artifact, Path("runs")).state == "pass" else "lossy"
     if not found.agrees:
         raise ArtifactDamaged(
-            f"{path.name} answers otherwise than the artifact: {found.greedy} of {found.prompts} greedy answers are "
-            f"equal, and a first token's log-probability differs by {found.log_prob:.3f} (limit {parity.LIMIT}); "
+            f"{files[-1].name} answers otherwise than the artifact: {found.greedy} of {found.prompts} greedy answers "
+            f"are equal, and a first token's log-probability differs by {found.log_prob:.3f} (limit {parity.LIMIT}); "
             "nothing was kept"
         )
     return "agrees"
 
 
-def _keep(artifact: Artifact, draft: Path, path: Path, kind: str, state: str, found: Parity | None) -> None:
-    """Move a file to its place, with the record of its comparison beside it."""
+def _keep(
+    artifact: Artifact, draft: Path, path: Path, kind: str, state: str, found: Parity | None, below: Path | None = None
+) -> None:
+    """Move a file to its place, with the record of its comparison beside it, and of the file ``below`` an adapter."""
     record: dict[str, Any] = {
-        "artifact": artifact.digest, "file": path.name, "type": kind, "sha256": file_digest(draft), "parity": state,
+        "artifact": artifact.digest, "file": path.name, "type": kind, "sha256": file_digest(draft),
+        "parity": "lossy" if state == "passed" else state,
     }  # fmt: skip
+    if below is not None:
+        record |= {"base_file": below.name, "base_sha256": file_digest(below)}
     if found is not None:
         record |= {"ids": f"{found.prompts}/{found.prompts}", "log_prob": round(found.log_prob, 6)}
-        record |= {"greedy": f"{found.greedy}/{found.prompts}", "xllamacpp": version("xllamacpp")}
+        record |= {"greedy": f"{found.greedy}/{found.prompts}", "xllamacpp": llama.version()}
     draft.replace(path)
     replace_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    if state == "passed":  # the same file under its former mark
+        for suffix in (".gguf", ".json"):
+            path.with_name(f"{path.stem}{STATES['lossy']}{suffix}").unlink(missing_ok=True)
 
 
 def _write_modelfile(output: Path, vocabulary: Vocabulary, path: Path, adapter: Path | None) -> None:

@@ -80,7 +80,7 @@ def require_same_ground(candidate: Candidate, baseline: Candidate) -> None:
 
 def _artifact(path: Path, model: BaseSettings, day: str | None) -> Candidate:
     artifact = verify(path)
-    base = _base(path, model, artifact.manifest.base.name, artifact.pins).dated(day)
+    base = find_base(path, model, artifact.manifest.base.name, artifact.pins).dated(day)
     return Candidate(
         path=path,
         source=artifact.source(base),
@@ -98,7 +98,7 @@ def _adapter(path: Path, model: BaseSettings, day: str | None) -> Candidate:
         pickled = any(path.glob(pattern) for pattern in PICKLED)
         what = f"holds no {ADAPTER_WEIGHTS}" + (", and pickled weights are not read" if pickled else "")
         raise BadInput(Problem(where=str(path), what=what, fix="Save the adapter with safe_serialization=True"))
-    base = _base(path, model, config.get("base_model_name_or_path"), _own_template(path)).dated(day)
+    base = find_base(path, model, config.get("base_model_name_or_path"), _own_template(path)).dated(day)
     tokenizer = path if _brings_tokenizer(path) else base.tokenizer
     digest = digest_of(
         {
@@ -112,7 +112,7 @@ def _adapter(path: Path, model: BaseSettings, day: str | None) -> Candidate:
         base, name=path.name, adapter=path, tokenizer=tokenizer, digest=digest, content_digest=digest,
         quantization=quantization_of(path),
     ).with_variables(base.template_variables)  # fmt: skip
-    return Candidate(path=path, source=source, base=base, dtype=_dtype(model, base), verified=False)
+    return Candidate(path=path, source=source, base=base, dtype=dtype_of(model, base), verified=False)
 
 
 def _weights(path: Path, model: BaseSettings, day: str | None) -> Candidate:
@@ -125,17 +125,17 @@ def _weights(path: Path, model: BaseSettings, day: str | None) -> Candidate:
             Problem(where=str(path), what=what, fix="Give the base to compare with: model.path=DIR or a hub name")
         )
     own = _own_template(path)
-    base = _base(path, model, None, own).dated(day)
+    base = find_base(path, model, None, own).dated(day)
     template = None if own is not None else model.chat_template
     pinned = own or Pins(path=path, chat_template=base.chat_template)
     config = ModelConfig(path=str(path), chat_template=template, template_variables=model.template_variables)
     source = resolve_base(config, pinned, dated=False).dated(day)
     return Candidate(
-        path=path, source=replace(source, name=path.name), base=base, dtype=_dtype(model, source), verified=False
+        path=path, source=replace(source, name=path.name), base=base, dtype=dtype_of(model, source), verified=False
     )
 
 
-def _base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -> ModelSource:
+def find_base(path: Path, model: BaseSettings, named: object, pinned: Pins | None) -> ModelSource:
     """Find the base given by the user or named by the adapter, with the adapter's chat template and tokens if any."""
     chosen = model.path if model.path is not None else named
     if not isinstance(chosen, str) or not chosen:
@@ -171,7 +171,7 @@ def _present(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _dtype(model: BaseSettings, source: ModelSource) -> str:
+def dtype_of(model: BaseSettings, source: ModelSource) -> str:
     """Return the user's number format, or float32 for weights stored so, else bfloat16."""
     if model.dtype is not None:
         return model.dtype.value

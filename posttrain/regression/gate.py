@@ -19,6 +19,7 @@ from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
 from posttrain.gate.verdict import join
 from posttrain.host.plugins import Host
 from posttrain.launch.gate import gate_group
+from posttrain.model import llama
 from posttrain.regression.baseline import (
     add_baseline,
     make_baseline,
@@ -27,6 +28,7 @@ from posttrain.regression.baseline import (
     write_baseline,
 )
 from posttrain.regression.candidate import Candidate, read_candidate, require_same_ground
+from posttrain.regression.gguf import is_file, read_file, require_same_model
 from posttrain.run.display import Display, EvaluationProgress
 from posttrain.run.verdict import VERDICT, write_verdict
 from posttrain.saved import plain
@@ -66,7 +68,7 @@ def judge_adapter(
     committed = None if file is None else read_baseline(file)
     # Scores of another day are compared on that day's prompts.
     day = None if committed is None else committed.asked.get("template_variables", {}).get(DATE)
-    candidate = read_candidate(Path(settings.adapter), settings.model, day)
+    candidate = _read_candidate(settings, day)
     adapter = _read_baseline_adapter(settings, candidate)
     # torch is imported only now: every mistake found so far costs no wait
     from posttrain.regression import changes
@@ -78,8 +80,18 @@ def judge_adapter(
         changes.require_same_tokenizer(tokenizer, adapter)
     conditions = _conditions(settings, candidate, tokenizer)
     noted = require_same_asked(file, committed, conditions) if file is not None and committed is not None else ()
-    changes.require_change(candidate)
+    if candidate.source.llama:
+        require_same_model(candidate, tokenizer.get_vocab())
+    else:
+        changes.require_change(candidate)
     return _Regression(name, settings, tasks, host, display, candidate, conditions, noted).judge(adapter, file)
+
+
+def _read_candidate(settings: RegressionConfig, day: str | None) -> Candidate:
+    path = Path(settings.adapter)
+    if is_file(settings.adapter):
+        return read_file(path, settings.model, Path(settings.output_root), day)
+    return read_candidate(path, settings.model, day)
 
 
 def _read_baseline_adapter(settings: RegressionConfig, candidate: Candidate) -> Candidate | None:
@@ -104,7 +116,7 @@ def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: Pre
     from posttrain.model.loading import default_device
     from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
 
-    variables = candidate.source.template_variables
+    variables, of_llama = candidate.source.template_variables, candidate.source.llama
     return {
         **({"template_variables": dict(variables)} if variables else {}),
         "base": candidate.base.model_digest,
@@ -116,7 +128,7 @@ def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: Pre
         "batch_size": settings.gate.batch_size,
         "seed": settings.gate.seed,
         "device": default_device().type,
-        "versions": library_versions(),
+        "versions": {**library_versions(), **({llama.PACKAGE: llama.version()} if of_llama else {})},
     }
 
 

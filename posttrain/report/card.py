@@ -17,10 +17,11 @@ from posttrain.config.schema import OnFail
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import TaskVerdict
 from posttrain.ledger import GATES, Row, lifts
+from posttrain.model.llama import digest_of_record
 from posttrain.quoting import cell, markdown, redacted
 from posttrain.report.scores import scale_of
 from posttrain.run.directory import read_state
-from posttrain.run.start import Standing, find_standing
+from posttrain.run.start import Standing, find_export_standing, find_standing
 from posttrain.run.verdict import VERDICT, KeptVerdict, confirmed_verdict, read_verdict
 from posttrain.saved import read_json, read_text
 
@@ -78,7 +79,7 @@ def read_evidence(artifact: Artifact, root: Path) -> Evidence:
         standing=find_standing(artifact, root),
         rows=tuple(row for row in lifts(root) if row.lift.artifact == artifact.digest),
         command=_command(artifact),
-        exports=tuple(_exports(artifact)),
+        exports=tuple(_exports(artifact, root)),
     )
 
 
@@ -152,14 +153,15 @@ def _command(artifact: Artifact) -> tuple[str, ...]:
         return ()
 
 
-def _exports(artifact: Artifact) -> Iterator[Mapping[str, Any]]:
+def _exports(artifact: Artifact, root: Path) -> Iterator[Mapping[str, Any]]:
     for path in sorted((artifact.path.resolve().parent / EXPORTS).glob("*.json")):
         try:
             record = read_json(path)
         except (OSError, ArtifactDamaged):
             continue
         if isinstance(record, dict) and record.get("artifact") == artifact.digest:
-            yield record
+            state = find_export_standing(digest_of_record(record), artifact, root).state
+            yield {**record, "gate": {"pass": "passed", "fail": "failed"}.get(state, state)}
 
 
 def _cached_card(name: str) -> Path | None:
@@ -310,10 +312,10 @@ def _unmeasured(evidence: Evidence, origin: Origin) -> list[str]:
 def _export_section(evidence: Evidence) -> list[str]:
     if not evidence.exports:
         return []
-    lines = ["## Exports", "", "| file | type | parity | first token differs by | greedy answers equal | SHA-256 |"]
-    lines += ["|---|---|---|---|---|---|"]
+    heads = ("file", "type", "parity", "gate", "first token differs by", "greedy answers equal", "SHA-256")
+    lines = ["## Exports", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in evidence.exports:
-        shown = [str(record.get(key, "")) for key in ("file", "type", "parity", "log_prob", "greedy", "sha256")]
+        shown = [str(record.get(key, "")) for key in ("file", "type", "parity", "gate", "log_prob", "greedy", "sha256")]
         lines.append(f"| {' | '.join(map(cell, shown))} |")
     return lines
 

@@ -109,23 +109,34 @@ def find_standing(artifact: Artifact, root: Path) -> Standing:
     Its run's own verdict decides, unless ``posttrain gate`` has failed it; without one, the worst that command said.
     """
     folder = artifact.path.resolve().parent
-    own = next(_standings([folder, *sorted(folder.glob("evidence.*"))], artifact), None)
-    roots = dict.fromkeys([root.resolve(), *folder.parents[2:3]])
-    others = list(_standings([path for each in roots for path in sorted((each / GATES).glob("*"))], artifact))
+    own = next(_standings([folder, *sorted(folder.glob("evidence.*"))], artifact.digest), None)
+    others = _by_gates(artifact.digest, root, folder)
     failed = [standing for standing in others if standing.state == "fail"]
     if own is not None and own.state != NEVER:
         return failed[0] if failed and own.state == "pass" else own
-    worst_first = sorted(others, key=lambda standing: ("fail", "undecided", NEVER, "pass").index(standing.state))
     missing = Standing(state=NEVER, reason=f"no verdict about it in {folder} or {root / GATES}")
-    return next(iter(worst_first), own or missing)
+    return next(iter(others), own or missing)
 
 
-def _standings(folders: Sequence[Path], artifact: Artifact) -> Iterator[Standing]:
-    """Yield what the verdicts in these folders say, as far as they are about the artifact."""
+def find_export_standing(digest: str, artifact: Artifact, root: Path) -> Standing:
+    """Return the worst that ``posttrain gate`` said of a file with this digest, written from an artifact."""
+    missing = Standing(state=NEVER, reason=f"no verdict about it in {root / GATES}")
+    return next(iter(_by_gates(digest, root, artifact.path.resolve().parent)), missing)
+
+
+def _by_gates(digest: str, root: Path, folder: Path) -> list[Standing]:
+    """Return what ``posttrain gate`` said, the worst first, below the root and below that of a stage's ``folder``."""
+    roots = dict.fromkeys([root.resolve(), *folder.parents[2:3]])
+    found = _standings([path for each in roots for path in sorted((each / GATES).glob("*"))], digest)
+    return sorted(found, key=lambda standing: ("fail", "undecided", NEVER, "pass").index(standing.state))
+
+
+def _standings(folders: Sequence[Path], digest: str) -> Iterator[Standing]:
+    """Yield what the verdicts in these folders say, as far as they are about what has this digest."""
     for path in (folder / VERDICT for folder in folders):
         try:
             kept = read_verdict(path)
-            if kept.artifact == artifact.digest:
+            if kept.artifact == digest:
                 kept.confirm()
                 yield _standing(kept)
         except (FileNotFoundError, NotADirectoryError):

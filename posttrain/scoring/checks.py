@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from posttrain.config.regression import GGUF
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
 from posttrain.data.questions import META
@@ -98,12 +99,22 @@ def check_tasks(tasks: Mapping[str, GateTask]) -> list[Problem]:
     return [problem for name, task in tasks.items() for problem in _check_task(f"tasks.{name}", name, task)]
 
 
-def check_backend(gate: GateConfig) -> list[Problem]:
-    """Report a missing backend; ``where`` is relative to the gate."""
-    if gate.backend is not Backend.vllm or find_spec("vllm") is not None:
-        return []
-    fix = "pip install vllm on a machine with a GPU, or set gate.backend=hf"
-    return [Problem(where="backend", what="vllm is not installed", fix=fix)]
+def check_backend(gate: GateConfig, candidate: str = "") -> list[Problem]:
+    """Report a missing backend, or one that does not fit the ``candidate``; ``where`` is relative to the gate."""
+    is_file = candidate.endswith(GGUF)
+    if is_file and gate.backend is not Backend.llama:
+        what = f"{gate.backend.value} does not read files of llama.cpp"
+        return [Problem(where="backend", what=what, fix="Set gate.backend=llama")]
+    if gate.backend is Backend.llama and not is_file:
+        fix = "posttrain export ARTIFACT --to gguf, then posttrain gate adapter=FILE.gguf; or set gate.backend=hf"
+        return [Problem(where="backend", what="llama.cpp answers for GGUF files alone", fix=fix)]
+    packages = {Backend.vllm: ("vllm",), Backend.llama: ("gguf", "xllamacpp")}.get(gate.backend, ())
+    fixes = {
+        Backend.vllm: "pip install vllm on a machine with a GPU, or set gate.backend=hf",
+        Backend.llama: "pip install 'posttrain[llama]'",
+    }
+    missing = [name for name in packages if find_spec(name) is None]
+    return [Problem(where="backend", what=f"{name} is not installed", fix=fixes[gate.backend]) for name in missing[:1]]
 
 
 def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:

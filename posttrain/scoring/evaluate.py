@@ -17,6 +17,7 @@ from posttrain.errors import ArtifactDamaged
 from posttrain.gate.sequential import Look
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import is_settled, plan_looks
+from posttrain.model.llama import PACKAGE, version
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
 from posttrain.scoring.checks import read_clusters, read_slices
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
@@ -80,7 +81,8 @@ class _Evaluation:
             slices=read_slices(request.tasks, tasks),
         )
         seed, sources = request.gate.seed, self._empty.clusters
-        self._sessions, content = [], _content(request, loading.device, tokenizer)
+        self._sessions = []
+        content = {name: _content(request, name, loading.device, tokenizer) for name in request.systems}
         for look in plan_looks(request):
             new = [task.at(look, seed, sources.get(task.name)) for task in tasks]
             asked = [task for task in new if task.questions]
@@ -142,7 +144,7 @@ class _Session:
         self,
         request: GateRequest,
         progress: GateProgress,
-        content: Mapping[str, Any],
+        content: Mapping[str, Mapping[str, Any]],
         look: Look,
         tasks: Sequence[PreparedTask],
     ) -> None:
@@ -150,7 +152,7 @@ class _Session:
         self._cache = ScoreCache(request.cache)
         self._keys = {
             (system, task.name): score_key(
-                **content,
+                **content[system],
                 system=source.digest,
                 settings=task.settings,
                 ends=task.ends,
@@ -161,7 +163,7 @@ class _Session:
         }
         self._answer_keys = {
             (system, task.name): score_key(
-                **content,
+                **content[system],
                 system=source.digest,
                 ends=task.ends,
                 requests=[[question.request_hash, *question.repeats] for question in task.ordered],
@@ -257,14 +259,15 @@ class _Session:
         return next(task for task in self._tasks if task.name == name)
 
 
-def _content(request: GateRequest, device: str, tokenizer: object) -> dict[str, Any]:
-    """Return the part of every key common to all systems and tasks.
+def _content(request: GateRequest, system: str, device: str, tokenizer: object) -> dict[str, Any]:
+    """Return the part of every key of a system that is common to all tasks.
 
     Size of a block, device, number format and libraries are in it because each can change the last bits of a
-    logit, and with them a greedy answer; the seed, because it picks few-shot examples and drives sampling.
+    logit, and with them a greedy answer; the seed, because it picks few-shot examples and drives sampling. What
+    llama.cpp answers depends on its version; the systems beside a GGUF file have the keys that they have anywhere.
     """
     gate = request.gate
-    return {
+    found = {
         "tokenizer": tokenizer_digest(tokenizer),
         "seed": gate.seed,
         "backend": gate.backend.value,
@@ -273,3 +276,8 @@ def _content(request: GateRequest, device: str, tokenizer: object) -> dict[str, 
         "device": device,
         "versions": library_versions(),
     }
+    if gate.backend is not Backend.llama:
+        return found
+    if not request.systems[system].llama:
+        return {**found, "backend": Backend.hf.value}
+    return {**found, "device": "cpu", "versions": {**library_versions(), PACKAGE: version()}}

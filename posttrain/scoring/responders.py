@@ -53,6 +53,11 @@ class Responders:
                 self._held[frozenset(group)] = models
 
     def _load(self, group: Mapping[str, ModelSource]) -> Models:
+        first = next(iter(group.values()))
+        if first.llama:
+            from posttrain.scoring.harness.llama import Llama
+
+            return Llama(first, self._tokenizer, self._batch_size)
         if self._backend is Backend.vllm:
             from posttrain.scoring.harness.vllm import Vllm
 

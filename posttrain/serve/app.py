@@ -38,7 +38,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        return JSONResponse({"ready": service.ready}, status_code=200 if service.ready else 503)
+        return JSONResponse({"ready": service.answers}, status_code=200 if service.answers else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

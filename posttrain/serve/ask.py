@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +62,31 @@ class Ask:
     """Takes every event, in the thread that generates."""
     cancelled: bool = field(default=False)
     """True when nobody waits for the answer any more."""
+
+
+class Generator(Protocol):
+    """The maker of answers: the engine of this process, or vLLM."""
+
+    @property
+    def ready(self) -> bool:
+        """True while models can be asked."""
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers that have not begun."""
+
+    @property
+    def running(self) -> int:
+        """Number of answers in the making."""
+
+    def submit(self, asks: Sequence[Ask]) -> None:
+        """Queue the answers of one request, all or none. Raises QueueFull, Unloaded or Unavailable."""
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Call ``job`` where no model comes or goes meanwhile; return its result or raise its error."""
+
+    def release(self, digest: str) -> bool:
+        """Take no more answers of a model, unless some are open; return True when it takes none."""
+
+    def stop(self) -> None:
+        """End; answers that are not complete fail."""

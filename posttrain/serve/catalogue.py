@@ -6,13 +6,13 @@ Nothing here loads a model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.artifact import MANIFEST, Artifact, ModelSource, verify
 from posttrain.config.schema import ModelConfig
-from posttrain.errors import BadInput, Problem, reject, suggest
+from posttrain.errors import ArtifactDamaged, BadInput, PosttrainError, Problem, first_line, reject, suggest
 from posttrain.model.base import resolve_base
 from posttrain.run.start import find_standing
 
@@ -57,7 +57,19 @@ class Catalogue:
     root: Path
     """Output root with the ledger and the aliases."""
     skipped: tuple[str, ...] = ()
-    """Artifacts of the given runs that are left out, each with the reason."""
+    """Artifacts that are left out, each with the reason."""
+
+    def without(self, faults: Mapping[str, PosttrainError]) -> Catalogue:
+        """Return the catalogue without the artifacts of these digests, each of which has the reason given.
+
+        Raises as ``read_catalogue`` does when none is left.
+        """
+        left = tuple(served for served in self.artifacts if served.digest not in faults)
+        if not left:
+            raise _all_faults(list(faults.values()))
+        kept = {served.base.digest for served in left}
+        bases = tuple(base for base in self.bases if base.digest in kept)
+        return replace(self, artifacts=left, bases=bases, skipped=(*self.skipped, *map(first_line, faults.values())))
 
 
 def read_catalogue(
@@ -65,28 +77,43 @@ def read_catalogue(
 ) -> Catalogue:
     """Read the runs and artifacts in ``words``; with ``unpromoted`` also those that no gate passed.
 
-    Raises BadInput for a path that holds neither, or when nothing promoted is left; ArtifactDamaged for a damaged one.
+    What is damaged, not promoted or without its base is left out, with the reason, as long as something else is served.
+
+    Raises BadInput for a path that holds neither a run nor an artifact. When nothing is left, raises ArtifactDamaged if
+    something is damaged, else BadInput.
     """
     found: dict[str, Served] = {}
-    skipped: list[str] = []
-    for word in words:
-        for path, named in _paths(word):
-            artifact = verify(path)
-            own_root = root or _root(path)
-            doubt = find_standing(artifact, own_root).doubt
-            if doubt is None or unpromoted:
-                found.setdefault(artifact.digest, read_served(artifact, place, doubt))
-            elif named:
-                reject(str(path), f"the artifact {artifact.named} {doubt}", f"Serve a promoted one, or give {FLAG}")
-            else:
-                skipped.append(f"{artifact.named} {doubt}")
+    faults: list[PosttrainError] = []
+    paths = [path for word in words for path in _paths(word)]
+    for path in paths:
+        try:
+            served = _read(path, place, root or _root(path), unpromoted=unpromoted)
+            found.setdefault(served.digest, served)
+        except (ArtifactDamaged, BadInput) as error:
+            faults.append(error)
     if not found:
-        why = "; ".join(skipped) or "none is given"
-        raise BadInput(Problem(where=" ".join(words) or "serve", what=f"no promoted artifact: {why}", fix=f"Or {FLAG}"))
-    served = tuple(_by_lineage(found.values()))
-    bases = {each.base.digest: base_of(each) for each in served}
-    first = next(path for word in words for path, _ in _paths(word))
-    return Catalogue(artifacts=served, bases=tuple(bases.values()), root=root or _root(first), skipped=tuple(skipped))
+        raise _all_faults(faults)
+    served_all = tuple(_by_lineage(found.values()))
+    bases = {each.base.digest: base_of(each) for each in served_all}
+    skipped = tuple(first_line(error) for error in faults)
+    return Catalogue(artifacts=served_all, bases=tuple(bases.values()), root=root or _root(paths[0]), skipped=skipped)
+
+
+def _all_faults(faults: Sequence[PosttrainError]) -> PosttrainError:
+    """Return one error for several: ArtifactDamaged if something is damaged, else BadInput."""
+    damaged = [str(error) for error in faults if isinstance(error, ArtifactDamaged)]
+    if damaged:
+        return ArtifactDamaged("; ".join(damaged))
+    return BadInput([problem for error in faults if isinstance(error, BadInput) for problem in error.problems])
+
+
+def _read(path: Path, place: BasePlace, root: Path, *, unpromoted: bool) -> Served:
+    """Return the artifact in a folder. Raises BadInput when no gate passed it, unless ``unpromoted`` are served too."""
+    artifact = verify(path)
+    doubt = find_standing(artifact, root).doubt
+    if doubt is not None and not unpromoted:
+        reject(str(path), f"the artifact {artifact.named} {doubt}", f"Serve a promoted one, or give {FLAG}")
+    return read_served(artifact, place, doubt)
 
 
 def read_served(artifact: Artifact, place: BasePlace, doubt: str | None) -> Served:
@@ -111,14 +138,14 @@ def base_of(served: Served) -> Served:
     return Served(name=f"base {base.digest[:12]}", digest=base.digest, source=base, base=base, dtype=served.dtype)
 
 
-def _paths(word: str) -> list[tuple[Path, bool]]:
-    """Return the artifact in a folder, or those of a run in the order of its stages; True for one named itself."""
+def _paths(word: str) -> list[Path]:
+    """Return the artifact in a folder, or those of a run in the order of its stages."""
     for path in (Path(word), ROOT / word):
         if os.path.lexists(path / MANIFEST):
-            return [(path.resolve(), True)]
+            return [path.resolve()]
         if os.path.lexists(path / "run.json"):
             stages = sorted((path / "stages").glob("*/artifact"), key=lambda each: each.parent.name)
-            found = [(each.resolve(), False) for each in stages if os.path.lexists(each / MANIFEST)]
+            found = [each.resolve() for each in stages if os.path.lexists(each / MANIFEST)]
             if not found:
                 reject(str(path), "the run has published no artifact", "The same command that began it resumes it")
             return found

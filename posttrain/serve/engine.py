@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
@@ -23,11 +23,19 @@ class QueueFull(Exception):
     """More answers are waiting than the server lets wait."""
 
 
+class Unloaded(Exception):
+    """The model has left since its name was looked up."""
+
+
+class Unavailable(Exception):
+    """The model cannot be asked for a while."""
+
+
 class Engine:
     """The generation thread over the lanes of all models."""
 
-    def __init__(self, places: Mapping[str, tuple[Lane, str]], *, rows: int = 32, queue: int = 256) -> None:
-        """Take the lane and the adapter's name of each digest, a mapping that grows as models are added.
+    def __init__(self, places: MutableMapping[str, tuple[Lane, str]], *, rows: int = 32, queue: int = 256) -> None:
+        """Take the lane and the adapter's name of each digest, a mapping that changes as models come and go.
 
         ``rows`` are made at once, ``queue`` more may wait.
         """
@@ -40,6 +48,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def ready(self) -> bool:
+        """True while models can be asked."""
+        return not self._stopping
+
+    @property
     def waiting(self) -> int:
         """Number of answers that have not begun."""
         return len(self._waiting)
@@ -50,8 +63,10 @@ class Engine:
         return sum(map(len, self._lanes()))
 
     def submit(self, asks: Sequence[Ask]) -> None:
-        """Queue the answers of one request, all or none. Raises QueueFull."""
+        """Queue the answers of one request, all or none. Raises QueueFull, or Unloaded when the model has left."""
         with self._changed:
+            if not all(ask.system in self._places for ask in asks):
+                raise Unloaded
             if len(self._waiting) + len(asks) > self._most_waiting:
                 raise QueueFull
             if self._stopping:
@@ -75,6 +90,19 @@ class Engine:
             self._jobs.append(work)
             self._changed.notify()
         return future.result()
+
+    def release(self, digest: str) -> bool:
+        """Take a model's lane from it, unless an answer of it waits or is made; return True when it has none.
+
+        Called in the generation thread.
+        """
+        with self._changed:
+            used = any(ask.system == digest for ask in self._waiting) or any(
+                digest in lane.systems for lane in self._lanes()
+            )
+            if not used:
+                self._places.pop(digest, None)
+            return not used
 
     def stop(self) -> None:
         """End the thread after the present token; answers that are not complete fail."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from posttrain.artifact import verify
@@ -12,8 +13,7 @@ from posttrain.ledger.releases import ALIASES, histories, read
 from posttrain.run.start import find_standing
 from posttrain.serve.catalogue import BasePlace, Catalogue, Served, base_of, read_served
 from posttrain.serve.names import names_of
-from posttrain.serve.proof import prove
-from posttrain.serve.service import Service
+from posttrain.serve.service import Service, drop, take_in
 
 SECONDS = 0.25
 """Time between two looks at the file."""
@@ -23,13 +23,15 @@ class Follower:
     """The aliases that a server follows.
 
     A new artifact is verified, loaded between two tokens, and proven; then the names are replaced as a whole. Requests
-    that were admitted keep their model. An alias that cannot be followed stays where it was, and the log says why.
+    that were admitted keep their model, which is freed after them when it has no name any more. An alias that cannot
+    be followed stays where it was, and the log says why.
     """
 
     def __init__(self, service: Service, catalogue: Catalogue, place: BasePlace, *, unpromoted: bool) -> None:
         self._service, self._catalogue, self._place, self._unpromoted = service, catalogue, place, unpromoted
         self._seen: tuple[int, ...] | None = None
         self._failed: set[str] = set()
+        self._leaving: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="aliases", daemon=True)
 
@@ -54,20 +56,39 @@ class Follower:
         except (PosttrainError, OSError) as error:
             self._service.log("aliases", {"fault": first_line(error)})
             return False
-        for line in moved.values():
-            for standing in line[-2:]:  # the present one, and the one that a rollback brings back
-                self._take_in(standing)
+        # the present artifact of each name, and the one that a rollback brings back
+        wanted = {standing.artifact: standing for line in moved.values() for standing in line[-2:]}
+        for standing in wanted.values():
+            self._take_in(standing)
         digests = {alias: tuple(each.artifact for each in line) for alias, line in moved.items()}
         models, before = self._service.models, self._service.names
-        self._service.names = names_of(self._catalogue, digests, frozenset(models.loaded))
+        kept = self._kept(wanted)
+        self._service.names = names_of(self._catalogue, digests, kept)
+        self._leaving = set(models.loaded) - kept
         for alias, digest in self._service.names.aliases.items():
             if before.aliases.get(alias) != digest:
                 self._service.log("alias", {"alias": alias, "model": digest, "before": before.aliases.get(alias)})
         return True
 
+    def tidy(self) -> None:
+        """Free the models that no name has, as soon as no answer of them is left."""
+        models, engine = self._service.models, self._service.engine
+        for digest in sorted(self._leaving):
+            if drop(models, engine, digest):
+                self._leaving.discard(digest)
+                self._service.log("unloaded", {"model": digest})
+
+    def _kept(self, wanted: Iterable[str]) -> frozenset[str]:
+        """Return the digests of the loaded models with a name: of the start, wanted by an alias, and their bases."""
+        loaded, catalogue = self._service.models.loaded, self._catalogue
+        named = {served.digest for served in (*catalogue.artifacts, *catalogue.bases)} | {*wanted}
+        named |= {loaded[digest].served.base.digest for digest in wanted if digest in loaded}
+        return frozenset(named & loaded.keys())
+
     def _watch(self) -> None:
         while not self._ended.wait(SECONDS):
-            self.look()
+            if not self.look():
+                self.tidy()  # a look later, so that no request is between a name and its place in the queue
 
     def _take_in(self, standing: Standing) -> None:
         service, digest = self._service, standing.artifact
@@ -75,12 +96,10 @@ class Follower:
             return
         try:
             served = self._read(standing)
-            for each in (base_of(served), served):
-                service.engine.call(lambda each=each: service.models.add(each))  # type: ignore[misc]
-            prove(service.models, service.engine, digest)
+            service.engine.call(lambda: service.models.add(base_of(served)))
+            take_in(service.models, service.engine, served)
         except (PosttrainError, OSError) as error:
             self._failed.add(digest)
-            service.models.drop(digest)
             service.log("alias", {"model": digest, "fault": first_line(error)})
 
     def _read(self, standing: Standing) -> Served:

@@ -62,6 +62,11 @@ class Lane:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def systems(self) -> set[str]:
+        """Digests of the models whose answers it is making."""
+        return {row.ask.system for row in self._rows}
+
     def admit(self, asks: Sequence[tuple[Ask, str]]) -> None:
         """Read the prompts of new rows, each with its adapter's name, and send their first tokens."""
         rows = [

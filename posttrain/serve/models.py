@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.artifact import ModelSource
@@ -68,7 +69,7 @@ class Models:
         if served.digest in self.loaded:
             return
         source = served.source
-        key = (source.weights, source.rows, served.dtype)
+        key = key_of(served)
         if source.adapter is not None:
             require_plain(source)
         if key not in self._weights:
@@ -76,19 +77,40 @@ class Models:
             self._weights[key] = Weights(plain, Lane(plain, mixed=True))
         weights = self._weights[key]
         self.places[served.digest] = _place(served, weights)
-        self.loaded = {**self.loaded, served.digest: _describe(served, weights.plain)}
+        self.loaded = {**self.loaded, served.digest: describe(served, weights.plain)}
 
-    def drop(self, digest: str) -> None:
-        """Forget a model that could not be proven: it has no name, and nobody can ask for it."""
+    def remove(self, digest: str) -> None:
+        """Free a model that nothing is asked of any more; weights go with the last model on them.
+
+        Call it where nothing is generated meanwhile.
+        """
+        served = self.loaded[digest].served
         self.loaded = {known: loaded for known, loaded in self.loaded.items() if known != digest}
+        self.places.pop(digest, None)
+        key = key_of(served)
+        if all(key_of(loaded.served) != key for loaded in self.loaded.values()):
+            del self._weights[key]
+            return
+        weights = self._weights[key]
+        held, name = weights.lane.model, digest[:16]
+        if isinstance(held, PeftModel) and name in held.peft_config:
+            if len(held.peft_config) == 1:
+                weights.lane.model = weights.plain
+            else:
+                held.delete_adapter(name)
 
     def alone(self, digest: str) -> Any:
         """Return the model as ``load_model`` would give it, on the weights that are in memory."""
         served = self.loaded[digest].served
-        plain = self._weights[served.source.weights, served.source.rows, served.dtype].plain
+        plain = self._weights[key_of(served)].plain
         if served.source.adapter is None:
             return plain
         return attach(twin(plain), served.source.adapter, served.source.rows).eval()
+
+
+def key_of(served: Served) -> Hashable:
+    """Return what models on the same weights in memory have in common."""
+    return served.source.weights, served.source.rows, served.dtype
 
 
 def require_plain(source: ModelSource) -> None:
@@ -113,7 +135,8 @@ def _place(served: Served, weights: Weights) -> tuple[Lane, str]:
     return lane, name
 
 
-def _describe(served: Served, plain: Any) -> Loaded:
+def describe(served: Served, plain: Any) -> Loaded:
+    """Return a model that answers, on these weights without an adapter."""
     tokenizer = load_tokenizer(served.source)
     own = plain.generation_config.eos_token_id
     owns = own if isinstance(own, list) else [own]

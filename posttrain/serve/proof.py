@@ -21,8 +21,8 @@ from posttrain.errors import ArtifactDamaged
 from posttrain.model.probe import difference
 from posttrain.model.reloading import RELOADED_LIMITS
 from posttrain.scoring.isolation import plain_generation
-from posttrain.serve.ask import Ask, Ended, Event, Sampling, Token
-from posttrain.serve.engine import Engine, QueueFull
+from posttrain.serve.ask import Ask, Ended, Event, Generator, Sampling, Token
+from posttrain.serve.engine import QueueFull
 from posttrain.serve.models import Loaded, Models
 
 TOKENS = 16
@@ -43,7 +43,7 @@ PROBES: Sequence[Sequence[Mapping[str, str]]] = (
 )
 
 
-def prove(models: Models, engine: Engine, digest: str) -> int:
+def prove(models: Models, engine: Generator, digest: str) -> int:
     """Prove a loaded model; return the number of probes. Raises ArtifactDamaged with what differs."""
     loaded = models.loaded[digest]
     prompts = list(prompts_of(loaded))
@@ -60,7 +60,7 @@ def prove(models: Models, engine: Engine, digest: str) -> int:
     return len(prompts)
 
 
-def greedy(engine: Engine, loaded: Loaded, prompt: list[int], tokens: int = TOKENS) -> list[int]:
+def greedy(engine: Generator, loaded: Loaded, prompt: list[int], tokens: int = TOKENS) -> list[int]:
     """Return the tokens of a greedy answer by the server's own way; call it where nothing waits on this thread."""
     found: list[Event] = []
     done = threading.Event()
@@ -135,7 +135,7 @@ def compare(loaded: Loaded, alone: Any, prompt: list[int], served: list[int]) ->
     )
 
 
-def _differs(models: Models, engine: Engine, loaded: Loaded, alone: Any, prompt: list[int]) -> bool:
+def _differs(models: Models, engine: Generator, loaded: Loaded, alone: Any, prompt: list[int]) -> bool:
     base = models.loaded[loaded.served.base.digest]
     if greedy(engine, base, prompt) != greedy(engine, loaded, prompt):
         return True

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from posttrain.errors import BadInput
-from posttrain.serve.ask import Ask, Event, Token
-from posttrain.serve.catalogue import Catalogue
-from posttrain.serve.engine import Engine, QueueFull
+from posttrain.errors import ArtifactDamaged, BadInput, PosttrainError
+from posttrain.serve.ask import Ask, Event, Generator, Token
+from posttrain.serve.catalogue import Catalogue, Served
+from posttrain.serve.engine import Engine, QueueFull, Unavailable, Unloaded
 from posttrain.serve.metrics import Metrics
 from posttrain.serve.models import Loaded, Models
 from posttrain.serve.names import Names, names_of
@@ -26,6 +26,8 @@ from posttrain.serve.replies import Choice, Failed, Reply
 from posttrain.serve.requests import Asked, RequestError
 
 Log = Callable[[str, Mapping[str, Any]], None]
+Backend = Callable[["Limits"], tuple[Models, Generator]]
+"""Makes the models of a server and what generates, within the limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Service:
     """Everything that a running server has."""
 
     models: Models
-    engine: Engine
+    engine: Generator
     names: Names
     """Replaced as a whole when an alias moves: a request sees one state of it."""
     limits: Limits = field(default_factory=Limits)
@@ -56,6 +58,13 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default=lambda event, fields: None)
     ready: bool = True
+    catalogue: Catalogue
+    """The models that it began with, all of them proven."""
+
+    @property
+    def answers(self) -> bool:
+        """True while the server takes requests and its models can be asked."""
+        return self.ready and self.engine.ready
 
     def find(self, name: str) -> Loaded:
         """Return the model of this name, at this moment. Raises RequestError (404) with the names."""
@@ -107,21 +116,65 @@ class Service:
         return asked.max_tokens or min(room, self.limits.max_tokens)
 
 
-def open_service(catalogue: Catalogue, limits: Limits, token: str | None = None) -> Service:
-    """Load and prove every model of a catalogue. Raises ArtifactDamaged naming what differs."""
+def embedded(limits: Limits) -> tuple[Models, Generator]:
+    """Return the models of this process and the thread that generates."""
     models = Models()
-    engine = Engine(models.places, rows=limits.rows, queue=limits.queue)
+    return models, Engine(models.places, rows=limits.rows, queue=limits.queue)
+
+
+def open_service(
+    catalogue: Catalogue, limits: Limits, token: str | None = None, backend: Backend = embedded
+) -> Service:
+    """Load and prove every model of a catalogue; one that cannot be proven is left out.
+
+    Raises ArtifactDamaged naming what differs when none is left.
+    """
+    models, engine = backend(limits)
+    faults: dict[str, PosttrainError] = {}
+
+    def attempt(served: Served, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (ArtifactDamaged, BadInput) as error:
+            faults[served.digest] = error
+
     try:
-        for served in (*catalogue.bases, *catalogue.artifacts):
-            engine.call(lambda served=served: models.add(served))  # type: ignore[misc]
+        for served in catalogue.bases:
+            engine.call(partial(models.add, served))
         for served in catalogue.artifacts:
-            prove(models, engine, served.digest)
+            attempt(served, partial(engine.call, partial(models.add, served)))
+        for served in catalogue.artifacts:  # once all are loaded: one may have changed another
+            if served.digest not in faults:
+                attempt(served, partial(prove, models, engine, served.digest))
+        left = catalogue.without(faults)
+        for digest in (*faults, *(base.digest for base in catalogue.bases if base not in left.bases)):
+            drop(models, engine, digest)
     except BaseException:
         engine.stop()
         raise
-    loaded = frozenset(models.loaded)
-    names = names_of(catalogue, {}, loaded)
-    return Service(models=models, engine=engine, names=names, limits=limits, token=token)
+    names = names_of(left, {}, frozenset(models.loaded))
+    return Service(models=models, engine=engine, names=names, limits=limits, token=token, catalogue=left)
+
+
+def take_in(models: Models, engine: Generator, served: Served) -> None:
+    """Load a model between two tokens and prove it; it is gone again when that fails, and the error is raised."""
+    try:
+        engine.call(partial(models.add, served))
+        prove(models, engine, served.digest)
+    except BaseException:
+        drop(models, engine, served.digest)
+        raise
+
+
+def drop(models: Models, engine: Generator, digest: str) -> bool:
+    """Free a loaded model unless an answer of it is waiting or being made; return True when it is gone."""
+
+    def work() -> bool:
+        if digest in models.loaded and engine.release(digest):
+            models.remove(digest)
+        return digest not in models.loaded
+
+    return engine.call(work)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -151,6 +204,13 @@ class Exchange:
             error = RequestError(429, f"{self.service.engine.waiting} answers wait already: try again", None, "queue")
             error.headers["Retry-After"] = "1"
             raise error from None
+        except Unavailable:
+            error = RequestError(503, "the model is being started again: try again", "model", "unavailable")
+            error.headers["Retry-After"] = "5"
+            raise error from None
+        except Unloaded:
+            message = f"the model {self.reply.digest[:12]} has just been replaced: try again"
+            raise RequestError(503, message, "model") from None
 
     def cancel(self) -> None:
         """Let the engine drop what is left."""

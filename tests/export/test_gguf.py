@@ -7,99 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from gguf import GGUFReader
-from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import Regex, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
-from posttrain.artifact import Artifact
 from posttrain.config.schema import LoraSettings
 from posttrain.export import gguf_file, parity, tensors
+from posttrain.model import llama
 from posttrain.model.loading import load_model, new_adapter
-from posttrain.model.saving import save_model, write_files
+from posttrain.model.saving import save_model
 from tests.support.command import main
+from tests.support.gguf import FAMILIES, TEMPLATE, adapter_on, sentencepiece, write_model
 from tests.support.tiny import base_source, nudge, published, write_base
-
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if loud is defined and loud %}!{% endif %}{% endif %}"
-)
-TEXTS = ["The town of Norden has a brown flag.", "What is 17 + 25? It's 42, isn't it?", "def f(x): return x ** 2"] * 3
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama with scaled positions": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3, "attention_bias": True}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 32}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}),
-}
-
-
-def byte_level(rule: Any = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 320 tokens."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = rule or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE,
-    )  # fmt: skip
-
-
-def write_model(folder: Path, family: str = "llama", rule: Any = None) -> Path:
-    config, kind, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    model = kind(
-        config(
-            **{
-                "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "head_dim": 16,
-                "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": [2, 0], **settings,
-            }
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-    write_files(model, folder)
-    byte_level(rule).save_pretrained(folder)
-    return folder
-
-
-def adapter_on(base: Path, destination: Path, variables: dict[str, Any] | None = None, **settings: Any) -> Artifact:
-    """Publish a random adapter; by default rank-stabilised, with other ranks for some layers."""
-    source = base_source(base, template_variables=variables or {})
-    model = load_model(source, "float32")
-    given = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear",
-             "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}, "alpha_pattern": {"k_proj": 3}}  # fmt: skip
-    config = LoraConfig(**{**given, **settings}, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    nudge(model)
-    draft = destination.with_name(f".{destination.name}")
-    draft.mkdir()
-    save_model(model, source, draft, "float32")
-    return published(draft, source, destination)
 
 
 def record(pattern: str, folder: str = "out") -> dict[str, Any]:
@@ -172,7 +91,7 @@ def test_without_llama_cpp_the_file_says_that_nothing_was_measured(
     working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter_on(write_model(working_folder / "base"), working_folder / "adapter")
-    monkeypatch.setattr(parity, "is_installed", lambda: False)
+    monkeypatch.setattr(llama, "is_installed", lambda: False)
     assert main("export", "adapter", "--to", "gguf") == 0
     assert "parity was not measured" in capsys.readouterr().out
     assert record("*.unmeasured.json", "exports")["parity"] == "not measured"
@@ -199,6 +118,38 @@ def test_a_tokenizer_is_proven_or_rejected(working_folder: Path, capsys: pytest.
         assert main("export", "adapter", "--to", "gguf", "output=out", *words) == 2
         assert expected in capsys.readouterr().err
         assert not list(Path("out").glob("*.gguf"))
+
+
+def test_sentencepiece_is_proven_or_rejected(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter_on(write_model(working_folder / "base", tokenizer=sentencepiece()), working_folder / "adapter")
+    assert main("export", "adapter", "--to", "gguf", "output=out") == 0
+    found = record("*.json")
+    assert (found["parity"], found["ids"]) == ("agrees", "7/7")
+    (path,) = Path("out").glob("*.gguf")
+    fields = GGUFReader(path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.unknown_token_id"].contents() == 0
+    for name, given in {"first": {"legacy": False}, "trained": {"every_pair": False}}.items():
+        base = write_model(working_folder / f"{name}-base", tokenizer=sentencepiece(**given))
+        adapter_on(base, working_folder / name)
+        assert main("export", name, "--to", "gguf", f"output={name}-out") == 2
+        told = capsys.readouterr().err
+        assert "the tokenizer: the ids from" in told
+        assert "in llama.cpp, and [" in told
+        assert not list(Path(f"{name}-out").glob("*.gguf"))
+
+
+def test_a_token_before_every_text_is_not_written_twice(working_folder: Path) -> None:
+    base = write_model(working_folder / "base")
+    text = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text("{{ bos_token }}" + text)
+    tokenizer = AutoTokenizer.from_pretrained(base, bos_token="<|endoftext|>")
+    core = tokenizer.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save_pretrained(base)
+    adapter_on(base, working_folder / "adapter")
+    assert main("export", "adapter", "--to", "gguf", "output=out") == 0
+    assert record("*.json")["parity"] == "agrees"
 
 
 def test_what_a_file_cannot_hold_is_rejected_with_the_way_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -26,9 +27,23 @@ TOKEN = "not-a-secret-of-anyone"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    """The artifact of a run with one stage, and one that stands alone."""
     root = tmp_path_factory.mktemp("root")
     base = write_base(root / "base")
-    return make_artifact(root / "one", base, 1), make_artifact(root / "two", base, 2)
+    run = root / "runs" / "quickstart-1a2b3c"
+    (run / "stages" / "sft").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    return make_artifact(run / "stages" / "sft" / "artifact", base, 1), make_artifact(root / "two", base, 2)
+
+
+def quoted() -> tuple[str, str, bytes]:
+    """README's lines about serving: what is served, the address that curl asks, and what it sends."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    served = re.search(r"posttrain serve (runs/\S+)\n", text)
+    asked = re.search(r"curl localhost:8000(\S+) -H 'Content-Type: application/json' -d '(.+)'\n", text)
+    assert served
+    assert asked
+    return served[1], asked[1], asked[2].encode()
 
 
 def test_a_server_is_started_checked_and_stopped_while_it_answers(
@@ -36,7 +51,9 @@ def test_a_server_is_started_checked_and_stopped_while_it_answers(
 ) -> None:
     one, two = made
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    words = [*PROGRAM, "serve", str(one.path), "--port", "0", "--token-file", str(tmp_path / "token")]
+    given, line, body = quoted()
+    (run,) = one.path.parents[3].parent.glob(given)
+    words = [*PROGRAM, "serve", str(run), "--port", "0", "--token-file", str(tmp_path / "token")]
     with started([*words, "--allow-unpromoted"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         lines = []
@@ -56,6 +73,16 @@ def test_a_server_is_started_checked_and_stopped_while_it_answers(
             list(check(replace(catalogue_of(two), artifacts=(stranger,)), Remote(url, TOKEN)))
         with pytest.raises(BadInput, match="Address already in use"):
             take_port("127.0.0.1", int(url.split(":")[-1].split("/")[0]))
+
+        asked = urllib.request.Request(
+            f"{url.removesuffix('/v1')}{line}",
+            body,
+            {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            told = json.load(answer)
+        assert told["system_fingerprint"] == one.digest
+        assert told["choices"][0]["message"]["role"] == "assistant"
 
         body = json.dumps(chat("v1", "Hi", max_tokens=400, temperature=2.0, stream=True)).encode()
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}

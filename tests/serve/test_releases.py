@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from posttrain.artifact import Artifact
+from posttrain.errors import ArtifactDamaged
+from posttrain.ledger import Standing, move
+from posttrain.serve import service as services
+from posttrain.serve.ask import Ask, Ended, Event, Sampling
 from posttrain.serve.catalogue import BasePlace, read_catalogue
+from posttrain.serve.engine import Unloaded
 from posttrain.serve.follower import Follower
-from posttrain.serve.service import Limits, open_service
+from posttrain.serve.proof import greedy
+from posttrain.serve.service import Limits, drop, open_service, take_in
 from tests.support.command import main
 from tests.support.serving import ask, chat, make_artifact, post
 from tests.support.tiny import write_base
@@ -40,7 +50,8 @@ def test_a_running_server_follows_without_a_dropped_or_mixed_answer(made: tuple[
     follower = Follower(service, catalogue, BasePlace(), unpromoted=True)
     follower.look()
     wanted: dict[str, list[int]] = {}
-    swaps = [("promote", "latest", two.digest[:12], runs, "--allow-unpromoted"), ("rollback", "latest", runs)] * 3
+    promotion = ("promote", "latest", two.digest[:12], runs, "--allow-unpromoted")
+    swaps = [*[promotion, ("rollback", "latest", runs)] * 3, promotion]
 
     async def crowd(client: httpx.AsyncClient) -> list[httpx.Response]:
         answers = []
@@ -57,7 +68,7 @@ def test_a_running_server_follows_without_a_dropped_or_mixed_answer(made: tuple[
         for artifact in (one, two):
             answer = post(service, **chat(artifact.digest, "What is this called?", max_tokens=20)).json()
             wanted[artifact.digest] = answer["choices"][0]["token_ids"]
-        assert service.names.aliases["latest"] == one.digest
+        assert service.names.aliases["latest"] == two.digest
     finally:
         service.engine.stop()
     assert {response.status_code for response in found} == {200}
@@ -90,6 +101,129 @@ def test_a_damaged_artifact_is_not_followed_and_the_old_one_goes_on(
         assert post(service, **chat("latest", "Hi")).json()["system_fingerprint"] == one.digest
     finally:
         service.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> list[Artifact]:
+    """Adapters, and full weights, in the stages of a run."""
+    stages = tmp_path_factory.mktemp("many") / "runs" / "run" / "stages"
+    base = write_base(stages.parents[2] / "base")
+    made = []
+    for seed, name in enumerate(("one", "two", "three", "four", "whole"), start=1):
+        (stages / name).mkdir(parents=True)
+        made.append(make_artifact(stages / name / "artifact", base, seed, full=name == "whole"))
+    return made
+
+
+def test_a_model_without_a_name_is_unloaded(many: list[Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "prove", lambda models, engine, digest: 1)  # it takes most of the time
+    runs = many[0].path.parents[3]
+    catalogue = read_catalogue([str(many[0].path)], BasePlace(), runs, unpromoted=True)
+    service = open_service(catalogue, Limits())
+    follower = Follower(service, catalogue, BasePlace(), unpromoted=True)
+    try:
+        for artifact in (*many[1:], many[1]):
+            move(runs, "live", Standing(artifact=artifact.digest, path=str(artifact.path.relative_to(runs))))
+            assert follower.look()
+            assert post(service, **chat("live", "Hi")).json()["system_fingerprint"] == artifact.digest
+            follower.tidy()
+        held = set(service.models.loaded)
+        gone = post(service, **chat(many[2].digest, "Hi"))
+        assert post(service, **chat("base", "Hi")).status_code == 200
+    finally:
+        service.engine.stop()
+    base = service.names.aliases["base"]
+    assert held == {many[0].digest, base, many[4].digest, many[1].digest}  # a rollback brings the full weights back
+    assert held == set(service.names.digests) == set(service.models.places)
+    assert gone.status_code == 404
+
+
+def test_fifty_swaps_leave_no_more_in_memory_than_five(many: list[Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "prove", lambda models, engine, digest: 1)
+    catalogue = read_catalogue([str(each.path) for each in many], BasePlace(), unpromoted=True)
+    service = open_service(replace(catalogue, artifacts=catalogue.artifacts[:1]), Limits())
+    sizes = []
+    try:
+        for number in range(50):
+            served = catalogue.artifacts[1 + number % 4]
+            take_in(service.models, service.engine, served)
+            assert drop(service.models, service.engine, served.digest)
+            if number in (4, 49):
+                gc.collect()
+                sizes.append(sum(each.nbytes for each in gc.get_objects() if type(each) is torch.nn.Parameter))
+    finally:
+        service.engine.stop()
+    assert sizes[0] == sizes[1]
+
+
+def test_a_model_is_freed_after_the_last_answer_of_it(made: tuple[Path, Artifact, Artifact]) -> None:
+    _, one, two = made
+    catalogue = read_catalogue([str(one.path), str(two.path)], BasePlace(), unpromoted=True)
+    service = open_service(catalogue, Limits())
+    engine, loaded, ended = service.engine, service.models.loaded[two.digest], threading.Event()
+
+    def take(event: Event) -> None:
+        if isinstance(event, Ended):
+            ended.set()
+
+    asked = Ask(system=two.digest, prompt=[5, 6], sampling=Sampling(max_tokens=4), ends=frozenset(), send=take)
+
+    def submitted() -> bool:
+        engine.submit([asked])
+        return engine.release(two.digest)  # before the answer can begin: this is the thread that makes it
+
+    try:
+        assert not engine.call(submitted)
+        assert ended.wait(300)
+        assert drop(service.models, engine, two.digest)
+        with pytest.raises(Unloaded):
+            greedy(engine, loaded, [5, 6])
+        assert post(service, **chat(one.digest, "Hi")).status_code == 200
+    finally:
+        engine.stop()
+
+
+def test_what_cannot_be_served_is_named_and_left_out(
+    made: tuple[Path, Artifact, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, one, _ = made
+    runs = tmp_path / "runs"
+    shutil.copytree(root / "runs" / "run", runs / "run")
+    stages = runs / "run" / "stages"
+    with (stages / "two" / "artifact" / "adapter_model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    paths = [str(stages / name / "artifact") for name in ("one", "two")]
+    catalogue = read_catalogue(paths, BasePlace(), unpromoted=True)
+    assert [served.digest for served in catalogue.artifacts] == [one.digest]
+    assert "adapter_model.safetensors" in catalogue.skipped[0]
+    assert main("serve", paths[1], "--port", "0", "--allow-unpromoted") == 5
+    assert main("serve", paths[0], "--port", "0") == 2  # nothing else is left, and nothing is damaged
+    assert main("serve", *paths, "--port", "0") == 5
+    assert "never judged" not in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_proven_is_left_out(
+    made: tuple[Path, Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, one, two = made
+
+    def prove(models: Any, engine: Any, digest: str) -> int:
+        if digest == two.digest:
+            raise ArtifactDamaged("two: the adapter changes nothing")
+        return 1
+
+    monkeypatch.setattr(services, "prove", prove)
+    catalogue = read_catalogue([str(one.path), str(two.path)], BasePlace(), unpromoted=True)
+    service = open_service(catalogue, Limits())
+    try:
+        assert service.catalogue.skipped == ("two: the adapter changes nothing",)
+        assert two.digest not in service.models.loaded
+        assert post(service, **chat("latest", "Hi")).json()["system_fingerprint"] == one.digest
+    finally:
+        service.engine.stop()
+    alone = read_catalogue([str(two.path)], BasePlace(), unpromoted=True)
+    with pytest.raises(ArtifactDamaged, match="changes nothing"):
+        open_service(alone, Limits())
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,11 @@ from lm_eval.models.vllm_causallms import VLLM
 from vllm.lora.request import LoRARequest
 
 from posttrain.errors import BadInput, Problem
-from posttrain.model.trust import read_json
+from posttrain.model.vllm import missing_parts, rank_of, room_for
 from posttrain.scoring.harness.responder import Responder
 
 if TYPE_CHECKING:
     from posttrain.artifact import ModelSource
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Adapter ranks of vLLM."""
-KEEPING = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations, other than peft's own, that leave the base's weights as they are."""
 
 
 class VllmResponder(Responder, VLLM):
@@ -55,7 +50,7 @@ class Vllm:
             batch_size=batch_size,
             seed=seed,
             lora_local_path=str(next(iter(adapters.values()))) if adapters else None,
-            max_lora_rank=next((room for room in VLLM_RANKS if room >= max(ranks, default=0)), VLLM_RANKS[-1]),
+            max_lora_rank=max(8, room_for(ranks)),
         )
 
     @contextmanager
@@ -67,21 +62,7 @@ class Vllm:
 
 def _rank(source: ModelSource, adapter: Path) -> int:
     """Return the largest rank of an adapter. Raises BadInput when vLLM would apply only part of it, in silence."""
-    config = read_json(adapter / "adapter_config.json")
-    initialisation = config.get("init_lora_weights", True)
-    lacking = {
-        "another form than LoRA": config.get("peft_type", "LORA") != "LORA",
-        "quantised weights": source.quantization is not None,
-        "added tokens": bool(source.added_tokens or source.rows or config.get("trainable_token_indices")),
-        "DoRA": bool(config.get("use_dora")),
-        "whole copies of layers": bool(config.get("modules_to_save")),
-        "trained biases": config.get("bias", "none") != "none" or bool(config.get("lora_bias")),
-        "repeated layers": bool(config.get("layer_replication")),
-        # peft takes such an adapter's start out of the base's weights when it loads the two
-        f"{initialisation} initialisation": isinstance(initialisation, str) and initialisation not in KEEPING,
-    }
-    if missing := [what for what, given in lacking.items() if given]:
+    if missing := missing_parts(source):
         what = f"it has {' and '.join(missing)}, which gates cannot score with vLLM"
         raise BadInput(Problem(where=str(adapter), what=what, fix="Set gate.backend=hf"))
-    ranks = [int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]
-    return max(ranks)
+    return rank_of(source)

@@ -1,0 +1,182 @@
+"""A process of vLLM: begun, watched, begun again when it ends, and ended with this one whatever happens to it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ArtifactDamaged, reject, shown
+from posttrain.host.supervisor import die_with
+
+HOST, NAME = "127.0.0.1", "base"
+"""vLLM's address, and its name of the weights."""
+TICK = 0.1
+"""Seconds between two looks at the process."""
+PAUSES = (1.0, 30.0)
+"""Seconds before a process is begun again: the first, which is doubled each time, and the longest."""
+STEADY = 60.0
+"""Seconds after which a process that ends is begun again without a longer pause."""
+GRACE = 20.0
+"""Seconds that vLLM has to end after SIGTERM."""
+SECONDS = 600
+"""Longest wait for a word of vLLM."""
+Tell = Callable[[Mapping[str, Any]], None]
+
+
+class Process:
+    """vLLM on some weights, with the adapters that are loaded into it."""
+
+    def __init__(
+        self, command: Sequence[str], model: Path, options: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        """Take the words that begin vLLM, the folder of the weights and vLLM's further options."""
+        self._key = secrets.token_hex(16)
+        self._environment = {**environment, "VLLM_API_KEY": self._key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        self._port = _free_port()
+        self._command = [
+            *command, str(model), "--host", HOST, "--port", str(self._port), "--served-model-name", NAME,
+            "--generation-config", "vllm", "--uvicorn-log-level", "warning", *options,
+        ]  # fmt: skip
+        self._adapters: dict[str, Path] = {}
+        self._fault = ""
+        self._begun, self._ending = threading.Event(), threading.Event()
+        self.ready = False
+        """True while it answers."""
+        self.tell: Tell = lambda fields: None
+        """Takes what happens to the process, for the log."""
+        # The kernel ends vLLM with the thread that began it: this one lives as long as the server.
+        self._thread = threading.Thread(target=self._keep, name="vllm", daemon=True)
+
+    def start(self) -> None:
+        """Begin the process and wait until it answers. Raises BadInput when it ends before that."""
+        self._thread.start()
+        self._begun.wait()
+        if self._fault:
+            reject(" ".join(self._command[:2]), self._fault, "Give the command that starts vLLM: --vllm-command")
+
+    def stop(self) -> None:
+        """End the process."""
+        self._ending.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def load(self, name: str, path: Path) -> None:
+        """Load an adapter under a name. Raises ArtifactDamaged when vLLM rejects it."""
+        status, body = self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path.resolve())})
+        if status != 200:
+            raise ArtifactDamaged(f"{path}: vLLM cannot load the adapter (status {status}): {shown(body)}")
+        self._adapters[name] = path
+
+    def unload(self, name: str) -> None:
+        """Free an adapter."""
+        self._adapters.pop(name, None)
+        with contextlib.suppress(OSError):  # it has ended, and will begin without it
+            self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    @contextlib.contextmanager
+    def answering(self, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
+        """Post a request for a completion and yield the answer, to be read as it comes; leaving it drops the rest."""
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=SECONDS)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body), self._headers())
+            yield connection.getresponse()
+        finally:
+            connection.close()
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request("POST", path, json.dumps(body), self._headers())
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode("utf-8", "replace")
+
+    def _keep(self) -> None:
+        """Begin the process, again whenever it ends, until it shall end."""
+        pause, longest = PAUSES
+        while not self._ending.is_set():
+            began = time.monotonic()
+            with tempfile.TemporaryFile() as output:
+                status = self._live(output)
+                if self._ending.is_set():
+                    return
+                fault = status if isinstance(status, str) else f"ended with status {status}: {_last_line(output)}"
+            if not self._begun.is_set():
+                self._fault = fault
+                self._begun.set()
+                return
+            pause = PAUSES[0] if time.monotonic() - began > STEADY else pause
+            self.tell({"fault": fault, "again in": pause})
+            self._ending.wait(pause)
+            pause = min(2 * pause, longest)
+
+    def _live(self, output: Any) -> int | str:
+        """Run the process once, to its end; return its status, or why it could not be begun."""
+        try:
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, env=dict(self._environment), preexec_fn=partial(die_with, os.getpid()),
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"cannot be started: {error}"
+        try:
+            while process.poll() is None and not self._ending.wait(TICK):
+                if not self.ready and self._answers():
+                    for name, path in list(self._adapters.items()):
+                        self.load(name, path)
+                    self.ready = True
+                    self.tell({"process": process.pid, "port": self._port})
+                    self._begun.set()
+        except (OSError, ArtifactDamaged) as error:
+            return f"ended while it began: {error}"
+        finally:
+            self.ready = False
+            _end(process)
+        return process.returncode
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=5)
+        try:
+            with contextlib.closing(connection):
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it began."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(output: Any) -> str:
+    output.seek(0)
+    lines = [line for line in output.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return shown(lines[-1]) if lines else "it wrote nothing"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return int(found.getsockname()[1])
