@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,14 @@ def until(true: Callable[[], Any]) -> Any:
     raise AssertionError("it did not happen")
 
 
-def call(url: str, body: Any = None, token: str = TOKEN) -> tuple[int, dict[str, str], str]:
+def call(url: str, body: Any = None, token: str = TOKEN) -> tuple[int, Message, str]:
     data = None if body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=300) as answer:
-            return answer.status, dict(answer.headers), answer.read().decode()
+            return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), error.read().decode()
+        return error.code, error.headers, error.read().decode()
 
 
 def logprobs(body: dict[str, Any]) -> list[float]:
