@@ -1,7 +1,6 @@
 """The settings of a recipe: schema, default and help in one.
 
-Only the standard library is behind these imports, so that listing and help stay instant. A stage brings its own
-settings in a dataclass that inherits from StageConfig.
+Only the standard library is imported: listing and help stay instant. A stage's own settings inherit from StageConfig.
 """
 
 from __future__ import annotations
@@ -287,8 +286,7 @@ class GateConfig:
     on_undecided: OnFail = OnFail.stop
     """The same for an undecided verdict."""
     backend: Backend = Backend.hf
-    """hf (transformers) or vllm (GPUs), for every system of the gate, because the two differ in their scores; llama
-    with ``posttrain gate adapter=FILE.gguf``: llama.cpp for the file, transformers for the systems beside it."""
+    """hf (transformers) or vllm (GPUs) for every system, as their scores differ; llama for a candidate FILE.gguf."""
     batch_size: int = 16
     """Requests scored at once; a killed evaluation resumes after its last batch of documents."""
     seed: int = 0

@@ -126,8 +126,9 @@ def test_vllm_is_supervised_and_answers_as_the_embedded_engine_does(made: dict[s
         assert len(begun) == 2
         assert {made["dora"].digest in each["weights"] for each in begun} == {True, False}
         # a promotion loads an adapter under its digest; going back unloads it
-        assert main("promote", "live", made["two"].digest, f"output_root={runs}", "--allow-unpromoted") == 0
-        until(lambda: call(f"{url}/models/live")[0] == 200)
+        for name in ("one", "two"):
+            assert main("promote", "live", made[name].digest, f"output_root={runs}", "--allow-unpromoted") == 0
+        until(lambda: made["two"].digest in call(f"{url}/models/live")[2])
         moved = json.loads(call(f"{url}/chat/completions", chat("live", QUESTION))[2])
         assert moved["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
         assert main("rollback", "live", f"output_root={runs}") == 0
