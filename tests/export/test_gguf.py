@@ -129,14 +129,13 @@ def test_sentencepiece_is_proven_or_rejected(working_folder: Path, capsys: pytes
     fields = GGUFReader(path).fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
     assert fields["tokenizer.ggml.unknown_token_id"].contents() == 0
-    for name, given in {"first": {"legacy": False}, "trained": {"every_pair": False}}.items():
-        base = write_model(working_folder / f"{name}-base", tokenizer=sentencepiece(**given))
-        adapter_on(base, working_folder / name)
-        assert main("export", name, "--to", "gguf", f"output={name}-out") == 2
-        told = capsys.readouterr().err
-        assert "the tokenizer: the ids from" in told
-        assert "in llama.cpp, and [" in told
-        assert not list(Path(f"{name}-out").glob("*.gguf"))
+    # only the first piece of a text has the space here, and of llama.cpp every piece after a special token
+    adapter_on(write_model(working_folder / "first", tokenizer=sentencepiece(legacy=False)), working_folder / "other")
+    assert main("export", "other", "--to", "gguf", "output=other-out") == 2
+    told = capsys.readouterr().err
+    assert "the tokenizer: the ids from" in told
+    assert "in llama.cpp, and [" in told
+    assert not list(Path("other-out").glob("*.gguf"))
 
 
 def test_a_token_before_every_text_is_not_written_twice(working_folder: Path) -> None:

@@ -61,10 +61,10 @@ def byte_level(rule: Any = None) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def sentencepiece(*, every_pair: bool = True, legacy: bool = True) -> PreTrainedTokenizerFast:
+def sentencepiece(*, legacy: bool = True) -> PreTrainedTokenizerFast:
     """A tokenizer as Llama 2 and Mistral have it: pieces with bytes to fall back on, and a token before every text.
 
-    Converted from SentencePiece, it merges ``every_pair`` whose piece is known; trained anew, only those that it met.
+    A ``legacy`` one puts a space before every piece of a text between special tokens, another one before the first.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -72,15 +72,13 @@ def sentencepiece(*, every_pair: bool = True, legacy: bool = True) -> PreTrained
     core.train_from_iterator([*TEXTS, "the then there other they banana bandana ana"], trainer)
     learned = json.loads(core.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    if every_pair:
-        whole = dict.fromkeys("".join(pair) for pair in merges)
-        merges = [
-            (token[:cut], token[cut:])
-            for token in whole
-            for cut in range(1, len(token))
-            if token[:cut] in learned["vocab"] and token[cut:] in learned["vocab"]
-        ]
+    whole = dict.fromkeys("".join(pair) for pair in learned["merges"])
+    merges = [  # every pair whose piece is known, as in a conversion from SentencePiece
+        (token[:cut], token[cut:])
+        for token in whole
+        for cut in range(1, len(token))
+        if token[:cut] in learned["vocab"] and token[cut:] in learned["vocab"]
+    ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if legacy:
