@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import read_manifest
+from posttrain.config.schema import Half, OnFail
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.procedure import STATES
+from posttrain.gate.procedure import STATES, policy_for
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.prepare.ledger import Summary
 from posttrain.quoting import redacted
@@ -38,6 +39,8 @@ class StageReport:
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
     """The last line of a plugin's error, when one failed."""
+    went_on: str = ""
+    """The policy by which the run went on after a verdict that was no pass; empty when it did not."""
     missing: tuple[str, ...] = ()
     """Parts not shown, each with the reason."""
     prepared: Summary | None = None
@@ -154,9 +157,18 @@ def _stage(path: Path, entry: StageState, metrics: Metrics) -> tuple[StageReport
     prepared = _prepared(manifest, missing)
     report = StageReport(
         entry=entry, verdict=verdict, manifest=manifest, metrics=metrics, error=_error(path / "stages" / entry.name),
-        missing=tuple(missing), prepared=prepared, damage=damage,
+        went_on="" if kept is None else _went_on(kept), missing=tuple(missing), prepared=prepared, damage=damage,
     )  # fmt: skip
     return report, kept
+
+
+def _went_on(kept: KeptVerdict) -> str:
+    """Return the policy by which a run went on after a verdict that was no pass."""
+    gate, state = kept.basis.asked[0].gate, kept.verdict.state
+    if policy_for(gate, state) is not OnFail.warn:
+        return ""
+    by = "to be chosen from" if gate.half is Half.choosing else f"by on_{state}: warn"
+    return f"not promoted, and {by} the run went on from it"
 
 
 def _prepared(manifest: Mapping[str, Any], missing: list[str]) -> Summary | None:

@@ -61,7 +61,7 @@ def judges(report: RunReport) -> list[tuple[str, str]]:
         (stage.name, text)
         for stage in report.stages
         if stage.verdict is not None
-        for text in (*stage.verdict.notes, behind(stage.verdict))
+        for text in (*filter(None, [stage.went_on]), *stage.verdict.notes, behind(stage.verdict))
     ]
 
 

@@ -367,6 +367,16 @@ def test_a_failed_gate_has_its_reason_at_the_top(working_folder: Path) -> None:
     assert "sft gate failed sft is a fail" in words
 
 
+def test_what_went_on_by_the_recipe_is_said_with_its_policy(working_folder: Path) -> None:
+    write_project(working_folder)
+    script = Script()
+    script.verdicts["sft"] = "undecided"
+    run_recipe(script, "sft.gate.on_undecided=warn", "stages=[sft]")
+    told = "not promoted, and by on_undecided: warn the run went on from it"
+    assert told in read_page((only_run() / "report.html").read_text()).words
+    assert "warn the run went on from it" in (only_run() / "report.md").read_text()
+
+
 def test_a_report_is_there_after_every_stage(working_folder: Path) -> None:
     write_project(working_folder)
     seen = []

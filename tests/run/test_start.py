@@ -144,7 +144,7 @@ def test_a_run_that_went_on_after_a_verdict_says_so_everywhere(
 
 def test_a_sweep_ends_with_the_code_of_its_first_member_that_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = iter([0, 3, 0])
-    monkeypatch.setattr(run_command, "_run_plan", lambda plan, host, verbose: next(codes))
+    monkeypatch.setattr(run_command, "_run_plan", lambda plan, host, verbose: (next(codes), None))
     assert (
         run_command.main(["-m", "recipe=mine", "sft.gate.enabled=false", "dpo.gate.enabled=false", "seed=1,2,3"]) == 3
     )
