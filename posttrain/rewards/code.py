@@ -13,7 +13,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
@@ -76,6 +75,8 @@ def code() -> Reward:
 
     def opened(settings: Any, kept: Path) -> Scores:
         def scores(attempts: Sequence[Attempt]) -> list[float | Score]:
+            from concurrent.futures import ThreadPoolExecutor
+
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
                 return list(threads.map(_score, attempts))
 

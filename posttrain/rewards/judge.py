@@ -14,13 +14,10 @@ import os
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -118,6 +115,8 @@ class Judge:
         Raises SpendCapReached when the requests are spent, Interrupted when the judge is down, BadInput when it
         rejects a request. What was judged until then is kept.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         prompts = [_prompts(each) if each.ended else [] for each in attempts]
         different = list(dict.fromkeys(prompt for group in prompts for prompt in group))
         self._failed = None
@@ -148,6 +147,9 @@ class Judge:
 
     def _ask(self, prompt: str) -> str:
         """Return the model's reply, asked again while it is busy or out of reach."""
+        import urllib.error
+        from http.client import HTTPException
+
         fault, wait = "", FIRST_WAIT
         for attempt in range(TRIES):
             if attempt:
@@ -182,9 +184,11 @@ class Judge:
             self.asked += 1
 
     def _post(self, body: Mapping[str, Any]) -> str:
+        import urllib.request
+
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        with _opener.open(request, timeout=SECONDS) as reply:
+        with _opener().open(request, timeout=SECONDS) as reply:
             text = reply.read(MOST_BYTES)
         try:
             content = json.loads(text)["choices"][0]["message"]["content"]
@@ -193,14 +197,18 @@ class Judge:
         return content.strip().rstrip(".").upper() if isinstance(content, str) else ""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it would carry the key to another place."""
+@lru_cache
+def _opener() -> Any:
+    """Return an opener that follows no redirect: it would carry the key to another place."""
+    from urllib.request import HTTPRedirectHandler, build_opener
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Return no request, so that the redirect is an error."""
+    class NoRedirect(HTTPRedirectHandler):
+        """Gives no request for a redirect, so that it is an error."""
 
+        def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+            """Return none."""
 
-_opener = urllib.request.build_opener(_NoRedirect)
+    return build_opener(NoRedirect)
 
 
 def judge() -> Reward:
