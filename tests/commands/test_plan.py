@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_read_yet_is_no_obstacle(
         weights.unlink()
     text = plan(capsys, *(["model.path=some/model"] if damage == "hub" else []))
     assert "in matrices" not in text
-    assert "memory " not in text
+    assert ("memory " in text) == (damage == "missing")  # without weights the configuration still tells the sizes
 
 
 def test_steps_tokens_time_and_cost_are_expected_of_each_stage(
