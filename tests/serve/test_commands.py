@@ -51,7 +51,7 @@ def test_a_server_is_started_checked_and_stopped_while_it_answers(
 ) -> None:
     one, two = made
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    given, line, body = quoted()
+    given, address, quote = quoted()
     (run,) = one.path.parents[3].parent.glob(given)
     words = [*PROGRAM, "serve", str(run), "--port", "0", "--token-file", str(tmp_path / "token")]
     with started([*words, "--allow-unpromoted"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -75,8 +75,8 @@ def test_a_server_is_started_checked_and_stopped_while_it_answers(
             take_port("127.0.0.1", int(url.split(":")[-1].split("/")[0]))
 
         asked = urllib.request.Request(
-            f"{url.removesuffix('/v1')}{line}",
-            body,
+            f"{url.removesuffix('/v1')}{address}",
+            quote,
             {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"},
         )
         with urllib.request.urlopen(asked, timeout=300) as answer:
