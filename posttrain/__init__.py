@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         NearConfig,
         OnContamination,
         PrepareConfig,
+        SemanticConfig,
     )
     from posttrain.config.replay import AutoShare, Replay
     from posttrain.config.schema import (
@@ -183,6 +184,7 @@ __all__ = [
     "Scorecard",
     "Scorer",
     "Scores",
+    "SemanticConfig",
     "Sequential",
     "Settings",
     "SliceVerdict",
@@ -222,6 +224,7 @@ HOMES = {
         "NearConfig",
         "OnContamination",
         "PrepareConfig",
+        "SemanticConfig",
     ),
     "posttrain.config.replay": ("AutoShare", "Replay"),
     "posttrain.config.schema": (
