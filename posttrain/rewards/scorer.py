@@ -48,6 +48,7 @@ class Scorer:
     kept: Path = Path("runs/cache")
     """Folder of what all runs share."""
     _opened: dict[str, Scores] = field(default_factory=dict, repr=False, compare=False)
+    """Opened functions of the rewards that score several answers, by name."""
 
     def identities(self) -> dict[str, str]:
         """Return what names the scores of each reward: its version, its plugin, and what it depends on beside them.
