@@ -165,6 +165,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         *_worker_problems(config),
         *_consent_problems(config),
         *_cap_problems(config),
+        *_data_problems(config),
     ]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
@@ -264,6 +265,16 @@ def _takes_recipe_data(node: DictConfig) -> bool:
     """Return True when the stage gives ``data: null`` and so trains on the data of the recipe."""
     given = OmegaConf.is_missing(node, "data") or OmegaConf.is_interpolation(node, "data")
     return not given and node.data is None
+
+
+def _data_problems(config: DictConfig) -> list[Problem]:
+    """Return a problem when the recipe has data that none of its stages, chosen or not, trains on."""
+    stages = _stage_nodes(config)
+    absent = OmegaConf.is_dict(config.data) and OmegaConf.is_missing(config.data, "path")
+    if absent or config.data is None or any(_takes_recipe_data(config[name]) for name in stages):
+        return []
+    what = "no stage trains on it, as each has data of its own"
+    return [Problem(where="data", what=what, fix=f"Give {' or '.join(f'{name}.data=FILE' for name in stages)}")]
 
 
 def _plain(value: Any) -> Any:

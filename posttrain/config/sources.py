@@ -51,22 +51,11 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
 
     A plugin with settings that Hydra cannot represent is left out.
     """
-    store = ConfigStore.instance()
-    regression = OmegaConf.structured(RegressionConfig)
-    store.store(name="regression_schema", node=regression)
-    variant: dict[str, dict[str, str]] = {}
-    _store_settings(store, host, variant)
-    plugin_folders = [folder for folders in host.folders.values() for folder in folders]
+    if _Stored.nodes != _nodes(host):  # making them takes longer than all else here
+        _store(host)
+        _Stored.nodes = _nodes(host)
+    plugin_folders = _plugin_folders(host)
     conf = conf_folders(plugin_folders)
-    for kind, stage in host.stages.items():
-        if not any((folder / "stage" / f"{kind}.yaml").exists() for folder in conf):  # it starts from settings
-            store.store(group="stage", name=kind, node=_stage_settings(stage, variant))
-    own = {name: host.settings[name].config for name in host.own_nodes()}
-    typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
-    for node in (regression.model, typed["model"]):
-        OmegaConf.set_struct(node.template_variables, value=False)  # its keys are the template's
-    engine = EnumNode(EngineName, EngineName.auto)
-    store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant, "engine": engine}))
     RecipeSearchPath.recipes = recipe_folders(plugin_folders)
     RecipeSearchPath.conf, RecipeSearchPath.named = conf[1:], list(named)
     RecipeSource.known = _known(host)
@@ -75,6 +64,45 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
     plugins = Plugins.instance()
     for plugin in (FolderSource, RecipeSource, RecipeSearchPath):
         plugins.register(plugin)
+
+
+class _Stored:
+    """What Hydra's store holds: it lives as long as the process."""
+
+    nodes: ClassVar[tuple[Any, ...]] = ()
+
+
+def _nodes(host: Host) -> tuple[Any, ...]:
+    """Return what the nodes in Hydra's store depend on: the types of all settings, and the stages with a file."""
+    stages = [(name, stage.config) for name, stage in host.stages.items()]
+    settings = [(name, each.config, each.group) for name, each in host.settings.items()]
+    return stages, settings, _stages_with_files(host)
+
+
+def _stages_with_files(host: Host) -> list[str]:
+    conf = conf_folders(_plugin_folders(host))
+    return [kind for kind in host.stages if any((folder / "stage" / f"{kind}.yaml").exists() for folder in conf)]
+
+
+def _plugin_folders(host: Host) -> list[Path]:
+    return [folder for folders in host.folders.values() for folder in folders]
+
+
+def _store(host: Host) -> None:
+    """Put every schema of the host into Hydra's store."""
+    store = ConfigStore.instance()
+    regression = OmegaConf.structured(RegressionConfig)
+    store.store(name="regression_schema", node=regression)
+    variant: dict[str, dict[str, str]] = {}
+    made = _store_settings(store, host, variant)
+    for kind in host.stages.keys() - _stages_with_files(host):  # the others start from their files
+        store.store(group="stage", name=kind, node=made[kind])
+    own = {name: host.settings[name].config for name in host.own_nodes()}
+    typed = {key: OmegaConf.structured(kind) for key, kind in {**SCHEMA, **own}.items()}
+    for node in (regression.model, typed["model"]):
+        OmegaConf.set_struct(node.template_variables, value=False)  # its keys are the template's
+    engine = EnumNode(EngineName, EngineName.auto)
+    store.store(name="schema", node=OmegaConf.create({**typed, "variant": variant, "engine": engine}))
 
 
 def _stage_settings(stage: Stage, variant: dict[str, dict[str, str]]) -> Any:
@@ -121,8 +149,12 @@ def _from_variant(method: str, adapter: float, full: float) -> float:
     return full if method == Method.full.value else adapter
 
 
-def _store_settings(store: ConfigStore, host: Host, variant: dict[str, dict[str, str]]) -> None:
-    """Store the settings of every stage, and those that belong to none, as options of the group ``settings``."""
+def _store_settings(store: ConfigStore, host: Host, variant: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Store the settings of every stage, and those that belong to none, as options of the group ``settings``.
+
+    Return those of the stages by name.
+    """
+    made: dict[str, Any] = {}
     for name in (*host.stages, *host.settings):
         if name not in host.stages and name not in host.settings:  # its plugin has just been left out
             continue
@@ -131,8 +163,11 @@ def _store_settings(store: ConfigStore, host: Host, variant: dict[str, dict[str,
                 stage = host.stages.get(name)
                 node = host.settings[name].config() if stage is None else _stage_settings(stage, variant)
                 store.store(group="settings", name=name, node=node)
+                if stage is not None:
+                    made[name] = node
         except PluginFailed as failure:
             host.leave_out(name, failure)
+    return made
 
 
 class RecipeSearchPath(SearchPathPlugin):

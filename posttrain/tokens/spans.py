@@ -153,7 +153,20 @@ class Template:
         if content is None or start < 0 or text[start:end] != asked[answer.start : answer.end]:
             why = "the template writes it differently once other turns follow"
             _reject_span(chat.where, answer.turn, why, _NOT_ALL)
+        self._require_opening(chat, index, text, moved)
         return replace(answer, start=start, content=content, content_end=answer.content_end + moved, end=end)
+
+    def _require_opening(self, chat: Conversation, index: int, text: str, moved: int) -> None:
+        """Raise BadInput unless the generation prompt of turn ``index`` stands before it in ``text``, ``moved`` on.
+
+        Templates with thoughts switched off close an empty block of them there, and leave it out of earlier turns.
+        """
+        earlier = replace(chat, messages=chat.messages[:index])
+        prompt, bare = (self.render(earlier, prompt=add) for add in (True, False))
+        opening = prompt[_shared_length(bare, prompt) :]
+        if not text.endswith(opening, 0, len(prompt) + moved):
+            why = "the template begins it without its generation prompt once other turns follow"
+            _reject_span(chat.where, index + 1, why, _NOT_ALL)
 
     def _find_last(self, chat: Conversation, text: str) -> AnswerSpan:
         """Return the span of the last message in ``text``, the rendering of ``chat``."""

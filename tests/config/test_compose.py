@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.config.compose import compose
 from posttrain.config.paths import shipped
 from posttrain.errors import BadInput, PluginFailed, nearest
+from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.plan import Plan, make_plan
 from tests.support.recipes import GIVEN, RECIPES
@@ -179,8 +181,6 @@ def test_a_recipe_that_needs_a_failed_plugin_says_so(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    from posttrain.host import plugins
-
     names = ("mine", "theirs")
     broken = plugins.load([EntryPoint(name=name, value="no_such_module", group=plugins.GROUP) for name in names])
     for words in (("recipe=quickstart", "+stage@mine=mine"), ("recipe=mine",)):
@@ -250,3 +250,17 @@ def test_sources_are_given_on_the_command_line_in_every_form(host: Host, working
     )
     assert "sft.data.limti: unknown key 'limti'\n    Did you mean limit?" in text
     assert "sft.data.path: has no value" in problems(host, "recipe=mine", "model.path=m", "sft.data.limit=3")
+
+
+def test_schemas_are_made_once_for_each_set_of_stages(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    compose(host, ["recipe=quickstart"])
+    store, stored = ConfigStore.store, []
+    monkeypatch.setattr(ConfigStore, "store", lambda self, **node: (stored.append(node["name"]), store(self, **node)))
+    compose(host, ["recipe=quickstart", "sft.lr=1e-3"])
+    assert not stored
+    other = plugins.load()
+    del other.stages["dpo"]
+    compose(other, ["recipe=smollm2_gsm8k"])
+    assert "schema" in stored
+    assert plan(host, "recipe=quickstart", "dpo.beta=0.3").steps[1].config.beta == 0.3  # type: ignore[attr-defined]
+    assert stored.count("schema") == 2

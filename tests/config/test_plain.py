@@ -178,3 +178,14 @@ def test_every_value_names_the_place_it_comes_from(host: Host, tmp_path: Path) -
         "sft.packing": "default",
     }
     assert {path: origin_of(found, path) for path in origins} == origins
+
+
+def test_data_on_which_no_stage_trains_is_rejected(host: Host, tmp_path: Path) -> None:
+    write(tmp_path, f"model: {BASE}\ndata: [a/b, c/d]\n")
+    assert [source.path for source in plan(host).steps[0].sources] == ["a/b", "c/d"]
+    message = problems(host, "data=e/f")
+    assert "data: no stage trains on it, as each has data of its own" in message
+    assert "sft.data=FILE" in message
+    assert plan(host, "sft.data=e/f").steps[0].sources[0].path == "e/f"
+    write(tmp_path, HEAD + "stages: [sft, dpo]\ndpo: {data: c/d}\n")
+    assert [step.name for step in plan(host, "stages=[dpo]", f"start_from={tmp_path}").steps] == ["dpo"]

@@ -153,6 +153,8 @@ QWEN3 = (
 {%- endif %}
 """
 )
+SILENT = QWEN3.removesuffix("{%- endif %}\n") + "    {{- '<think>\n\n</think>\n\n' }}\n{%- endif %}\n"
+"""QWEN3 with thoughts switched off: the generation prompt closes an empty block of them."""
 QWEN2 = QWEN3.replace("(loop.last or reasoning_content)", "false").replace("'</think>' in content", "false")
 LLAMA31 = """
 {{- bos_token }}

@@ -31,6 +31,7 @@ from tests.support.chat_templates import (
     PHI4,
     QWEN2,
     QWEN3,
+    SILENT,
     ZEPHYR,
     make_tokenizer,
 )
@@ -209,6 +210,16 @@ def test_thoughts_that_earlier_turns_lose_are_rejected_with_the_way_out() -> Non
         assert "train_on=last" in message
         context = record(user("Hi"), {**first, "train": False}, *TALK[2:4])
         assert trained(QWEN3, context) == ["<think>\n\n</think>\n\nSo.<|im_end|>"]
+
+
+def test_answers_after_another_prompt_than_at_inference_are_rejected_with_the_way_out() -> None:
+    message = rejection(SILENT, record(*TALK))
+    assert "turn 2 cannot be proven: the template begins it without its generation prompt once other" in message
+    assert "train_on=each" in message
+    for turns, answer in ((TALK[:2], "Hello"), (TALK[:4], "So.")):
+        assert trained(SILENT, record(*turns), last_only=True) == [f"{answer}<|im_end|>"]
+    context = record(TALK[0], {**TALK[1], "train": False}, *TALK[2:4])
+    assert trained(SILENT, context) == ["So.<|im_end|>"]
 
 
 def test_thoughts_that_the_template_rewrites_or_removes_are_rejected() -> None:
