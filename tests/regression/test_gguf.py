@@ -91,7 +91,7 @@ def test_a_file_is_scored_as_its_artifact_is(
         assert gate(material, path, f"baseline={artifact}", f"markdown={comment}") == 0
         (folder,) = set(Path("runs/gates").iterdir()) - before
         found = scores(folder, "candidate")
-        assert found == scores(folder, "parent")
+        assert found == scores(folder, "baseline")
         assert found != scores(folder, "base")
         assert len(found) == 32
         verdict = json.loads((folder / "verdict.json").read_text())
