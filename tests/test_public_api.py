@@ -100,6 +100,7 @@ PUBLIC = [
     "Scorecard",
     "Scorer",
     "Scores",
+    "SemanticConfig",
     "Sequential",
     "Settings",
     "SliceVerdict",
