@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import signal
 import struct
 import sys
@@ -168,6 +167,8 @@ def _drop_rights(outside: int) -> None:
 
 
 def _limit(limits: dict[str, Any]) -> None:
+    import resource  # Linux has it, where alone this runs; the module is read everywhere
+
     wanted = {
         resource.RLIMIT_AS: limits["memory"],
         resource.RLIMIT_CPU: limits["seconds"],

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import re
-import resource
 import select
 import subprocess
 import sys
@@ -165,7 +164,10 @@ def _prepare(settings: Any) -> str:
 
 def _answer_lines() -> None:
     """Compare what comes in, line by line, until no more comes."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
     _parse("0")
     print("ready", flush=True)

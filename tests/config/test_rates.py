@@ -31,6 +31,8 @@ SET = {
     "quickstart": {"sft": 1e-3, "dpo": 1e-4, "safety": 5e-4},
     "quickstart_on_policy": {"sft": 1e-3, "dpo": 1e-4},
     "quickstart_grpo": {"sft": 1e-3, "grpo": 2e-4},
+    "tulu3_8b": {"sft": 5e-6, "dpo": 5e-7, "grpo": 3e-7},
+    "lima": {"sft": 1e-5},
 }
 """Rates that a recipe sets for every variant."""
 OUTSIDE = """

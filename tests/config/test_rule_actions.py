@@ -6,8 +6,9 @@ from posttrain.config.preparation import RULES, Action, PrepareConfig, rule_acti
 
 
 def test_a_rule_keeps_its_default_though_it_is_a_filter() -> None:
-    actions = rule_actions(PrepareConfig(), [*RULES, "mine"])
+    actions = rule_actions(PrepareConfig(languages=["en"]), [*RULES, "mine"])
     assert actions == {**RULES, "mine": Action.count}
+    assert rule_actions(PrepareConfig(), ["mine"]).keys() == actions.keys() - {"language"}  # it needs their names
     assert actions["repetition"] is Action.drop
 
 
