@@ -1,4 +1,4 @@
-"""Settings of the process, made before torch and its companions are imported."""
+"""The environment of the process: its variables, set before torch and its companions are imported, and its cores."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def prepare() -> None:
     # peft looks for them among modules alone, and finds those of bare parameters all the same
     warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of faster kernels whenever peft imports it
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

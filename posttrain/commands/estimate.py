@@ -12,7 +12,8 @@ from posttrain.cost.machines import Machine, named_machine, this_machine
 from posttrain.cost.needs import trainings
 from posttrain.data.mixing import count_records
 from posttrain.data.sizes import Size, characters_per_token, read_sizes
-from posttrain.launch.shape import cores, shape_of
+from posttrain.environment import cores
+from posttrain.launch.shape import shape_of
 from posttrain.plan import Plan, Step
 
 CHARACTERS = 4.0

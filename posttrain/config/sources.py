@@ -67,9 +67,10 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
 
 
 class _Stored:
-    """What Hydra's store holds: it lives as long as the process."""
+    """The contents of Hydra's store, which lives as long as the process."""
 
     nodes: ClassVar[tuple[Any, ...]] = ()
+    """The result of ``_nodes`` for the host in it."""
 
 
 def _nodes(host: Host) -> tuple[Any, ...]:

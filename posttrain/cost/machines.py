@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 from posttrain.config.paths import shipped
 from posttrain.cost.engines import device_memory, gpus
+from posttrain.environment import cores
 from posttrain.errors import reject, suggest
 
 Share = tuple[float, float, float]
@@ -54,8 +54,8 @@ class Machine:
 def this_machine(processes: int, per_node: int) -> Machine:
     """Return this machine for a number of processes, of which ``per_node`` share it."""
     memory, is_gpu = device_memory(per_node), bool(gpus())
-    cores = 1 if is_gpu else max(1, _cores() // per_node)
-    return _machine(_gpu_name() if is_gpu else _cpu_name(), processes, memory, is_gpu=is_gpu, cores=cores)
+    each = 1 if is_gpu else max(1, cores() // per_node)
+    return _machine(_gpu_name() if is_gpu else _cpu_name(), processes, memory, is_gpu=is_gpu, cores=each)
 
 
 def named_machine(text: str, processes: int) -> Machine:
@@ -104,10 +104,6 @@ def _table() -> dict[str, Any]:
 
     found: dict[str, Any] = yaml.safe_load((shipped("conf") / "machines.yaml").read_text(encoding="utf-8"))
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu_name() -> str:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -70,13 +71,15 @@ class Difference:
 class Evaluation:
     """Measures the eval loss while a model is trained; without rows, never."""
 
+    BEST: ClassVar[str] = "lowest"
+    """Word for the best measurement in checkpoints."""
     rows: Sequence[PackedRow]
     """One document each, with at least one trained token; refusals come last."""
     refusals: int
     """Number of refusals at their end."""
     config: LoopConfig
     first: Measured | None = field(default=None, init=False)
-    lowest: Measured | None = field(default=None, init=False)
+    best: Measured | None = field(default=None, init=False)
     last: Measured | None = field(default=None, init=False)
 
     def is_due(self, step: int, order: RowOrder) -> bool:
@@ -95,11 +98,20 @@ class Evaluation:
 
         Model and random numbers stay as they are.
         """
-        self.last = Measured(step, self.losses(engine, dtype, report))
-        self.first = self.first or self.last
-        if self.lowest is None or self.last.sums.sum() < self.lowest.sums.sum():
-            self.lowest = self.last
-        return {name: self._loss(self.last, part) for name, part in self._parts().items()}
+        last = self.note(Measured(step, self.losses(engine, dtype, report)))
+        return {name: self._loss(last, part) for name, part in self._parts().items()}
+
+    def note(self, measured: Measured) -> Measured:
+        """Keep a measurement as the last one, and as the first or the best one if it is; return it."""
+        self.last = measured
+        self.first = self.first or measured
+        if self.best is None or self.is_better(measured, self.best):
+            self.best = measured
+        return measured
+
+    def is_better(self, one: Measured, other: Measured) -> bool:
+        """Return true when the loss of ``one`` is lower."""
+        return bool(one.sums.sum() < other.sums.sum())
 
     def losses(self, engine: Engine, dtype: str, report: Callable[[int, int], None] | None = None) -> torch.Tensor:
         """Return the summed loss of each document, [D] in float64."""
@@ -120,37 +132,37 @@ class Evaluation:
 
     def figures(self) -> dict[str, int | float]:
         """Return the eval figures of the manifest; empty when nothing was measured."""
-        if self.first is None or self.lowest is None or self.last is None:
+        if self.first is None or self.best is None or self.last is None:
             return {}
         losses = {name: self._loss(self.last, part) for name, part in self._parts().items()}
         return losses | {
             "eval_loss_first": self._loss(self.first),
-            "eval_loss_lowest": self._loss(self.lowest),
-            "eval_loss_lowest_step": self.lowest.step,
+            "eval_loss_lowest": self._loss(self.best),
+            "eval_loss_lowest_step": self.best.step,
             "eval_documents": len(self.rows),
             "eval_trained_tokens": int(self._tokens().sum()),
         }
 
     def warnings(self) -> list[str]:
         """Return warnings of overfitting and of declining too much."""
-        if self.first is None or self.lowest is None or self.last is None:
+        if self.first is None or self.best is None or self.last is None:
             return []
-        return [*self._overfitting(self.lowest, self.last), *self._overdeclining(self.first, self.last)]
+        return [*self._overfitting(self.best, self.last), *self._overdeclining(self.first, self.last)]
 
     def state(self) -> State:
         """Return the measurements to keep in a checkpoint."""
         # copies: safetensors saves no tensors that share memory, as these do when the first loss is the lowest
-        kept = {"first": self.first, "lowest": self.lowest}
+        kept = {"first": self.first, self.BEST: self.best}
         state: State = {f"evaluation/{name}": each.sums.clone() for name, each in kept.items() if each is not None}
-        if self.lowest is not None:
-            state["evaluation/lowest_step"] = torch.tensor(self.lowest.step)
+        if self.best is not None:
+            state[f"evaluation/{self.BEST}_step"] = torch.tensor(self.best.step)
         return state
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore the measurements of ``state``."""
         if "evaluation/first" in state:
             self.first = Measured(0, state["evaluation/first"])
-            self.lowest = Measured(int(state["evaluation/lowest_step"]), state["evaluation/lowest"])
+            self.best = Measured(int(state[f"evaluation/{self.BEST}_step"]), state[f"evaluation/{self.BEST}"])
 
     def _overfitting(self, lowest: Measured, last: Measured) -> list[str]:
         rise = self.difference(lowest, last)

@@ -68,7 +68,7 @@ def state_of(verdict: Verdict) -> str:
 def policy_for(gate: GateConfig, state: str) -> OnFail | None:
     """Return the gate's policy for a verdict; None for a pass, which needs none.
 
-    A run goes on from what the half for choosing does not fail: it is to be compared, and is promoted by nothing.
+    A run continues from an artifact that the half for choosing does not fail: it is compared, and promoted by nothing.
     """
     if state == "pass":
         return None

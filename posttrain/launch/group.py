@@ -22,13 +22,14 @@ from pathlib import Path
 
 from posttrain.config.schema import LaunchConfig, Launcher
 from posttrain.context import StageContext
+from posttrain.environment import cores
 from posttrain.errors import Interrupted, PluginFailed, PosttrainError
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.host.supervisor import die_with
 from posttrain.launch import slurm
 from posttrain.launch.job import FOLDER, JOB, STOP, write_job
 from posttrain.launch.outcome import first_fault, first_stop, read_outcomes
-from posttrain.launch.shape import LAUNCHER, Shape, cores, shape_of
+from posttrain.launch.shape import LAUNCHER, Shape, shape_of
 from posttrain.launch.signs import Signs, is_alive
 from posttrain.stage import Stage
 

@@ -14,6 +14,7 @@ from posttrain.cost.engines import SINGLE, choose_engine, gpus, missing_extra
 from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs, stage_needs
 from posttrain.engine.config import LoopConfig, SampledConfig
+from posttrain.environment import cores
 from posttrain.errors import Problem
 from posttrain.plan import Plan, Step
 
@@ -81,11 +82,6 @@ def engine_of(plan: Plan, step: Step) -> str:
 def in_slurm_job() -> bool:
     """Return True inside the allocation of a Slurm job."""
     return "SLURM_JOB_ID" in os.environ
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus_of(kind: Launcher) -> int:

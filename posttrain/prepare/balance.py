@@ -41,7 +41,7 @@ Features = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows among which balance chooses; what takes time to tell is told for the rows that need it."""
+    """The rows among which balance chooses. Functions compute the slow parts, for the rows that need them."""
 
     text: Callable[[int], str]
     """Text of a row."""

@@ -1,6 +1,6 @@
-"""What an on-policy stage was rewarded for: its reward beside the gate, and the answers with the highest reward.
+"""The reward of an on-policy stage beside its gate, and the answers with the highest reward.
 
-A reward is not the goal. Where it rises and the gate does not, the answers it was given to tell why.
+A reward is not the goal. Where it rises and the gate does not, these answers show the reason.
 """
 
 from __future__ import annotations

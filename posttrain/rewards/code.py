@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from posttrain.environment import cores
 from posttrain.errors import BadInput, Problem
 from posttrain.host import consent
-from posttrain.rewards import sandbox
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
 
 if TYPE_CHECKING:
@@ -54,14 +52,13 @@ def read_test(given: Any) -> Test:
     """Return a test as a question has it. Raises ValueError for one that is neither form."""
     if isinstance(given, dict) and {name: type(each) for name, each in given.items()} == WHOLE:
         return Test(call=None, given=given["input"], right=given["output"])
-    if isinstance(given, str):
-        try:
-            (line,) = ast.parse(given.strip()).body
-            if isinstance(line, ast.Assert):
-                return _read_assertion(line.test)
-        except _UNREADABLE:
-            pass
-    raise ValueError("neither assert CALL == VALUE with a literal value, nor {input, output}")
+    try:
+        (line,) = ast.parse(given.strip() if isinstance(given, str) else "").body
+        if isinstance(line, ast.Assert):
+            return _read_assertion(line.test)
+        raise ValueError("no assertion")
+    except _UNREADABLE as error:
+        raise ValueError("neither assert CALL == VALUE with a literal value, nor {input, output}") from error
 
 
 def program_of(text: str) -> str:
@@ -77,7 +74,7 @@ def code() -> Reward:
         def scores(attempts: Sequence[Attempt]) -> list[float | Score]:
             from concurrent.futures import ThreadPoolExecutor
 
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            with ThreadPoolExecutor(cores()) as threads:
                 return list(threads.map(_score, attempts))
 
         return scores
@@ -116,6 +113,10 @@ def _lacks(question: Question) -> str | None:
 
 def _prepare(settings: Any) -> str:
     """Return the version of Python. Raises BadInput without the user's consent, or where no sandbox can be had."""
+    from platform import python_version
+
+    from posttrain.rewards import sandbox
+
     if not consent.may_run_programs("", CONSENT):
         what = "the reward code runs programs that the model writes, which needs your consent"
         fix = f"Add {consent.FLAG} to the command, or the line run_code {CONSENT} to {consent.file()}: "
@@ -129,6 +130,8 @@ def _prepare(settings: Any) -> str:
 
 
 def _score(attempt: Attempt) -> float | Score:
+    from posttrain.rewards import sandbox  # listing the rewards must not load what runs programs
+
     if not attempt.ended:
         return 0.0
     program = program_of(attempt.text)
@@ -150,6 +153,8 @@ def _score(attempt: Attempt) -> float | Score:
 
 def _by_calls(program: str, tests: Sequence[Test]) -> Score:
     """Return the score of a program by the values of calls."""
+    from posttrain.rewards import sandbox
+
     ran = sandbox.run(program, [str(test.call) for test in tests])
     found: dict[int, Any] = {}
     note = ran.fault or ENDED_EARLY

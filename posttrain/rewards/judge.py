@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
-from posttrain.errors import BadInput, Interrupted, Problem, SpendCapReached, reject
+from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, Problem, SpendCapReached, reject
 from posttrain.quoting import one_line
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
+from posttrain.saved import read_json
 
 URL, KEY, MOST = "POSTTRAIN_JUDGE_URL", "POSTTRAIN_JUDGE_KEY", "POSTTRAIN_JUDGE_REQUESTS"
 """Variables of the environment with the endpoint, its key, and the most requests of one command."""
@@ -129,10 +129,8 @@ class Judge:
     def _said(self, prompt: str) -> str | None:
         """Return a reply, kept or of the model; None once another has failed."""
         path = self.kept / "judged" / f"{digest_of([self.url, self.model, prompt])[:40]}.json"
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["said"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass  # not asked yet, or half written
+        if (kept := _kept(path)) is not None:
+            return kept
         if self._failed is not None:
             return None
         try:
@@ -171,7 +169,7 @@ class Judge:
                 fault = f"{type(error).__name__}: {one_line(str(error)):.200}"
         raise Interrupted(
             f"the judge {self.model} is down: {fault}, {TRIES} times; what it has judged is kept, and the same command "
-            "goes on from there"
+            "resumes from there"
         )
 
     def _count(self) -> None:
@@ -179,7 +177,7 @@ class Judge:
             if self.asked >= self.most:
                 raise SpendCapReached(
                     f"the judge {self.model} has been asked {self.asked:,} times, the most that {MOST} allows; what it "
-                    f"has judged is kept: run the same command to go on with as many again, or raise {MOST}"
+                    f"has judged is kept: run the same command to resume with as many again, or raise {MOST}"
                 )
             self.asked += 1
 
@@ -276,7 +274,17 @@ def _score(said: Sequence[str]) -> float | Score:
     if not all(each in PREFERRED for each in said):
         return Score(value=None, note=NONSENSE)
     first, second = PREFERRED[said[0]], 1 - PREFERRED[said[1]]
-    return Score(value=fmean([first, second]), note=BY_PLACE if abs(first - second) == 1 else "")
+    return Score(value=(first + second) / 2, note=BY_PLACE if abs(first - second) == 1 else "")
+
+
+def _kept(path: Path) -> str | None:
+    """Return the reply in a file; None where there is none, or a damaged one, which is asked for again."""
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, ArtifactDamaged):
+        return None
+    said = found.get("said") if isinstance(found, dict) else None
+    return said if isinstance(said, str) else None
 
 
 def _seconds(given: str | None) -> float:

@@ -3,7 +3,7 @@
     stages/<name>/attempts/<fingerprint>/    verdict and scores of an attempt, on the documents that choose
     stages/<name>/artifact                   the chosen attempt, judged once by the other half
 
-An attempt that was judged before is confirmed by its scores, so that a killed search goes on where it was.
+An attempt that was judged before is confirmed by its scores, so that a killed search resumes.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from posttrain.config.money import Amount, price_of
 from posttrain.disk import replace_text
+from posttrain.environment import cores
 from posttrain.errors import Interrupted, SpendCapReached, reject
-from posttrain.launch.shape import cores, shape_of
+from posttrain.launch.shape import shape_of
 from posttrain.plan import Plan
 from posttrain.run.directory import read_state
 from posttrain.run.interrupts import Interrupts

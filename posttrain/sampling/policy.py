@@ -119,7 +119,7 @@ class Policy:
         if groups and not known:
             counts = count_notes(rated.notes for group in groups for _, rated in group)
             told = "; ".join(f"{count:,} {note}" for note, count in counts.items())
-            fix = "Mend what the reward needs; the same command goes on from the last checkpoint"
+            fix = "Mend what the reward needs; the same command resumes from the last checkpoint"
             reject("reward", f"no answer of this step could be scored: {told}", fix)
         found = []
         for group in groups:

@@ -27,6 +27,7 @@ import numpy as np
 from posttrain.data.records import Origin
 from posttrain.digests import digest_of
 from posttrain.disk import naming, sync, write_synced
+from posttrain.environment import cores
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, Problem
 from posttrain.host.supervisor import die_with
 from posttrain.tokens.table import ROW, TEXTS, TableRow, TokenTable
@@ -115,7 +116,7 @@ def count_workers(asked: int | None) -> int:
     """Return the number of processes that render: as asked, or one for each core that this process may use."""
     if sys.platform != "linux":  # elsewhere a fork is not safe once libraries run threads
         return 1
-    return asked or len(os.sched_getaffinity(0))
+    return asked or cores()
 
 
 def _made(pieces: Pieces) -> Generator[tuple[Problem, ...], None, None]:

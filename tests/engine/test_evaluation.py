@@ -225,7 +225,7 @@ def after(changes: Sequence[float], refusals: int = 0) -> Evaluation:
     row = PackedRow(np.arange(11, dtype=np.int32), np.array([False] + [True] * 10), (11,))
     result = evaluation([row] * len(changes), refusals)
     start = torch.full((len(changes),), 20.0, dtype=torch.float64)
-    result.first = result.lowest = Measured(0, start)
+    result.first = result.best = Measured(0, start)
     result.last = Measured(8, start + 10 * torch.tensor(changes, dtype=torch.float64))
     return result
 
