@@ -12,7 +12,7 @@ from types import FrameType
 AGAIN = 1.0
 """Seconds of computing after which a swallowed exception is raised once more."""
 SOON = 1e-3
-"""Seconds to the end of a limit that the body of an inner one has used up."""
+"""Seconds to the end of a limit that an inner one has used up, or that passed where nothing can be raised."""
 _end: float | None = None
 """Computing time of this process at which the innermost limit ends."""
 
@@ -45,4 +45,16 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _give_up(number: int, frame: FrameType | None) -> None:
+    if _finalizes(frame):  # the interpreter prints what a finalizer raises, and continues
+        signal.setitimer(signal.ITIMER_VIRTUAL, SOON, AGAIN)
+        return
     raise TimeoutError
+
+
+def _finalizes(frame: FrameType | None) -> bool:
+    """Return True inside of an object's ``__del__``."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
