@@ -115,15 +115,20 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its documented code.
 
-    The command of a shell runs under a supervisor, so that a plugin that ends the process is named. Help, the version
-    and given ``arguments`` need none.
+    The command of a shell runs under a supervisor, so that a plugin that ends the process is named. Help, the version,
+    a list that is kept and given ``arguments`` need none.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with quoted_streams():
         if arguments is None and _help(words) is None:
-            from posttrain.host.supervisor import supervise
+            if words[0] == "list":
+                from posttrain.host import index
 
-            sys.exit(supervise(lambda: answer(words)))
+                index.use(words)
+            if _kept(words) is None:
+                from posttrain.host.supervisor import supervise
+
+                sys.exit(supervise(lambda: answer(words)))
         sys.exit(answer(words))
 
 
@@ -170,6 +175,9 @@ def dispatch(words: list[str]) -> int:
     if (text := _help(words)) is not None:
         print(text, end="")
         return 0
+    if (text := _kept(words)) is not None:
+        print(text)
+        return 0
     if words[0] in COMMANDS:
         return _command(words[0])(words[1:])
     if DRY_RUN in words:
@@ -207,6 +215,16 @@ def _help(words: list[str]) -> str | None:
     from posttrain.commands.help import help_of  # a page a command, read when one is asked for
 
     return help_of(words[0] if words[0] in COMMANDS else "run")
+
+
+def _kept(words: list[str]) -> str | None:
+    """Return what a list printed, while all that decides it is as it was, or None."""
+    if words[:1] != ["list"]:
+        return None
+    from posttrain.host import index
+
+    found = index.of_command()
+    return None if found is None else found.text
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

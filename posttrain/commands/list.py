@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.paths import conf_folders, recipe_folders
+from posttrain.config.paths import conf_folders, recipe_folders, user_recipes
 from posttrain.config.schema import MISSING, GateConfig, GateTask, LaunchConfig, LoraSettings, ModelConfig, Source
 from posttrain.errors import reject, suggest
-from posttrain.host import plugins
+from posttrain.host import consent, index, plugins
 from posttrain.host.plugins import Host
 from posttrain.quoting import one_line
 from posttrain.stage import Settings
@@ -37,24 +40,51 @@ SECTIONS = ("recipes", "stages", *GROUPS, "rewards", "settings", "plugins")
 
 def main(words: list[str]) -> int:
     """Print every section, one of them, the settings of one stage or node, a gate's tasks, or the names of tasks."""
-    as_json = "--json" in words
-    names = [word for word in words if word != "--json"]
     host = plugins.load()
+    text = _answer(host, [word for word in words if word != "--json"], "--json" in words)
+    kept = index.of_command()
+    if kept is not None and not host.failures():  # one that failed may not fail the next time
+        kept.keep(text, _deciding(host, with_tasks=TASKS in words))
+    print(text)
+    return 0
+
+
+def _answer(host: Host, names: list[str], as_json: bool) -> str:
     declared = {**host.stages, **host.settings, **NODES}
     if names[:1] == [TASKS]:
-        return _print_tasks(host, names[1:], as_json)
+        return _tasks(host, names[1:], as_json)
     if len(names) == 2 and names[0] == "gate":
-        return _print_gate(host, names[1], as_json)
+        return _gate(host, names[1], as_json)
     if len(names) == 1 and names[0] in declared and names[0] not in SECTIONS:
-        _print_settings(host, names[0], as_json)
-        return 0
+        return _settings(host, names[0], as_json)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         fix = suggest(unknown[0], [*SECTIONS, TASKS, *declared])
         reject(f"list {unknown[0]}", "is neither a list nor a stage", fix)
     content = {section: _rows(section, host) for section in names or SECTIONS}
-    print(json.dumps(content, indent=2) if as_json else _text(content))
-    return 0
+    return json.dumps(content, indent=2) if as_json else _text(content)
+
+
+def _deciding(host: Host, *, with_tasks: bool) -> Iterator[str]:
+    """Yield every file and folder that decides a list."""
+    yield from index.files_of_python()
+    yield str(consent.file())
+    packages = {entry.module.partition(".")[0] for entry in entry_points(group=plugins.GROUP)}
+    yield from index.files_below(*(place for name in packages for place in _places(name)))
+    folders = [folder for folders in host.folders.values() for folder in folders]
+    tasks = {path.parent for path in host.tasks.values()}
+    for folder in {user_recipes(), *recipe_folders(folders), *folders, *tasks}:
+        yield from (str(folder), *map(str, folder.glob("*.yaml")))
+    yield from index.files_below(*map(str, conf_folders(folders)))
+    if with_tasks:
+        from posttrain.scoring.catalogue import task_files
+
+        yield from task_files()
+
+
+def _places(package: str) -> list[str]:
+    """Return the folders of a loaded package; none of a module, whose file is one of Python's."""
+    return [str(place) for place in getattr(sys.modules.get(package), "__path__", ())]
 
 
 def _rows(section: str, host: Host) -> list[dict[str, Any]]:
@@ -127,7 +157,7 @@ def _line(row: dict[str, Any]) -> str:
     return one_line(f"  {row['name']:<24} {state}{row['summary']}").rstrip()
 
 
-def _print_settings(host: Host, name: str, as_json: bool) -> None:
+def _settings(host: Host, name: str, as_json: bool) -> str:
     from posttrain.config.help import settings
 
     declared = NODES.get(name) or host.stages.get(name) or host.settings[name]
@@ -135,16 +165,15 @@ def _print_settings(host: Host, name: str, as_json: bool) -> None:
     rows = settings(declared.config)
     if as_json:
         what = "stage" if name in host.stages else "plugin" if name in host.settings else "group"
-        print(json.dumps({what: name, "settings": [vars(row) for row in rows]}, indent=2))
-        return
-    print(f"{name}: {declared.summary}\n")
+        return json.dumps({what: name, "settings": [vars(row) for row in rows]}, indent=2)
+    lines = [f"{name}: {declared.summary}", ""]
     for row in rows:
-        print(f"  {key}.{row.name}: {row.type} = {row.default}")
-        print(f"      {row.help}")
+        lines += [f"  {key}.{row.name}: {row.type} = {row.default}", f"      {row.help}"]
+    return "\n".join(lines)
 
 
-def _print_gate(host: Host, name: str, as_json: bool) -> int:
-    """Print the tasks of a gate's file with their settings, and the gate's own. Raises BadInput for an unknown name."""
+def _gate(host: Host, name: str, as_json: bool) -> str:
+    """Return the tasks of a gate's file with their settings, and the gate's own. Raises BadInput for an unknown one."""
     from omegaconf import OmegaConf
 
     from posttrain.config.settings_file import Reading
@@ -155,8 +184,7 @@ def _print_gate(host: Host, name: str, as_json: bool) -> int:
     path = Path(files[name]["path"])
     found: Any = OmegaConf.to_container(Reading().read(path, f"gate/{name}")[0], resolve=False)
     if as_json:
-        print(json.dumps({"gate": name, "path": str(path), "settings": found}, indent=2))
-        return 0
+        return json.dumps({"gate": name, "path": str(path), "settings": found}, indent=2)
     lines = [f"{name}: {files[name]['summary']}", f"  {path}", ""]
     for task, settings in (found.get("tasks") or {}).items():
         given = {key: "(must be given)" if value == MISSING else value for key, value in settings.items()}
@@ -164,12 +192,11 @@ def _print_gate(host: Host, name: str, as_json: bool) -> int:
         lines += [f"  {settings.get('role', ''):<6} {task}", *(f"           {line}" for line in about)]
     lines += [f"  {key}: {value}" for key, value in found.items() if key != "tasks"]
     lines += ["", f"In a recipe: gate@STAGE.gate={name}, or gate: {name} in a plain one; {{name: {name}, data: FILE}}"]
-    print("\n".join(map(one_line, lines)))
-    return 0
+    return "\n".join(map(one_line, lines))
 
 
-def _print_tasks(host: Host, patterns: list[str], as_json: bool) -> int:
-    """Print the names of lm-eval's and plugins' tasks that match a pattern, such as ``gsm8k*``, or contain a word."""
+def _tasks(host: Host, patterns: list[str], as_json: bool) -> str:
+    """Return the names of lm-eval's and plugins' tasks that match a pattern, such as ``gsm8k*``, or contain a word."""
     from fnmatch import fnmatchcase
 
     from posttrain.scoring.catalogue import registered_tasks
@@ -181,9 +208,8 @@ def _print_tasks(host: Host, patterns: list[str], as_json: bool) -> int:
         what = f"none of {len(names):,} tasks has such a name"
         reject(f"list tasks {' '.join(patterns)}", what, "posttrain list tasks shows the first")
     if as_json:
-        print(json.dumps({TASKS: found}, indent=2))
-        return 0
-    print("\n".join(map(one_line, found[:MOST_TASKS])))
+        return json.dumps({TASKS: found}, indent=2)
+    lines = [one_line(name) for name in found[:MOST_TASKS]]
     if len(found) > MOST_TASKS:
-        print(f"and {len(found) - MOST_TASKS:,} more: posttrain list tasks PATTERN, such as 'mmlu_*'")
-    return 0
+        lines.append(f"and {len(found) - MOST_TASKS:,} more: posttrain list tasks PATTERN, such as 'mmlu_*'")
+    return "\n".join(lines)

@@ -12,7 +12,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLAG = "--trust-tasks"
 _RUN_CODE = re.compile(r"(?:^|[.+])tasks\.([^=]+)\.run_code=true", re.IGNORECASE)
@@ -68,6 +71,8 @@ def may_run_programs(entry: str, task: str) -> bool:
 
 def file() -> Path:
     """Return the path of the user's own file, which need not exist."""
+    from pathlib import Path  # where it is asked for: every command imports this module
+
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(folder) / "posttrain" / "trusted_tasks"
 

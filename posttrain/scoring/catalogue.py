@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import importlib.util
+import json
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from posttrain.data.files import FORMATS
+from posttrain.host.index import Index, files_below
 
 MOST_BYTES = 250_000
 """Bytes of a task file."""
@@ -182,10 +184,26 @@ def tasks_folder() -> Path:
 @functools.cache
 def registered_tasks() -> Mapping[str, Path]:
     """Return the registered tasks and groups by name, each with its file."""
-    names: dict[str, Path] = {}
+    kept = Index("registered tasks", str(tasks_folder()))
+    if kept.text is None:
+        found = _named()
+        kept.keep(json.dumps(found), task_files())
+    else:
+        found = json.loads(kept.text)
+    return {name: Path(path) for name, path in found.items()}
+
+
+def task_files() -> Iterable[str]:
+    """Return the files and folders that decide which tasks are registered, and how."""
+    return files_below(str(tasks_folder()))
+
+
+def _named() -> dict[str, str]:
+    """Read every task file; return the file of each task and group by its name."""
+    names: dict[str, str] = {}
     for path in sorted(_yaml_files(str(tasks_folder()))):
         for name in _NAME.findall(_content(path)):
-            names.setdefault(name.decode(), Path(path))
+            names.setdefault(name.decode(), path)
     return names
 
 
