@@ -43,6 +43,8 @@ class Training:
     """Tokens of a micro-batch."""
     copies: int = 1
     """Micro-batches' worth of tokens in one forward pass: 2 for pairs of answers."""
+    sampled: bool = False
+    """True when the policy writes the answers that it learns from."""
     checkpointing: bool
     """True when activations are computed again in the backward pass."""
     loss_chunk: int
@@ -66,6 +68,8 @@ class Memory:
     """Weights and gradients that are whole for a while, and copies for sending."""
     loading: int = 0
     """More than all of that: a model in 4 bits, which each process quantises whole before it is sliced."""
+    writing: int = 0
+    """More than all of that: a policy in slices, whose weights are whole in each process while it writes answers."""
     copy: int = 0
     """Copy of a checkpoint that is written in the background, where the device is the CPU."""
 
@@ -104,7 +108,11 @@ def training_memory(model: Architecture, training: Training, engine: str, proces
         gathered=_gathered_bytes(model, training, engine, processes),
     )
     whole = frozen if training.method is Method.qlora else 0  # other weights lie in their files until they are sliced
-    return replace(memory, loading=max(0, whole - memory.total))
+    memory = replace(memory, loading=max(0, whole - memory.total))
+    if not training.sampled or share == 1:
+        return memory
+    written = memory.weights + memory.moments + frozen + trained * FLOAT  # no activations, gradients and logits by then
+    return replace(memory, writing=max(0, written - memory.total))
 
 
 def _frozen_bytes(model: Architecture, training: Training) -> int:

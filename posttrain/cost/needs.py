@@ -48,6 +48,7 @@ class Needs:
             fix = {
                 "activations": "gradient_checkpointing=true, fewer rows in a batch or a shorter sequence_length",
                 "logits": "a smaller loss_chunk",
+                "writing": "variant=lora or variant=qlora: answers are written with whole weights",
             }.get(largest, "variant=lora or variant=qlora, or engine=fsdp on more devices")
             yield f"warning: a device has {gigabytes(self.device)}; the largest part is {largest}: try {fix}"
 
@@ -119,6 +120,7 @@ def training_of(step: Step, stored: Dtype, former: Training | None, *, on_gpus: 
         targets=lora.target_modules if isinstance(lora, LoraSettings) else former.targets if former else "all-linear",
         dora=lora.dora if isinstance(lora, LoraSettings) else bool(former and former.dora),
         tokens=(tokens + _answered(config)) * getattr(config, "per_device_batch_size", 1),
+        sampled=step.stage.records == "questions",
         copies=2 if step.stage.records == "preferences" else 1,
         checkpointing=bool(getattr(config, "gradient_checkpointing", False)),
         loss_chunk=getattr(config, "loss_chunk", tokens),

@@ -50,6 +50,15 @@ class Engine(Protocol):
         Every process calls it at the same time.
         """
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Hold every weight whole in each process, which may call the model as often as it wants, without a gradient.
+
+        Every process enters and leaves it at the same time.
+        """
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return this process' part of each trained weight, by name, in the memory that the model computes from."""
+
     def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
         """Clip the gradient to ``max_norm``, update the weights at ``rate``, free the gradient; return its norm.
 
@@ -98,6 +107,15 @@ class Single:
     def run(self, compute: Callable[[], Result]) -> Result:
         """Compute."""
         return compute()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Do nothing: every weight is whole."""
+        return nullcontext()
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the trained weights, or the slices of them."""
+        own = ((name, each.detach()) for name, each in _trained(self.model))
+        return {name: each.to_local() if isinstance(each, DTensor) else each for name, each in own}
 
     def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
         """Clip, check, update."""

@@ -80,5 +80,20 @@ class Sharded(Single):
             for module in self._units():
                 module.reshard()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gather all units, and slice them again in the end."""
+        gathered = self._units()
+        self.root.set_reshard_after_forward(False)
+        try:
+            for module in gathered:
+                module.unshard()
+            yield
+        finally:
+            for module in gathered:
+                # as FSDP2 has it: the root, which its backward pass would gather at once, is left whole by a forward one
+                module.set_reshard_after_forward(module is not self.root, recurse=False)
+                module.reshard()
+
     def _units(self) -> list[FSDPModule]:
         return [module for module in self.root.modules() if isinstance(module, FSDPModule)]

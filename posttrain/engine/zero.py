@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -173,6 +173,29 @@ class Partitioned(Single):
         finally:
             self._zero.optimizer.empty_partition_cache()
         return found[0]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gather all weights, unit by unit, and keep DeepSpeed from slicing them wherever a module ends."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        hooks, left = self._zero.optimizer.parameter_offload, set(self.model.parameters())
+        with ExitStack() as gathered:
+            for unit in self._units:
+                own = [each for each in unit.parameters() if each in left]
+                left.difference_update(own)
+                gathered.enter_context(GatheredParameters(own))
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(hooks.module)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the slices of this process."""
+        return {name: each.detach() for name, each in self._slices.items()}
 
     def step(self, rate: float, max_norm: float, check: Callable[[float], None]) -> float:
         """Clip, check, update."""

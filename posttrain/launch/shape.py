@@ -13,7 +13,7 @@ from posttrain.config.schema import EngineName, LaunchConfig, Launcher
 from posttrain.cost.engines import SINGLE, choose_engine, gpus, missing_extra
 from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs, stage_needs
-from posttrain.engine.config import LoopConfig, SampledConfig
+from posttrain.engine.config import LoopConfig
 from posttrain.environment import cores
 from posttrain.errors import Problem
 from posttrain.plan import Plan, Step
@@ -102,7 +102,6 @@ def check(plan: Plan) -> Sequence[Problem]:
     problems = [*_engine_problems(plan, world)]
     if world > 1:
         problems += [problem for step in plan.steps for problem in _stage_problems(step, world)]
-        problems += [problem for step in plan.steps for problem in _sampling_problems(plan, step)]
     return problems
 
 
@@ -168,19 +167,6 @@ def _engine_problems(plan: Plan, world: int) -> Iterator[Problem]:
     if extra := missing_extra(engine.value):
         fix = f"pip install 'posttrain[{extra}]', or give engine=fsdp"
         yield Problem(where="engine", what=f"{extra} is not installed", fix=fix)
-
-
-def _sampling_problems(plan: Plan, step: Step) -> Iterator[Problem]:
-    """Yield a problem for a policy in slices: it would gather all of its weights for every token that it writes."""
-    if not isinstance(step.config, SampledConfig):
-        return
-    engine = engine_of(plan, step)
-    if engine in (EngineName.fsdp.value, EngineName.deepspeed.value):
-        what = f"stages of kind {step.stage.name!r} write answers with whole weights, but engine={engine} slices them"
-        fix = "Give engine=ddp, which keeps them whole in each process"
-        if plan.engine is EngineName.auto:
-            fix += "; it was not chosen, as they do not fit a device: lower per_device_batch_size, or take LoRA"
-        yield Problem(where=step.name, what=what, fix=fix)
 
 
 def _stage_problems(step: Step, world: int) -> Iterator[Problem]:

@@ -1,8 +1,9 @@
 """The loss of answers that the policy itself writes, step by step, as the loop takes it.
 
-    draw       the policy, as it is when the step begins, answers the step's questions; rewards, then advantages
+    draw       the policy, as it is when the step begins, answers the step's questions; rewards, then advantages;
+               where the loss asks, the log-probabilities of every token by the model before training
     batch      prompts, each once for all of its answers, packed end to end; nothing padded
-    share      log-probabilities of every token by the policy, and by the model before training where the loss asks
+    share      log-probabilities of every token by the policy
 
 Every answer draws by the seed, the sampling, its question and its number: a resumed run writes what it would have
 written, and several processes write what one does.
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,9 +27,11 @@ from transformers import PreTrainedModel
 
 from posttrain.cost.operations import Work
 from posttrain.digests import digest_of
+from posttrain.engine import processes
 from posttrain.engine.ahead import on_device
 from posttrain.engine.answers import AnswerBatch
 from posttrain.engine.attention import shares_prompts
+from posttrain.engine.batches import deal, rows_per_batch
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.start import TOLERANCE
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
@@ -52,6 +56,9 @@ class AnsweredQuestion:
     """Reward of each answer."""
     advantages: Sequence[float]
     """Advantage of each answer over the others, as the loss has it."""
+    reference: Sequence[float] = ()
+    """Log-probability of each token of the answers, one after another, by the model before training; empty for a loss
+    without a reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +111,8 @@ class PolicyBatch:
     answered: AnswerBatch
     drawn: torch.Tensor
     """Log-probabilities with which the tokens were drawn, [N]."""
+    reference: torch.Tensor | None
+    """Those by the model before training, [N]; None for a loss without a reference."""
     advantages: torch.Tensor
     """Advantage of each answer, [A]."""
     ended: torch.Tensor
@@ -131,9 +140,11 @@ class SampledObjective:
     shared: bool = field(default=False, init=False)
     _engine: Engine | None = field(default=None, init=False)
     _before: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
-    """Trained weights before training, for a loss with a reference."""
+    """Trained weights before training, as this process holds them, for a loss with a reference."""
     _drawn: tuple[int, Sequence[AnsweredQuestion]] | None = field(default=None, init=False)
     """Number of the last sampling, and its questions with their answers."""
+    _begins: bool = field(default=False, init=False)
+    """True in the first of the ``updates`` on a sampling."""
 
     @property
     def coupled(self) -> bool:
@@ -150,28 +161,24 @@ class SampledObjective:
         times = "once for all of its answers" if self.shared else "again for each answer, as the kernel needs it"
         self.policy.progress.note(f"prompts: each is computed {times}")
         if self.loss.referenced:
-            trained = engine.model.named_parameters()
-            self._before = {name: each.detach().clone() for name, each in trained if each.requires_grad}
+            self._before = {name: each.clone() for name, each in engine.parts().items()}
         self._prove_start(engine)
 
     def draw(self, step: int, rows: Sequence[Asked]) -> Sequence[AnsweredQuestion]:
         """Return the step's questions with the answers of the policy as it is, or was at the first of ``updates``."""
         sampling = -(-step // self.config.updates)
+        self._begins = (step - 1) % self.config.updates == 0
         if self._drawn is None or self._drawn[0] != sampling:
             assert self._engine is not None
             groups = self.policy.answer(self._engine, self.dtype, rows, self._drawing(sampling))
             rewards = [[each.reward for each in group] for group in groups]
             advantages = self.loss.advantages(rewards)
             self.trail.write(sampling, rows, groups, advantages)
-            self._drawn = (
-                sampling,
-                [
-                    AnsweredQuestion(
-                        asked=asked, answers=[each.answer for each in group], rewards=given, advantages=better
-                    )
-                    for asked, group, given, better in zip(rows, groups, rewards, advantages, strict=True)
-                ],
-            )
+            answered = [
+                AnsweredQuestion(asked=asked, answers=[each.answer for each in group], rewards=given, advantages=better)
+                for asked, group, given, better in zip(rows, groups, rewards, advantages, strict=True)
+            ]
+            self._drawn = (sampling, self._referenced(answered) if self.loss.referenced else answered)
         return self._drawn[1]
 
     def totals(self, rows: Sequence[AnsweredQuestion]) -> Totals:
@@ -180,21 +187,23 @@ class SampledObjective:
         return {"tokens": held, "answers": sum(len(row.answers) for row in rows), **self.loss.totals(rows)}
 
     def work(self, rows: Sequence[AnsweredQuestion]) -> Sequence[Work]:
-        """Return the prompts with their answers, each prompt once; the reference computes them without a gradient."""
+        """Return the prompts with their answers, each prompt once; the reference has them once a sampling."""
         families = [(len(row.asked.prompt), [len(answer.ids) for answer in row.answers]) for row in rows]
         scored = sum(sum(answers) for _, answers in families)
         found = [Work(families=families, scored=scored, graph=True)]
-        return [*found, Work(families=families, scored=scored, graph=False)] if self.loss.referenced else found
+        return [*found, Work(families=families, scored=scored, graph=False)] if self.loss.referenced and self._begins else found
 
     def batch(self, rows: Sequence[AnsweredQuestion], device: torch.device) -> PolicyBatch:
         """Return ``rows`` end to end, with their advantages."""
         answered = [(row.asked.prompt, [answer.ids for answer in row.answers]) for row in rows]
         answers = [answer for row in rows for answer in row.answers]
         drawn = [value for answer in answers for value in answer.log_probs]
+        before = [value for row in rows for value in row.reference]
         return PolicyBatch(
             rows=rows,
             answered=AnswerBatch.of(answered, device, self.shared),
             drawn=on_device(torch.tensor(drawn), device),
+            reference=on_device(torch.tensor(before), device) if before else None,
             advantages=on_device(torch.tensor([value for row in rows for value in row.advantages]), device),
             ended=on_device(torch.tensor([answer.ended for answer in answers]), device),
         )
@@ -207,16 +216,12 @@ class SampledObjective:
 
     def scores(self, model: PreTrainedModel | PeftModel, batch: PolicyBatch) -> TokenScores:
         """Return the log-probabilities of the tokens of ``batch``."""
-        reference = None
-        if self.loss.referenced:
-            with torch.no_grad(), self._as_before(model):
-                reference = self._log_probs(model, batch)
         owners = batch.answered.owners
         return TokenScores(
             rows=batch.rows,
             log_probs=self._log_probs(model, batch),
             drawn=batch.drawn,
-            reference=reference,
+            reference=batch.reference,
             advantages=batch.advantages[owners],
             owners=owners,
             lengths=batch.answered.tokens.flatten(),
@@ -254,18 +259,40 @@ class SampledObjective:
     def _log_probs(self, model: PreTrainedModel | PeftModel, batch: PolicyBatch) -> torch.Tensor:
         return batch.answered.token_log_probs(model, self.config, self.dtype, temperature=self.config.temperature)
 
+    @torch.no_grad()
+    def _referenced(self, rows: Sequence[AnsweredQuestion]) -> Sequence[AnsweredQuestion]:
+        """Return ``rows`` with their reference, in the batches of training; the processes share the forward passes."""
+        assert self._engine is not None
+        engine, size = self._engine, rows_per_batch(self.config, processes.world())
+        sizes = [sum(len(answer.ids) for answer in row.answers) for row in rows]
+        ends = [*accumulate(sizes, initial=0)]
+        found_N = torch.zeros(ends[-1], dtype=torch.float64)
+        starts = range(0, len(rows), size)
+        with self._as_before(engine):
+            for index, counts in deal(len(starts), processes.rank(), processes.world()):
+                first, last = starts[index], min(starts[index] + size, len(rows))
+                batch = self.batch(rows[first:last], engine.model.device)
+                log_probs_N = engine.run(partial(self._log_probs, engine.model, batch))
+                if counts:
+                    found_N[ends[first] : ends[last]] = log_probs_N.cpu()
+        parts = processes.total(found_N).split(sizes)
+        return [replace(row, reference=part.tolist()) for row, part in zip(rows, parts, strict=True)]
+
     @contextlib.contextmanager
-    def _as_before(self, model: torch.nn.Module) -> Iterator[None]:
+    def _as_before(self, engine: Engine) -> Iterator[None]:
         """Give the model its weights from before training for a while; no second model is in memory."""
-        trained = dict(model.named_parameters())
-        now = {name: trained[name].data for name in self._before}
-        for name, before in self._before.items():
-            trained[name].data = before
+        self._swap(engine)
         try:
             yield
         finally:
-            for name, each in now.items():
-                trained[name].data = each
+            self._swap(engine)
+
+    def _swap(self, engine: Engine) -> None:
+        """Exchange the numbers of the trained weights with those from before training, where they lie."""
+        for name, part in engine.parts().items():
+            now = part.clone()
+            part.copy_(self._before[name])
+            self._before[name].copy_(now)
 
     def _drawing(self, sampling: int) -> Drawing:
         return Drawing(
@@ -278,13 +305,17 @@ class SampledObjective:
     @torch.no_grad()
     def _prove_start(self, engine: Engine) -> None:
         """Raise ArtifactDamaged unless the loop gives sampled tokens the log-probabilities they were drawn with."""
-        answers = self.policy.write(engine, self.dtype, self.first, self._drawing(0))
+        # no more than a batch of training: in another one, the reference would differ by rounding
+        first = self.first[: rows_per_batch(self.config, processes.world())]
+        answers = self.policy.write(engine, self.dtype, first, self._drawing(0))
         rows = [
             AnsweredQuestion(asked=asked, answers=group, rewards=[0.0] * len(group), advantages=[0.0] * len(group))
-            for asked, group in zip(self.first, answers, strict=True)
+            for asked, group in zip(first, answers, strict=True)
         ]
         training = engine.model.training
         engine.model.eval()
+        if self.loss.referenced:
+            rows = [*self._referenced(rows)]
         scores = engine.run(partial(self.scores, engine.model, self.batch(rows, engine.model.device)))
         engine.model.train(training)
         apart = float((scores.log_probs - scores.drawn).abs().mean())
@@ -294,5 +325,7 @@ class SampledObjective:
                 f"the loop gives the policy's own answers other log-probabilities than they were drawn with: "
                 f"{apart:.2g} nats a token, allowed {allowed:.2g}; nothing was trained"
             )
-        if scores.reference is not None and float((scores.log_probs - scores.reference).abs().max()) > 0:
+        # process 0 has computed the reference: another kind of device may round otherwise
+        moved = scores.reference is not None and bool((scores.log_probs != scores.reference).any())
+        if processes.agree(moved and processes.rank() == 0):
             raise ArtifactDamaged("the reference is not the model before training; nothing was trained")

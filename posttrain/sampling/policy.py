@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isnan, nan
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -93,15 +92,19 @@ class Policy:
 
     @torch.no_grad()
     def write(self, engine: Engine, dtype: str, rows: Sequence[Asked], drawing: Drawing) -> list[list[Answer]]:
-        """Return answers as ``answer`` does, with no reward, written by this process alone."""
+        """Return answers as ``answer`` does, with no reward, written by this process alone.
+
+        Every process calls it at the same time, each with rows of its own, or none.
+        """
         model = engine.model
         ends = stop_ids(self.tokenizer) | model_ends(model)
         size = max(1, BLOCK // drawing.k)
         found: list[list[Answer]] = []
-        with _writing(causal_model(model)), autocasting(model, dtype):
+        # whole weights: answers end at different lengths, so that processes ask the model differently often
+        with engine.whole(), _writing(causal_model(model)), autocasting(model, dtype):
             for start in range(0, len(rows), size):
                 prompts = [each.prompt for each in rows[start : start + size]]
-                found += engine.run(partial(sample, model, prompts, drawing, ends))
+                found += sample(model, prompts, drawing, ends)
                 self.progress.part(len(found) * drawing.k, len(rows) * drawing.k, "answer")
         return found
 

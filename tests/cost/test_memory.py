@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_a_model_in_four_bits_has_to_fit_whole_before_it_is_sliced(tmp_path: Pat
         assert sliced.total - sliced.loading < whole / 2
         assert sliced.total == whole
         assert training_memory(model, bfloat16, engine, 64).loading == 0
+
+
+def test_a_policy_in_slices_has_to_fit_whole_beside_them_while_it_writes(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", num_hidden_layers=64, hidden_size=512, intermediate_size=2048)
+    model = read_architecture(tmp_path / "base")
+    assert model is not None
+    for method in (Method.lora, Method.full):
+        asked = sizes(method, compute_bytes=2, checkpointing=True, tokens=1)
+        writes = replace(asked, sampled=True)
+        single = training_memory(model, writes, "single")
+        assert single.writing == training_memory(model, writes, "ddp", 64).writing == 0
+        whole = single.weights - (2 * model.total if method is Method.full else 0)  # autocast's copies are for training
+        for engine in ("fsdp", "deepspeed"):
+            found, silent = (training_memory(model, each, engine, 64) for each in (writes, asked))
+            assert silent.writing == 0 < found.writing
+            assert silent.total < found.total == pytest.approx(whole + found.weights + found.moments, abs=64)
 
 
 def test_four_bits_and_an_adapter_take_less_than_sixteen_and_all_weights(tmp_path: Path) -> None:

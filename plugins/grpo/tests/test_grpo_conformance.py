@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from posttrain import BadInput, Interrupted
-from posttrain.host import plugins
 from posttrain.testing import Project, StageConformance
 from posttrain.testing.conformance import AtStep
 
@@ -166,12 +165,6 @@ def test_full_weights_are_trained_as_an_adapter_is(tmp_path: Path) -> None:
 def test_unusable_settings_are_rejected(project: Project, tmp_path: Path, override: str, what: str) -> None:
     with pytest.raises(BadInput, match=what):
         project.run(tmp_path, override)
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_engines_that_slice_the_weights_are_rejected_with_the_one_that_does_not(project: Project, engine: str) -> None:
-    with pytest.raises(BadInput, match=rf"whole weights, but engine={engine} slices them\s+Give engine=ddp"):
-        project.plan(plugins.load(), "launch=local", "launch.processes=2", f"engine={engine}")
 
 
 def test_listing_imports_no_torch() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 2, "gradient_checkpointing": False, "checkpoint_steps": 1,
 }  # fmt: skip
 """Seven questions are trained, four and three in a sampling, so that one process has fewer than the other."""
+# random weights rarely answer well, but some answers end
+FULL = SETTINGS | {"max_tokens": 24, "reward": "ended", "beta": 0.1, "updates": 1, "lr": 1e-3, "eval_share": 0.0}
+FULL |= {"eval_steps": None, "max_steps": 3}
+ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 
 
 class Seen:
@@ -39,26 +43,50 @@ class Seen:
         self.stage, self.context = stage, replace(context, metrics={})
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Trained:
     """The stage of a run on one process, and the folder of the same on two."""
-    folder, seen = tmp_path_factory.mktemp("several"), Seen()
-    (folder / "project").mkdir()
-    project = Project(folder=folder / "project", kind="grpo", settings=SETTINGS, records=QUESTIONS).write()
+
+    run: Path
+    several: Path
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """What the run on one process reported."""
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def begin(folder: Path, settings: dict[str, Any], *, full: bool) -> tuple[Trained, Path]:
+    """Run the stage on one process, and write the job of the same for two."""
+    seen = Seen()
+    (folder / "project").mkdir(parents=True)
+    project = Project(folder=folder / "project", kind="grpo", settings=settings, records=QUESTIONS, full=full).write()
     run = project.run(folder / "runs", also=[seen]).path
-    several = folder / "two"
-    (several / FOLDER).mkdir(parents=True)
-    context = replace(seen.context, engine="ddp")
-    write_job(several / JOB, seen.stage, context, origin="", world=2, launch=LaunchConfig())
+    (folder / "two" / FOLDER).mkdir(parents=True)
+    job = folder / "two" / JOB
+    write_job(job, seen.stage, replace(seen.context, engine="ddp"), origin="", world=2, launch=LaunchConfig())
+    return Trained(run, folder / "two"), job
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    folder = tmp_path_factory.mktemp("several")
+    adapter, job = begin(folder / "adapter", SETTINGS, full=False)
+    full, full_job = begin(folder / "full", FULL, full=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     places = [ROOT, ROOT / "plugins/grpo", Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
     done = subprocess.run(
-        [*command, "grpo_support.several", str(several / JOB)],
+        [*command, "grpo_support.several", str(job), str(full_job)],
         cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return run, several
+    return {"adapter": adapter, "full": full}
+
+
+@pytest.fixture
+def trained(both: dict[str, Trained], engine: str) -> Trained:
+    return replace(both["adapter"], several=both["adapter"].several / engine)
 
 
 def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -68,10 +96,28 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_the_answers_are_those_of_one_process(trained: tuple[Path, Path]) -> None:
-    run, several = trained
-    expected = lines(run / "stages" / "grpo" / "answers")
-    found = lines(several / "whole" / "trail")
+def assert_same_steps(expected: list[dict[str, Any]], folder: Path) -> None:
+    found = json.loads((folder / "steps.json").read_text())
+    assert [step["step"] for step in expected] == list(map(int, found))
+    for step in expected:
+        for name, value in found[str(step["step"])].items():
+            assert value == pytest.approx(step[name], abs=1e-6, rel=1e-5), (step["step"], name)
+
+
+def assert_same_weights(run: Path, folder: Path, name: str) -> None:
+    ours, theirs = load_file(folder / "output" / name), load_file(run / "stages" / "grpo" / "artifact" / name)
+    assert ours.keys() == theirs.keys()
+    for key, each in theirs.items():
+        torch.testing.assert_close(ours[key], each, rtol=1e-4, atol=1e-6)
+
+
+engines = pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
+
+
+@engines
+def test_the_answers_are_those_of_one_process(trained: Trained) -> None:
+    expected = lines(trained.run / "stages" / "grpo" / "answers")
+    found = lines(trained.several / "whole" / "trail")
     assert found.keys() == expected.keys()
     assert {len(each) for name, each in found.items() if name.startswith("step")} == {12, 9}
     for name, answers in expected.items():
@@ -81,27 +127,31 @@ def test_the_answers_are_those_of_one_process(trained: tuple[Path, Path]) -> Non
         assert found[name] == answers
 
 
-def test_losses_rewards_and_weights_are_those_of_one_process(trained: tuple[Path, Path]) -> None:
-    run, several = trained
-    expected = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = json.loads((several / "whole" / "steps.json").read_text())
-    assert [step["step"] for step in expected] == list(map(int, found)) == [0, 1, 2, 3, 4]
-    assert found["1"]["clipped"] < found["2"]["clipped"], "the second update is off the policy that wrote the answers"
-    for step in expected:
-        for name, value in found[str(step["step"])].items():
-            assert value == pytest.approx(step[name], abs=1e-6, rel=1e-5), (step["step"], name)
-    ours, theirs = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (several / "whole" / "output", run / "stages" / "grpo" / "artifact")
-    )
-    for name, each in theirs.items():
-        torch.testing.assert_close(ours[name], each, rtol=1e-4, atol=1e-6)
+@engines
+def test_losses_rewards_and_weights_are_those_of_one_process(trained: Trained) -> None:
+    steps = trained.steps
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+    assert steps[1]["clipped"] < steps[2]["clipped"], "the second update is off the policy that wrote the answers"
+    assert steps[1]["kl"] == 0.0 < steps[2]["kl"]
+    assert_same_steps(steps, trained.several / "whole")
+    assert_same_weights(trained.run, trained.several / "whole", ADAPTER)
 
 
-def test_stopped_between_two_samplings_it_ends_with_the_same_bytes(trained: tuple[Path, Path]) -> None:
-    _, several = trained
-    weights = "output/adapter_model.safetensors"
-    assert (several / "resumed" / weights).read_bytes() == (several / "whole" / weights).read_bytes()
-    told = json.loads((several / "resumed" / "steps.json").read_text())
+@engines
+def test_stopped_between_two_samplings_it_ends_with_the_same_bytes(trained: Trained) -> None:
+    whole, resumed = trained.several / "whole", trained.several / "resumed"
+    assert (resumed / "output" / ADAPTER).read_bytes() == (whole / "output" / ADAPTER).read_bytes()
+    told = json.loads((resumed / "steps.json").read_text())
     assert list(told) == ["3", "4"], "asked to stop after step 1, it went on to the end of the sampling"
-    assert lines(several / "resumed" / "trail") == lines(several / "whole" / "trail")
+    assert lines(resumed / "trail") == lines(whole / "trail")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_full_weights_in_slices_are_trained_as_on_one_process(both: dict[str, Trained], engine: str) -> None:
+    full = both["full"]
+    steps = full.steps
+    assert steps[0]["kl"] == 0.0
+    assert all(step["kl"] > 0 for step in steps[1:])
+    assert any(step["spread"] > 0 for step in steps)
+    assert_same_steps(steps, full.several / engine / "whole")
+    assert_same_weights(full.run, full.several / engine / "whole", WEIGHTS)

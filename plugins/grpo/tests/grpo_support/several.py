@@ -1,6 +1,6 @@
-"""The work of one of several processes, for test_grpo_several.py: a stage whole, and stopped and resumed.
+"""The work of one of several processes, for test_grpo_several.py: stages on each engine, stopped and resumed, too.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m grpo_support.several JOB
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m grpo_support.several JOB JOB_OF_FULL_WEIGHTS
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from posttrain.launch.worker import context_of
 from posttrain.testing import Recorder
 
 
-def train(path: Path, name: str, stop: Callable[[], bool] = lambda: False) -> None:
-    """Run the stage of a job in a folder of its own beside it; process 0 leaves what it reported."""
-    told, folder = Recorder(), path.parent / name
+def train(path: Path, engine: str, name: str, stop: Callable[[], bool] = lambda: False) -> None:
+    """Run the stage of a job on an engine, in a folder of its own beside it; process 0 leaves what it reported."""
+    told, folder = Recorder(), path.parent / engine / name
     context = context_of(read_job(path), path.parent / FOLDER, plugins.load(), told, stop)
     places = {part: folder / part for part in ("checkpoints", "output", "trail")}
     for place in places.values():
         place.mkdir(parents=True, exist_ok=True)
     try:
-        run(replace(context, **places))
+        run(replace(context, engine=engine, **places))
     finally:
         processes.wait()
         if processes.rank() == 0:
@@ -38,7 +38,7 @@ def train(path: Path, name: str, stop: Callable[[], bool] = lambda: False) -> No
             (folder / "steps.json").write_text(json.dumps(steps))
 
 
-def interrupt(path: Path, name: str, after: int) -> None:
+def interrupt(path: Path, engine: str, name: str, after: int) -> None:
     """Train until only the last process is asked to stop, after step ``after``."""
     asked: list[int] = []
 
@@ -47,21 +47,24 @@ def interrupt(path: Path, name: str, after: int) -> None:
         return processes.rank() == processes.world() - 1 and len(asked) >= after
 
     try:
-        train(path, name, stop)
+        train(path, engine, name, stop)
     except Interrupted:
         return
     raise AssertionError("it was not stopped")
 
 
-def main(path: Path) -> None:
-    """Run the stage."""
+def main(path: Path, full: Path) -> None:
+    """Run the stages."""
     torch.set_num_threads(1)
     processes.join(60)
-    train(path, "whole")
-    interrupt(path, "resumed", after=1)
-    train(path, "resumed")
+    for engine in ("ddp", "fsdp", "deepspeed"):
+        train(path, engine, "whole")
+        interrupt(path, engine, "resumed", after=1)
+        train(path, engine, "resumed")
+        if engine != "ddp":
+            train(full, engine, "whole")
     processes.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
