@@ -91,7 +91,7 @@ class Sharded(Single):
             yield
         finally:
             for module in gathered:
-                # as FSDP2 has it: the root, which its backward pass would gather at once, is left whole by a forward one
+                # as FSDP2 has it: a forward pass leaves the root whole, which its backward pass would gather at once
                 module.set_reshard_after_forward(module is not self.root, recurse=False)
                 module.reshard()
 

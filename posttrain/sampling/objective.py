@@ -190,8 +190,8 @@ class SampledObjective:
         """Return the prompts with their answers, each prompt once; the reference has them once a sampling."""
         families = [(len(row.asked.prompt), [len(answer.ids) for answer in row.answers]) for row in rows]
         scored = sum(sum(answers) for _, answers in families)
-        found = [Work(families=families, scored=scored, graph=True)]
-        return [*found, Work(families=families, scored=scored, graph=False)] if self.loss.referenced and self._begins else found
+        graphs = (True, False) if self.loss.referenced and self._begins else (True,)
+        return [Work(families=families, scored=scored, graph=graph) for graph in graphs]
 
     def batch(self, rows: Sequence[AnsweredQuestion], device: torch.device) -> PolicyBatch:
         """Return ``rows`` end to end, with their advantages."""
