@@ -44,9 +44,8 @@ def main(words: list[str]) -> int:
     for name, each in done.items():
         _show(console, name, each)
         console.print(styled(f"the rows themselves: {each.folder / PAGE}"), end="\n\n")
-    for step in plan.steps:
-        if step.name not in done:
-            console.print(styled(f"{step.name}: prepare.enabled is false, every row is trained"))
+    for line in (line for step in plan.steps for line in _remarks(step)):
+        console.print(styled(line))
     return 0
 
 
@@ -57,7 +56,7 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
         console.print(styled((f"{step.name:<8}", "bold"), f" {line}"))
 
     preparer = Preparer(plan=plan, host=host, step=step, data_digest=records_digest(step), note=note)
-    if not preparer.is_on:
+    if not preparer.is_on or all(source.on_policy for source in step.sources):
         return None
     found = preparer.find()
     if found is None or not (found.folder / PAGE).exists() or known_lengths(found, plan.model) is None:
@@ -65,6 +64,16 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
         found = found or preparer.prepare(trained, evaluated)
         _write_page(plan, step, found, [*trained, *evaluated])
     return found
+
+
+def _remarks(step: Step) -> Iterator[str]:
+    """Yield a line about rows of a stage that cannot be shown."""
+    asked = ", ".join(source.path for source in step.sources if source.on_policy)
+    if not step.config.prepare.enabled:
+        yield f"{step.name}: prepare.enabled is false, every row is trained"
+    elif asked:
+        what = "they are prepared when the stage starts, and the run names their ledger"
+        yield f"{step.name}: the parent's answers to {asked} are not made yet; {what}"
 
 
 def _write_page(plan: Plan, step: Step, done: Kept, records: Sequence[Record]) -> None:

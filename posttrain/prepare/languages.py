@@ -39,7 +39,7 @@ class Languages:
         return [self._find(row) for row in rows]
 
     def _find(self, row: Row) -> Finding | None:
-        found = language_of(row.answer) if row.has_answers else None
+        found = language_of(row.answer) if row.has_answers and not row.is_disliked else None
         if found is None or found[0] in self.known:
             return None
         code, score, text = found

@@ -69,7 +69,12 @@ class Duplicates(tuple[Duplicate, ...]):
 
 
 def find_duplicates(
-    chunks: Chunks, *, threshold: float = 0.8, folder: Path | None = None, quality: Sequence[float] | None = None
+    chunks: Chunks,
+    *,
+    threshold: float = 0.8,
+    folder: Path | None = None,
+    quality: Sequence[float] | None = None,
+    families: Sequence[int] | None = None,
 ) -> Duplicates:
     """Return the rows that are duplicates of rows that stay.
 
@@ -78,6 +83,7 @@ def find_duplicates(
         threshold: Jaccard similarity of near duplicates.
         folder: Folder for the signatures, from which a killed run resumes. A temporary one by default.
         quality: Quality of each row: the better one stays, the first of equals.
+        families: Number of each row's family, whose rows are never copies of each other; negative for none.
     """
     with _place(folder) as place:
         signed = sign_rows(chunks(), threshold, place)
@@ -87,10 +93,10 @@ def find_duplicates(
         groups = _groups(signed, bands, leaders_R, ranks_R)
         sets = _ShingleSets(chunks(), groups.rows, place, count)
         try:
-            near, similarities = _decide(groups, sets, threshold)
+            near, similarities = _decide(groups, sets, threshold, families)
         finally:
             sets.close()
-    found = Duplicates(_duplicates(leaders_R, near))
+    found = Duplicates(_duplicates(leaders_R, near, families))
     found.similarities = similarities
     return found
 
@@ -229,7 +235,7 @@ def _operators(text: bytes) -> bytes:
 
 
 def _decide(
-    groups: _Groups, sets: _ShingleSets, threshold: float
+    groups: _Groups, sets: _ShingleSets, threshold: float, families: Sequence[int] | None
 ) -> tuple[dict[int, tuple[int, float]], NDArray[np.int64]]:
     """Return the witness and the similarity of each near duplicate, and the histogram of all that were compared."""
     staying = _Staying(groups.count)
@@ -238,6 +244,8 @@ def _decide(
     for number, row in enumerate(groups.rows.tolist()):
         members = groups.members[groups.offsets[number] : groups.offsets[number + 1]]
         for other in staying.like(members):
+            if _related(row, other, families):
+                continue
             similarity = sets.similarity(row, other)
             histogram[min(int(similarity * BINS), BINS - 1)] += 1
             if similarity >= threshold:
@@ -276,12 +284,20 @@ class _Staying:
                 further.append(row)
 
 
-def _duplicates(leaders_R: Places, near: dict[int, tuple[int, float]]) -> Iterator[Duplicate]:
+def _related(row: int, other: int, families: Sequence[int] | None) -> bool:
+    return families is not None and families[row] == families[other] >= 0
+
+
+def _duplicates(
+    leaders_R: Places, near: dict[int, tuple[int, float]], families: Sequence[int] | None
+) -> Iterator[Duplicate]:
     copies = np.flatnonzero(leaders_R != np.arange(len(leaders_R)))
     for row in sorted({*copies.tolist(), *near}):
         leader = int(leaders_R[row])
         if leader in near:  # of a copy, too: its own leader goes
             witness, similarity = near[leader]
-            yield Duplicate(row, witness, "near", similarity)
+            found = Duplicate(row, witness, "near", similarity)
         else:
-            yield Duplicate(row, leader, "exact", 1.0)
+            found = Duplicate(row, leader, "exact", 1.0)
+        if not _related(row, found.witness, families):
+            yield found

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from posttrain.prepare.filters import Filter, Finding
     from posttrain.prepare.rows import Row
 
-VERSION = "2"
+VERSION = "3"
 """Version of the quality rules: another one with every change of what they find, so that rows are prepared again."""
 
 

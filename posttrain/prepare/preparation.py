@@ -51,6 +51,8 @@ class Preparation:
     """Rules on single rows, with the recipe's action."""
     documents: Sequence[GateDocument] = ()
     """Documents of the run's gates."""
+    sampled: int = 0
+    """Rows at the end of ``trained`` that a model has made: its answers to one question are no copies of each other."""
     folder: Path | None = None
     """Place for the parts of a long preparation, from which a killed one resumes."""
     _found: dict[int, list[Found]] = field(default_factory=dict)
@@ -136,7 +138,7 @@ class Preparation:
         for group in self._groups():
             order = self._in_order(group)
             texts = (Row(self._records[at]).compared(config.over) for at in order)
-            for row, witness, cosine in find_alike(texts, model, config.threshold):
+            for row, witness, cosine in find_alike(texts, model, config.threshold, self._families(order)):
                 at, other = order[row], order[witness]
                 if at < len(self.trained):
                     evidence = f"{self._records[other].where}: {Row(self._records[at]).compared(config.over)}"[
@@ -156,9 +158,20 @@ class Preparation:
 
         faults = {at: len(self._found.get(at, ())) for at in order}
         quality = [float("inf") if at >= len(self.trained) else -float(faults[at]) for at in order]
-        found = find_duplicates(chunks, threshold=self.config.near.threshold, folder=folder, quality=quality)
+        found = find_duplicates(
+            chunks, threshold=self.config.near.threshold, folder=folder, quality=quality, families=self._families(order)
+        )
         self._similarities += found.similarities
         return found
+
+    def _families(self, order: Sequence[int]) -> Sequence[int] | None:
+        """Return the number of the question that each sampled row answers, -1 for other rows; None without any."""
+        if not self.sampled:
+            return None
+        made = range(len(self.trained) - self.sampled, len(self.trained))
+        numbers: dict[tuple[int, str], int] = {}
+        asked = {at: (self._records[at].origin.number, self._records[at].where) for at in order if at in made}
+        return [numbers.setdefault(asked[at], len(numbers)) if at in asked else -1 for at in order]
 
     def _balance(self) -> None:
         staying = self._staying(range(len(self.trained)))

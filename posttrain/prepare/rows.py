@@ -74,6 +74,11 @@ class Row:
         return not isinstance(self.record, Question)
 
     @property
+    def is_disliked(self) -> bool:
+        """True for an answer that was judged bad: it may have any fault."""
+        return isinstance(self.record, Feedback) and not self.record.label
+
+    @property
     def is_declined(self) -> bool:
         """True when an answer declines: by its key ``refuses`` if it has one, else by its first words."""
         record = self.record

@@ -74,7 +74,7 @@ class Rule:
         return [self.find(row) if self._concerns(row) else None for row in rows]
 
     def _concerns(self, row: Row) -> bool:
-        return row.has_answers and (self.on_raw_text if row.is_raw else self.on_chats)
+        return row.has_answers and not row.is_disliked and (self.on_raw_text if row.is_raw else self.on_chats)
 
 
 def excerpt(text: str, start: int = 0, end: int | None = None) -> str:

@@ -31,14 +31,18 @@ def load(folder: Path) -> Any:
     return StaticModel.from_pretrained(folder, force_download=False)
 
 
-def find_alike(texts: Iterable[str], model: Any, threshold: float) -> Iterator[tuple[int, int, float]]:
+def find_alike(
+    texts: Iterable[str], model: Any, threshold: float, families: Sequence[int] | None = None
+) -> Iterator[tuple[int, int, float]]:
     """Yield each row that is like one before it that stays, that row, and the cosine of the two.
 
     Args:
         texts: Texts of the rows, those that stay among equals first.
         model: A static model.
         threshold: Least cosine.
+        families: Number of each row's family, whose rows are never compared with each other; negative for none.
     """
+    numbers = None if families is None else np.asarray(families)
     window_WD, rows_W = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
     first = 0
     for block in batches(texts, BLOCK):
@@ -47,6 +51,11 @@ def find_alike(texts: Iterable[str], model: Any, threshold: float) -> Iterator[t
             window_WD = np.zeros((0, vectors_BD.shape[1]), np.float32)
         known_BW = vectors_BD @ window_WD.T
         among_BB = np.tril(vectors_BD @ vectors_BD.T, -1)
+        if numbers is not None:
+            numbers_B = numbers[first : first + len(block)]
+            own_B = (numbers_B >= 0)[:, None]
+            known_BW = np.where(own_B & (numbers_B[:, None] == numbers[rows_W]), 0, known_BW)
+            among_BB = np.where(own_B & (numbers_B[:, None] == numbers_B), 0, among_BB)
         stays_B = np.zeros(len(block), bool)
         for at in range(len(block)):
             near = int((among_BB[at] * stays_B).argmax())

@@ -12,7 +12,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateTask, Source
 from posttrain.data.files import read_rows
 from posttrain.data.reading import read_source
-from posttrain.data.records import Question, Record
+from posttrain.data.records import Origin, Question, Record
 from posttrain.errors import BadInput, Problem
 from posttrain.rewards.scorer import Scorer, choose
 from posttrain.sampling.answers import Asking, ask
@@ -34,6 +34,7 @@ class Asked:
     """The questions of one source, before they are answered."""
 
     source: Source
+    origin: Origin
     questions: Sequence[Question]
     scorer: Scorer
 
@@ -45,7 +46,7 @@ def read_asked(job: Job) -> list[Asked]:
     shape than the stage trains.
     """
     found = []
-    for source in job.step.sources:
+    for number, source in enumerate(job.step.sources):
         if (settings := source.on_policy) is None:
             continue
         where, shape = f"{job.name}.data.on_policy", job.step.stage.records
@@ -57,7 +58,8 @@ def read_asked(job: Job) -> list[Asked]:
         questions = [each for each in read if isinstance(each, Question)]
         scorer = _chosen(job, settings.reward)
         check_questions(job, questions, scorer)
-        found.append(Asked(source=source, questions=questions, scorer=scorer))
+        origin = Origin(number=number, path=source.path)
+        found.append(Asked(source=source, origin=origin, questions=questions, scorer=scorer))
     return found
 
 
@@ -136,7 +138,7 @@ def sample_records(
             what = f"no answer of {parent.name} can be kept as {settings.keep.value}: {kept.line()}"
             fix = "Raise k, max_tokens or temperature, ask easier questions, or take another reward"
             raise BadInput(Problem(where=f"{job.name}.data.on_policy", what=what, fix=fix))
-        records += kept.records
+        records += [replace(record, origin=each.origin) for record in kept.records]
         figures.append({"source": each.source.path, "parent": parent.digest, **kept.figures})
     return records, figures
 

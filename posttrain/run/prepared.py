@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.preparation import DETECTOR, LANGUAGE, MODEL_FILES, Action, OnContamination, rule_actions
 from posttrain.data.reading import remote
 from posttrain.data.records import Record
-from posttrain.digests import file_digests
+from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import CORE_ORIGIN, Host
 from posttrain.plan import Plan, Step
@@ -48,6 +48,8 @@ class Preparer:
     """Digest of the stage's sources."""
     note: Callable[[str], None]
     """Receives lines for the user."""
+    sampled: int = 0
+    """Rows that the stage's parent has made, at the end of the trained ones."""
 
     @property
     def is_on(self) -> bool:
@@ -56,8 +58,8 @@ class Preparer:
 
     @property
     def reads_files_alone(self) -> bool:
-        """True when the digest of the sources covers the records: no other plugin has a part in them."""
-        return not self.host.shapers()
+        """True when the digest of the sources covers the records: neither a plugin nor a model has a part in them."""
+        return not self.host.shapers() and not self.sampled
 
     def find(self, records: Sequence[Record] | None = None) -> Kept | None:
         """Return the preparation from the cache; None when there is none or it takes the records to tell."""
@@ -76,7 +78,8 @@ class Preparer:
             found = self._make(trained, evaluated)
         if trained and not found.summary.kept:
             fix = "Look at the rows with posttrain data, or set another action under prepare"
-            reject(f"{self.step.name}.prepare", f"no row is left: {found.summary.line()}", fix)
+            what = f"no row is left: {found.summary.line()}; every row: {found.ledger}"
+            reject(f"{self.step.name}.prepare", what, fix)
         return found
 
     def _make(self, trained: Sequence[Record], evaluated: Sequence[Record]) -> Kept:
@@ -88,7 +91,7 @@ class Preparer:
         parts = root / f"{key}.parts"
         preparation = Preparation(
             trained=trained, evaluated=evaluated, config=self.step.config.prepare, judges=self._judges(),
-            documents=documents, folder=parts,
+            documents=documents, folder=parts, sampled=self.sampled,
         )  # fmt: skip
         try:
             ledger = preparation.run()
@@ -142,17 +145,27 @@ class Preparer:
     def _gated(self) -> list[Step]:
         return [step for step in self.plan.steps if step.gate.enabled and step.tasks]
 
+    def conditions(self) -> str:
+        """Return a digest of what decides about rows that are yet to be made: settings, filters, files of the gates."""
+        return digest_of(self._conditions(self._gate_files() if self._compares_with_gates() else None))
+
     def _key(self, records: Sequence[Record]) -> str:
         content = {
             "data": self.data_digest if self.reads_files_alone else [self.data_digest, _content(records)],
+            **({"sampled": self.sampled} if self.sampled else {}),
+            **self._conditions(self._gate_digests() if self._compares_with_gates() else None),
+        }
+        return cache.settings_key(content)
+
+    def _conditions(self, gates: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {
             "shape": self.step.stage.records,
             "settings": plain(self.step.config.prepare),
             "filters": {name: [owner, each.version] for name, (owner, each) in self.host.filters.items()},
             "detector": version(DETECTOR) if self.step.config.prepare.languages else None,
             "semantic": self._static_model(),
-            "gates": self._gate_digests() if self._compares_with_gates() else None,
+            "gates": gates,
         }
-        return cache.settings_key(content)
 
     def _static_model(self) -> Mapping[str, str] | None:
         """Return the digests of the model by which rows are compared."""
@@ -162,16 +175,20 @@ class Preparer:
         )
 
     def _gate_digests(self) -> Mapping[str, Any]:
-        found = {
-            f"{step.name}/{name}": [
-                task.task or name,
-                task_digests(task.task or name, task.data),
-                {} if task.data is not None else dataset_revisions(task.task or name),
-            ]
+        revisions = {
+            f"{step.name}/{name}": {} if task.data is not None else dataset_revisions(task.task or name)
             for step in self._gated()
             for name, task in step.tasks.items()
         }
+        found = {name: [*each, revisions[name]] for name, each in self._gate_files().items()}
         return {**found, "lm_eval": version("lm_eval")}
+
+    def _gate_files(self) -> dict[str, list[Any]]:
+        return {
+            f"{step.name}/{name}": [task.task or name, task_digests(task.task or name, task.data)]
+            for step in self._gated()
+            for name, task in step.tasks.items()
+        }
 
 
 def remaining(plan: Plan, host: Host, step: Step) -> str:

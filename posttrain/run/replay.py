@@ -17,7 +17,7 @@ from posttrain.gate.spec import Verdict
 from posttrain.run.directory import Attempt
 from posttrain.run.job import Job, records_digest
 from posttrain.run.judge import judge_stage, judged_before
-from posttrain.run.train import Records, train
+from posttrain.run.train import Records, fingerprint_of, train
 
 FOLDER = "attempts"
 
@@ -65,7 +65,7 @@ def _judged_by_others(attempt: Job, job: Job, tried: int) -> Job:
 
 def _judge(attempt: Job, parent: ModelSource, records: Records, unpromoted: tuple[str, ...]) -> Verdict:
     """Return the verdict of the choosing documents about an attempt, which is trained unless it was judged before."""
-    folder = attempt.folder / FOLDER / attempt.fingerprint(parent, records.kept)[:12]
+    folder = attempt.folder / FOLDER / fingerprint_of(attempt, parent, records)[:12]
     known = judged_before(attempt, parent, folder, unpromoted)
     if known is not None:
         return known

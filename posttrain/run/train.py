@@ -15,6 +15,7 @@ from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords
 from posttrain.data.mixing import describe_bad, describe_unread, weigh
 from posttrain.data.records import Record
+from posttrain.digests import digest_of
 from posttrain.disk import is_machine_error, naming
 from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
 from posttrain.host import activity
@@ -73,7 +74,7 @@ def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
 
     Raises ArtifactDamaged when the published one does not match its manifest: it is never silently trained again.
     """
-    fingerprint = job.fingerprint(parent, records.kept)
+    fingerprint = fingerprint_of(job, parent, records)
     existing = find_published(job, parent, fingerprint)
     if existing is not None:
         if job.entry.digest != existing.digest:
@@ -87,6 +88,16 @@ def train(job: Job, parent: ModelSource, records: Records) -> Artifact:
     _describe(job, parent, artifact)
     job.display.line(job.name, "train", f"published {artifact.digest[:12]}{_figures(artifact)}")
     return artifact
+
+
+def fingerprint_of(job: Job, parent: ModelSource, records: Records) -> str:
+    """Return the digest of everything the stage's result depends on.
+
+    Rows that are yet to be sampled follow from the parent, and those that preparation keeps of them from its settings.
+    """
+    preparer = _preparer(job)
+    waits = records.asked and preparer.is_on
+    return job.fingerprint(parent, digest_of([records.kept, preparer.conditions()]) if waits else records.kept)
 
 
 def _describe(job: Job, parent: ModelSource, artifact: Artifact) -> None:
@@ -125,10 +136,12 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
     with job.interrupts.deferred():
         sampled, figures = sample_records(job, parent, records.asked, progress)
+        if sampled:
+            records = _joined(job, records, sampled)
     context = StageContext(
         name=job.name, config=job.step.config, parent=parent,
-        records=[*records.trained, *sampled] if sampled else records.trained,
-        eval_records=records.eval_records, seed=job.step.seed, dtype=job.plan.model.dtype.value, progress=progress,
+        records=records.trained, eval_records=records.eval_records, seed=job.step.seed,
+        dtype=job.plan.model.dtype.value, progress=progress,
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
@@ -251,17 +264,14 @@ def read_records(job: Job) -> Records:
 
     Raises BadInput when the data changed after the run was named by its digest.
     """
-    evaluation = replace(job.step, sources=job.step.eval_sources)
-    evaluated = _read(job, evaluation) if evaluation.sources else ()
-    trained = _read(job, job.step)
+    trained, evaluated = _read_both(job)
+    evaluation = _evaluation(job)
     check_asked(job, trained, evaluated)
     left_out = [line for each in (trained, evaluated) for line in _left_out(job, each)]
     unread = _unread(job, [*trained, *evaluated])
-    # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
-    if records_digest(job.step) != job.data_digest:
-        what = "the data changed while it was read"
-        raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
-    done = _prepare(job, trained, evaluated)
+    # all records are yet to be sampled: they are prepared once they are made
+    waiting = not trained and any(source.on_policy for source in job.step.sources)
+    done = None if waiting else _prepare(job, trained, evaluated)
     return Records(
         trained=_held(job, job.step, trained, None if done is None or not done.entry.kept else done.rows()),
         eval_records=_held(job, evaluation, evaluated) if evaluation.sources else HeldRecords.of(tuple),
@@ -272,14 +282,33 @@ def read_records(job: Job) -> Records:
     )
 
 
-def _prepare(job: Job, trained: Sequence[Record], evaluated: Sequence[Record]) -> Kept | None:
-    """Prepare the stage's records and show what it did; return None when the recipe switches it off."""
-    preparer = Preparer(
-        plan=job.plan, host=job.host, step=job.step, data_digest=job.data_digest,
+def _joined(job: Job, records: Records, sampled: Sequence[Record]) -> Records:
+    """Return the stage's records with the sampled ones, all of them prepared together."""
+    if not job.step.config.prepare.enabled:
+        return replace(records, trained=HeldRecords.of(lambda: [*records.trained, *sampled]))
+    read, evaluated = _read_both(job)
+    together = [*read, *sampled]
+    done = _prepare(job, together, evaluated, len(sampled))
+    assert done is not None
+    job.display.line(job.name, "data", f"every row: {done.ledger}")
+    kept = done.rows()
+    own = weigh([read[at] for at in kept if at < len(read)], job.step.seed)
+    trained = [*own, *(together[at] for at in kept if at >= len(read))]
+    lengths = plain(measure_lengths(done, together, job.plan.model))
+    return replace(records, trained=HeldRecords.of(lambda: trained), prepared=lengths)
+
+
+def _preparer(job: Job, sampled: int = 0) -> Preparer:
+    return Preparer(
+        plan=job.plan, host=job.host, step=job.step, data_digest=job.data_digest, sampled=sampled,
         note=lambda line: job.display.line(job.name, "data", line),
     )  # fmt: skip
-    waiting = not trained and any(source.on_policy for source in job.step.sources)  # all records are yet to be sampled
-    if not preparer.is_on or waiting:
+
+
+def _prepare(job: Job, trained: Sequence[Record], evaluated: Sequence[Record], sampled: int = 0) -> Kept | None:
+    """Prepare the stage's records and show what it did; return None when the recipe switches it off."""
+    preparer = _preparer(job, sampled)
+    if not preparer.is_on:
         return None
     done = preparer.prepare(trained, evaluated)
     for line in describe(done):
@@ -318,6 +347,22 @@ def _held(job: Job, step: Step, read: Sequence[Record], kept: Sequence[int] | No
         return weigh(records if kept is None else [records[at] for at in kept if at < len(records)], step.seed)
 
     return HeldRecords.of(again, f"{job.name}.{'data' if step is job.step else 'eval_data'}")
+
+
+def _read_both(job: Job) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Return the stage's records to train and those of its eval data. Raises BadInput for data that has changed."""
+    evaluation = _evaluation(job)
+    evaluated = _read(job, evaluation) if evaluation.sources else ()
+    trained = _read(job, job.step)
+    # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
+    if records_digest(job.step) != job.data_digest:
+        what = "the data changed while it was read"
+        raise BadInput(Problem(where=f"{job.name}.data", what=what, fix="Run the same command again"))
+    return trained, evaluated
+
+
+def _evaluation(job: Job) -> Step:
+    return replace(job.step, sources=job.step.eval_sources)
 
 
 def _read(job: Job, step: Step) -> Sequence[Record]:

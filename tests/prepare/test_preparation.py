@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.config.preparation import Action, NearConfig, OnContamination, PrepareConfig, rule_actions
+from posttrain.config.preparation import Action, Compared, NearConfig, OnContamination, PrepareConfig, rule_actions
 from posttrain.data.mixing import weigh
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Record
 from posttrain.errors import BadInput, PluginFailed
@@ -249,3 +249,31 @@ def test_a_filter_with_another_answer_is_named(answer: Any, message: str) -> Non
 def test_a_filters_answer_is_handed_on() -> None:
     found = [None, Finding(evidence="here", score=1.0)]
     assert ask(Strange(found), "theirs", [chat("a", "b"), chat("c", "d")]) == found  # type: ignore[list-item]
+
+
+def labelled(answer: str, question: str, *, good: bool = True, number: int = 0) -> Feedback:
+    turns = ({"role": "user", "content": question},), ({"role": "assistant", "content": answer},)
+    origin = Origin(number=number, path=f"{number}.jsonl")
+    return Feedback(prompt=turns[0], completion=turns[1], label=good, where=question, origin=origin)
+
+
+def test_answers_of_a_model_to_one_question_are_no_copies_of_each_other() -> None:
+    rng = random.Random(4)
+    one, two = text(rng, 60), text(rng, 60)
+    answers = [labelled(f"the {end}", one) for end in ("first", "second", "third")]
+    copied = [labelled("the first", one + " x", number=1), labelled("the fourth", two, number=1)]
+    assert prepared([*answers, *copied]).kept() == [0, 4], "of a file all but one are near copies"
+    config = PrepareConfig()
+    made = Preparation(trained=[*answers, *copied], config=config, judges={}, sampled=5).run()
+    assert made.kept() == [0, 1, 2, 4], "the copy of the question leaves"
+    assert made.found[3][0].witness in (0, 1, 2)
+    over = PrepareConfig(near=NearConfig(over=Compared.prompt))
+    same = Preparation(
+        trained=[*answers, labelled("the first", one.upper(), number=1)], config=over, judges={}, sampled=4
+    )
+    assert same.run().kept() == [0, 1, 2]
+
+
+def test_an_answer_that_was_judged_bad_may_have_every_fault() -> None:
+    rows = [labelled("", "What is it?", good=good) for good in (True, False)]
+    assert prepared(rows).kept() == [1]

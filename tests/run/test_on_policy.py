@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from sys import modules
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from posttrain.cli import dispatch
+from posttrain.config.preparation import Action, PrepareConfig
 from posttrain.errors import BadInput, Interrupted
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
+from posttrain.prepare.contamination import GateDocument
+from posttrain.prepare.plugin import QualityRule
 from posttrain.rewards.reward import Reward
+from posttrain.run import on_policy
 from posttrain.run.job import records_digest, step_identity
+from posttrain.run.prepared import Preparer
 from posttrain.sampling import answers
+from posttrain.sampling.answers import Written
 from posttrain.testing import Project
 
 QUESTIONS = [{"question": f"a {word}", "answer": "[a-k]", "match": "regex"} for word in ("red", "blue", "elm", "oak")]
@@ -171,3 +179,51 @@ def test_sample_writes_the_same_records_with_their_provenance(
     )
     with pytest.raises(BadInput, match="exists already"):
         dispatch(["sample", str(project.folder / "sft"), asked, str(output)])
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every question a right and a wrong answer, without a model."""
+    both = [Written(text=text, ended=True, tokens=3, log_prob=-1.0) for text in ("elm", "no")]
+    monkeypatch.setattr(on_policy, "ask", lambda questions, asking: [both for _ in questions])
+
+
+@pytest.mark.usefixtures("answered")
+def test_sampled_rows_are_prepared_with_those_of_files(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four questions one is a copy of another, one of a row in a file, and one holds what a gate asks."""
+    asked = "which colour has the first flag of the harbour that you saw"
+    monkeypatch.setattr(Preparer, "_documents", lambda self: [GateDocument("mine", 0, f"{asked} today", "")])
+    texts = ["a red", "A  red", "a blue", f"{asked} at noon"]
+    project.write_records([{**QUESTIONS[0], "question": each} for each in texts], "alike.jsonl")
+    project.write_records([{"prompt": "a blue", "chosen": "elm", "rejected": "no"}], "own.jsonl")
+    questions, own = str(project.folder / "alike.jsonl"), str(project.folder / "own.jsonl")
+    data = source(project, questions=questions).replace("dpo.data=", f"dpo.data=[{{path: {own}, weight: 2}}, ") + "]"
+    metrics = manifest(project.run(tmp_path, data).path)["metrics"]
+    rows = metrics["prepared"]
+    assert (rows["read"], rows["kept"], rows["dropped"]) == (5, 2, {"contamination": 1, "exact": 2})
+    assert [(each["source"], each["read"], each["kept"]) for each in rows["sources"]] == [
+        (own, 1, 1),
+        (questions, 4, 1),
+    ]
+    assert metrics["pairs"] == 3, "the weight is that of the file"
+    ledgers = [pq.read_table(path).to_pylist() for path in tmp_path.glob("cache/data/*/ledger.parquet")]
+    assert [row["path"] for row in max(ledgers, key=len)] == [own, *[questions] * 4]
+
+    with pytest.raises(BadInput, match=r"dpo.prepare: 2 findings stop the run \(exact\)"):
+        project.run(tmp_path, data, "dpo.prepare.exact=stop")
+
+
+def test_what_prepares_sampled_rows_names_the_result(project: Project, tmp_path: Path) -> None:
+    """The rows are not made yet when the result is looked for: a filter, a rule or a gate has its part in its name."""
+    host = plugins.load()
+    plan = project.plan(host, source(project))
+    step = plan.steps[0]
+    digests = {
+        Preparer(plan=plan, host=host, step=each, data_digest="", note=print).conditions()
+        for each in (step, replace(step, config=replace(step.config, prepare=PrepareConfig(exact=Action.count))))
+    }
+    host.filters["mine"] = ("prepare", QualityRule("mine"))
+    digests.add(Preparer(plan=plan, host=host, step=step, data_digest="", note=print).conditions())
+    assert len(digests) == 3
