@@ -45,7 +45,8 @@ from posttrain.serve.ask import Ask, Ended, Event, Sampling
 from posttrain.serve.catalogue import BasePlace, Catalogue, read_catalogue
 from posttrain.serve.engine import Engine
 from posttrain.serve.follower import Follower
-from posttrain.serve.lane import BASE, Lane
+from posttrain.serve.lane import Lane
+from posttrain.serve.mixing import BASE
 from posttrain.serve.proof import generated
 from posttrain.serve.service import Limits, Service, open_service
 from posttrain.testing.tiny import tiny_manifest

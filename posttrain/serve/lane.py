@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,7 @@ from transformers import DynamicCache
 
 from posttrain.serve.ask import Ask, Ended, Event
 from posttrain.serve.drawing import draw, generator_of
-
-BASE = "__base__"
-"""peft's name of no adapter in a mixed batch."""
-
+from posttrain.serve.mixing import Mixer
 
 @dataclass(eq=False)
 class Row:
@@ -51,8 +49,8 @@ class Lane:
 
     def __init__(self, model: Any, *, mixed: bool) -> None:
         """Take a model in evaluation mode; a ``mixed`` one gets the adapter of each row, another is asked as it is."""
-        self.model = model
         self._mixed = mixed
+        self.carry(model)
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         self._known = frozenset(inspect.signature(causal.forward).parameters)
         self._rows: list[Row] = []
@@ -61,6 +59,11 @@ class Lane:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def carry(self, model: Any) -> None:
+        """Take the model with other adapters; the rows go on."""
+        self.model = model
+        self._mixer = Mixer(model) if self._mixed and isinstance(model, PeftModel) else None
 
     @property
     def systems(self) -> set[str]:
@@ -109,16 +112,20 @@ class Lane:
     ) -> torch.Tensor:
         options: dict[str, Any] = {"position_ids": positions_BT, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in self._known}
-        if self._mixed and isinstance(self.model, PeftModel):
-            options["adapter_names"] = [row.adapter for row in rows]
         device = self.model.device
-        with torch.inference_mode():
-            moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
-            logits_BTV: torch.Tensor = self.model(
-                input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), past_key_values=cache, use_cache=True,
-                **moved,
-            ).logits  # fmt: skip
+        moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+        ids_BT = ids_BT.to(device)
+        with torch.inference_mode(), self._routed(rows, ids_BT) as model:
+            logits_BTV: torch.Tensor = model(
+                input_ids=ids_BT, attention_mask=mask_BT.to(device), past_key_values=cache, use_cache=True, **moved
+            ).logits
         return logits_BTV[:, -1]
+
+    def _routed(self, rows: Sequence[Row], ids_BT: torch.Tensor) -> AbstractContextManager[Any]:
+        """Return the context of a pass, which gives what to call."""
+        if self._mixer is None:
+            return nullcontext(self.model)
+        return self._mixer.routed([row.adapter for row in rows], ids_BT)
 
     def _send(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> list[int]:
         """Send each row its next token or its end; return the places of the rows that go on."""

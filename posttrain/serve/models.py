@@ -1,7 +1,8 @@
 """The loaded models: weights once for all the artifacts on them, and the lane of each artifact.
 
-Plain adapters of one base share a lane and its batches. DoRA has no mixed batches in peft, so such an adapter has a
-lane of its own on the same weights. Full weights, another base, or added tokens are weights of their own.
+Adapters of linear layers on one base share a lane and its batches. One that changes more (DoRA, embeddings, rows of
+tokens, whole copies of layers) has a lane of its own on the same weights. Full weights, another base, or added tokens
+are weights of their own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from posttrain.model.loading import attach, load_model, load_tokenizer
 from posttrain.model.trust import read_json
 from posttrain.scoring.systems import twin
 from posttrain.serve.catalogue import Served
-from posttrain.serve.lane import BASE, Lane
-from posttrain.serve.mixing import mix
+from posttrain.serve.lane import Lane
+from posttrain.serve.mixing import BASE, Mixer
 from posttrain.serve.prompts import Prompter
 from posttrain.tokens.chat import answer_ends
 
@@ -95,9 +96,10 @@ class Models:
         held, name = weights.lane.model, digest[:16]
         if isinstance(held, PeftModel) and name in held.peft_config:
             if len(held.peft_config) == 1:
-                weights.lane.model = weights.plain
+                weights.lane.carry(weights.plain)
             else:
                 held.delete_adapter(name)
+                weights.lane.carry(held)
 
     def alone(self, digest: str) -> Any:
         """Return the model as ``load_model`` would give it, on the weights that are in memory."""
@@ -127,11 +129,12 @@ def _place(served: Served, weights: Weights) -> tuple[Lane, str]:
     adapter = served.source.adapter
     if adapter is None:
         return weights.lane, BASE
-    if read_json(adapter / "adapter_config.json").get("use_dora"):
-        return Lane(attach(twin(weights.plain), adapter, served.source.rows).eval(), mixed=False), BASE
+    own = attach(twin(weights.plain), adapter, served.source.rows).eval()
+    if not Mixer.fits(own):
+        return Lane(own, mixed=False), BASE
     lane, name = weights.lane, served.digest[:16]
     under = twin(weights.plain) if lane.model is weights.plain else lane.model
-    lane.model = mix(attach(under, adapter, served.source.rows, name).eval())
+    lane.carry(attach(under, adapter, served.source.rows, name).eval())
     return lane, name
 
 

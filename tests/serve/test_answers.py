@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,10 @@ import torch
 from posttrain.artifact import Artifact, ModelSource
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.serve.service import Service
-from tests.support.serving import QUESTIONS, ask, catalogue_of, chat, events, idle, make_artifacts, post, serving
+from tests.support.serving import (
+    QUESTIONS, ask, catalogue_of, chat, events, idle, make_artifact, make_artifacts, post, serving,
+)  # fmt: skip
+from tests.support.tiny import write_base
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,16 @@ def test_greedy_answers_in_a_crowd_are_those_of_each_artifact_alone(
         assert response.status_code == 200
         assert (answer["choices"][0]["token_ids"], answer["system_fingerprint"]) == (wanted[name][text], digests[name])
     assert idle(service)
+
+
+def test_an_adapter_that_changes_more_than_linear_layers_is_served_beside_the_others(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    made = [make_artifact(tmp_path / f"a{seed}", base, seed, tokens=tokens) for seed, tokens in ((1, ()), (2, (40, 41)))]
+    with serving(*made) as service:
+        assert not service.catalogue.skipped
+        for each in catalogue_of(*made).artifacts:
+            for text, wanted in alone(each.source, QUESTIONS).items():
+                assert post(service, **chat(each.digest, text)).json()["choices"][0]["token_ids"] == wanted
 
 
 def test_a_seed_draws_the_same_answer_alone_and_in_a_crowd(service: Service) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from tests.support.tiny import base_source, nudge, published, write_base
 QUESTIONS = ("Hi", "What is this called?", "abc " * 12, "x", "Count to three, please.", "1+1=")
 
 
-def make_artifact(folder: Path, base: Path, seed: int, *, full: bool = False, **lora: Any) -> Artifact:
+def make_artifact(
+    folder: Path, base: Path, seed: int, *, full: bool = False, tokens: Sequence[int] = (), **lora: Any
+) -> Artifact:
     """Publish an artifact with random weights that change the answers of ``base``."""
     source = base_source(base)
     model = load_model(source, "float32")
     if not full:
-        model = new_adapter(model, LoraSettings(r=4, alpha=32, **lora), seed=seed)
+        model = new_adapter(model, LoraSettings(r=4, alpha=32, **lora), seed, tokens)
     nudge(model, seed)
     draft = folder.with_name(f".{folder.name}")
     draft.mkdir(parents=True)
