@@ -28,6 +28,7 @@ from posttrain.serve.ask import Ask, Ended, Event
 from posttrain.serve.drawing import draw, generator_of
 from posttrain.serve.mixing import Mixer
 
+
 @dataclass(eq=False)
 class Row:
     """An answer in the making."""

@@ -1,16 +1,17 @@
-"""Several adapters in one forward pass: the rows of each adapter together, and two batched products for all of them.
+"""Several adapters in one forward pass: the rows of each adapter together, two batched products for all of them.
 
-    rows       a b a c a c        adapters of the batch's rows, in the order in which they came
-    chunks     [a a] [a .] [b .] [c c]        of equal size; the rows of "." are repeated ones, whose results are dropped
+    rows       a b a c a c                  adapters of the rows, in the order in which these came
+    chunks     [a a] [a .] [b .] [c c]      of equal size; "." repeats a row, and its result is dropped
 
-A layer's output is base(x) [B, T, O] + ((x [C, M*T, I] @ A [C, I, R]) @ B [C, R, O]) in the rows' own order. No sum goes
-over two rows, so whatever one adapter holds, infinity too, reaches no row of another. peft's own mixed batch computes each
-adapter's rows apart, and routes them by hooks that it sets anew in every pass.
+A layer's output is base(x) [B, T, O] + (x [C, M*T, I] @ A [C, I, R]) @ B [C, R, O], in the rows' own order. No sum goes
+over two rows, so whatever one adapter holds, infinity too, reaches no row of another. peft's own mixed batch computes
+each adapter's rows apart, and routes them by hooks that it sets anew in every pass.
 
 Adapters of embeddings, whole copies of layers and variants of LoRA do not fit: ``Mixer.fits`` tells.
 """
 
-# B = rows, T = tokens, I = inputs, O = outputs, R = rank, N = adapters of the model and none, C = chunks, M = rows of a chunk
+# B = rows, T = tokens, I = inputs, O = outputs, R = rank, N = adapters of the model and none, C = chunks,
+# M = rows of a chunk
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Mixer:
 
     @contextlib.contextmanager
     def routed(self, names: Sequence[str], ids_BT: torch.Tensor) -> Iterator[Any]:
-        """Yield the model for one pass over these ids, in which each row has the adapter of its name, or none for BASE."""
+        """Yield the model for one pass over these ids; each row has the adapter of its name, or none for BASE."""
         self._plan = planned([self._slots.get(name, 0) for name in names], ids_BT.numel(), ids_BT.device)
         try:
             yield self._model
@@ -84,7 +85,7 @@ class Mixer:
 
 
 def planned(slots: Sequence[int], tokens: int, device: torch.device | None = None) -> Plan:
-    """Return the chunks of rows with these adapters: of the size that takes fewest where each adapter has as many rows."""
+    """Return the chunks of rows with these adapters, as large as if all adapters had equally many rows."""
     rows = len(slots)
     size = -(-rows // len(set(slots)))
     chunks: list[int] = []
@@ -130,7 +131,13 @@ def _stacked(layer: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tens
 
 
 def _forward(
-    mixer: Mixer, layer: Any, plain: Any, first_NIR: torch.Tensor, second_NRO: torch.Tensor, x: torch.Tensor, **options: Any
+    mixer: Mixer,
+    layer: Any,
+    plain: Any,
+    first_NIR: torch.Tensor,
+    second_NRO: torch.Tensor,
+    x: torch.Tensor,
+    **options: Any,
 ) -> Any:
     plan = mixer.plan
     if plan is None:

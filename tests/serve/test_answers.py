@@ -16,7 +16,16 @@ from posttrain.artifact import Artifact, ModelSource
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.serve.service import Service
 from tests.support.serving import (
-    QUESTIONS, ask, catalogue_of, chat, events, idle, make_artifact, make_artifacts, post, serving,
+    QUESTIONS,
+    ask,
+    catalogue_of,
+    chat,
+    events,
+    idle,
+    make_artifact,
+    make_artifacts,
+    post,
+    serving,
 )  # fmt: skip
 from tests.support.tiny import write_base
 
@@ -74,7 +83,9 @@ def test_greedy_answers_in_a_crowd_are_those_of_each_artifact_alone(
 
 def test_an_adapter_that_changes_more_than_linear_layers_is_served_beside_the_others(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    made = [make_artifact(tmp_path / f"a{seed}", base, seed, tokens=tokens) for seed, tokens in ((1, ()), (2, (40, 41)))]
+    made = [
+        make_artifact(tmp_path / f"a{seed}", base, seed, tokens=tokens) for seed, tokens in ((1, ()), (2, (40, 41)))
+    ]
     with serving(*made) as service:
         assert not service.catalogue.skipped
         for each in catalogue_of(*made).artifacts:
