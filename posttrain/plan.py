@@ -151,7 +151,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     used = [*(key for key in ROOT if key not in NOT_OF_A_RUN), *host.own_nodes(), *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
-    broken = [problem for key in used for problem in check_resolved(config, key)]
+    broken = check_resolved(config, used)
     # Typed settings can be made only of nodes without a fault, so these problems end the search; later ones add up.
     if broken or problems:
         raise BadInput(problems + broken)

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 SECRET = "holds a password, a key or a token, which would be written into records and reports"
 HIDDEN = "***"
@@ -103,7 +103,22 @@ def is_secret(key: str, value: str) -> bool:
     return SECRET_NAME.search(key.rpartition(".")[2]) is not None or redacted(value) != value
 
 
-def _known_secrets() -> Iterator[str]:
+class _Known:
+    """The secrets of the environment, as it was when a text was last quoted."""
+
+    environment: ClassVar[Mapping[Any, Any] | None] = None
+    secrets: ClassVar[tuple[str, ...]] = ()
+
+
+def _known_secrets() -> tuple[str, ...]:
+    """Return the secrets in the environment; it is searched again when it has changed."""
+    now = getattr(os.environ, "_data", None)  # decoding every variable for every text takes an eighth of a short run
+    if now is None or now != _Known.environment:
+        _Known.environment, _Known.secrets = dict(now or {}), tuple(_secrets())
+    return _Known.secrets
+
+
+def _secrets() -> Iterator[str]:
     """Yield the secrets in the environment, by the names of its variables, and the passwords of its URLs."""
     for name, value in os.environ.items():
         if len(value) < SHORTEST:

@@ -87,7 +87,7 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
     for line in composition.shadows:
         print(line, file=sys.stderr)
     with shipped_resolvers():
-        problems += [problem for key in map(str, config) for problem in check_resolved(config, key)]
+        problems += check_resolved(config, map(str, config))
         if problems:
             raise BadInput(problems)
         merged = OmegaConf.merge(OmegaConf.structured(RegressionConfig), config)

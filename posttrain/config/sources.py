@@ -73,6 +73,16 @@ class _Stored:
     """The result of ``_nodes`` for the host in it."""
 
 
+class _Shared(dict[str, Any]):
+    """Nodes of Hydra's store: every composition copies its sources, and the store with them, unless they are shared.
+
+    Composing changes none of them, as it loads copies.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 def _nodes(host: Host) -> tuple[Any, ...]:
     """Return what the nodes in Hydra's store depend on: the types of all settings, and the stages with a file."""
     stages = [(name, stage.config) for name, stage in host.stages.items()]
@@ -92,6 +102,7 @@ def _plugin_folders(host: Host) -> list[Path]:
 def _store(host: Host) -> None:
     """Put every schema of the host into Hydra's store."""
     store = ConfigStore.instance()
+    store.repo = _Shared(store.repo)
     regression = OmegaConf.structured(RegressionConfig)
     store.store(name="regression_schema", node=regression)
     variant: dict[str, dict[str, str]] = {}

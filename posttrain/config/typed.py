@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from posttrain.errors import Problem, suggest
 from posttrain.host.plugins import Host
 
 
-def check_resolved(config: DictConfig, key: str) -> list[Problem]:
-    """Return a Problem for every missing value, dangling interpolation and wrong type below ``key``."""
+def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
+    """Return a Problem for every missing value, dangling interpolation and wrong type below ``keys`` of the top."""
     problems = []
-    for path in _leaves(config, key):
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    for path in (path for key in keys for path in _leaves(raw[key], key)):
         try:
             OmegaConf.select(config, path, throw_on_missing=True, throw_on_resolution_failure=True)
         except OmegaConfBaseException as error:
@@ -40,11 +41,8 @@ def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseExcep
     return Problem(where=where, what=readable(str(error)))
 
 
-def _leaves(config: DictConfig, path: str) -> Iterator[str]:
-    """Yield the dotted paths of the values below ``path``."""
-    node: Any = OmegaConf.to_container(config, resolve=False)
-    for part in path.split("."):
-        node = node[part]
+def _leaves(node: Any, path: str) -> Iterator[str]:
+    """Yield the dotted paths of the values in the plain ``node`` at ``path``."""
     yield from (f"{path}.{key}" for key, _ in leaves(node)) if isinstance(node, dict | list) else (path,)
 
 
@@ -56,7 +54,12 @@ def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
         problems.append(Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(known)}"))
         return None
     sound = True
-    for key, item in value.items():
+    one_by_one: Mapping[Any, Any] = {}
+    try:
+        schema.merge_with(value)
+    except OmegaConfBaseException:
+        schema, one_by_one = OmegaConf.structured(kind), value  # so that every wrong key is found
+    for key, item in one_by_one.items():
         try:
             schema = OmegaConf.merge(schema, {key: item})
         except OmegaConfBaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import glob
 import importlib.util
@@ -116,6 +117,15 @@ def _parse(path: Path) -> Any:
         text = stream.read(MOST_BYTES + 1)
     if len(text) > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes")
+    try:
+        return copy.deepcopy(_settings_in(text))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+@functools.lru_cache(maxsize=100)
+def _settings_in(text: bytes) -> Any:
+    """Return the content of the text of a file, of which a plan asks repeatedly. Raises ValueError or YAMLError."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -123,8 +133,6 @@ def _parse(path: Path) -> Any:
             return None
         _check_nodes(node, {})
         return loader.construct_document(node)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
     finally:
         loader.dispose()
 

@@ -204,6 +204,17 @@ def test_a_killed_run_leaves_no_secret(canaries: list[str], working_folder: Path
     assert leaks(canaries, working_folder, result.stdout, result.stderr) == []
 
 
+def test_a_secret_counts_from_the_moment_it_is_set_until_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "it says blue-harbour-mill twice"
+    assert redacted(text) == text
+    monkeypatch.setenv("SOME_TOKEN", "blue-harbour-mill")
+    assert redacted(text) == "it says *** twice"
+    monkeypatch.setenv("SOME_TOKEN", "says blue-harbour")
+    assert redacted(text) == "it ***-mill twice"
+    monkeypatch.delenv("SOME_TOKEN")
+    assert redacted(text) == text
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from posttrain.scoring.catalogue import dataset_revisions
+from posttrain.scoring.catalogue import dataset_revisions, read_task_file
 
 TASK = "task: mine\ndataset_path: owner/name\ntest_split: test\n"
 
@@ -37,3 +37,12 @@ def test_registered_tasks_and_groups_count_by_all_of_their_datasets(hub: Path) -
     assert dataset_revisions("gsm8k") == {"openai/gsm8k": ["abc"]}
     assert dataset_revisions("mmlu_stem") == {"cais/mmlu": ["abc"]}
     assert dataset_revisions("no_such_task") == {}
+
+
+def test_a_file_is_read_anew_and_its_settings_are_their_readers_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(TASK + "metric_list: [{metric: acc}]\n")
+    read_task_file(file)["metric_list"][0]["metric"] = "changed"
+    assert read_task_file(file)["metric_list"] == [{"metric": "acc"}]
+    file.write_text(TASK + "metric_list: [{metric: exact_match}]\n")
+    assert read_task_file(file)["metric_list"] == [{"metric": "exact_match"}]
