@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +99,56 @@ def test_every_ci_asks_the_same_gate_and_keeps_what_it_wrote() -> None:
     written = [word.partition("=")[2] for word in words if word.startswith(("junit=", "markdown="))]
     assert all(path.startswith(f"{kept['paths'][0]}/") for path in written)
     assert kept["reports"]["junit"] in written
+
+
+MARKER = "<!-- posttrain gate quickstart -->"
+CURL = """#!/bin/bash
+for word in "$@"; do printf '%s\\n' "$word"; done >> calls.txt
+case "${!#}" in
+  */user) printf '{"id": 7}';;
+  *"page=1") cat first.json;;
+  *"page=2") cat second.json;;
+  *"page="*) printf '[]';;
+esac
+"""
+"""A stand-in for curl, which answers by the last word, the address."""
+
+
+def note(number: int, body: str, author: int = 7) -> dict[str, object]:
+    return {"id": number, "body": body, "author": {"id": author}}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([], ["--data-urlencode", "body@gate/note.md", "api/projects/1/merge_requests/2/notes"]),
+        (
+            [note(41, f"{MARKER}\n### verdict"), note(42, f"{MARKER}\n### verdict")],
+            ["--request", "PUT", "--data-urlencode", "body@gate/note.md", "api/projects/1/merge_requests/2/notes/41"],
+        ),
+    ],
+)
+def test_gitlab_has_one_note_that_is_updated(working_folder: Path, found: list[object], words: list[str]) -> None:
+    (script,) = GITLAB["gate"]["after_script"]
+    Path("bin").mkdir()
+    for name, text in (("curl", CURL), ("python", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')):
+        Path("bin", name).write_text(text)
+        Path("bin", name).chmod(0o755)
+    strange = [note(3, f"{MARKER}\nof another user", author=8), note(4, "quotes \" and ' and $(touch broken)")]
+    Path("first.json").write_text(json.dumps(strange))
+    Path("second.json").write_text(json.dumps(found))
+    variables = {"CI_API_V4_URL": "api", "CI_PROJECT_ID": "1", "CI_MERGE_REQUEST_IID": "2", "GATE_TOKEN": "secret"}
+    given = {**os.environ, **variables, "PATH": f"{working_folder / 'bin'}:{os.environ['PATH']}"}
+
+    def run() -> None:
+        done = subprocess.run(["sh", "-e", "-c", script], env=given, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    run()
+    assert not Path("calls.txt").exists()  # a gate that was not asked has no comment
+    Path("gate").mkdir()
+    Path("gate/comment.md").write_text("### verdict\n")
+    run()
+    assert Path("calls.txt").read_text().splitlines()[-len(words) - 1 :] == ["PRIVATE-TOKEN: secret", *words]
+    assert Path("gate/note.md").read_text() == f"{MARKER}\n### verdict\n"
+    assert not Path("broken").exists()
