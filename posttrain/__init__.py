@@ -13,6 +13,7 @@ from posttrain.version import __version__
 if TYPE_CHECKING:
     from posttrain.advice import Advice, Rule
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
+    from posttrain.config.launch import LaunchConfig, Launcher
     from posttrain.config.money import Amount
     from posttrain.config.on_policy import Keep, OnPolicy
     from posttrain.config.preparation import (
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
         GateConfig,
         GateTask,
         Half,
-        LaunchConfig,
-        Launcher,
         ModelConfig,
         OnFail,
         Role,
@@ -214,6 +213,7 @@ __all__ = [
 HOMES = {
     "posttrain.advice": ("Advice", "Rule"),
     "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
+    "posttrain.config.launch": ("LaunchConfig", "Launcher"),
     "posttrain.config.on_policy": ("Keep", "OnPolicy"),
     "posttrain.config.preparation": (
         "Action",
@@ -235,8 +235,6 @@ HOMES = {
         "GateConfig",
         "GateTask",
         "Half",
-        "LaunchConfig",
-        "Launcher",
         "ModelConfig",
         "OnFail",
         "Role",

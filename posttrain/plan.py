@@ -14,20 +14,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
+from posttrain.config.launch import LaunchConfig
 from posttrain.config.money import EXAMPLES, Amount, amount, prices
 from posttrain.config.preparation import rule_problems, setting_problem
 from posttrain.config.ranges import out_of_range
 from posttrain.config.replay import Replay
-from posttrain.config.schema import (
-    ROOT,
-    EngineName,
-    GateConfig,
-    GateTask,
-    LaunchConfig,
-    ModelConfig,
-    Source,
-    StageConfig,
-)
+from posttrain.config.schema import ROOT, EngineName, GateConfig, GateTask, ModelConfig, Source, StageConfig
 from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_replay, conform_sources
 from posttrain.errors import BadInput, Problem, suggest

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from posttrain import environment
 from posttrain.config.compose import compose
+from posttrain.config.launch import Launcher
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import GateTask, Half, Launcher, OnFail
+from posttrain.config.schema import GateTask, Half, OnFail
 from posttrain.config.sources import shipped_resolvers
 from posttrain.config.typed import check_resolved, conform_gate_tasks
 from posttrain.disk import explain_error, replace_text

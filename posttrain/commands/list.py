@@ -9,8 +9,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from posttrain.config.launch import LaunchConfig
 from posttrain.config.paths import conf_folders, recipe_folders, user_recipes
-from posttrain.config.schema import MISSING, GateConfig, GateTask, LaunchConfig, LoraSettings, ModelConfig, Source
+from posttrain.config.schema import MISSING, GateConfig, GateTask, LoraSettings, ModelConfig, Source
 from posttrain.errors import reject, suggest
 from posttrain.host import consent, index, plugins
 from posttrain.host.plugins import Host

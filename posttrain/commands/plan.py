@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from posttrain.commands.estimate import estimate_lines, estimates, machine_line, machine_of, pace_of, volume_of
 from posttrain.config.compose import compose
+from posttrain.config.launch import LaunchConfig
 from posttrain.config.money import HOURS, Amount
-from posttrain.config.schema import Backend, GateConfig, GateTask, LaunchConfig, Method, Sequential
+from posttrain.config.schema import Backend, GateConfig, GateTask, Method, Sequential
 from posttrain.cost.estimate import Estimate
 from posttrain.cost.fit import fit
 from posttrain.cost.machines import Machine

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain import environment
-from posttrain.config.schema import Launcher
+from posttrain.config.launch import Launcher
 from posttrain.errors import GateFailed, GateUndecided
 from posttrain.gate.procedure import WARNED
 from posttrain.host import plugins

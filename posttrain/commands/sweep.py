@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from posttrain.config.compose import Composition, compose
-from posttrain.config.schema import Half, Launcher
+from posttrain.config.launch import Launcher
+from posttrain.config.schema import Half
 from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain, reject
 from posttrain.host.plugins import Host
 from posttrain.launch.shape import in_slurm_job

@@ -13,7 +13,8 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from posttrain.config.schema import ROOT, GateTask, LaunchConfig, ModelConfig, Source
+from posttrain.config.launch import LaunchConfig
+from posttrain.config.schema import ROOT, GateTask, ModelConfig, Source
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 

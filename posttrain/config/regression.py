@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.config.schema import MISSING, Dtype, GateConfig, LaunchConfig
+from posttrain.config.launch import LaunchConfig
+from posttrain.config.schema import MISSING, Dtype, GateConfig
 
 GGUF = ".gguf"
 """Suffix of a candidate that is a file of llama.cpp."""

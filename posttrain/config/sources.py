@@ -21,13 +21,13 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, EnumNode, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
+from posttrain.config.launch import LaunchConfig
 from posttrain.config.paths import conf_folders, recipe_folders, shipped
 from posttrain.config.plain import Known, full_form
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import (
     FROM_VARIANT,
     EngineName,
-    LaunchConfig,
     Method,
     ModelConfig,
     Source,

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
 from posttrain.disk import naming, write_synced
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.spec import GateProgress

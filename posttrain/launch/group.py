@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.environment import cores
 from posttrain.errors import Interrupted, PluginFailed, PosttrainError

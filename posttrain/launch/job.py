@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
 from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords, digest_records, release
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Question, Record, Text

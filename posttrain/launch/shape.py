@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from re import fullmatch
 
-from posttrain.config.schema import EngineName, LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import EngineName
 from posttrain.cost.engines import SINGLE, choose_engine, gpus, missing_extra
 from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs, stage_needs
@@ -25,6 +27,7 @@ OPTIONS = {
 """Settings of a Slurm job, with the names of sbatch's options."""
 WORD = r"[\w.:,=/+@&|*()\[\]][\w.:,=/+@&|*()\[\]-]*"
 """Value of such an option: one word that is no option itself."""
+ON_LINUX = sys.platform == "linux"
 BLOCKS = 2
 """Blocks of a gate that each of its processes gets at least: starting them takes as long as many a block."""
 LAUNCHER = "POSTTRAIN_LAUNCHER"
@@ -113,6 +116,10 @@ def launch_problems(launch: LaunchConfig) -> Iterator[Problem]:
             key = "nodes" if processes is None else "processes"
             fix = "Add launch=local for this machine, or launch=slurm"
             yield Problem(where=f"launch.{key}", what="nothing starts other processes", fix=fix)
+        return
+    if not ON_LINUX:
+        what = "several processes need Linux, which ends all of them with the command"
+        yield Problem(where="launch", what=what, fix="Leave it out: one process trains here")
         return
     if processes is None and not _gpus_of(kind):
         fix = f"Give launch.processes=N; this machine has {cores()} cores" if kind is Launcher.local else ""

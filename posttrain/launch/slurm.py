@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.schema import LaunchConfig
+from posttrain.config.launch import LaunchConfig
 from posttrain.digests import digest_of
 from posttrain.disk import write_synced
 from posttrain.errors import BadInput, Problem, reject

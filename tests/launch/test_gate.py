@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import GateConfig
 from posttrain.errors import PosttrainError
 from posttrain.gate.spec import GateRequest
 from posttrain.launch.gate import GateGroup

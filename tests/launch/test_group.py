@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import GateConfig, LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import GateConfig
 from posttrain.context import StageContext
 from posttrain.data.held import digest_records
 from posttrain.data.records import Conversation, Text

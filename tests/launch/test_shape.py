@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import EngineName, LaunchConfig, Launcher, StageConfig
+from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import EngineName, StageConfig
 from posttrain.errors import BadInput
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
@@ -52,6 +53,17 @@ def problems(default: Plan, engine: str = "auto", config: Mapping[str, Any] | No
     steps = tuple(replace(step, config=replace(step.config, **(config or {}))) for step in default.steps)
     changed = replace(default, steps=steps, engine=EngineName(engine), launch=LaunchConfig(**launch))
     return "\n".join(map(str, shape.check(changed)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Launcher if kind is not Launcher.none])
+def test_a_system_that_cannot_end_processes_together_is_told_so_once(
+    default: Plan, monkeypatch: pytest.MonkeyPatch, kind: Launcher
+) -> None:
+    monkeypatch.setattr(shape, "ON_LINUX", False)
+    found = problems(default, kind=kind, processes=2)
+    assert found.startswith("launch: several processes need Linux")
+    assert len(found.splitlines()) == 2
+    assert problems(default) == ""
 
 
 def bring_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.config.compose import compose
-from posttrain.config.schema import LaunchConfig, Launcher
+from posttrain.config.launch import LaunchConfig, Launcher
 from posttrain.errors import BadInput, Interrupted, PosttrainError
 from posttrain.host.plugins import Host
 from posttrain.launch import slurm

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from posttrain import Stage, StageContext, hookimpl
-from posttrain.config.schema import LaunchConfig
+from posttrain.config.launch import LaunchConfig
 from posttrain.launch.job import FOLDER, JOB, write_job
 from posttrain.testing import Project
 
