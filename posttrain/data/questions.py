@@ -17,6 +17,8 @@ ANSWERED = ("answer", "completion")
 KNOWN = (*ASKED, *ANSWERED, "match", "meta")
 META = "meta_json"
 """Field of a gate's document with the ``meta`` of its question, as JSON: what slices are named by, and nobody asks."""
+PLACE = "place"
+"""Field of a gate's document with its file and line, for people who look the question up; nobody asks it."""
 SHAPE = "question (text) or messages or prompt, [answer | completion, match, meta]"
 """The keys of a question, for messages."""
 

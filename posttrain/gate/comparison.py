@@ -13,7 +13,7 @@ from posttrain.digests import digest_of
 from posttrain.gate.evidence import Evidence, Pool, measure_distance, pair_scores
 from posttrain.gate.roles import RULES
 from posttrain.gate.sequential import Look, is_hopeless
-from posttrain.gate.slices import Part, cut
+from posttrain.gate.slices import Part, cut, cut_limit
 from posttrain.gate.spec import Comparator, VerdictState
 from posttrain.gate.statistics import Bounds, LowAt, holm
 
@@ -120,7 +120,8 @@ def _limit(gate: GateConfig, task: TaskScores) -> Comparison:
         if scores
         else None
     )
-    return _comparison(task, against="threshold", evidence=evidence, threshold=0.0, limit=limit)
+    found = _comparison(task, against="threshold", evidence=evidence, threshold=0.0, limit=limit)
+    return replace(found, parts=cut_limit(task, scores, limit))
 
 
 def _comparison(

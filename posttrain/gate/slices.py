@@ -7,11 +7,11 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from posttrain.gate.evidence import Evidence, pair_scores
+from posttrain.gate.evidence import Evidence, measure_distance, pair_scores
 from posttrain.gate.spec import SliceVerdict
 
 if TYPE_CHECKING:
@@ -27,29 +27,47 @@ class Part:
     value: str
     evidence: Evidence
     better: int
-    """Documents that the candidate answers better."""
+    """Documents that the candidate answers better: than the other system, or than a limit asks for."""
     worse: int
 
 
 def cut(task: TaskScores, better: Sequence[float], worse: Sequence[float]) -> tuple[Part, ...]:
     """Return the parts of a paired comparison: lifts are ``better`` less ``worse``, document by document."""
+    changes = [one - other for one, other in zip(better, worse, strict=True)]
+
+    def evidence(chosen: Sequence[int], clusters: Sequence[str] | None) -> Evidence:
+        return pair_scores([better[place] for place in chosen], [worse[place] for place in chosen], clusters)
+
+    return _parts(task, changes, evidence)
+
+
+def cut_limit(task: TaskScores, scores: Sequence[float], limit: float) -> tuple[Part, ...]:
+    """Return the parts of a limit: lifts are the distances of the candidate's own scores from its good side."""
+    sign = 1 if task.higher_is_better else -1
+
+    def evidence(chosen: Sequence[int], clusters: Sequence[str] | None) -> Evidence:
+        own = [scores[place] for place in chosen]
+        return measure_distance(own, limit, higher_is_better=task.higher_is_better, clusters=clusters)
+
+    return _parts(task, [sign * (score - limit) for score in scores], evidence)
+
+
+def _parts(
+    task: TaskScores,
+    changes: Sequence[float],
+    evidence: Callable[[Sequence[int], Sequence[str] | None], Evidence],
+) -> tuple[Part, ...]:
+    """Return the part of every value of every field, with the evidence in the places of its documents."""
     parts = []
     for field, values in task.slices.items():
         places: dict[str, list[int]] = {}
         for place, value in enumerate(values):
             places.setdefault(value, []).append(place)
-        parts += [_part(field, value, chosen, task, better, worse) for value, chosen in sorted(places.items())]
+        for value, chosen in sorted(places.items()):
+            clusters = None if task.clusters is None else [task.clusters[place] for place in chosen]
+            gained, lost = (sum(sign * changes[place] > 0 for place in chosen) for sign in (1, -1))
+            parts.append(Part(field, value, evidence(chosen, clusters), gained, lost))
     return tuple(parts)
-
-
-def _part(
-    field: str, value: str, chosen: Sequence[int], task: TaskScores, better: Sequence[float], worse: Sequence[float]
-) -> Part:
-    new, old = [better[place] for place in chosen], [worse[place] for place in chosen]
-    clusters = None if task.clusters is None else [task.clusters[place] for place in chosen]
-    changes = [one - other for one, other in zip(new, old, strict=True)]
-    gained, lost = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    return Part(field, value, pair_scores(new, old, clusters), gained, lost)
 
 
 def bound_parts(parts: Sequence[Part], confidence: float) -> tuple[SliceVerdict, ...]:
@@ -78,7 +96,7 @@ def drivers(verdict: TaskVerdict) -> Iterator[str]:
         lost, won = max(parts, key=lambda part: part.worse), max(parts, key=lambda part: part.better)
         if lost.worse and (lost.high < 0 or verdict.state != "pass"):
             yield _sentence(verdict, lost, lost.worse, sum(part.worse for part in parts), "lost", chance=lost.high >= 0)
-        if won.better and won.low > 0:
+        if won.better and won.low > 0 and verdict.role != "limit":  # an answer beyond a limit is no gain
             yield _sentence(verdict, won, won.better, sum(part.better for part in parts), "won", chance=False)
 
 
@@ -88,7 +106,8 @@ def _sentence(verdict: TaskVerdict, part: SliceVerdict, count: int, total: int, 
     doubt = ", which may be chance" if chance else ""
     figures = f"{lift} [{low}, {high}] at n = {part.n:,}, corrected for {len(verdict.slices)} slices{doubt}"
     where = f"{verdict.task} against {verdict.against}"
-    return f"{where}: {count:,} of {total:,} {kind} answers are in {part.field} {part.value} ({figures})"
+    answers = "answers worse than the limit" if verdict.role == "limit" else f"{kind} answers"
+    return f"{where}: {count:,} of {total:,} {answers} are in {part.field} {part.value} ({figures})"
 
 
 def _change(value: float, shares: bool) -> str:

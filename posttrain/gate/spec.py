@@ -121,7 +121,7 @@ class SliceVerdict:
     n: int
     """Number of compared documents."""
     better: int
-    """Documents that the candidate answers better than the other system."""
+    """Documents that the candidate answers better than the other system, or than a limit asks for."""
     worse: int
     """Documents that it answers worse."""
     lift: float

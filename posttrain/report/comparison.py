@@ -12,6 +12,7 @@ from posttrain.report.curves import main_charts
 from posttrain.report.page import environment
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock, scale_of
+from posttrain.scoring.scorecard import Shown
 
 PAGE = "runs.html"
 """Name of the page in the folder of all runs."""
@@ -43,8 +44,7 @@ class Side:
 class Differing:
     """A document whose score differs between runs."""
 
-    number: int
-    question: str
+    asked: Shown
     target: str
     answers: Sequence[tuple[str, float, str]]
     """Name of each run that was asked, its score and its answer."""
@@ -108,7 +108,7 @@ def _curves(name: str, sides: Sequence[Side]) -> list[tuple[str, Any]]:
 def _answers(name: str, sides: Sequence[Side]) -> list[tuple[str, str, int, list[Differing]]]:
     """Return the tasks of one stage with the number of documents that the runs score differently, and the first."""
     scores: list[dict[tuple[str, int], DocumentScore]] = []
-    prompts: dict[tuple[str, int], str] = {}
+    prompts: dict[tuple[str, int], Shown] = {}
     metrics: dict[str, str] = {}
     for side in sides:
         stage = _stage(side, name)
@@ -128,14 +128,14 @@ def _answers(name: str, sides: Sequence[Side]) -> list[tuple[str, str, int, list
         if len({row.document_hash for _, row in known}) == 1 and len({row.metrics[metric] for _, row in known}) > 1:
             differing.setdefault(task, []).append(
                 Differing(
-                    number=number, question=prompts.get((task, number), ""), target=known[0][1].target,
+                    asked=prompts.get((task, number), Shown(task, number, "")), target=known[0][1].target,
                     answers=[(run, row.metrics[metric], row.response) for run, row in known],
                 )
             )  # fmt: skip
     return [(name, task, len(found), found[:MOST_DOCUMENTS]) for task, found in differing.items()]
 
 
-def _read(report: RunReport, stage: StageReport) -> tuple[list[DocumentScore], dict[tuple[str, int], str]]:
+def _read(report: RunReport, stage: StageReport) -> tuple[list[DocumentScore], dict[tuple[str, int], Shown]]:
     """Return the scores and the questions of a stage, as far as they can be read."""
     try:
         return report.scores(stage), report.prompts(stage)

@@ -26,6 +26,7 @@ from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
 from posttrain.report.table import COLUMNS, behind, remarks, shown_columns
 from posttrain.saved import read_text
+from posttrain.scoring.scorecard import Shown
 
 TONES = {
     "pass": "good", "promoted": "good", "done": "good",
@@ -126,7 +127,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
 
 def _documents(
     report: RunReport, stage: StageReport
-) -> tuple[list[TaskChanges], Mapping[tuple[str, int], str], list[str]]:
+) -> tuple[list[TaskChanges], Mapping[tuple[str, int], Shown], list[str]]:
     """Return the changed documents of a stage, their prompts, and a note of each unreadable part."""
     if stage.verdict is None or not stage.verdict.tasks:
         return [], {}, []

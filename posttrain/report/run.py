@@ -18,7 +18,7 @@ from posttrain.quoting import redacted
 from posttrain.run.directory import RunState, StageState, artifact_of, read_state, true_ending, true_stage
 from posttrain.run.verdict import VERDICT, KeptVerdict, confirmed_verdict
 from posttrain.saved import as_kind, read_as, read_text
-from posttrain.scoring.scorecard import read_questions, read_scorecard
+from posttrain.scoring.scorecard import Shown, read_questions, read_scorecard
 
 LARGEST = 1e100
 """Values of this size or more are no measurements, and are not drawn."""
@@ -74,7 +74,7 @@ class RunReport:
         """Read every score of a stage's gate; raise ArtifactDamaged or OSError when they cannot be read."""
         return read_scorecard(self._evidence(stage) / "scorecard.jsonl")
 
-    def prompts(self, stage: StageReport) -> dict[tuple[str, int], str]:
+    def prompts(self, stage: StageReport) -> dict[tuple[str, int], Shown]:
         """Read the questions of a stage's gate by task and document; raise as ``scores`` does."""
         return read_questions(self._evidence(stage) / "questions.jsonl")
 

@@ -10,6 +10,7 @@ from posttrain.quoting import one_line
 from posttrain.report.documents import TaskChanges, changed_documents
 from posttrain.report.run import RunReport
 from posttrain.report.table import judges, reasons, shown_columns, table_rows
+from posttrain.scoring.scorecard import Shown
 
 MOST_BYTES = 60_000
 """Size of a summary: a comment on GitHub holds 65,536 characters, the summary of a job a megabyte."""
@@ -34,7 +35,7 @@ NEXT = {
 
 
 def summary(
-    report: RunReport, rows: Sequence[DocumentScore], prompts: Mapping[tuple[str, int], str] | None = None
+    report: RunReport, rows: Sequence[DocumentScore], prompts: Mapping[tuple[str, int], Shown] | None = None
 ) -> str:
     """Return the verdicts of a gate with the documents that got worse, in at most MOST_BYTES bytes.
 
@@ -70,7 +71,7 @@ def summary_error(name: str, adapter: str, reason: str, exit_code: int) -> str:
     return _limit(f"### {mark}: {_inline(adapter)}, gate {_inline(name)}\n\n- {_inline(reason)}\n")
 
 
-def _worse(changes: TaskChanges, prompts: Mapping[tuple[str, int], str]) -> Iterable[str]:
+def _worse(changes: TaskChanges, prompts: Mapping[tuple[str, int], Shown]) -> Iterable[str]:
     if not changes.worse:
         return
     task, count = changes.task, len(changes.worse)
@@ -78,9 +79,11 @@ def _worse(changes: TaskChanges, prompts: Mapping[tuple[str, int], str]) -> Iter
     yield f"<details><summary>{_inline(task.task)} against {task.against}: {counts}</summary>\n"
     yield "| document | question | before | after | wanted |\n|---|---|---|---|---|"
     for change in changes.worse[:MOST_DOCUMENTS]:
-        question = prompts.get((task.task, change.after.doc_id), "")[-MOST_CHARACTERS:]  # its end asks
-        texts = (question, change.before.response, change.after.response, change.after.target)
-        yield f"| {change.after.doc_id} | {' | '.join(_inline(text[:MOST_CHARACTERS]) for text in texts)} |"
+        number = change.after.doc_id
+        question = prompts.get((task.task, number), Shown(task.task, number, ""))
+        texts = (question.prompt[-MOST_CHARACTERS:], change.before.response, change.after.response, change.after.target)
+        cells = (question.place or str(number), *(text[:MOST_CHARACTERS] for text in texts))
+        yield f"| {' | '.join(map(_inline, cells))} |"
     yield "\n</details>\n"
 
 

@@ -15,7 +15,7 @@ import yaml
 from posttrain.config.regression import GGUF
 from posttrain.config.schema import Backend
 from posttrain.data.files import FORMATS
-from posttrain.data.questions import META
+from posttrain.data.questions import META, PLACE
 from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, shown, suggest
 from posttrain.gate.matching import group_equal, merge_sources
@@ -322,7 +322,7 @@ def fields_of(document: Any) -> list[str]:
     if not isinstance(document, Mapping):
         return []
     meta = json.loads(document[META]) if META in document else {}
-    return [str(key) for key in (*document, *meta) if key != META]
+    return [str(key) for key in (*document, *meta) if key not in (META, PLACE)]
 
 
 def read_slices(

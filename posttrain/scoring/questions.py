@@ -35,6 +35,9 @@ class Question:
     wording: str = ""
     """Text of the question as the task words it, without examples and template; empty where it words none."""
 
+    place: str = ""
+    """File and line of an own document, such as ``questions.jsonl:17``; empty for the documents of other tasks."""
+
     @property
     def contents(self) -> tuple[str, str, str]:
         """Hashes each of which makes two questions with an equal one the same."""

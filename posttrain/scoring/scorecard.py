@@ -51,25 +51,33 @@ def parse_scorecard(text: str, path: Path) -> list[DocumentScore]:
 def write_questions(path: Path, tasks: Iterable[PreparedTask]) -> None:
     """Write the end of every question, for people who read the answers."""
     lines = [
-        canonical({"task": task.name, "doc_id": question.doc_id, "prompt": question.shown[-PROMPT_END:]})
+        canonical(asdict(Shown(task.name, question.doc_id, question.shown[-PROMPT_END:], question.place)))
         for task in tasks
         for question in task.questions
     ]
     replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_questions(path: Path) -> dict[tuple[str, int], str]:
+def read_questions(path: Path) -> dict[tuple[str, int], Shown]:
     """Return the end of every question by task and document. Raises ArtifactDamaged naming the first bad line."""
-    return {(question.task, question.doc_id): question.prompt for question in read_lines(_Question, path)}
+    return {(question.task, question.doc_id): question for question in read_lines(Shown, path)}
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A line of questions.jsonl."""
+class Shown:
+    """A line of questions.jsonl: a question for people who read the answers."""
 
     task: str
     doc_id: int
     prompt: str
+    """End of the question's text."""
+    place: str = ""
+    """File and line of an own document."""
+
+    @property
+    def name(self) -> str:
+        """File and line, or the number of the document among those of its task."""
+        return self.place or f"document {self.doc_id}"
 
 
 def row_line(row: DocumentScore) -> str:

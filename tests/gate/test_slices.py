@@ -56,6 +56,22 @@ def test_where_less_is_better_a_higher_score_is_lost() -> None:
     assert "12 of 12 lost answers are in topic billing" in verdict.notes[0]
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_limit_says_where_its_score_falls_short(higher_is_better: bool) -> None:
+    wrong = {*range(20), 50, 130}
+    scores = [float((number not in wrong) == higher_is_better) for number in range(200)]
+    limit = GateTask(role=Role.limit, metric="acc", threshold=0.95 if higher_is_better else 0.05)
+    verdict = decided(scores, scores, limit, higher_is_better=higher_is_better)
+    billing, greetings, _ = verdict.tasks[0].slices
+    assert (verdict.state, billing.n, billing.worse, greetings.worse) == ("fail", 40, 20, 1)
+    assert billing.lift == pytest.approx(0.5 - 0.95)
+    assert billing.high < 0 < greetings.high
+    assert verdict.notes[0].startswith("quiz against threshold: 20 of 22 answers worse than the limit are in topic bil")
+    right = [float(higher_is_better)] * 200
+    met = decided(right, right, replace(limit, threshold=0.5), higher_is_better=higher_is_better)
+    assert (met.state, [note for note in met.notes if "limit are in" in note]) == ("pass", [])
+
+
 def test_slices_decide_nothing() -> None:
     new, old = answers({*range(12), 50}), answers({199})
     plain, sliced = decided(new, old, topics={"all": tuple(range(200))}), decided(new, old)

@@ -17,6 +17,7 @@ from posttrain.report.junit import junit, junit_error
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.summary import MOST_BYTES, summary, summary_error
 from posttrain.run.directory import RunState, StageState
+from posttrain.scoring.scorecard import Shown
 from tests.support.judgements import task_verdict
 
 
@@ -123,15 +124,17 @@ def test_a_summary_says_the_verdict_first_and_shows_what_got_worse() -> None:
     text = summary(
         report("gate_failed", stage("sft", "gate_failed", verdict("fail"))),
         [*rows, row("candidate", 1, 1.0)],
-        {("task0", 0): "which flag?"},
+        {("task0", 0): Shown("task0", 0, "which flag?", "questions.jsonl:17")},
     )
     assert text.splitlines()[0] == "### ❌ failed: sft, gate mine"
     assert "| task0 (lift, n 100) | 10.0 | 10.0 | 60.0 | +50.0 \\[+40.0, +60.0\\] vs base | fail |" in text
     assert "- because" in text
     assert "1 got worse, 1 better" in text
     assert "Next: Look at the answers that got worse." in text
-    assert "| 0 | which flag? | right | &lt;b>\\| &#64;all \\`x\\` | wanted |" in text
+    assert "| questions.jsonl:17 | which flag? | right | &lt;b>\\| &#64;all \\`x\\` | wanted |" in text
     assert "| 1 |" not in text
+    failed = report("gate_failed", stage("sft", "gate_failed", verdict("fail")))
+    assert "| 0 | which flag? | right" in summary(failed, rows[:2], {("task0", 0): Shown("task0", 0, "which flag?")})
 
 
 def test_a_summary_has_a_limit() -> None:

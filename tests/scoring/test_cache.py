@@ -73,8 +73,11 @@ def test_of_a_long_prompt_the_end_is_kept(tmp_path: Path) -> None:
     )
     write_questions(tmp_path / "questions.jsonl", [task])
     found = read_questions(tmp_path / "questions.jsonl")
-    assert found == {("quiz", 0): prompts[0], ("quiz", 1): prompts[1][-PROMPT_END:]}
-    assert found["quiz", 1].endswith("the question")
+    assert {key: each.prompt for key, each in found.items()} == {
+        ("quiz", 0): prompts[0], ("quiz", 1): prompts[1][-PROMPT_END:],
+    }  # fmt: skip
+    assert found["quiz", 1].prompt.endswith("the question")
+    assert found["quiz", 1].name == "document 1"
 
 
 def test_another_key_finds_nothing(cache: ScoreCache) -> None:

@@ -98,6 +98,35 @@ def test_slices_are_named_by_what_a_question_says_of_itself_and_it_is_the_same_q
 
 
 @pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("held_out_responses", {"prompt": "a", "completion": "b"}),
+        ("held_out_preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ],
+)
+def test_responses_and_pairs_are_sliced_by_meta_and_by_keys_that_nothing_reads(name: str, row: dict[str, str]) -> None:
+    rows = [{**row, "prompt": f"a{number}"} for number in range(3)]
+    plain = write("plain.jsonl", *rows)
+    told = [{**each, "topic": topic, "meta": {"level": 1}} for each, topic in zip(rows, "aba", strict=True)]
+    sliced = write("sliced.jsonl", *told)
+    asked, named = task(name, plain), task(name, sliced, slices=["topic", "level"])
+    before, after = (prepare_task("mine", one, tiny_tokenizer(), 0) for one in (asked, named))
+    assert read_slices({"mine": named}, [after]) == {
+        "mine": {"topic": {"a": (0, 2), "b": (1,)}, "level": {"1": (0, 1, 2)}}
+    }
+    assert [one.document_hash for one in before.questions] == [one.document_hash for one in after.questions]
+    assert [one.place for one in after.questions] == ["sliced.jsonl:1", "sliced.jsonl:2", "sliced.jsonl:3"]
+    with pytest.raises(BadInput, match="document 0 has no field kind"):
+        preflight({"mine": task(name, sliced, slices=["kind"])})
+
+
+def test_an_own_question_has_its_file_and_line() -> None:
+    Path("questions.jsonl").write_text('{"question": "a", "answer": "b"}\n\n{"question": "c", "answer": "d"}\n')
+    prepared = prepare_task("mine", task("own_questions", "questions.jsonl"), tiny_tokenizer(), 0)
+    assert [one.place for one in prepared.questions] == ["questions.jsonl:1", "questions.jsonl:3"]
+
+
+@pytest.mark.parametrize(
     ("match", "answer", "yes", "no"),
     [
         ("exact", "Paris", [" Paris\n"], ["paris", "Paris.", ""]),

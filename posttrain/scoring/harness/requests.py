@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from posttrain.data.questions import META
+from posttrain.data.questions import META, PLACE
 from posttrain.data.records import Conversation
 from posttrain.digests import digest_of
 from posttrain.errors import BadInput, Problem, reject
@@ -199,18 +199,19 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         doc=_as_written(doc, written) if any(text != shown for text, shown in written.items()) else doc,
         leaf=leaf,
         requests=requests,
-        document_hash=_hash(json.dumps(_without_meta(doc), sort_keys=True, default=str)),
+        document_hash=_hash(json.dumps(_without_notes(doc), sort_keys=True, default=str)),
         request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
         target=target_text,
         words=digest_of([leaf.OUTPUT_TYPE, *_asked(leaf, doc, question, requests)]),
         wording=wording(question),
+        place=str(doc.get(PLACE, "")) if isinstance(doc, Mapping) else "",
     )
 
 
-def _without_meta(doc: Any) -> Any:
+def _without_notes(doc: Any) -> Any:
     """Return a document without what nobody asks: two that differ in it alone are equal."""
-    return {key: value for key, value in doc.items() if key != META} if isinstance(doc, Mapping) else doc
+    return {key: value for key, value in doc.items() if key not in (META, PLACE)} if isinstance(doc, Mapping) else doc
 
 
 def _as_given(doc: Any, target: Any) -> Any:

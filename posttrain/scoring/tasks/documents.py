@@ -1,19 +1,21 @@
 """The documents of tasks on your own files, read as training data is read.
 
-A document holds its prompt as the JSON of a list of messages, because a data set's columns cannot mix shapes.
+A document holds its prompt as the JSON of a list of messages, because a data set's columns cannot mix shapes; so does
+it hold what slices are named by: ``meta`` and the keys of its row that nothing else reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from datasets import Dataset
 
 from posttrain.config.schema import Source
 from posttrain.data.files import local_files, read_rows
-from posttrain.data.questions import META, read_question
+from posttrain.data.questions import META, PLACE, read_question
 from posttrain.data.reading import read_source
 from posttrain.data.records import OUR_KEYS, Conversation, Message, Preference
 from posttrain.errors import reject
@@ -23,12 +25,12 @@ Splits = dict[str, Dataset]
 
 def responses(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
     """Read conversations in any shape of SFT: the last trained answer is the response, all before it the prompt."""
-    return _splits(data_files, lambda path: map(_response, read_source(Source(path=path), "conversations")))
+    return _splits(data_files, lambda path: _records(path, "conversations", _response))
 
 
 def preferences(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
     """Read pairs in any shape of DPO, with the texts of the two answers, the preferred one first."""
-    return _splits(data_files, lambda path: map(_pair, read_source(Source(path=path), "preferences")))
+    return _splits(data_files, lambda path: _records(path, "preferences", _pair))
 
 
 def questions(data_files: Mapping[str, str] | None = None, **_: Any) -> Splits:
@@ -45,6 +47,27 @@ def _splits(data_files: Mapping[str, str] | None, read: Any) -> Splits:
     if data_files is None:
         reject("data", "the task has no documents of its own", "Give data: FILE")
     return {split: Dataset.from_list(list(read(path))) for split, path in data_files.items()}
+
+
+def _records(path: str, shape: str, document: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = {where: row for file in local_files(path) or [] for where, row in read_rows(file)}
+    found = []
+    for record in read_source(Source(path=path), shape):
+        row = rows.get(record.where, {})
+        meta = row["meta"] if isinstance(row.get("meta"), Mapping) else {}
+        meta = {**{key: row[key] for key in record.unread if key in row and key != "meta"}, **meta}
+        found.append({**document(record), **_notes(meta, record.where)})
+    return _alike(found)
+
+
+def _notes(meta: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Return the fields of a document that nobody asks."""
+    return {META: json.dumps(meta, ensure_ascii=False, sort_keys=True, default=str), PLACE: PurePath(where).name}
+
+
+def _alike(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the documents with the same fields: without ``meta`` where none has any."""
+    return found if any(doc[META] != "{}" for doc in found) else [_without_meta(doc) for doc in found]
 
 
 def _response(record: Any) -> dict[str, Any]:
@@ -68,9 +91,7 @@ def _pair(record: Any) -> dict[str, Any]:
 
 
 def _questions(path: str) -> Iterable[dict[str, Any]]:
-    found = [_question(row, where) for file in local_files(path) or [] for where, row in read_rows(file)]
-    # The documents of one data set have the same fields.
-    return found if any(json.loads(doc[META]) for doc in found) else [_without_meta(doc) for doc in found]
+    return _alike([_question(row, where) for file in local_files(path) or [] for where, row in read_rows(file)])
 
 
 def _without_meta(doc: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +103,8 @@ def _question(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not question.answers:
         reject(where, "has no answer", "Give the right answer")
     answers = json.dumps(list(question.answers), ensure_ascii=False, sort_keys=True)
-    meta = json.dumps(question.meta, ensure_ascii=False, sort_keys=True)
-    return {"prompt": _prompt(question.prompt), "answer": answers, "match": question.match, META: meta}
+    document = {"prompt": _prompt(question.prompt), "answer": answers, "match": question.match}
+    return document | _notes(question.meta, where)
 
 
 def _prompt(listed: Iterable[Message]) -> str:
