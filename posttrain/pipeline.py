@@ -29,10 +29,11 @@ from posttrain.run.job import Job, records_digest, run_name
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.log import logged
 from posttrain.run.published import withdraw
+from posttrain.run.readings import read_all
 from posttrain.run.replay import choose_share
 from posttrain.run.spending import within_cap
 from posttrain.run.start import read_base, read_start
-from posttrain.run.train import read_all, train
+from posttrain.run.train import train
 
 ENDINGS = {error: STATES[state] for state, error in ERRORS.items()} | dict.fromkeys(
     (Interrupted, DiskFailed), "interrupted"

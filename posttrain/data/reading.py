@@ -117,6 +117,14 @@ def data_digest(sources: Sequence[Source], cache: Path | None = None) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
+def places(sources: Sequence[Source], cache: Path | None = None) -> list[list[str]]:
+    """Return the names of the files of each source in messages; that of a hub dataset is its own."""
+    found = [_files(source, cache) for source in sources]
+    return [
+        [source.path, *(place for _, place in files or ())] for source, files in zip(sources, found, strict=True)
+    ]
+
+
 def remote(sources: Sequence[Source]) -> list[str]:
     """Return the hub datasets and URLs among the sources, which the first start copies."""
     return [source.path for source in sources if is_url(source.path) or local_files(source.path) is None]

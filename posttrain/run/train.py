@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +94,7 @@ def fingerprint_of(job: Job, parent: ModelSource, records: Records) -> str:
 
     Rows that are yet to be sampled follow from the parent, and those that preparation keeps of them from its settings.
     """
-    preparer = _preparer(job)
+    preparer = preparer_of(job)
     waits = records.asked and preparer.is_on
     return job.fingerprint(parent, digest_of([records.kept, preparer.conditions()]) if waits else records.kept)
 
@@ -247,25 +246,12 @@ def _known(job: Job) -> contextlib.AbstractContextManager[None]:
     return activity.calling(Activity(plugin=plugin.name, origin=plugin.origin, call=call, silence_limit=limit))
 
 
-def read_all(jobs: Sequence[Job]) -> dict[str, Records]:
-    """Read and check the records of all stages; hold those of the first. Raises BadInput as ``read_records`` does."""
-    found: dict[str, Records] = {}
-    for job in jobs:
-        found[job.name] = read_records(job)
-        if job is not jobs[0]:
-            found[job.name].release()
-    if len(jobs) > 1:
-        gc.collect()  # what a hook answered may be held by a circle of its frames
-    return found
-
-
 def read_records(job: Job) -> Records:
     """Read, prepare and weigh the stage's records.
 
     Raises BadInput when the data changed after the run was named by its digest.
     """
     trained, evaluated = _read_both(job)
-    evaluation = _evaluation(job)
     check_asked(job, trained, evaluated)
     left_out = [line for each in (trained, evaluated) for line in _left_out(job, each)]
     unread = _unread(job, [*trained, *evaluated])
@@ -273,8 +259,8 @@ def read_records(job: Job) -> Records:
     waiting = not trained and any(source.on_policy for source in job.step.sources)
     done = None if waiting else _prepare(job, trained, evaluated)
     return Records(
-        trained=_held(job, job.step, trained, None if done is None or not done.entry.kept else done.rows()),
-        eval_records=_held(job, evaluation, evaluated) if evaluation.sources else HeldRecords.of(tuple),
+        trained=_held(job, job.step, trained, done),
+        eval_records=_held(job, evaluation_of(job), evaluated),
         warnings=[*left_out, *unread],
         asked=read_asked(job),
         kept="" if done is None else done.entry.kept,
@@ -298,7 +284,13 @@ def _joined(job: Job, records: Records, sampled: Sequence[Record]) -> Records:
     return replace(records, trained=HeldRecords.of(lambda: trained), prepared=lengths)
 
 
-def _preparer(job: Job, sampled: int = 0) -> Preparer:
+def evaluation_of(job: Job) -> Step:
+    """Return the step whose records are those of the eval loss."""
+    return replace(job.step, sources=job.step.eval_sources)
+
+
+def preparer_of(job: Job, sampled: int = 0) -> Preparer:
+    """Return the preparation of the stage's records, the last ``sampled`` of which its parent has made."""
     return Preparer(
         plan=job.plan, host=job.host, step=job.step, data_digest=job.data_digest, sampled=sampled,
         note=lambda line: job.display.line(job.name, "data", line),
@@ -307,13 +299,18 @@ def _preparer(job: Job, sampled: int = 0) -> Preparer:
 
 def _prepare(job: Job, trained: Sequence[Record], evaluated: Sequence[Record], sampled: int = 0) -> Kept | None:
     """Prepare the stage's records and show what it did; return None when the recipe switches it off."""
-    preparer = _preparer(job, sampled)
+    preparer = preparer_of(job, sampled)
     if not preparer.is_on:
         return None
     done = preparer.prepare(trained, evaluated)
-    for line in describe(done):
-        job.display.line(job.name, "data", line)
+    show_preparation(job, done)
     return done
+
+
+def show_preparation(job: Job, done: Kept | None) -> None:
+    """Show the lines about a preparation, if there is one."""
+    for line in () if done is None else describe(done):
+        job.display.line(job.name, "data", line)
 
 
 def _left_out(job: Job, records: Sequence[Record]) -> list[str]:
@@ -338,20 +335,19 @@ def _unread(job: Job, records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _held(job: Job, step: Step, read: Sequence[Record], kept: Sequence[int] | None = None) -> HeldRecords:
-    """Return the records that are ``kept``, all for None, repeated by weight; they are read again once let go."""
+def _held(job: Job, step: Step, read: Sequence[Record], done: Kept | None = None) -> HeldRecords:
+    """Return the records that preparation keeps, repeated by weight; they are read again once let go."""
     waiting = [read]
 
     def again() -> Sequence[Record]:
-        records = waiting.pop() if waiting else _read(job, step)
-        return weigh(records if kept is None else [records[at] for at in kept if at < len(records)], step.seed)
+        return taken(job, step, done, waiting.pop() if waiting else None)
 
     return HeldRecords.of(again, f"{job.name}.{'data' if step is job.step else 'eval_data'}")
 
 
 def _read_both(job: Job) -> tuple[Sequence[Record], Sequence[Record]]:
     """Return the stage's records to train and those of its eval data. Raises BadInput for data that has changed."""
-    evaluation = _evaluation(job)
+    evaluation = evaluation_of(job)
     evaluated = _read(job, evaluation) if evaluation.sources else ()
     trained = _read(job, job.step)
     # Compared after reading: a file replaced between the digest and this line would train under the wrong name.
@@ -361,8 +357,12 @@ def _read_both(job: Job) -> tuple[Sequence[Record], Sequence[Record]]:
     return trained, evaluated
 
 
-def _evaluation(job: Job) -> Step:
-    return replace(job.step, sources=job.step.eval_sources)
+def taken(job: Job, step: Step, done: Kept | None, read: Sequence[Record] | None = None) -> Sequence[Record]:
+    """Return the records of ``read``, read now without it, that preparation keeps, repeated by weight."""
+    records = read if read is not None else _read(job, step) if step.sources else ()
+    if done is not None and done.entry.kept:
+        records = [records[at] for at in done.rows() if at < len(records)]
+    return weigh(records, step.seed)
 
 
 def _read(job: Job, step: Step) -> Sequence[Record]:
