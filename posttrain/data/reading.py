@@ -120,9 +120,7 @@ def data_digest(sources: Sequence[Source], cache: Path | None = None) -> str:
 def places(sources: Sequence[Source], cache: Path | None = None) -> list[list[str]]:
     """Return the names of the files of each source in messages; that of a hub dataset is its own."""
     found = [_files(source, cache) for source in sources]
-    return [
-        [source.path, *(place for _, place in files or ())] for source, files in zip(sources, found, strict=True)
-    ]
+    return [[source.path, *(place for _, place in files or ())] for source, files in zip(sources, found, strict=True)]
 
 
 def remote(sources: Sequence[Source]) -> list[str]:
