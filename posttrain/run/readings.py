@@ -138,7 +138,7 @@ def _is_remembered(job: Job) -> bool:
 
 
 def _readers(host: Host) -> list[HookImpl]:
-    return host.hook.load_records.get_hookimpls()
+    return list(host.hook.load_records.get_hookimpls())
 
 
 def _find(job: Job, key: str) -> Reading | None:
