@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 """Seven questions are trained, four and three in a sampling, so that one process has fewer than the other."""
 # random weights rarely answer well, but some answers end
 FULL = SETTINGS | {"max_tokens": 24, "reward": "ended", "beta": 0.1, "updates": 1, "lr": 1e-3, "eval_share": 0.0}
-FULL |= {"eval_steps": None, "max_steps": 3}
+FULL |= {"eval_steps": None, "max_steps": 2}
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 
 
@@ -138,11 +138,11 @@ def test_losses_rewards_and_weights_are_those_of_one_process(trained: Trained) -
 
 
 @engines
-def test_stopped_between_two_samplings_it_ends_with_the_same_bytes(trained: Trained) -> None:
+def test_resumed_between_two_samplings_it_ends_with_the_same_bytes(trained: Trained) -> None:
     whole, resumed = trained.several / "whole", trained.several / "resumed"
     assert (resumed / "output" / ADAPTER).read_bytes() == (whole / "output" / ADAPTER).read_bytes()
     told = json.loads((resumed / "steps.json").read_text())
-    assert list(told) == ["3", "4"], "asked to stop after step 1, it went on to the end of the sampling"
+    assert list(told) == ["3", "4"], "it goes on behind a sampling; asked to stop amid one, it went on to its end"
     assert lines(resumed / "trail") == lines(whole / "trail")
 
 

@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m grpo_support.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,12 +58,17 @@ def main(path: Path, full: Path) -> None:
     """Run the stages."""
     torch.set_num_threads(1)
     processes.join(60)
-    for engine in ("ddp", "fsdp", "deepspeed"):
+    train(path, "ddp", "whole")
+    interrupt(path, "ddp", "resumed", after=1)
+    train(path, "ddp", "resumed")
+    for engine in ("fsdp", "deepspeed"):
         train(path, engine, "whole")
-        interrupt(path, engine, "resumed", after=1)
+        if processes.rank() == 0:  # as if it had been killed after its only checkpoint
+            shutil.copytree(path.parent / engine / "whole", path.parent / engine / "resumed")
+            shutil.rmtree(path.parent / engine / "resumed" / "output")
+        processes.wait()
         train(path, engine, "resumed")
-        if engine != "ddp":
-            train(full, engine, "whole")
+        train(full, engine, "whole")
     processes.leave()
 
 
