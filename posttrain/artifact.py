@@ -137,7 +137,7 @@ class Manifest:
     plugin: str
     """Plugin of the stage, with its version."""
     plugins: tuple[str, ...]
-    """Other plugins shaping the training data, with their versions."""
+    """Other plugins behind the training data, with their versions: of hooks, of filters, of readers of its files."""
     recipe: str
     """Name of the recipe."""
     base: BaseWeights

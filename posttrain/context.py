@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,8 @@ class StageContext:
     """Processes that render records; None for one on each core."""
     scorer: Scorer | None = None
     """Rewards of the stage's sampled answers; None for a stage whose settings name none."""
+    clusters: Mapping[str, int] = field(default_factory=dict)
+    """Number of the cluster of records alike, by ``where``, as preparation found them; records in none are absent."""
     trail: Path | None = None
     """Folder for the answers that the stage samples, kept with the run; with the checkpoints when absent."""
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -51,9 +51,12 @@ def main(words: list[str]) -> int:
 
 def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept | None:
     """Return a stage's preparation, from the cache without reading a row where that is possible."""
+    told: set[str] = set()
 
-    def note(line: str) -> None:
-        console.print(styled((f"{step.name:<8}", "bold"), f" {line}"))
+    def note(line: str) -> None:  # a damaged preparation is found with and without the records
+        if line not in told:
+            console.print(styled((f"{step.name:<8}", "bold"), f" {line}"))
+        told.add(line)
 
     preparer = Preparer(plan=plan, host=host, step=step, data_digest=records_digest(step), note=note)
     if not preparer.is_on or all(source.on_policy for source in step.sources):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from posttrain.config.schema import Half, Role
@@ -80,9 +81,17 @@ def _check_source(source: Source, where: str) -> Iterator[Problem]:
         if is_url(source.path):
             check_url(source.path)
         else:
-            local_files(source.path)
+            for path in local_files(source.path) or ():
+                _check_head(path)
     except BadInput as error:
         yield from (replace(problem, where=f"{where}: {problem.where}") for problem in error.problems)
+
+
+def _check_head(path: Path) -> None:
+    if path.suffix == ".parquet":
+        from posttrain.data.tables import check_table
+
+        check_table(path, str(path))
 
 
 def _check_asked(source: Source, where: str) -> Iterator[Problem]:

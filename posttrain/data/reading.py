@@ -123,6 +123,11 @@ def places(sources: Sequence[Source], cache: Path | None = None) -> list[list[st
     return [[source.path, *(place for _, place in files or ())] for source, files in zip(sources, found, strict=True)]
 
 
+def endings(sources: Sequence[Source], cache: Path | None) -> set[str]:
+    """Return the endings of all files of the sources; hub datasets have none."""
+    return {path.suffix for source in sources for path, _ in _files(source, cache) or ()}
+
+
 def remote(sources: Sequence[Source]) -> list[str]:
     """Return the hub datasets and URLs among the sources, which the first start copies."""
     return [source.path for source in sources if is_url(source.path) or local_files(source.path) is None]

@@ -54,6 +54,17 @@ def _declared_size(head: Any) -> int:
     return sum(max(column.total_uncompressed_size, VALUE_BYTES * column.num_values) for column in columns)
 
 
+def check_table(path: Path, place: str) -> None:
+    """Raise BadInput for a Parquet file without a sound head, which stands at its end: one that was cut has none."""
+    import pyarrow
+    from pyarrow.parquet import read_metadata
+
+    try:
+        read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        reject(place, f"is not a sound Parquet file: {str(error).splitlines()[0]}", "Copy or write it again")
+
+
 def count_table_rows(path: Path) -> int | None:
     """Return the number of rows by the head of a table; None for a damaged one."""
     import pyarrow

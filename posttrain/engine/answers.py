@@ -12,8 +12,7 @@ Only the positions that predict an answer's token go through the output projecti
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,11 +24,11 @@ from posttrain.engine.ahead import on_device
 from posttrain.engine.attention import causal_model, packed_hidden, shared_hidden
 from posttrain.engine.attention_kernels import Family
 from posttrain.engine.config import LoopConfig
+from posttrain.engine.held_out import choose_held_out
 from posttrain.engine.log_probs import token_log_probs
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.engine.precision import autocasting
-from posttrain.errors import BadInput, Problem
 
 Answer = tuple[str, Sequence[int]]
 """Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
@@ -170,18 +169,19 @@ class AnswerBatch:
             return token_log_probs(head, hidden_ND, self.targets, config.loss_chunk)
 
 
-def set_aside(rows: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+def set_aside(
+    rows: Sequence[Any], share: float, seed: int, clusters: Mapping[str, int] | None = None
+) -> tuple[list[Any], list[Any]]:
     """Split ``rows`` into those to train and a seeded ``share`` for the eval loss; rows of one prompt stay together.
 
-    Raises BadInput when nothing is left to train.
+    So do those of a cluster: ``clusters`` are those of the context, by the rows' ``where``. Raises BadInput when
+    nothing is left to train.
     """
     if share == 0:
         return list(rows), []
     prompts = sorted({tuple(row.prompt) for row in rows})
-    count = max(1, round(share * len(prompts)))
-    if count == len(prompts):
-        what = f"takes all of {count} different prompts, and leaves none to train"
-        raise BadInput(Problem(where="eval_share", what=what, fix="Lower eval_share, or give eval_data"))
-    chosen = set(random.Random(f"eval/{seed}").sample(prompts, count))
+    known = clusters or {}
+    alike = [(tuple(row.prompt), known[row.where]) for row in rows if row.where in known] if known else []
+    chosen = choose_held_out(prompts, share, seed, "prompts", alike)
     trained = [row for row in rows if tuple(row.prompt) not in chosen]
     return trained, [row for row in rows if tuple(row.prompt) in chosen]

@@ -91,6 +91,8 @@ class Job:
     """Folder for the answers that the stage samples."""
     data_workers: int | None
     """Processes that render records."""
+    clusters: Mapping[str, int]
+    """Number of the cluster of records alike, by their places."""
     metrics: Mapping[str, Any]
     """Figures that the command has for the manifest."""
     silence_seconds: float
@@ -128,6 +130,7 @@ def write_job(
         kept=str(context.kept.absolute()) if context.kept else None,
         trail=str(context.trail.absolute()) if context.trail else None,
         data_workers=context.data_workers,
+        clusters=dict(context.clusters),
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,
         command=os.getpid() if launch.kind is Launcher.local else None,

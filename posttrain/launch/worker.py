@@ -107,7 +107,7 @@ def context_of(
         name=job.name, config=config, parent=parent_of(job), records=read_records(folder, job.records),
         eval_records=read_records(folder, job.eval_records), seed=job.seed, dtype=job.dtype, engine=job.engine,
         progress=progress, stop_requested=stop_requested, checkpoints=Path(job.checkpoints), output=Path(job.output),
-        kept=kept, data_workers=job.data_workers,
+        kept=kept, data_workers=job.data_workers, clusters=dict(job.clusters),
         scorer=None if given is None else choose(given, host.rewards, host.reward_owners, kept),
         trail=Path(job.trail) if job.trail else None, metrics=dict(job.metrics),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from posttrain.prepare.ledger import KEPT, Ledger, Summary
 from posttrain.saved import as_kind, plain, read_json
 
 LEDGER, SUMMARY = "ledger.parquet", "summary.json"
-LAYOUT = 2
+LAYOUT = 3
 """Version of these files and of the flow; part of every key."""
 
 
@@ -60,12 +60,23 @@ class Kept:
 
     def rows(self) -> list[int]:
         """Return the positions of the rows of ``data`` that stay. Raises ArtifactDamaged for a changed ledger."""
+        return [at for at, action in enumerate(self._column("action")) if action == KEPT]
+
+    def clusters(self) -> Mapping[str, int]:
+        """Return the number of the cluster of every row of ``data`` that is like others, by its place as ``file:line``.
+
+        Raises ArtifactDamaged for a changed ledger.
+        """
+        pairs = zip(self._column("where"), self._column("cluster"), strict=True)
+        return {where: cluster for where, cluster in pairs if cluster is not None}
+
+    def _column(self, name: str) -> Sequence[Any]:
         from pyarrow.parquet import read_table
 
         if file_digest(self.ledger) != self.entry.ledger:
             raise ArtifactDamaged(f"{self.ledger} is damaged: its SHA-256 is not the one in {SUMMARY}")
-        actions = read_table(self.ledger, columns=["action"]).column("action").to_pylist()
-        return [at for at, action in enumerate(actions[: self.entry.rows]) if action == KEPT]
+        values: list[Any] = read_table(self.ledger, columns=[name]).column(name).to_pylist()
+        return values[: self.entry.rows]
 
 
 def find(root: Path, key: str, note: Callable[[str], None]) -> Kept | None:

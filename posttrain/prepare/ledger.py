@@ -27,10 +27,10 @@ COLUMNS = (
     ("id", "int64"), ("set", "set"), ("source", "int32"), ("path", "set"), ("row", "int64"), ("where", "string"),
     ("record", "binary"), ("action", "set"), ("rule", "set"), ("score", "float32"), ("witness", "int64"),
     ("task", "set"), ("document", "int64"), ("asked", "string"), ("evidence", "string"), ("findings", "list"),
-    ("characters", "int64"), ("answer_characters", "int64"),
+    ("characters", "int64"), ("answer_characters", "int64"), ("cluster", "int64"),
 )  # fmt: skip
 """Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place,
-``asked`` the text of the gate's document that a row holds."""
+``asked`` the text of the gate's document that a row holds, ``cluster`` the id of the first row of those alike."""
 ORDER = (UNREADABLE, *RULES)
 LAST = (CONTAMINATION, EXACT, NEAR, SEMANTIC, *BALANCE)
 """Rules in the order of preparation; those of plugins stand between."""
@@ -70,6 +70,8 @@ class Ledger:
     """Characters of every row's prompts and answers."""
     answer_characters: Sequence[int] = ()
     """Characters of every row's answers alone."""
+    clusters: Mapping[int, int] = field(default_factory=dict)
+    """Number of the cluster of rows alike, by position; rows in none are absent."""
 
     def deciding(self, row: int) -> Found | None:
         """Return the finding for which a row is left out; None for a row that stays."""
@@ -136,6 +138,7 @@ class Ledger:
             "findings": [f"{each.rule}: {each.evidence}" for each in found],
             "characters": self.characters[row],
             "answer_characters": self.answer_characters[row],
+            "cluster": self.clusters.get(row),
         }
         if first is not None:
             values |= {

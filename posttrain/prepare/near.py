@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from posttrain.prepare.shingles import Hashes, normalise, shingles
 from posttrain.prepare.signatures import Signatures, banding, rechunked, sign_rows
 
+RELATED = 0.5
+"""Similarity from which rows that were compared are of one cluster, whatever the threshold."""
 BINS = 20
 """Bins of the histogram of similarities, from 0 to 1."""
 MOST_OF_GROUP = 256
@@ -66,6 +68,8 @@ class Duplicates(tuple[Duplicate, ...]):
 
     similarities: NDArray[np.int64]
     """Pairs that were compared, counted by similarity in BINS bins of the same width; those below the threshold too."""
+    clusters: NDArray[np.int32]
+    """For each row the first of its cluster: rows that copies and similarities of RELATED or more connect."""
 
 
 def find_duplicates(
@@ -93,11 +97,14 @@ def find_duplicates(
         groups = _groups(signed, bands, leaders_R, ranks_R)
         sets = _ShingleSets(chunks(), groups.rows, place, count)
         try:
-            near, similarities = _decide(groups, sets, threshold, families)
+            near, similarities, clusters = _decide(groups, sets, threshold, families)
         finally:
             sets.close()
     found = Duplicates(_duplicates(leaders_R, near, families))
     found.similarities = similarities
+    for row in np.flatnonzero(leaders_R != np.arange(len(leaders_R))).tolist():
+        clusters.join(row, int(leaders_R[row]))
+    found.clusters = clusters.firsts()
     return found
 
 
@@ -170,6 +177,7 @@ class _ShingleSets:
     """Sorted sets of shingles of some rows, in a file: those of a million rows are half a gigabyte."""
 
     def __init__(self, chunks: Iterable[Sequence[str]], rows: Places, place: Path, count: int) -> None:
+        self.count = count
         self._path = place / "shingles.tmp"
         self._index_R = np.full(count, -1, np.int32)
         self._index_R[rows] = 0
@@ -236,8 +244,9 @@ def _operators(text: bytes) -> bytes:
 
 def _decide(
     groups: _Groups, sets: _ShingleSets, threshold: float, families: Sequence[int] | None
-) -> tuple[dict[int, tuple[int, float]], NDArray[np.int64]]:
-    """Return the witness and the similarity of each near duplicate, and the histogram of all that were compared."""
+) -> tuple[dict[int, tuple[int, float]], NDArray[np.int64], _Clusters]:
+    """Return the witness and the similarity of each near duplicate, the histogram of all pairs, and the clusters."""
+    clusters = _Clusters(sets.count)
     staying = _Staying(groups.count)
     near: dict[int, tuple[int, float]] = {}
     histogram = np.zeros(BINS, np.int64)
@@ -248,12 +257,39 @@ def _decide(
                 continue
             similarity = sets.similarity(row, other)
             histogram[min(int(similarity * BINS), BINS - 1)] += 1
+            if similarity >= min(RELATED, threshold):
+                clusters.join(row, other)
             if similarity >= threshold:
                 near[row] = (other, similarity)
                 break
         else:
             staying.add(row, members)
-    return near, histogram
+    return near, histogram, clusters
+
+
+class _Clusters:
+    """Connected rows, each known by its first one."""
+
+    def __init__(self, count: int) -> None:
+        self._before = array("i", range(count))
+
+    def join(self, row: int, other: int) -> None:
+        """Connect two rows, and all that are connected with either."""
+        first, second = sorted((self._first(row), self._first(other)))
+        self._before[second] = first
+
+    def firsts(self) -> NDArray[np.int32]:
+        """Return the first row of each row's cluster."""
+        firsts_R = np.array(self._before, np.int32)
+        while not np.array_equal(firsts_R, further_R := firsts_R[firsts_R]):
+            firsts_R = further_R
+        return firsts_R
+
+    def _first(self, row: int) -> int:
+        while (before := self._before[row]) != row:
+            self._before[row] = self._before[before]
+            row = before
+        return row
 
 
 class _Staying:

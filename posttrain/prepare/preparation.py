@@ -22,7 +22,7 @@ from posttrain.prepare.balance import Rows, unbalanced
 from posttrain.prepare.contamination import GateDocument, find_contamination
 from posttrain.prepare.filters import Finding
 from posttrain.prepare.ledger import CONTAMINATION, DATA, EVAL_DATA, EXACT, NEAR, SEMANTIC, Found, Ledger
-from posttrain.prepare.near import BINS, Duplicate, find_duplicates
+from posttrain.prepare.near import BINS, Duplicates, find_duplicates
 from posttrain.prepare.rows import Row, batches
 from posttrain.prepare.rules import EVIDENCE
 from posttrain.prepare.semantic import find_alike, load
@@ -61,6 +61,7 @@ class Preparation:
     _records: list[Record] = field(default_factory=list)
     _characters: array[int] = field(default_factory=lambda: array("q"))
     _answers: array[int] = field(default_factory=lambda: array("q"))
+    _clusters: dict[int, int] = field(default_factory=dict)
     _similarities: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def run(self) -> Ledger:
@@ -78,6 +79,7 @@ class Preparation:
             found=dict(sorted(self._found.items())),
             unread=[(DATA, bad) for bad in _bad(self.trained)] + [(EVAL_DATA, bad) for bad in _bad(self.evaluated)],
             similarities=self._similarities.tolist(),
+            clusters=self._clusters,
             characters=self._characters,
             answer_characters=self._answers,
         )
@@ -120,15 +122,17 @@ class Preparation:
         for number, group in enumerate(self._groups()):
             order = self._in_order(group)
             folder = None if self.folder is None else self.folder / f"group{number}"
-            for each in self._duplicates(order, folder):
+            found = self._duplicates(order, folder)
+            self._cluster(order, found.clusters)
+            for each in found:
                 at, witness = order[each.row], order[each.witness]
                 if at >= len(self.trained) or actions[each.kind] is Action.ignore:
                     continue
                 evidence = f"{self._records[witness].where}: {self._text(at)}"[:EVIDENCE]
-                found = Found(
+                finding = Found(
                     rule=each.kind, action=actions[each.kind], evidence=evidence, score=each.similarity, witness=witness
                 )
-                self._add(at, found)
+                self._add(at, finding)
 
     def _find_alike(self) -> None:
         config = self.config.semantic
@@ -151,7 +155,16 @@ class Preparation:
         """Return the rows set aside for the eval loss first: they stay."""
         return [at for at in group if at >= len(self.trained)] + [at for at in group if at < len(self.trained)]
 
-    def _duplicates(self, order: Sequence[int], folder: Path | None) -> Sequence[Duplicate]:
+    def _cluster(self, order: Sequence[int], firsts: NDArray[np.int32]) -> None:
+        """Remember the cluster of each row to train that is in one with others."""
+        groups: dict[int, list[int]] = {}
+        for place in np.flatnonzero(np.bincount(firsts, minlength=len(order))[firsts] > 1).tolist():
+            groups.setdefault(int(firsts[place]), []).append(order[place])
+        for rows in groups.values():
+            trained = [at for at in rows if at < len(self.trained)]
+            self._clusters |= dict.fromkeys(trained, min(trained)) if len(trained) > 1 else {}
+
+    def _duplicates(self, order: Sequence[int], folder: Path | None) -> Duplicates:
         def chunks() -> Iterable[Sequence[str]]:
             for batch in batches(order):
                 yield [self._text(at) for at in batch]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.preparation import DETECTOR, LANGUAGE, MODEL_FILES, Action, OnContamination, rule_actions
-from posttrain.data.reading import remote
+from posttrain.data.reading import endings, remote
 from posttrain.data.records import Record
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, reject
@@ -189,6 +189,18 @@ class Preparer:
             for step in self._gated()
             for name, task in step.tasks.items()
         }
+
+
+def contributors(host: Host, step: Step) -> list[str]:
+    """Return the third parties' plugins behind a stage's rows: of the filters that judge them, of readers of its files.
+
+    Those that shape records by hooks are ``Host.shapers``.
+    """
+    prepare = step.config.prepare
+    actions = rule_actions(prepare, host.filters) if prepare.enabled else {}
+    asked = {host.filters[name][0] for name, action in actions.items() if action is not Action.ignore}
+    files = endings((*step.sources, *step.eval_sources), step.cache)
+    return host.others({*asked, *(owner for suffix, (owner, _) in host.readers.items() if suffix in files)})
 
 
 def remaining(plan: Plan, host: Host, step: Step) -> str:

@@ -29,7 +29,7 @@ from posttrain.quoting import lines
 from posttrain.run.display import TrainingProgress
 from posttrain.run.job import Job, records_digest, shaping_settings, versions
 from posttrain.run.on_policy import Asked, check_asked, read_asked, sample_records, scorer_of
-from posttrain.run.prepared import Preparer, describe
+from posttrain.run.prepared import Preparer, contributors, describe
 from posttrain.run.published import ARTIFACT, DRAFT, find_published
 from posttrain.saved import plain
 from posttrain.tokens.lengths import measure_lengths
@@ -49,6 +49,8 @@ class Records:
     """Digest of the rows that preparation kept; empty when it kept all."""
     prepared: Mapping[str, Any] | None = None
     """Counts of the preparation; None without one."""
+    done: Kept | None = None
+    """The preparation itself."""
 
     def with_share(self, number: int, share: float) -> Records:
         """Return the same records, those of source ``number`` with another share of the tokens."""
@@ -144,7 +146,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         stop_requested=job.interrupts.requested, checkpoints=checkpoints, output=draft,
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
-        scorer=scorer_of(job), trail=job.folder / "answers",
+        scorer=scorer_of(job), trail=job.folder / "answers", clusters=_clusters(job, records),
         metrics=_known_metrics(records) | ({"on_policy": figures} if figures else {}),
     )  # fmt: skip
     before = ProcessState.now()
@@ -165,6 +167,12 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         return publish(draft, _manifest(job, parent, context, fingerprint), job.folder / ARTIFACT)
 
 
+def _clusters(job: Job, records: Records) -> Mapping[str, int]:
+    """Return the clusters of rows alike where the stage sets some of its rows aside; nothing else asks for them."""
+    aside = getattr(job.step.config, "eval_share", 0)
+    return {} if records.done is None or not aside else records.done.clusters()
+
+
 def _known_metrics(records: Records) -> dict[str, Any]:
     """Return the figures of a stage that are known before it trains."""
     warnings = {"warnings": [*records.warnings]} if records.warnings else {}
@@ -183,7 +191,7 @@ def _manifest(job: Job, parent: ModelSource, context: StageContext, fingerprint:
         stage=job.name,
         kind=job.step.stage.name,
         plugin=job.step.origin,
-        plugins=tuple(job.host.shapers()),
+        plugins=tuple(sorted({*job.host.shapers(), *contributors(job.host, job.step)})),
         **shaping_settings(job.plan),
         recipe=job.plan.recipe,
         base=BaseWeights(name=job.base.base, digest=job.base.model_digest),
@@ -265,6 +273,7 @@ def read_records(job: Job) -> Records:
         asked=read_asked(job),
         kept="" if done is None else done.entry.kept,
         prepared=None if done is None else plain(measure_lengths(done, trained, job.plan.model)),
+        done=done,
     )
 
 
@@ -281,7 +290,7 @@ def _joined(job: Job, records: Records, sampled: Sequence[Record]) -> Records:
     own = weigh([read[at] for at in kept if at < len(read)], job.step.seed)
     trained = [*own, *(together[at] for at in kept if at >= len(read))]
     lengths = plain(measure_lengths(done, together, job.plan.model))
-    return replace(records, trained=HeldRecords.of(lambda: trained), prepared=lengths)
+    return replace(records, trained=HeldRecords.of(lambda: trained), prepared=lengths, done=done)
 
 
 def evaluation_of(job: Job) -> Step:

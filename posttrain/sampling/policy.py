@@ -47,6 +47,11 @@ class Asked:
     prompt: Sequence[int]
     """Token ids up to the answer."""
 
+    @property
+    def where(self) -> str:
+        """Place of the question."""
+        return self.question.where
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewarded:

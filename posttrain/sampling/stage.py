@@ -28,7 +28,7 @@ def train_sampled(context: StageContext, questions: Sequence[Question], loss: Po
         raise PluginFailed(f"stage {context.name!r} has no rewards: its settings must answer rewarding()")
     if not questions:
         raise BadInput(Problem(where=f"{context.name}.data", what="holds no question", fix="Give questions to answer"))
-    rows, measured = set_aside(_asked(context, questions), config.eval_share, context.seed)
+    rows, measured = set_aside(_asked(context, questions), config.eval_share, context.seed, context.clusters)
     measured += _asked(context, context.eval_records)
     model = context.policy()
     switch_dropout_off(model)

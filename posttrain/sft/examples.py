@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from posttrain.data.declines import is_declined
 from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.engine.evaluation import Evaluation
+from posttrain.engine.held_out import choose_held_out
 from posttrain.errors import BadInput, Problem
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.masks import mask_fault
@@ -94,11 +94,13 @@ def _as_context(message: Message) -> Message:
     return {**message, "train": False} if message["role"] == "assistant" else message
 
 
-def split_eval(documents: Documents, share: float, seed: int) -> tuple[Documents, Documents]:
+def split_eval(
+    documents: Documents, share: float, seed: int, clusters: Mapping[str, int] | None = None
+) -> tuple[Documents, Documents]:
     """Split ``documents`` into those to train and a seeded ``share`` for the eval loss.
 
-    Equal documents stay on one side, or trained records would be measured, and so do all rows of a conversation; each
-    is measured once. Raises BadInput when nothing is left to train.
+    Equal documents stay on one side, or trained records would be measured, and so do all rows of a conversation, and
+    those of a cluster; each is measured once. Raises BadInput when nothing is left to train.
     """
     nothing = np.empty(0, np.int64)
     if share == 0:
@@ -106,12 +108,10 @@ def split_eval(documents: Documents, share: float, seed: int) -> tuple[Documents
     conversations = documents.records
     digests = conversations.digests
     distinct = conversations.take(np.array(list({digest: place for place, digest in enumerate(digests)}.values())))
-    count = max(1, round(share * len(distinct)))
-    if count == len(distinct):
-        what = f"takes all of {count} different records, and leaves none to train"
-        raise BadInput(Problem(where="eval_share", what=what, fix="Lower eval_share, or give eval_data"))
     order = distinct.take(np.fromiter(distinct.in_order(), np.int64, len(distinct))).digests
-    chosen = set(random.Random(f"eval/{seed}").sample(order, count))
+    places = enumerate(digests) if clusters else ()
+    alike = [(digest, clusters[where]) for place, digest in places if (where := documents.where(place)) in clusters]
+    chosen = choose_held_out(order, share, seed, "records", alike)
     measured_M = np.array([digest in chosen for digest in digests])
     trained, held_out = documents.take(~measured_M), documents.take(measured_M)
     also = set(trained.digests)  # two conversations may begin with one question and one answer

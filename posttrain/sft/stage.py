@@ -47,7 +47,7 @@ def finetune(context: StageContext, records: Sequence[Document], load: Callable[
     config: FineTuneConfig = context.config
     tokenizer = context.tokenizer()
     table = documents_of(context, records, tokenizer)
-    documents, held_out = split_eval(table.all(), config.eval_share, context.seed)
+    documents, held_out = split_eval(table.all(), config.eval_share, context.seed, context.clusters)
     measured = [held_out, documents_of(context, context.eval_records, tokenizer).all()]
     evaluation = make_evaluation(measured, config)
     mixed = mix_rows(documents, config, context.seed)

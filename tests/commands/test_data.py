@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from sys import modules
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -13,7 +18,12 @@ from posttrain import cli
 from posttrain.config.schema import Source
 from posttrain.data import mixing
 from posttrain.hookspecs import hookimpl
+from posttrain.host import plugins
+from posttrain.host.readers import Reader
 from posttrain.prepare.contamination import GateDocument
+from posttrain.prepare.filters import Finding
+from posttrain.prepare.plugin import QualityRule
+from posttrain.prepare.rows import Row
 from posttrain.run.prepared import Preparer
 from tests.support.fakes import Script, only_run, run_on, scripted_host, write_project
 
@@ -154,3 +164,75 @@ def test_a_changed_gate_prepares_again_and_trains_where_other_rows_stay(monkeypa
     run_on(scripted_host(script), "stages=[sft]")
     assert trained == [3, 2]
     assert only_run().is_dir()
+
+
+def test_rows_alike_reach_the_stage_that_sets_some_aside() -> None:
+    words = " ".join(f"word{number}" for number in range(60))
+    texts = [words, words.replace("word30", "other"), "a text of its own"]
+    write([{"prompt": each, "completion": "yes"} for each in texts])
+    script, found = Script(), list[dict[str, int]]()
+    script.during_training = lambda context: found.append(dict(context.clusters))
+    for share in ("0.4", "0"):
+        run_on(scripted_host(script), "stages=[sft]", "sft.prepare.near.action=count", f"sft.eval_share={share}")
+    assert found == [{"train.jsonl:1": 0, "train.jsonl:2": 0}, {}]
+
+
+def test_a_damaged_preparation_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    ask(capsys)
+    (summary,) = Path("runs").glob("cache/data/*/summary.json")
+    summary.write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["data", *ALONE])
+    assert capsys.readouterr().out.count("prepared again") == 1
+
+
+def test_a_table_that_was_cut_is_named_by_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), "rows.parquet")
+    whole = Path("rows.parquet").read_bytes()
+    for command in ("plan", "data"):
+        Path("rows.parquet").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, *ALONE, "sft.data=rows.parquet"])
+        shown = capsys.readouterr()
+        assert ended.value.code == 2
+        assert (shown.out + shown.err).count("sft.data: rows.parquet: is not a sound Parquet file") == 1
+
+
+class Judging:
+    """A plugin with a filter and a reader."""
+
+    @hookimpl
+    def register_filters(self) -> list[QualityRule]:
+        return [Long("long")]
+
+    @hookimpl
+    def register_readers(self) -> list[Reader]:
+        return [Reader(name="lines", suffix=".mine", version="1", read=lambda file: enumerate([ROWS[0]], start=1))]
+
+
+class Long(QualityRule):
+    """A filter that finds nothing."""
+
+    def judge(self, rows: Sequence[Row]) -> list[Finding | None]:
+        return [None for _ in rows]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), True),
+        (("sft.prepare.rules.long=ignore",), False),
+        (("sft.prepare.enabled=false", "sft.data=rows.mine"), True),
+    ],
+)
+def test_the_manifest_names_the_plugins_of_filters_and_readers(
+    words: tuple[str, ...], named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(modules, "judging_of_mine", Judging())  # type: ignore[arg-type]
+    entry = EntryPoint(name="mine", value="judging_of_mine", group="posttrain")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*entry_points(group=group), entry])
+    host = scripted_host(Script())
+    Path("rows.mine").write_text("anything")
+    run_on(host, "stages=[sft]", *words)
+    manifest = json.loads((only_run() / "stages" / "sft" / "artifact" / "manifest.json").read_text())
+    assert manifest["plugins"] == (["mine (judging_of_mine)"] if named else [])

@@ -17,6 +17,7 @@ from posttrain.data.records import Conversation, Feedback, Origin, Preference, R
 from posttrain.errors import BadInput, PluginFailed
 from posttrain.prepare.contamination import GateDocument
 from posttrain.prepare.filters import Finding, ask
+from posttrain.prepare.kept import keep
 from posttrain.prepare.ledger import Ledger
 from posttrain.prepare.preparation import Preparation
 from posttrain.prepare.rules import QUALITY
@@ -277,3 +278,24 @@ def test_answers_of_a_model_to_one_question_are_no_copies_of_each_other() -> Non
 def test_an_answer_that_was_judged_bad_may_have_every_fault() -> None:
     rows = [labelled("", "What is it?", good=good) for good in (True, False)]
     assert prepared(rows).kept() == [1]
+
+
+def changed(words: str, count: int) -> str:
+    """Return a text in which ``count`` words of the middle are others."""
+    parts = words.split()
+    parts[20 : 20 + count] = [f"other{number}" for number in range(count)]
+    return " ".join(parts)
+
+
+def test_rows_alike_are_of_one_cluster_even_below_the_threshold(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    one, other = text(rng, 80), text(rng, 80)
+    texts = [one, text(rng), changed(one, 1), changed(one, 12), other, other.upper(), text(rng)]
+    rows = [chat(prompt, "yes", f"a:{at}") for at, prompt in enumerate(texts)]
+    counted = prepared(rows, near=NearConfig(action=Action.count), exact=Action.count)
+    assert counted.kept() == list(range(7))
+    assert 0.5 < jaccard(one, texts[3]) < 0.8
+    assert counted.clusters == {0: 0, 2: 0, 3: 0, 4: 4, 5: 4}
+    assert prepared(rows).clusters == counted.clusters, "a row that leaves connects those that stay"
+    done = keep(tmp_path, "key", prepared(rows), {})
+    assert (done.rows(), done.clusters()["a:3"]) == ([0, 1, 3, 4, 6], 0)

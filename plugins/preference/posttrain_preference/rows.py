@@ -56,7 +56,7 @@ def split_fitting(
         context.progress.note(f"dropped {dropped} {noun} longer than {longest} tokens")
     if lost := len(measured) - len(eval_rows):
         context.progress.note(f"dropped {lost} eval {noun} longer than {longest} tokens")
-    trained, held_out = set_aside(rows, context.config.eval_share, context.seed)
+    trained, held_out = set_aside(rows, context.config.eval_share, context.seed, context.clusters)
     return TokenRows(noun=noun, rows=trained, eval_rows=[*held_out, *eval_rows], dropped=dropped)
 
 
