@@ -109,8 +109,9 @@ def split_eval(
     digests = conversations.digests
     distinct = conversations.take(np.array(list({digest: place for place, digest in enumerate(digests)}.values())))
     order = distinct.take(np.fromiter(distinct.in_order(), np.int64, len(distinct))).digests
-    places = enumerate(digests) if clusters else ()
-    alike = [(digest, clusters[where]) for place, digest in places if (where := documents.where(place)) in clusters]
+    known = clusters or {}
+    places = enumerate(digests) if known else ()
+    alike = [(digest, known[where]) for place, digest in places if (where := documents.where(place)) in known]
     chosen = choose_held_out(order, share, seed, "records", alike)
     measured_M = np.array([digest in chosen for digest in digests])
     trained, held_out = documents.take(~measured_M), documents.take(measured_M)
