@@ -44,7 +44,8 @@ def choose_held_out(
     for unit in random.Random(f"eval/{seed}").sample(units, len(units)):
         if len(chosen) + len(unit) <= count:
             chosen.update(unit)
-    return chosen or set(min(units, key=lambda unit: len(unit)))
+    smallest = min(units, key=len)
+    return chosen or set(smallest)
 
 
 def _units(names: Sequence[Any], clusters: Iterable[tuple[Any, int]]) -> list[list[Any]]:
