@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, Pins
     from posttrain.config.launch import LaunchConfig, Launcher
     from posttrain.config.money import Amount
-    from posttrain.config.on_policy import Keep, OnPolicy
+    from posttrain.config.on_policy import Keep, OnPolicy, SamplingBackend
     from posttrain.config.preparation import (
         Action,
         BalanceConfig,
@@ -179,6 +179,7 @@ __all__ = [
     "Row",
     "Rule",
     "SampledConfig",
+    "SamplingBackend",
     "Score",
     "Scorecard",
     "Scorer",
@@ -214,7 +215,7 @@ HOMES = {
     "posttrain.advice": ("Advice", "Rule"),
     "posttrain.artifact": ("Artifact", "BaseWeights", "Manifest", "ModelSource", "Pins"),
     "posttrain.config.launch": ("LaunchConfig", "Launcher"),
-    "posttrain.config.on_policy": ("Keep", "OnPolicy"),
+    "posttrain.config.on_policy": ("Keep", "OnPolicy", "SamplingBackend"),
     "posttrain.config.preparation": (
         "Action",
         "BalanceConfig",

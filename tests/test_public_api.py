@@ -96,6 +96,7 @@ PUBLIC = [
     "Row",
     "Rule",
     "SampledConfig",
+    "SamplingBackend",
     "Score",
     "Scorecard",
     "Scorer",

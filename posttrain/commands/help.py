@@ -208,6 +208,7 @@ Write training records made of an artifact's own answers, each scored by a rewar
   k=N                answers to each question; max_tokens=N limits each
   reward=NAME        right by default: the answer of the question, by its own way of matching
   keep=FORM          pairs for dpo, best for sft, labels for kto
+  backend=vllm       vLLM answers, in a process of its own; --vllm-command CMD starts it, 'vllm serve' by default
 {ROOT_FLAG}
 
 Example: posttrain sample runs/quickstart-1a2b/stages/sft/artifact questions.jsonl pairs.jsonl""",

@@ -17,6 +17,7 @@ from posttrain.commands.estimate import estimate_lines, estimates, machine_line,
 from posttrain.config.compose import compose
 from posttrain.config.launch import LaunchConfig
 from posttrain.config.money import HOURS, Amount
+from posttrain.config.on_policy import SamplingBackend
 from posttrain.config.schema import Backend, GateConfig, GateTask, Method, Sequential
 from posttrain.cost.estimate import Estimate
 from posttrain.cost.fit import fit
@@ -243,7 +244,8 @@ def _source_note(source: Any) -> str:
     notes += [f"the first {source.limit:,}"] if source.limit else []
     if (asked := source.on_policy) is not None:
         rewards = " and ".join(read_choice(asked.reward))
-        notes.append(f"asked of the parent, {asked.k} answers each, kept as {asked.keep.value} by {rewards}")
+        by = " by vLLM" if asked.backend is SamplingBackend.vllm else ""
+        notes.append(f"asked of the parent{by}, {asked.k} answers each, kept as {asked.keep.value} by {rewards}")
     return f"  ({', '.join(notes)})" if notes else ""
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from posttrain import environment
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.commands.arguments import Arguments, parse
-from posttrain.config.on_policy import OnPolicy
+from posttrain.config.on_policy import OnPolicy, SamplingBackend
 from posttrain.config.schema import ModelConfig, Source
 from posttrain.config.typed import conform
 from posttrain.data.reading import data_digest, read_source
@@ -26,22 +26,27 @@ from posttrain.rewards.scorer import Scorer, choose
 
 USAGE = (
     "posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [temperature=0.7] [reward=right] [keep=pairs|best|labels]"
+    " [backend=transformers|vllm]"
 )
-SETTINGS = ("k", "temperature", "max_tokens", "reward", "keep", "least_reward", "seed")
+SETTINGS = ("k", "temperature", "max_tokens", "reward", "keep", "least_reward", "seed", "backend")
 PLACES = ("output_root", "model.path", "model.revision")
+VLLM = "--vllm-command"
 PROVENANCE = ".provenance"
 """Ending of the file beside the records that says where they come from; not one of data."""
 
 
 def main(words: list[str]) -> int:
     """Sample answers of an artifact to questions, score them, and write the records made of them."""
-    given = parse("sample", words, (*SETTINGS, *PLACES), flags=(consent.FLAG,))
+    given = parse("sample", words, (*SETTINGS, *PLACES), flags=(consent.FLAG,), options=(VLLM,))
     if len(given.plain) != 3:
         reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
     folder, asked, output = Path(given.plain[0]), given.plain[1], Path(given.plain[2])
     settings = _settings(given, asked)
     if output.suffix != ".jsonl" or output.exists():
         reject(str(output), "exists already" if output.exists() else "is no .jsonl file", "Give a new file.jsonl")
+    command = given.options.get(VLLM)
+    if command is not None and settings.backend is not SamplingBackend.vllm:
+        reject(VLLM, "names a vLLM that nothing asks", "Set backend=vllm as well")
     root = Path(given.settings.get("output_root", "runs"))
     host = plugins.load()
     try:
@@ -55,7 +60,7 @@ def main(words: list[str]) -> int:
     artifact = verify(folder)
     base = resolve_base(_base(artifact, given), artifact.pins)
     environment.prepare()
-    kept = _sample(artifact, base, questions, settings, scorer, root)
+    kept = _sample(artifact, base, questions, settings, scorer, root, command)
     print(f"sampled    {kept.line()}")
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(output, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in kept.records))
@@ -94,23 +99,25 @@ def _base(artifact: Artifact, given: Arguments) -> ModelConfig:
 
 
 def _sample(
-    artifact: Artifact, base: ModelSource, questions: list[Question], settings: OnPolicy, scorer: Scorer, root: Path
+    artifact: Artifact,
+    base: ModelSource,
+    questions: list[Question],
+    settings: OnPolicy,
+    scorer: Scorer,
+    root: Path,
+    command: str | None,
 ) -> Any:
     from posttrain.model.loading import load_tokenizer
     from posttrain.run.start import find_standing
     from posttrain.sampling.answers import Asking, ask
     from posttrain.sampling.keeping import keep, score
-    from posttrain.sampling.sampler import Drawing
     from posttrain.tokens.chat import ChatRenderer
 
     if (doubt := find_standing(artifact, root).doubt) is not None:
         print(f"warning    {artifact.named} {doubt}")
     source = replace(artifact.source(base), name=artifact.manifest.stage)
-    drawing = Drawing(
-        k=settings.k, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
-    )
-    asking = Asking(
-        source=source, dtype=artifact.manifest.dtype, drawing=drawing, kept=root / "cache",
+    asking = Asking.of(
+        settings, "backend", command, source=source, base=base, dtype=artifact.manifest.dtype, kept=root / "cache",
         part=lambda done, total, what: print(f"sampled    {done:,} of {total:,} {what}s", flush=True),
         stop_requested=lambda: False,
     )  # fmt: skip

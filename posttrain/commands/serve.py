@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 from posttrain import environment
 from posttrain.commands.arguments import Arguments, parse
 from posttrain.errors import reject, suggest
+from posttrain.model.vllm_process import find_command
 from posttrain.saved import read_text
 from posttrain.serve.catalogue import BasePlace, Catalogue, read_catalogue
 
@@ -28,8 +27,8 @@ KEYS = ("model.path", "model.revision", "output_root", "batch", "queue", "max_to
 OPTIONS = ("--port", "--host", "--token-file", "--check", "--backend", "--vllm-command")
 BACKENDS = ("embedded", "vllm")
 FLAGS = ("--allow-unpromoted",)
-TOKEN, VLLM = "POSTTRAIN_TOKEN", "POSTTRAIN_VLLM"
-"""Variables with the server's token, and with the command that starts vLLM."""
+TOKEN = "POSTTRAIN_TOKEN"
+"""Variable with the server's token."""
 PORT = 8000
 LOOPBACK = "127.0.0.1"
 
@@ -46,7 +45,7 @@ def main(words: list[str]) -> int:
     backend = given.options.get("--backend", BACKENDS[0])
     if backend not in BACKENDS:
         reject(f"--backend {backend}", "is no backend", suggest(backend, BACKENDS))
-    command = _vllm_command(given) if backend == "vllm" else []
+    command = find_command(given.options.get("--vllm-command"), "--backend vllm") if backend == "vllm" else []
     before = dict(os.environ)
     if command:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPUs are vLLM's; this process proves on the CPU
@@ -107,24 +106,6 @@ def _serve(
         listen(service, port, follower, lambda: print(f"proven     listening on {place_of}", flush=True))
     print("stopped    no answer is under way")
     return 0
-
-
-def _vllm_command(given: Arguments) -> list[str]:
-    """Return the words that begin vLLM: those given, or ``vllm serve`` where it is installed."""
-    words = given.options.get("--vllm-command") or os.environ.get(VLLM)
-    if words is None:
-        found = shutil.which("vllm")
-        if found is None:
-            fix = "Give the command that starts it, of another environment: --vllm-command '/opt/vllm/bin/vllm serve'"
-            reject("--backend vllm", "there is no command vllm", fix)
-        return [found, "serve"]
-    try:
-        command = shlex.split(words)
-    except ValueError as error:
-        reject(f"--vllm-command {words}", f"is no command: {error}", USAGE)
-    if not command or shutil.which(command[0]) is None:
-        reject(f"--vllm-command {words}", "there is no such command", USAGE)
-    return command
 
 
 def _vllm(catalogue: Catalogue, command: Sequence[str], environ: Mapping[str, str]) -> Backend:

@@ -22,6 +22,13 @@ class Keep(Enum):
     labels = "labels"
 
 
+class SamplingBackend(Enum):
+    """The library that writes sampled answers."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @dataclass(kw_only=True)
 class OnPolicy:
     """Training records that the stage's parent makes: it answers the questions, a reward scores, some answers are kept.
@@ -47,10 +54,13 @@ class OnPolicy:
     seed: int = number(0, least=0)
     """Seed of the answers: each draws by its own question and number alone."""
 
+    backend: SamplingBackend = SamplingBackend.transformers
+    """transformers, or vllm: a process of vLLM by the command in POSTTRAIN_VLLM, or vllm serve; answers differ."""
+
     def identity(self) -> dict[str, Any]:
         """Return everything that the records depend on, as plain values: all but the place of the questions."""
         values = {name: value for name, value in asdict(self).items() if name != "questions"}
-        return values | {"keep": self.keep.value}
+        return values | {"keep": self.keep.value, "backend": self.backend.value}
 
     def problems(self) -> Sequence[tuple[str, str]]:
         """Return the settings out of range or against each other, each with what is wrong."""

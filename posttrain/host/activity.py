@@ -75,6 +75,11 @@ class Record:
         self._calls.pop()
         self.write()
 
+    @property
+    def run(self) -> Path | None:
+        """Directory of the run, or none."""
+        return self._run
+
     def write_run(self, directory: Path | None) -> None:
         """Name the run that this process writes, or none."""
         self._run = directory
@@ -130,6 +135,11 @@ def running(directory: Path, silence_limit: float | None = SILENCE_LIMIT) -> Ite
     finally:
         _record.silence_limit = SILENCE_LIMIT
         _record.write_run(None)
+
+
+def run_directory() -> Path | None:
+    """Return the directory of the run that this process works for; None without one."""
+    return _record.run
 
 
 def silence_limit() -> float | None:

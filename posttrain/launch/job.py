@@ -1,4 +1,4 @@
-"""The job of processes: ``job.json`` and the records of a stage, or ``gate.json`` and the requests of a gate.
+"""The job of processes: that of a stage with its records, of a gate with its requests, of questions with their prompts.
 
 The command writes them, each process reads them. They compose no recipe and load no task: what the command read,
 filtered and verified is what they train on, what it asks is what they ask. Nothing in it is pickled.
@@ -32,6 +32,7 @@ from posttrain.version import __version__
 
 JOB = "job.json"
 GATE_JOB = "gate.json"
+SAMPLING_JOB = "sampling.json"
 FOLDER = "launch"
 """Folder beside it: records, signs of life, outcomes, the launcher's log."""
 RECORDS = "records.jsonl"

@@ -1,7 +1,8 @@
-"""One of the processes of a launch: ``torchrun ... -m posttrain.launch.worker job.json``, or ``gate.json``.
+"""One of the processes of a launch: ``torchrun ... -m posttrain.launch.worker``, and the file of a job.
 
-It reads the job, runs the stage or asks its share of a gate, and leaves its outcome beside the job. It knows nothing of
-recipes and of Hydra, and publishes nothing: the command that wrote the job verifies and publishes.
+It reads the job, runs the stage (job.json), asks its share of a gate (gate.json) or answers its share of questions
+(sampling.json), and leaves its outcome beside the job. It knows nothing of recipes and of Hydra, and publishes nothing:
+the command that wrote the job verifies and publishes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ from typing import TYPE_CHECKING
 
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
+from posttrain.host import activity
 from posttrain.host.supervisor import die_with, watch_files
-from posttrain.launch.job import FOLDER, GATE_JOB, REQUESTS, STOP, Job, config_of, parent_of, read_job, read_records
+from posttrain.launch.job import (
+    FOLDER,
+    GATE_JOB,
+    REQUESTS,
+    SAMPLING_JOB,
+    STOP,
+    Job,
+    config_of,
+    parent_of,
+    read_job,
+    read_records,
+)
 from posttrain.launch.outcome import Outcome, outcome_of, write_outcome
 from posttrain.launch.signs import RankAnswers, RankProgress, descends_from
 
@@ -27,6 +40,9 @@ if TYPE_CHECKING:
     from posttrain.context import StageContext
     from posttrain.host.plugins import Host
     from posttrain.stage import Progress
+
+STAGE_DEPTH = 2
+"""Folders from a run to the file of a job in it: RUN/stages/NAME/job.json."""
 
 
 class Stop:
@@ -60,7 +76,8 @@ def main(arguments: list[str]) -> int:
         watch_files(lambda error: write_outcome(path.parent / FOLDER, outcome_of(rank, error)))
     environment.prepare()
     try:
-        metrics = _ask(path, rank, stop) if path.name == GATE_JOB else _work(path, rank, stop)
+        with activity.running(path.parents[STAGE_DEPTH]):
+            metrics = KINDS.get(path.name, _work)(path, rank, stop)
         outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=metrics if rank == 0 else {})
     except BaseException as error:
         outcome = outcome_of(rank, error)
@@ -127,17 +144,42 @@ def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     from posttrain.scoring.systems import Loading
 
     plugins.load()  # one may know the architecture of a model
-    if (world := int(os.environ["WORLD_SIZE"])) != job.world:
-        reject(str(path), f"the launcher started {world} processes, but the job is for {job.world}")
+    _require_world(path, job.world)
     processes.take_device()
     inquiry, device = job.inquiry(), default_device().type
     if device != inquiry.device:
         where = f"rank {rank} on {os.uname().nodename} computes on {device}, but the command on {inquiry.device}"
         reject(str(path), where, "Give each process a GPU, or none of them and the command")
-    requests = read_requests(path.parent / FOLDER / REQUESTS, job.requests, inquiry.places(rank, world))
+    requests = read_requests(path.parent / FOLDER / REQUESTS, job.requests, inquiry.places(rank, job.world))
     loading = Loading(load_model, load_tokenizer, device)
-    ask_share(inquiry, requests, (rank, world), loading, progress, stop.requested)
+    ask_share(inquiry, requests, (rank, job.world), loading, progress, stop.requested)
     return {}
+
+
+def _sample(path: Path, rank: int, stop: Stop) -> dict[str, object]:
+    """Answer this process' share of the questions; there are no figures."""
+    from posttrain.launch.answers import answer_share, read_sampling_job
+
+    job = read_sampling_job(path)
+    _require_command(job.command)
+    from posttrain.engine import processes
+    from posttrain.host import plugins
+
+    plugins.load()  # one may know the architecture of a model
+    _require_world(path, job.world)
+    processes.take_device()
+    answer_share(path, job, rank, stop.requested)
+    return {}
+
+
+KINDS = {GATE_JOB: _ask, SAMPLING_JOB: _sample}
+"""Work of a process by the name of its job; any other is a stage's."""
+
+
+def _require_world(path: Path, expected: int) -> None:
+    """Raise BadInput unless the launcher has started the processes that the job is for."""
+    if (world := int(os.environ["WORLD_SIZE"])) != expected:
+        reject(str(path), f"the launcher started {world} processes, but the job is for {expected}")
 
 
 def _require_command(command: int | None) -> None:

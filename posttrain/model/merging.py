@@ -83,6 +83,24 @@ def merge_foreign(source: ModelSource, base: ModelSource, dtype: str, destinatio
         return distances
 
 
+def write_whole(source: ModelSource, base: ModelSource, dtype: str, destination: Path) -> Path:
+    """Write the weights of ``source`` as the folder ``destination``, unless it is there; return it.
+
+    An adapter is merged into ``base``, and what is added on loading becomes part of the weights: nothing is left that
+    another program would have to apply. Raises as ``merge_foreign`` does.
+    """
+    if destination.is_dir():
+        return destination
+    if source.adapter is not None:
+        merge_foreign(source, base, dtype, destination)
+        return destination
+    draft = destination.with_name(f".{destination.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_model(load_model(source, dtype), source, draft, dtype)
+    return draft.rename(destination)
+
+
 @contextlib.contextmanager
 def _drafted(source: ModelSource, base: ModelSource, dtype: str, destination: Path) -> Iterator[tuple[Path, Distances]]:
     """Yield a folder with the merged weights of ``source``, to be moved to ``destination``, once their logits match."""

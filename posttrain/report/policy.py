@@ -20,8 +20,8 @@ from posttrain.report.scores import scale_of
 from posttrain.saved import read_text
 
 CHARTS = (
-    ("reward", "eval_reward"), ("entropy",), ("kl",), ("clipped",), ("answer_tokens", "eval_answer_tokens"),
-    ("cut", "eval_cut"), ("spread",),
+    ("reward", "eval_reward", "eval_right"), ("entropy",), ("kl",), ("clipped",),
+    ("answer_tokens", "eval_answer_tokens"), ("cut", "eval_cut"), ("spread",),
 )  # fmt: skip
 """Metrics of the charts of such a stage; those of one chart share its axes."""
 DRIFTS = (
@@ -105,6 +105,9 @@ def _courses(stage: StageReport) -> Iterator[Course]:
         note = f"n {count:,.0f}, highest {highest:.3f} at step {step:,.0f}"
         name = "reward of greedy answers to questions set aside"
         yield Course(name=name, before=f"{first:.3f}", after=f"{last:.3f}", note=note)
+    if found := _numbers(stage.figures, "eval_right_first", "eval_right"):
+        name, note = "right greedy answers to questions set aside", "by each question's own match; no gate asks them"
+        yield Course(name=name, before=f"{found[0]:.1%}", after=f"{found[1]:.1%}", note=note)
     for metric, name, text in DRIFTS:
         if points := stage.metrics.get(metric):
             yield Course(name=name, before=text.format(points[0][1]), after=text.format(points[-1][1]))

@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from posttrain.digests import digest_of
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, Problem, SpendCapReached, reject
 from posttrain.quoting import one_line
+from posttrain.rewards.budget import Budget
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
 from posttrain.saved import read_json
 
 URL, KEY, MOST = "POSTTRAIN_JUDGE_URL", "POSTTRAIN_JUDGE_KEY", "POSTTRAIN_JUDGE_REQUESTS"
-"""Variables of the environment with the endpoint, its key, and the most requests of one command."""
+"""Variables of the environment with the endpoint, its key, and the most requests of one run."""
 MOST_REQUESTS = 1000
 TRIES = 6
 """Requests for one judgement, until the judge counts as down."""
@@ -104,9 +104,7 @@ class Judge:
     model: str
     most: int
     kept: Path
-    asked: int = 0
-    """Requests of this command."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    budget: Budget
     _failed: BaseException | None = None
 
     def scores(self, attempts: Sequence[Attempt]) -> list[float | Score]:
@@ -153,7 +151,7 @@ class Judge:
             if attempt:
                 time.sleep(min(wait, LONGEST_WAIT))
                 wait *= 2
-            self._count()
+            self._require_budget()
             try:
                 return self._post({"model": self.model, "temperature": 0, "max_tokens": 256,
                                    "messages": [{"role": "user", "content": prompt}]})  # fmt: skip
@@ -172,14 +170,13 @@ class Judge:
             "resumes from there"
         )
 
-    def _count(self) -> None:
-        with self._lock:
-            if self.asked >= self.most:
-                raise SpendCapReached(
-                    f"the judge {self.model} has been asked {self.asked:,} times, the most that {MOST} allows; what it "
-                    f"has judged is kept: run the same command to resume with as many again, or raise {MOST}"
-                )
-            self.asked += 1
+    def _require_budget(self) -> None:
+        if not self.budget.take():
+            raise SpendCapReached(
+                f"the judge {self.model} was to be asked more than {self.most:,} times, the most that {MOST} allows "
+                f"for a run, over all of its processes and resumes; what it has judged is kept: raise {MOST} and run "
+                "the same command to resume"
+            )
 
     def _post(self, body: Mapping[str, Any]) -> str:
         import urllib.request
@@ -214,7 +211,8 @@ def judge() -> Reward:
 
     def opened(settings: JudgeSettings, kept: Path) -> Scores:
         url, most = _endpoint()
-        asked = Judge(url=url, key=os.environ.get(KEY, ""), model=settings.model, most=most, kept=kept)
+        key, budget = os.environ.get(KEY, ""), Budget.of(most)
+        asked = Judge(url=url, key=key, model=settings.model, most=most, kept=kept, budget=budget)
         return asked.scores
 
     def prepare(settings: JudgeSettings) -> str:

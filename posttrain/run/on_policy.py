@@ -14,10 +14,10 @@ from posttrain.data.files import read_rows
 from posttrain.data.reading import read_source
 from posttrain.data.records import Origin, Question, Record
 from posttrain.errors import BadInput, Problem
+from posttrain.launch.answers import sampling_group
 from posttrain.rewards.scorer import Scorer, choose
 from posttrain.sampling.answers import Asking, ask
 from posttrain.sampling.keeping import SERVED, keep, score
-from posttrain.sampling.sampler import Drawing
 from posttrain.scoring.catalogue import data_files, is_path, read_task_file
 from posttrain.tokens.chat import ChatRenderer
 
@@ -123,12 +123,11 @@ def sample_records(
     for each in asked:
         settings = each.source.on_policy
         assert settings is not None
-        drawing = Drawing(
-            k=settings.k, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
-        )
-        asking = Asking(
-            source=parent, dtype=job.plan.model.dtype.value, drawing=drawing, kept=job.plan.output_root / "cache",
-            part=progress.part, stop_requested=job.interrupts.requested,
+        asking = Asking.of(
+            settings, f"{job.name}.data.on_policy.backend", source=parent, base=job.base,
+            dtype=job.plan.model.dtype.value, kept=job.plan.output_root / "cache", part=progress.part,
+            stop_requested=job.interrupts.requested,
+            processes=sampling_group(job.plan.launch, job.folder, progress.note),
         )  # fmt: skip
         progress.note(f"on policy: {parent.name} answers {len(each.questions):,} questions, {settings.k} times each")
         scored = score(each.questions, ask(each.questions, asking), each.scorer)

@@ -18,7 +18,8 @@ import torch
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.engine import Engine
 from posttrain.engine.evaluation import NEGLIGIBLE, Evaluation, Measured
-from posttrain.sampling.policy import Asked, Policy
+from posttrain.rewards.matching import is_right
+from posttrain.sampling.policy import Asked, Policy, Rewarded
 from posttrain.sampling.sampler import Drawing
 from posttrain.sampling.trail import Trail
 
@@ -44,16 +45,20 @@ class GreedyReward(Evaluation):
     ) -> dict[str, float]:
         """Return the mean reward, the share of answers that never ended and their tokens, after ``step``.
 
-        Model and random numbers stay as they are.
+        Beside them is the share of right answers by each question's own match, which the reward may not look at: what a
+        gate of such questions would say. Model and random numbers stay as they are.
         """
         drawing = Drawing(k=1, temperature=0, max_tokens=self.config.max_tokens, seed=0)
         answers = [each for (each,) in self.policy.answer(engine, dtype, self.rows, drawing)]
-        self.trail.write_greedy(step, self.rows, answers)
+        rights = [_right(row, each) for row, each in zip(self.rows, answers, strict=True)]
+        self.trail.write_greedy(step, self.rows, answers, rights)
         last = self.note(Measured(step, torch.tensor([each.reward for each in answers], dtype=torch.float64)))
         self._lengths = {
             "eval_cut": fmean(not each.answer.ended for each in answers),
             "eval_answer_tokens": fmean(len(each.answer.ids) for each in answers),
         }
+        if known := [right for right in rights if right is not None]:
+            self._lengths["eval_right"] = fmean(known)
         return {"eval_reward": _mean(last), **self._lengths}
 
     def figures(self) -> dict[str, int | float]:
@@ -66,6 +71,7 @@ class GreedyReward(Evaluation):
             "eval_reward_highest": _mean(self.best),
             "eval_reward_highest_step": self.best.step,
             "eval_questions": len(self.rows),
+            **({} if (first := self.trail.right_share(0)) is None else {"eval_right_first": first}),
             **self._lengths,
         }
 
@@ -93,6 +99,18 @@ class GreedyReward(Evaluation):
         change = "stayed as it was" if gain == 0 else f"fell by {-gain:.3f}"
         return [f"{what} {change}: the gain may not reach other questions. Ask more of them, or raise temperature"]
 
+    def gone_apart(self) -> list[str]:
+        """Return a warning where the reward of greedy answers rose, and no more of them are right."""
+        first, last = self.trail.right_share(0), self._lengths.get("eval_right")
+        if self.first is None or self.last is None or first is None or last is None:
+            return []
+        if self.difference(self.first, self.last).value <= 0 or last > first or first == 1:
+            return []
+        rose = f"rose from {_mean(self.first):.3f} to {_mean(self.last):.3f}"
+        what = f"the reward of greedy answers to questions set aside {rose}, and no more of them are right"
+        fix = "the model may learn the reward alone. Read its answers in answers/eval-*.jsonl"
+        return [f"{what} ({first:.1%}, then {last:.1%}): {fix}"]
+
     def is_better(self, one: Measured, other: Measured) -> bool:
         """Return true when the mean reward of ``one`` is higher."""
         return bool(one.sums.mean() > other.sums.mean())
@@ -100,6 +118,12 @@ class GreedyReward(Evaluation):
     def _tokens(self) -> torch.Tensor:
         """Return 1 for each question: the reward is a mean over them."""
         return torch.ones(len(self.rows), dtype=torch.float64)
+
+
+def _right(row: Asked, each: Rewarded) -> bool | None:
+    """Return True for a right answer by its question's own match; None for a question that has no right answer."""
+    question = row.question
+    return each.answer.ended and is_right(each.text, question.answers, question.match) if question.answers else None
 
 
 def _mean(measured: Measured) -> float:

@@ -57,7 +57,7 @@ def train_sampled(context: StageContext, questions: Sequence[Question], loss: Po
     last = {name: training.last[name] for name in ("reward", "entropy", "cut", "spread", "kl") if name in training.last}
     context.metrics.update(steps=position.step, tokens=figures["sampled_tokens"], final_loss=position.loss)
     context.metrics.update(questions=len(rows), **figures, **last)
-    for line in evaluation.left_behind(figures["reward_first"], figures["reward_last"]):
+    for line in [*evaluation.left_behind(figures["reward_first"], figures["reward_last"]), *evaluation.gone_apart()]:
         context.warn(line)
     context.save(model)
 

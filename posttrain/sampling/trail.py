@@ -44,12 +44,21 @@ class Trail:
             self._forget("step-*.jsonl")
         self._write(self._path(sampling), lines)
 
-    def write_greedy(self, step: int, rows: Sequence[Asked], answers: Sequence[Rewarded]) -> None:
-        """Write the greedy answers to the questions set aside, after an optimizer step."""
+    def write_greedy(
+        self, step: int, rows: Sequence[Asked], answers: Sequence[Rewarded], rights: Sequence[bool | None]
+    ) -> None:
+        """Write the greedy answers to the questions set aside, after an optimizer step, and which are right."""
         if step == 0:
             self._forget("eval-*.jsonl")
-        lines = [_line(row, each) for row, each in zip(rows, answers, strict=True)]
-        self._write(self.folder / f"eval-{step:08d}.jsonl", lines)
+        lines = [{**_line(row, each), "right": right} for row, each, right in zip(rows, answers, rights, strict=True)]
+        self._write(self._greedy_path(step), lines)
+
+    def right_share(self, step: int) -> float | None:
+        """Return the share of right greedy answers after an optimizer step; None where no question has a right one."""
+        path = self._greedy_path(step)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        known = [right for line in lines if (right := json.loads(line)["right"]) is not None]
+        return fmean(known) if known else None
 
     def idle(self, last: int, most: int) -> int:
         """Count the samplings in a row up to ``last``, at most ``most``, without two rewards for any question."""
@@ -80,6 +89,9 @@ class Trail:
 
     def _path(self, sampling: int) -> Path:
         return self.folder / f"step-{sampling:08d}.jsonl"
+
+    def _greedy_path(self, step: int) -> Path:
+        return self.folder / f"eval-{step:08d}.jsonl"
 
     def _read(self, sampling: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._path(sampling).read_text(encoding="utf-8").splitlines()]

@@ -29,6 +29,8 @@ EVALUATED = ("test_split", "validation_split", "training_split")
 """Splits in lm-eval's order of preference: it scores the first one of a task."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ ]*:[ ]*["']?([\w.:-]+)["']?[ ]*\r?$""", re.MULTILINE)
 
+_PLACES = re.compile(r"://|[*?\[]")
+"""URLs and patterns, among the names of files."""
 _TAGS = re.compile(rb"""^["']?tag["']?[ ]*:([^:\r\n]*(?:\r?\n[ ]*- [^:\r\n]*)*)""", re.MULTILINE)
 """A task's tags: one behind the key, or a list of them below it."""
 
@@ -174,11 +176,19 @@ def data_files(settings: Mapping[str, Any]) -> list[Path]:
 
 
 def _leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [file for files in value.values() for file in _leaves(files)]
-    if isinstance(value, list):
-        return [file for files in value for file in _leaves(files)]
-    return [value] if isinstance(value, str) and not re.search(r"://|[*?\[]", value) else []
+    return [text for text in _texts(value) if not _PLACES.search(text)]
+
+
+def _texts(value: Any) -> list[str]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for each in inner for text in _texts(each)]
+
+
+def _is_local(settings: Mapping[str, Any]) -> bool:
+    """Return True for documents in files that are named one by one: their content is known, whatever else is cached."""
+    arguments = settings.get("dataset_kwargs")
+    named = _texts(arguments.get("data_files")) if isinstance(arguments, dict) else []
+    return bool(named) and len(named) == len(data_files(settings))
 
 
 def tasks_folder() -> Path:
@@ -243,7 +253,7 @@ def dataset_revisions(reference: str) -> dict[str, list[str]]:
         settings = read_task_file(path)
         dataset, parts = settings.get("dataset_path"), settings.get("task")
         waiting += _leaves(parts) if isinstance(parts, list) else []  # names of tasks, and texts that name none
-        if isinstance(dataset, str) and (revisions := _revisions(dataset)):
+        if isinstance(dataset, str) and not _is_local(settings) and (revisions := _revisions(dataset)):
             found[dataset] = revisions
     return found
 

@@ -7,8 +7,6 @@ loaded under their digests. What vLLM cannot apply is merged into weights of its
 from __future__ import annotations
 
 import http.client
-import json
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
@@ -19,15 +17,14 @@ from typing import Any, TypeVar
 
 from posttrain.errors import BadInput, first_line, reject, shown
 from posttrain.model.loading import load_model
-from posttrain.model.merging import merge_foreign
-from posttrain.model.saving import save_model
+from posttrain.model.merging import write_whole
 from posttrain.model.vllm import missing_parts, rank_of, room_for
+from posttrain.model.vllm_process import NAME, Process, Tell, choices
 from posttrain.serve.ask import Ask, Ended, Token
 from posttrain.serve.catalogue import Catalogue, Served
 from posttrain.serve.engine import STOPPED, QueueFull, Unavailable, Unloaded
 from posttrain.serve.lane import Lane
 from posttrain.serve.models import Models, Weights, describe, key_of, require_plain
-from posttrain.serve.process import NAME, Process, Tell
 
 T = TypeVar("T")
 Routes = MutableMapping[str, tuple[Process, str]]
@@ -135,10 +132,7 @@ def _events(process: Process, name: str, ask: Ask) -> Iterator[Token | Ended]:
         if answer.status != 200:
             yield Ended("failed", f"vLLM answers with status {answer.status}: {shown(answer.read()[:300])}")
             return
-        for line in answer:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                continue
-            (choice,) = json.loads(line[6:])["choices"]
+        for choice in choices(answer):
             for token in _tokens(choice):
                 if token.id in ask.ends:
                     yield Ended("stop")
@@ -234,7 +228,8 @@ class VllmModels(Models):
             return process, name
         if source.adapter is None and not (source.added_tokens or source.rows):
             return self._process(key_of(served), source.model, served.dtype), NAME
-        return self._process(served.digest, self._written(served), served.dtype), NAME
+        whole = write_whole(source, served.base, served.dtype, self._folder / served.digest)
+        return self._process(served.digest, whole, served.dtype), NAME
 
     def _process(self, key: Hashable, model: Path, dtype: str) -> Process:
         if key not in self._processes:
@@ -243,17 +238,3 @@ class VllmModels(Models):
             process.start()
             self._processes[key] = process
         return self._processes[key]
-
-    def _written(self, served: Served) -> Path:
-        """Return the folder of a model's merged weights, named by its digest and written once."""
-        folder = self._folder / served.digest
-        if folder.is_dir():
-            return folder
-        if served.source.adapter is not None:
-            merge_foreign(served.source, served.base, served.dtype, folder)
-            return folder
-        draft = folder.with_name(f".{folder.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_model(load_model(served.source, served.dtype), served.source, draft, served.dtype)
-        return draft.rename(folder)

@@ -18,7 +18,7 @@ from tests.support.pages import read_page
 HOSTILE = '</pre><script>alert("1")</script>'
 FIGURES = {
     "reward_first": 0.1, "reward_last": 0.6, "eval_reward_first": 0.2, "eval_reward": 0.5, "eval_reward_highest": 0.55,
-    "eval_reward_highest_step": 2, "eval_questions": 40,
+    "eval_reward_highest_step": 2, "eval_questions": 40, "eval_right_first": 0.5, "eval_right": 0.45,
 }  # fmt: skip
 
 
@@ -32,7 +32,14 @@ def run(working_folder: Path) -> Path:
     path = only_run()
     rows: list[dict[str, Any]] = [{"stage": "dpo", "step": 0, "eval_reward": 0.2}]
     for step in (1, 2, 3):
-        figures = {"reward": step / 5, "eval_reward": step / 4, "entropy": 1.0, "kl": 0.1, "clipped": 0.0}
+        figures = {
+            "reward": step / 5,
+            "eval_reward": step / 4,
+            "eval_right": 0.5,
+            "entropy": 1.0,
+            "kl": 0.1,
+            "clipped": 0.0,
+        }
         rows.append(
             {"stage": "dpo", "step": step, "loss": 0.1, "answer_tokens": 20.0 - step, "cut": 0.5 / step, **figures}
         )
@@ -61,11 +68,12 @@ def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> No
         ("best 2", 2, 2.0), ("best 3", 3, 1.5), ("best 1", 1, 1.5), ("same", 3, 1.0), (HOSTILE, 3, 0.1),
     ]  # fmt: skip
     assert [chart.title for chart in policy.charts] == [
-        "reward and eval_reward", "entropy", "kl", "clipped", "answer_tokens", "cut",
+        "reward and eval_reward and eval_right", "entropy", "kl", "clipped", "answer_tokens", "cut",
     ]  # fmt: skip
     courses = {each.name: (each.before, each.after) for each in policy.courses}
     assert courses["reward of sampled answers"] == ("0.100", "0.600")
     assert courses["reward of greedy answers to questions set aside"] == ("0.200", "0.500")
+    assert courses["right greedy answers to questions set aside"] == ("50.0%", "45.0%")
     assert courses["sampled answers that never ended"] == ("50.0%", "16.7%")
     assert courses["tokens of a sampled answer"] == ("19.0", "17.0")
     assert courses["gate: some, acc"] == ("10.0", "60.0")

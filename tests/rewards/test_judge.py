@@ -14,6 +14,7 @@ import pytest
 
 from posttrain.data.questions import read_question
 from posttrain.errors import BadInput, Interrupted, SpendCapReached
+from posttrain.host import activity
 from posttrain.rewards import judge
 from posttrain.rewards.reward import Attempt
 from posttrain.rewards.scorer import Rated, choose
@@ -187,16 +188,40 @@ def test_a_request_that_is_rejected_is_bad_input_at_once(server: StandIn, tmp_pa
     assert len(server.asked) == 1
 
 
-def test_the_budget_stops_and_what_was_judged_is_kept(
+def test_the_budget_is_one_for_a_run_over_its_processes_and_resumes(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.reply = lambda prompt, number: said("10")
+    monkeypatch.setenv(judge.MOST, "5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    spent = rf"more than 5 times, the most that {judge.MOST} allows for a run"
+    with activity.running(tmp_path / "run"):
+        for rank, share in ((0, 2), (1, 2)):  # the later one has two of the three that are left
+            monkeypatch.setenv("RANK", str(rank))
+            with pytest.raises(SpendCapReached, match=spent):
+                rate(tmp_path / str(rank), *"abcdef")
+            assert len(list((tmp_path / str(rank) / "judged").iterdir())) == share
+        # resumed in one process it has the one that is left, then none; what was judged is kept
+        monkeypatch.delenv("WORLD_SIZE")
+        monkeypatch.delenv("RANK")
+        for total in (5, 5):
+            with pytest.raises(SpendCapReached, match=spent):
+                rate(tmp_path / "0", *"abcdef")
+            assert len(server.asked) == total
+        monkeypatch.setenv(judge.MOST, "8")
+        assert [each.reward for each in rate(tmp_path / "0", *"abcdef")] == [1.0] * 6
+        assert len(server.asked) == 8
+
+
+def test_without_a_run_a_command_has_a_budget_of_its_own(
     server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(judge.MOST, "3")
     server.reply = lambda prompt, number: said("10")
-    with pytest.raises(SpendCapReached, match=f"has been asked 3 times, the most that {judge.MOST} allows"):
+    with pytest.raises(SpendCapReached, match="more than 3 times"):
         rate(tmp_path, *"abcde")
     assert len(server.asked) == 3
     assert [each.reward for each in rate(tmp_path, *"abcde")] == [1.0] * 5
-    assert len(server.asked) == 5
 
 
 def test_an_answer_that_never_ended_is_wrong_without_being_asked(server: StandIn, tmp_path: Path) -> None:

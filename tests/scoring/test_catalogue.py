@@ -31,6 +31,14 @@ def test_a_new_revision_of_a_tasks_dataset_is_seen(hub: Path) -> None:
     assert dataset_revisions(reference) == {"owner/name": ["abc", "def"]}
 
 
+def test_files_named_one_by_one_have_no_revision_whatever_other_files_were_read(hub: Path) -> None:
+    (hub / "datasets/json/default-1/0.0.0/abc").mkdir(parents=True)
+    for files, expected in (("mine.jsonl", {}), ("hf://datasets/owner/name/mine.jsonl", {"json": ["abc"]})):
+        kwargs = f"dataset_kwargs: {{data_files: {{test: [other.jsonl, '{files}']}}}}"
+        (hub / "mine.yaml").write_text(f"task: mine\ndataset_path: json\n{kwargs}\ntest_split: test\n")
+        assert dataset_revisions(str(hub / "mine.yaml")) == expected
+
+
 def test_registered_tasks_and_groups_count_by_all_of_their_datasets(hub: Path) -> None:
     for name in ("datasets--openai--gsm8k", "datasets--cais--mmlu"):
         (hub / "hub" / name / "snapshots/abc").mkdir(parents=True)

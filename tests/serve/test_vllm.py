@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from posttrain.artifact import Artifact
-from posttrain.serve import process as processes
-from posttrain.serve.process import Process
+from posttrain.model import vllm_process as processes
+from posttrain.model.vllm_process import Process
 from tests.support.command import PROGRAM, main, started
 from tests.support.serving import chat, events, make_artifact, post, serving
 from tests.support.tiny import write_base
@@ -157,7 +157,7 @@ def test_a_process_ends_with_what_began_it_and_a_false_start_is_told(
     journal = tmp_path / "journal"
     base = made["one"].path.parents[4] / "base"
     code = (
-        "import os, signal; from pathlib import Path; from posttrain.serve.process import Process\n"
+        "import os, signal; from pathlib import Path; from posttrain.model.vllm_process import Process\n"
         f"each = Process({COMMAND.split()!r}, Path({str(base)!r}), ['--dtype', 'float32'], os.environ)\n"
         "each.start(); os.kill(os.getpid(), signal.SIGKILL)"
     )

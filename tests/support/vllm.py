@@ -2,7 +2,8 @@
 
     python -m tests.support.vllm MODEL --host ADDRESS --port N ... [--journal FILE]
 
-It rejects what vLLM rejects. Each process, adapter and request leaves a line in the journal.
+It rejects what vLLM rejects. Each process, adapter and request leaves a line in the journal. Libraries are imported
+where they are used: the version is asked of a process of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+if TYPE_CHECKING:
+    import torch
 
 
 class Standin(BaseHTTPRequestHandler):
@@ -28,6 +28,7 @@ class Standin(BaseHTTPRequestHandler):
     adapters: ClassVar[dict[str, str]] = {}
     options: ClassVar[argparse.Namespace]
     lock: ClassVar[Any] = threading.Lock()
+    served: ClassVar[int] = 0
 
     def log_message(self, *args: Any) -> None:
         """Write no log."""
@@ -48,6 +49,8 @@ class Standin(BaseHTTPRequestHandler):
         work(body)
 
     def _load(self, body: dict[str, Any]) -> None:
+        from peft import PeftModel
+
         assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
         name, path = body["lora_name"], Path(body["lora_path"])
         config = json.loads((path / "adapter_config.json").read_text())
@@ -69,12 +72,22 @@ class Standin(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def _complete(self, body: dict[str, Any]) -> None:
+        import torch
+
         name = body["model"]
         if name not in (self.options.served_model_name, *self.adapters):
             self._answer(404, {"error": f"The model `{name}` does not exist."})
             return
         assert body["stream"]
         assert body["return_token_ids"]
+        if len(body["prompt"]) + body["max_tokens"] > self.options.context:
+            self._answer(400, {"error": f"This model's maximum context length is {self.options.context} tokens."})
+            return
+        with self.lock:
+            type(self).served += 1
+            if self.served == int(os.environ.get("STANDIN_ENDS_AFTER", "0")):
+                print("ValueError: out of memory", flush=True)
+                os._exit(3)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -82,17 +95,22 @@ class Standin(BaseHTTPRequestHandler):
         for number in range(body["max_tokens"]):
             logits_V = self._logits(name, ids)
             drawn = body["temperature"] > 0
-            chances_V = (logits_V / (body["temperature"] or 1)).softmax(-1)
+            warm_V = logits_V / (body["temperature"] or 1)
+            chances_V = warm_V.softmax(-1)
+            told_V = (warm_V if self.options.logprobs_mode == "processed_logprobs" else logits_V).log_softmax(-1)
             token = int(torch.multinomial(chances_V, 1, generator=generator)) if drawn else int(logits_V.argmax())
             ended = token in body["stop_token_ids"]
             reason = "stop" if ended else "length" if number + 1 == body["max_tokens"] else None
-            self._piece(token, logits_V.log_softmax(-1), body["logprobs"], reason)
+            self._piece(token, told_V, body["logprobs"], reason)
             if reason:
                 break
             ids.append(token)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _logits(self, name: str, ids: list[int]) -> torch.Tensor:
+        import torch
+        from peft import PeftModel
+
         model = type(self).model
         with self.lock, torch.inference_mode():
             if name in self.adapters:
@@ -128,8 +146,12 @@ def journal(options: argparse.Namespace, **fields: Any) -> None:
 
 def main() -> None:
     """Answer until the end of the process."""
+    if "--version" in sys.argv:
+        print(os.environ.get("STANDIN_VERSION", "0.1"))
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("weights")
+    parser.add_argument("--logprobs-mode", default="raw_logprobs")
     for name in ("--host", "--served-model-name", "--generation-config", "--uvicorn-log-level", "--dtype"):
         parser.add_argument(name)
     for name in ("--port", "--max-loras", "--max-cpu-loras", "--max-lora-rank"):
@@ -140,9 +162,13 @@ def main() -> None:
     if os.environ.get("STANDIN_FAULT"):
         print("ValueError: no room for the cache of keys and values")
         sys.exit(3)
+    from transformers import AutoModelForCausalLM
+
     Standin.options = options
     Standin.model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=options.dtype).eval()
+    Standin.options.context = Standin.model.config.max_position_embeddings
     journal(options, path="begun", model=None)
+    ThreadingHTTPServer.request_queue_size = 256
     ThreadingHTTPServer((options.host, options.port), Standin).serve_forever()
 
 

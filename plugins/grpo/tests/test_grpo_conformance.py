@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -92,10 +93,14 @@ def test_greedy_answers_to_questions_set_aside_are_scored_and_change_nothing(pro
         lines = [json.loads(line) for line in answers.read_text().splitlines()]
         assert [line["question"] for line in lines] == [f"a {word}" for word in words]
         assert told[step]["eval_reward"] == pytest.approx(sum(line["reward"] for line in lines) / len(words))
+        right = [line["ended"] and re.search("[a-p]", line["answer"]) is not None for line in lines]
+        assert [line["right"] for line in lines] == right
+        assert told[step]["eval_right"] == sum(right) / len(words)
         assert told[step]["eval_cut"] == sum(not line["ended"] for line in lines) / len(words)
     figures = json.loads((run / "stages" / "grpo" / "artifact" / "manifest.json").read_text())["metrics"]
     assert figures["eval_questions"] == len(words)
     assert (figures["eval_reward_first"], figures["eval_reward"]) == (told[0]["eval_reward"], told[3]["eval_reward"])
+    assert (figures["eval_right_first"], figures["eval_right"]) == (told[0]["eval_right"], told[3]["eval_right"])
 
 
 def test_a_share_of_the_questions_is_set_aside_and_never_trained(project: Project, tmp_path: Path) -> None:

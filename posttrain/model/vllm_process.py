@@ -7,13 +7,15 @@ import http.client
 import json
 import os
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from typing import Any
 from posttrain.errors import ArtifactDamaged, reject, shown
 from posttrain.host.supervisor import die_with
 
+COMMAND = "POSTTRAIN_VLLM"
+"""Variable of the environment with the command that starts vLLM: no recipe names a program that is run."""
+WAYS = f"--vllm-command, or {COMMAND} in the environment"
+SERVE = "serve"
+"""vLLM's word before the options of a server."""
 HOST, NAME = "127.0.0.1", "base"
 """vLLM's address, and its name of the weights."""
 TICK = 0.1
@@ -57,7 +64,7 @@ class Process:
         """True while it answers."""
         self.tell: Tell = lambda fields: None
         """Takes what happens to the process, for the log."""
-        # The kernel ends vLLM with the thread that began it: this one lives as long as the server.
+        # The kernel ends vLLM with the thread that began it: this one lives as long as the process.
         self._thread = threading.Thread(target=self._keep, name="vllm", daemon=True)
 
     def start(self) -> None:
@@ -65,7 +72,7 @@ class Process:
         self._thread.start()
         self._begun.wait()
         if self._fault:
-            reject(" ".join(self._command[:2]), self._fault, "Give the command that starts vLLM: --vllm-command")
+            reject(" ".join(self._command[:2]), self._fault, f"Give the command that starts vLLM: {WAYS}")
 
     def stop(self) -> None:
         """End the process."""
@@ -157,6 +164,51 @@ class Process:
                 return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
+
+
+def find_command(words: str | None, where: str) -> list[str]:
+    """Return the words that begin vLLM: those given, the environment's, or ``vllm serve`` where it is installed.
+
+    Raises BadInput at ``where`` when there is no such command.
+    """
+    words = words or os.environ.get(COMMAND)
+    if words is None:
+        found = shutil.which("vllm")
+        if found is None:
+            fix = f"Give the command that starts it, of another environment: {WAYS}: '/opt/vllm/bin/vllm serve'"
+            reject(where, "there is no command vllm", fix)
+        return [found, SERVE]
+    try:
+        command = shlex.split(words)
+    except ValueError as error:
+        reject(where, f"{shown(words)} is no command: {error}", f"Give the words that start vLLM: {WAYS}")
+    if not command or shutil.which(command[0]) is None:
+        reject(where, f"{shown(words)}: there is no such command", f"Give the words that start vLLM: {WAYS}")
+    return command
+
+
+def version_of(command: Sequence[str]) -> str:
+    """Return the version that vLLM names, begun by these words. Raises BadInput when it names none."""
+    program = list(command[: command.index(SERVE)] if SERVE in command else command)
+    try:
+        found = subprocess.run(
+            [*program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+            check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        reject(" ".join(program), f"names no version: {shown(str(error))}", f"Give another command: {WAYS}")
+    lines = [line.strip() for line in found.stdout.splitlines() if line.strip()]
+    if not lines:
+        reject(" ".join(program), "names no version", f"Give another command: {WAYS}")
+    return lines[-1]
+
+
+def choices(answer: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """Yield the pieces of a streamed completion, as vLLM's interface has them."""
+    for line in answer:
+        if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+            (choice,) = json.loads(line[6:])["choices"]
+            yield choice
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
