@@ -1,4 +1,4 @@
-"""Answers by vLLM, a stand-in that speaks its interface, and by the processes of a launch: kept as those of one process."""
+"""Answers by vLLM, whose interface a stand-in speaks, and by the processes of a launch: kept as those of one process."""
 
 from __future__ import annotations
 
