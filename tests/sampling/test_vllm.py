@@ -1,4 +1,4 @@
-"""Answers by vLLM, whose interface a stand-in speaks, and by the processes of a launch: kept as those of one process."""
+"""Answers by vLLM, whose interface a stand-in speaks, and by the processes of a launch: those that one would keep."""
 
 from __future__ import annotations
 
