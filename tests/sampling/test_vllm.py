@@ -14,7 +14,8 @@ import torch
 
 from posttrain.artifact import ModelSource, verify
 from posttrain.cli import dispatch
-from posttrain.config.schema import LaunchConfig, Launcher, ModelConfig
+from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import ModelConfig
 from posttrain.data.questions import read_question
 from posttrain.errors import BadInput
 from posttrain.host import plugins
