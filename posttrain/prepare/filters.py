@@ -16,6 +16,8 @@ class Finding:
 
     evidence: str
     """The part of the row that shows it, or the reason in words."""
+    marked: str = ""
+    """The very words within ``evidence``, for the audit; empty where all of it shows the fault."""
     score: float | None = None
     """Strength of the finding, in the rule's own unit."""
 

@@ -28,9 +28,11 @@ COLUMNS = (
     ("record", "binary"), ("action", "set"), ("rule", "set"), ("score", "float32"), ("witness", "int64"),
     ("task", "set"), ("document", "int64"), ("asked", "string"), ("evidence", "string"), ("findings", "list"),
     ("characters", "int64"), ("answer_characters", "int64"), ("cluster", "int64"),
+    ("marked", "string"),
 )  # fmt: skip
 """Columns of the ledger: ``set`` is data or eval_data, ``witness`` the id of the row that stays in a copy's place,
-``asked`` the text of the gate's document that a row holds, ``cluster`` the id of the first row of those alike."""
+``asked`` the text of the gate's document that a row holds, ``cluster`` the id of the first row of those alike,
+``marked`` the words within the evidence that are the fault."""
 ORDER = (UNREADABLE, *RULES)
 LAST = (CONTAMINATION, EXACT, NEAR, SEMANTIC, *BALANCE)
 """Rules in the order of preparation; those of plugins stand between."""
@@ -50,6 +52,8 @@ class Found:
     document: int | None = None
     asked: str | None = None
     """Text of the document."""
+    marked: str = ""
+    """The very words within the evidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,7 @@ class Ledger:
         if first is not None:
             values |= {
                 name: getattr(first, name)
-                for name in ("rule", "score", "witness", "task", "document", "asked", "evidence")
+                for name in ("rule", "score", "witness", "task", "document", "asked", "evidence", "marked")
             }
         return values
 

@@ -98,7 +98,13 @@ class Preparation:
                 for at, finding in enumerate(judge(judged), start=start):
                     if finding is not None:
                         evidence = finding.evidence[:EVIDENCE]
-                        self._add(at, Found(rule=name, action=action, evidence=evidence, score=finding.score))
+                        self._add(
+                            at,
+                            Found(
+                                rule=name, action=action, evidence=evidence, score=finding.score,
+                                marked=finding.marked[:EVIDENCE],
+                            ),
+                        )  # fmt: skip
             start += len(batch)
 
     def _compare_with_gates(self) -> None:

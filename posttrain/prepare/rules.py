@@ -131,7 +131,7 @@ def _cut_off(row: Row) -> Finding | None:
             continue
         last = text[-EVIDENCE:].splitlines()[-1]
         if not HASHTAG.search(last) and any(mark in text for mark in ".!?"):
-            return Finding(evidence=excerpt(text, max(len(text) - 1, 0)))
+            return Finding(evidence=excerpt(text, max(len(text) - 1, 0)), marked=text.split()[-1][-EVIDENCE // 2 :])
     return None
 
 
@@ -141,7 +141,7 @@ def _refusal(row: Row) -> Finding | None:
         return None  # its author has said so
     for answer in row.answers:
         if found := REFUSAL.search(answer[:OPENING]):
-            return Finding(evidence=excerpt(answer, *found.span()))
+            return Finding(evidence=excerpt(answer, *found.span()), marked=found[0].strip())
     return None
 
 
@@ -153,7 +153,9 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[Row], Finding | None]:
         first, count = None, 0
         for found in pattern.finditer(text):
             first, count = first or found, count + 1
-        return None if first is None else Finding(evidence=excerpt(text, *first.span()), score=count)
+        if first is None:
+            return None
+        return Finding(evidence=excerpt(text, *first.span()), score=count, marked=first[0].strip())
 
     return find
 

@@ -144,7 +144,7 @@ def _example(line: dict[str, Any], records: Sequence[Record]) -> Example:
         parts, other = differences(text, Row(witness).compared(Compared.both))
         beside = witness.where
     else:
-        parts = mark(text, line["evidence"] or "", answers)
+        parts = mark(text, line["evidence"] or "", answers, line["marked"] or "")
         if line["rule"] == CONTAMINATION:
             beside, other = f"{line['task']}, document {line['document']}", mark(line["asked"], line["evidence"] or "")
     return Example(
@@ -152,8 +152,8 @@ def _example(line: dict[str, Any], records: Sequence[Record]) -> Example:
     )
 
 
-def mark(text: str, evidence: str, since: int = 0) -> Parts:
-    """Return the evidence, marked, with what stands around it; behind the text where the text does not have it.
+def mark(text: str, evidence: str, since: int = 0, words: str = "") -> Parts:
+    """Return the evidence, or the ``words`` in it, marked, with what stands around it; behind a text without it.
 
     It is looked for behind ``since`` characters first: rules look at answers, and a prompt may have the same words.
     """
@@ -163,10 +163,19 @@ def mark(text: str, evidence: str, since: int = 0) -> Parts:
     if found is None:
         parts = [(text[: 2 * AROUND], False)]
         return [*parts, (evidence, True)] if evidence else parts
-    start, end = max(0, found.start() - AROUND), found.end() + AROUND
-    before = ("…" if start else "") + text[start : found.start()]
-    after = text[found.end() : end] + ("…" if end < len(text) else "")
-    return [(part, marked) for part, marked in ((before, False), (found[0], True), (after, False)) if part]
+    first, last = _span_of(words, text, *found.span())
+    start, end = max(0, first - AROUND), last + AROUND
+    before = ("…" if start else "") + text[start:first]
+    after = text[last:end] + ("…" if end < len(text) else "")
+    return [(part, marked) for part, marked in ((before, False), (text[first:last], True), (after, False)) if part]
+
+
+def _span_of(words: str, text: str, start: int, end: int) -> tuple[int, int]:
+    """Return the place of some words in a part of a text, or near its ends; of the part itself without any."""
+    spelled = r"\s+".join(map(re.escape, words.split()))
+    near = max(start - len(words), 0), end + len(words)  # the part was found by its letters: signs may stand beside it
+    found = re.compile(spelled).search(text, *near) if spelled else None
+    return (start, end) if found is None else found.span()
 
 
 def differences(one: str, other: str) -> tuple[Parts, Parts]:

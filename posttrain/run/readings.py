@@ -119,6 +119,7 @@ def _recall(job: Job) -> Records | None:
         warnings=reading.warnings,
         kept=kept,
         prepared=None if lengths is None else plain(lengths),
+        done=done,
     )
 
 

@@ -38,6 +38,7 @@ def check_plan(plan: Plan) -> Sequence[Problem]:
 def check_gate(step: Step) -> Sequence[Problem]:
     """Load the tasks as scoring will, and score invented answers: nothing may be missing after the training."""
     from posttrain.errors import BadInput
+    from posttrain.scoring.harness.documents import empty_halves
     from posttrain.scoring.harness.rehearsal import rehearse
     from posttrain.scoring.harness.tasks import preflight
 
@@ -45,9 +46,11 @@ def check_gate(step: Step) -> Sequence[Problem]:
         return []
     try:
         rehearse(step.tasks, preflight(step.tasks))
+        searched = step.replay is not None and step.replay.auto is not None
+        found = [*empty_halves(step.gate, step.tasks)] if searched else []
     except BadInput as error:
-        return [replace(problem, where=f"{step.name}.gate.{problem.where}") for problem in error.problems]
-    return []
+        found = error.problems
+    return [replace(problem, where=f"{step.name}.gate.{problem.where}") for problem in found]
 
 
 @hookimpl

@@ -172,9 +172,27 @@ def test_rows_alike_reach_the_stage_that_sets_some_aside() -> None:
     write([{"prompt": each, "completion": "yes"} for each in texts])
     script, found = Script(), list[dict[str, int]]()
     script.during_training = lambda context: found.append(dict(context.clusters))
-    for share in ("0.4", "0"):
-        run_on(scripted_host(script), "stages=[sft]", "sft.prepare.near.action=count", f"sft.eval_share={share}")
-    assert found == [{"train.jsonl:1": 0, "train.jsonl:2": 0}, {}]
+    for word in ("eval_share=0.4", "eval_share=0", "eval_share=0.3"):  # the last one does not read the rows again
+        run_on(scripted_host(script), "stages=[sft]", "sft.prepare.near.action=count", f"sft.{word}")
+    alike = {"train.jsonl:1": 0, "train.jsonl:2": 0}
+    assert found == [alike, {}, alike]
+
+
+def test_a_replayed_row_that_a_gate_asks_leaves_as_those_of_the_stage_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "what was the name of the man who painted the tall blue house"
+    general = [{"prompt": asked, "completion": "it was Marc"}, {"prompt": "why", "completion": "for it is so"}]
+    Path("general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    monkeypatch.setattr(Preparer, "_documents", lambda preparer: [GateDocument("mine", 0, asked, "")])
+    words = ("sft.replay={path: general.jsonl, share: 0.2}", "sft.prepare.exact=count")
+    (stage,) = ask(capsys, *words)["stages"].values()
+    rows = [(each["source"], each["read"], each["kept"], each["dropped"]) for each in stage["sources"]]
+    assert rows == [("train.jsonl", 3, 3, {}), ("general.jsonl", 2, 1, {"contamination": 1})]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", *ALONE, *words, "sft.prepare.contamination.action=stop"])
+    assert ended.value.code == 2
+    assert "general.jsonl:1: contamination: what was the name" in capsys.readouterr().err
 
 
 def test_a_damaged_preparation_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:

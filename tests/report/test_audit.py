@@ -19,6 +19,7 @@ from posttrain.prepare.kept import Kept
 from posttrain.prepare.ledger import Summary, Touched, Waterfall
 from posttrain.prepare.preparation import Preparation
 from posttrain.prepare.rows import Row
+from posttrain.prepare.rules import QUALITY
 from posttrain.report import audit, rows
 from posttrain.report.audit import audit_page, differences, mark
 
@@ -159,6 +160,30 @@ def test_evidence_is_found_whatever_stands_between_its_words() -> None:
     assert mark("one", "two") == [("one", False), ("two", True)]
     assert mark("5 or 6? 5", "5", 3) == [("5 or 6? ", False), ("5", True)]
     assert mark("one", "") == [("one", False)]
+
+
+def test_of_the_evidence_the_words_that_are_the_fault_are_marked() -> None:
+    text = "Dear Ms Rose, please write your name here: [Your  Name], and send it back."
+    assert mark(text, "…write your name here: [Your Name], and send…", 0, "[Your Name]") == [
+        (text[:43], False),
+        ("[Your  Name]", True),
+        (text[55:], False),
+    ]
+    assert mark("a </s>", "a </s>", 0, "</s>") == [("a ", False), ("</s>", True)]
+    assert mark("so it is", "it is", 0, "absent") == [("so ", False), ("it is", True)]
+    declining = "I am sorry, but I cannot help with that. " * 2 + "<|im_end|> As an AI I ask [Your Name] for it"
+    cut = "word " * 41 + ". and then it sto"
+    for rule, answer in [
+        *((rule, declining) for rule in ("marker", "placeholder", "boilerplate", "refusal")),
+        ("cut_off", cut),
+    ]:
+        (finding,) = QUALITY[rule].judge([Row(record(0, "a", answer))])
+        assert finding is not None, rule
+        assert 0 < len(finding.marked) < len(finding.evidence)
+        assert finding.marked in finding.evidence, rule
+
+
+def test_what_stands_around_the_evidence_is_cut() -> None:
     (before, marked, after) = mark("a" * 1000 + " here " + "b" * 1000, "here")
     assert (len(before[0]), marked, len(after[0])) == (301, ("here", True), 301)
 

@@ -14,12 +14,22 @@ import pytest
 from posttrain import ledger
 from posttrain.config.schema import Half
 from posttrain.context import StageContext
-from posttrain.errors import GateFailed, Interrupted
+from posttrain.errors import BadInput, GateFailed, Interrupted
 from posttrain.gate.halves import select_half
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
 from posttrain.gate.verdict import judge
 from posttrain.hookspecs import hookimpl
-from tests.support.fakes import Script, only_run, run_json, run_recipe, write_adapter, write_project
+from posttrain.scoring import plugin as scoring
+from tests.support.fakes import (
+    Script,
+    only_run,
+    run_json,
+    run_on,
+    run_recipe,
+    scripted_host,
+    write_adapter,
+    write_project,
+)
 
 SEARCH = (
     "stages=[sft]",
@@ -154,3 +164,15 @@ def test_a_search_that_was_killed_goes_on_where_it_was(place: str) -> None:
     assert [half.value for _, half, _ in later.asked] == ["choosing", "judging"][place == "judging" :]
     assert stage()["state"] == "promoted"
     assert [each["held"] for each in stage()["attempts"]] == [False, True]
+
+
+def test_a_guard_without_documents_that_choose_stops_the_run_before_it_trains() -> None:
+    rows = [{"question": "q", "answer": "a", "match": "exact"}]
+    Path("few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = Script()
+    host = scripted_host(script)
+    host.manager.register(scoring, "scoring.plugin")
+    words = [*SEARCH[:2], "+sft.gate.tasks.kept={role: guard, metric: right, task: own_questions, data: few.jsonl}"]
+    with pytest.raises(BadInput, match=r"sft\.gate\.tasks\.kept: none of its 1 documents is of the half"):
+        run_on(host, *words, "sft.prepare.enabled=false", "~sft.gate.tasks.some", "~dpo.gate.tasks.some")
+    assert script.trained == []

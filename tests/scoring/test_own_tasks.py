@@ -22,6 +22,7 @@ from posttrain.rewards.matching import MATCHES
 from posttrain.scoring import plugin
 from posttrain.scoring.checks import check_tasks, read_slices
 from posttrain.scoring.evaluate import evaluate
+from posttrain.scoring.harness.documents import empty_halves
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.systems import Loading
@@ -253,3 +254,16 @@ def test_an_answer_that_calls_a_tool_is_no_text() -> None:
     row = {"messages": [CHAT[1], {"role": "assistant", "tool_calls": [call]}]}
     with pytest.raises(BadInput, match="calls tools"):
         preflight({"mine": task("held_out_responses", write("r.jsonl", row))})
+
+
+def test_a_guard_without_a_document_of_a_half_cannot_choose_a_share() -> None:
+    many = write("many.jsonl", *({"question": f"q{number}", "answer": "a"} for number in range(40)))
+    few = write("few.jsonl", {"question": "q", "answer": "a"})
+    lift = task("own_questions", few)
+    guards = {"mine": replace(task("own_questions", few), role=Role.guard), "other": lift}
+    (problem,) = empty_halves(GateConfig(), guards)
+    assert problem.where == "tasks.mine"
+    assert "none of its 1 documents is of the half that" in problem.what
+    enough = replace(task("own_questions", many), role=Role.guard)
+    assert [*empty_halves(GateConfig(), {"mine": enough})] == []
+    assert len([*empty_halves(GateConfig(), {"mine": replace(enough, limit=1)})]) == 1

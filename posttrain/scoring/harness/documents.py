@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config.schema import Half, Role
+from posttrain.errors import Problem
+from posttrain.gate.halves import select_half
 from posttrain.prepare.contamination import GateDocument
 from posttrain.scoring.checks import blaming
-from posttrain.scoring.harness.requests import wording
+from posttrain.scoring.harness.requests import hash_document, sample_documents, wording
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.isolation import quiet
 
 if TYPE_CHECKING:
-    from posttrain.config.schema import GateTask
+    from posttrain.config.schema import GateConfig, GateTask
 
 
 def gate_documents(tasks: Mapping[str, GateTask]) -> Iterator[GateDocument]:
@@ -29,6 +32,22 @@ def gate_documents(tasks: Mapping[str, GateTask]) -> Iterator[GateDocument]:
                 with quiet(), blaming(f"{where}, document {number}"):
                     yield GateDocument(name, number, _asked(leaf, doc), _right(leaf, doc))
                 number += 1
+
+
+def empty_halves(gate: GateConfig, tasks: Mapping[str, GateTask]) -> Iterator[Problem]:
+    """Yield a problem for each guard without a document in the half that chooses a share, or in the one that judges."""
+    guards = {name: task for name, task in tasks.items() if task.role is Role.guard}
+    for name, leaves in preflight(guards).items():
+        task = guards[name]
+        with quiet(), blaming(f"tasks.{name}", None):
+            documents = [doc for leaf in leaves for doc in leaf.eval_docs]
+        asked = sample_documents(len(documents), task.limit, gate.seed)
+        hashes = {number: hash_document(documents[number]) for number in asked}
+        sources = {} if task.cluster is None else {number: str(documents[number][task.cluster]) for number in asked}
+        for half, does in ((Half.choosing, "chooses the share"), (Half.judging, "judges the chosen one")):
+            if not select_half(hashes, half, sources):
+                what = f"none of its {len(asked)} documents is of the half that {does}, so no share can be found by it"
+                yield Problem(where=f"tasks.{name}", what=what, fix="Give it more documents, or give replay.share")
 
 
 def _asked(leaf: Any, doc: Any) -> str:

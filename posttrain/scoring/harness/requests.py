@@ -110,7 +110,7 @@ def _prepared(name: str, task: GateTask, leaves: Sequence[Any], questions: Seque
 def _questions(
     name: str, task: GateTask, tokenizer: Any, seed: int, leaves: Sequence[Any], documents: Sequence[Sequence[Any]]
 ) -> list[Question]:
-    chosen = _sample(sum(map(len, documents)), task.limit, seed)
+    chosen = sample_documents(sum(map(len, documents)), task.limit, seed)
     questions: list[Question] = []
     start = 0
     for leaf, docs in zip(leaves, documents, strict=True):
@@ -130,7 +130,8 @@ def _is_chat(task: GateTask, leaf: Any) -> bool:
     return task.chat if task.chat is not None else bool(leaf.OUTPUT_TYPE == "generate_until")
 
 
-def _sample(total: int, limit: int | None, seed: int) -> set[int]:
+def sample_documents(total: int, limit: int | None, seed: int) -> set[int]:
+    """Return the numbers of the documents that a task asks: all, or a seeded sample of ``limit``."""
     everything = range(total)
     return set(everything if limit is None or limit >= total else random.Random(seed).sample(everything, limit))
 
@@ -199,7 +200,7 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         doc=_as_written(doc, written) if any(text != shown for text, shown in written.items()) else doc,
         leaf=leaf,
         requests=requests,
-        document_hash=_hash(json.dumps(_without_notes(doc), sort_keys=True, default=str)),
+        document_hash=hash_document(doc),
         request_hash=digest_of([[request.request_type, *request.args, *_ids(request)] for request in requests]),
         target_hash=_hash(str(target)),
         target=target_text,
@@ -207,6 +208,11 @@ def _build(where: str, leaf: Any, doc_id: int, doc: Any, chats: _Chats | None) -
         wording=wording(question),
         place=str(doc.get(PLACE, "")) if isinstance(doc, Mapping) else "",
     )
+
+
+def hash_document(doc: Any) -> str:
+    """Return the SHA-256 of a document's content, by which it belongs to one of the halves."""
+    return _hash(json.dumps(_without_notes(doc), sort_keys=True, default=str))
 
 
 def _without_notes(doc: Any) -> Any:
