@@ -34,8 +34,6 @@ from posttrain.model.base import stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
 from posttrain.rewards.scorer import read_choice
-from posttrain.run.prepared import remaining
-from posttrain.run.start import read_base
 from posttrain.scoring.outlook import DISCORDANCES, Outlook
 from posttrain.scoring.outlook import outlooks as gate_outlooks
 
@@ -71,6 +69,8 @@ def main(words: list[str]) -> int:
     if "--json" in words:
         print(json.dumps(_plan_json(plan, needs, expected), indent=2))
     else:
+        from posttrain.run.prepared import remaining  # with the ledger and the display: a typo does not wait for them
+
         rows = {step.name: remaining(plan, host, step) for step in plan.steps}
         lines = [*fitting, *_text(plan, composition.config, needs, machine, expected, rows)]
         print("\n".join(map(one_line, lines)))
@@ -144,6 +144,8 @@ def _text(
     stored, times = _stored(plan), estimate_lines(plan, machine, expected)
     lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored)]
     lines.append(f"on     {machine_line(machine)}")
+    from posttrain.run.start import read_base
+
     lines += [*(f"warning  stands on what no gate passed: {each}" for each in read_base(plan)), ""]
     if plan.spend_cap is not None:
         lines[-1:] = [_cap(plan), ""]
