@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +37,10 @@ root: {handlers: [h]}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_garbage() -> Iterator[None]:
+def own_garbage() -> None:
     """Keep the objects of earlier tests out of every collection, as a command of its own has none of them."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def write(text: str, name: str = "mine", folder: str = "recipes") -> Path:
