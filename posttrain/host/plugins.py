@@ -171,21 +171,18 @@ class Host:
 
     def shapers(self) -> list[str]:
         """Return the third parties' plugins that may change artifacts: by records, by stages, by their settings."""
-        return self.others(self._shaping())
-
-    def others(self, names: Iterable[str]) -> list[str]:
-        """Return those of the named plugins that are third parties', with their versions."""
-        found = [self.plugins[name] for name in {*names} if name in self.plugins]
-        return sorted(f"{info.name} ({info.origin})" for info in found if not info.is_ours)
-
-    def _shaping(self) -> set[str]:
         names = {
             self.listeners.get(name, name)
             for name, plugin in self.manager.list_name_plugin()
             for caller in self.manager.get_hookcallers(plugin) or []
             if caller.name in SHAPING
         }
-        return names | {self.owner(name).name for name, settings in self.settings.items() if settings.shapes_data}
+        return self.others(names | {self.owner(key).name for key, each in self.settings.items() if each.shapes_data})
+
+    def others(self, names: Iterable[str]) -> list[str]:
+        """Return those of the named plugins that are third parties', with their versions."""
+        found = (self.plugins[name] for name in {*names} & self.plugins.keys())
+        return sorted(f"{info.name} ({info.origin})" for info in found if not info.is_ours)
 
     def ask_first(self, hook: str, **arguments: Any) -> tuple[Any, tuple[str, ...]]:
         """Call a hook of the first result; return the answer and the plugins behind it, with their versions.
