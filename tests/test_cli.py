@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import environment
 from posttrain.host import plugins
 from tests.support.command import call, complete, main
 from tests.support.fakes import GATES, Script, run_recipe, write_project
@@ -200,3 +202,20 @@ def test_completion_of_commands_recipes_and_keys() -> None:
     assert {"gates", "tasks", "model", "sft"} <= set(complete("posttrain list "))
     assert not [word for word in complete("posttrain list ") if "=" in word]
     assert "posttrain" in call("-sc", "install=bash").stdout
+
+
+def test_no_garbage_is_looked_for_while_libraries_are_imported() -> None:
+    assert gc.isenabled()
+    with environment.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), environment.importing():
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with environment.importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -46,8 +46,9 @@ def _run_plan(plan: Plan, host: Host, *, verbose: bool) -> tuple[int, RunDirecto
         print(slurm.submit(plan))
         return 0, None
     environment.prepare()
-    from posttrain.pipeline import run
-    from posttrain.run.display import Display
+    with environment.importing():
+        from posttrain.pipeline import run
+        from posttrain.run.display import Display
 
     directory = run(plan, host, Display(verbose=verbose))
     if directory.state.state != WARNED:

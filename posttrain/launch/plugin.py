@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from posttrain import environment
 from posttrain.errors import PluginFailed
 from posttrain.hookspecs import hookimpl
 
@@ -39,11 +40,13 @@ def run_here(stage: Stage, context: StageContext, *, writes: bool = True) -> Non
 
     Of several processes one ``writes``.
     """
-    from posttrain.model.probe import PROBE
+    with environment.importing():
+        from posttrain.model.probe import PROBE
 
     module, _, name = stage.run.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        with environment.importing():
+            function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error
     function(context)

@@ -91,9 +91,10 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     job = read_job(path)
     _require_command(job.command)
     progress = RankProgress(path.parent / FOLDER, rank, job.name)
-    from posttrain.engine import processes
-    from posttrain.host import plugins
-    from posttrain.launch.plugin import run_here
+    with environment.importing():
+        from posttrain.engine import processes
+        from posttrain.host import plugins
+        from posttrain.launch.plugin import run_here
 
     host = plugins.load()
     if job.kind not in host.stages or host.origin(job.kind) != job.origin:
