@@ -11,7 +11,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -351,11 +351,16 @@ def _decoded(backend: Any, ids: tuple[int, ...]) -> str:
 
 def _plain_backend(tokenizer: Any, *methods: str) -> Any | None:
     """Return the tokenizer of the library behind ``tokenizer``; None where the class has ``methods`` of its own."""
+    kind: Any = type(tokenizer)
+    is_plain = _is_plain(kind, methods) and not tokenizer.split_special_tokens
+    return tokenizer.backend_tokenizer if is_plain else None
+
+
+@cache  # asked for every text, twenty times a conversation
+def _is_plain(kind: Any, methods: tuple[str, ...]) -> bool:
     from transformers import TokenizersBackend
 
-    kind = type(tokenizer)
-    plain = all(getattr(kind, name, None) is getattr(TokenizersBackend, name) for name in ("__call__", *methods))
-    return tokenizer.backend_tokenizer if plain and not tokenizer.split_special_tokens else None
+    return all(getattr(kind, name, None) is getattr(TokenizersBackend, name) for name in ("__call__", *methods))
 
 
 def without_space(text: str) -> str:
