@@ -167,6 +167,11 @@ def _override_problem(override: str, cause: OmegaConfBaseException | None, text:
 
 def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, host: Host) -> Problem:
     """Explain an unknown key, or a value of the wrong type at a known one."""
+    inner = str(cause.full_key) if cause is not None and str(cause.full_key).startswith(f"{key}.") else None
+    if inner is not None and key.rpartition(".")[2] in ("data", "eval_data"):  # sources have no schema to merge into
+        what = f"the recipe's {key} has no {inner.removeprefix(f'{key}.')}, and a value in braces adds none"
+        return Problem(where=where, what=what, fix=f"Give it by itself: {inner}=VALUE")
+    key = inner or key
     if cause is not None and cause.full_key and key.startswith(f"{cause.full_key}."):
         key = str(cause.full_key)  # the keys below it are not known
     parent, _, leaf = key.rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -20,6 +20,14 @@ class Keep(Enum):
     pairs = "pairs"
     best = "best"
     labels = "labels"
+
+
+SERVED: Mapping[Keep, tuple[str, ...]] = {
+    Keep.pairs: ("preferences", "feedback"),
+    Keep.best: ("conversations", "documents"),
+    Keep.labels: ("feedback",),
+}
+"""The shapes of records that each choice gives."""
 
 
 class SamplingBackend(Enum):

@@ -17,7 +17,7 @@ from posttrain.errors import BadInput, Problem
 from posttrain.launch.answers import sampling_group
 from posttrain.rewards.scorer import Scorer, choose
 from posttrain.sampling.answers import Asking, ask
-from posttrain.sampling.keeping import SERVED, keep, score
+from posttrain.sampling.keeping import keep, score
 from posttrain.scoring.catalogue import data_files, is_path, read_task_file
 from posttrain.tokens.chat import ChatRenderer
 
@@ -42,18 +42,12 @@ class Asked:
 def read_asked(job: Job) -> list[Asked]:
     """Return the questions of the stage's on-policy sources.
 
-    Raises BadInput for unusable questions, for those that a gate of the run asks as well, and for records of another
-    shape than the stage trains.
+    Raises BadInput for unusable questions, and for those that a gate of the run asks as well.
     """
     found = []
     for number, source in enumerate(job.step.sources):
         if (settings := source.on_policy) is None:
             continue
-        where, shape = f"{job.name}.data.on_policy", job.step.stage.records
-        if shape not in SERVED[settings.keep]:
-            what = f"keep={settings.keep.value} makes records of {SERVED[settings.keep][0]}; the stage trains {shape}"
-            fix = ", ".join(f"{each.value}: {' or '.join(shapes)}" for each, shapes in SERVED.items())
-            raise BadInput(Problem(where=f"{where}.keep", what=what, fix=f"The choices and their shapes: {fix}"))
         read = read_source(replace(source, on_policy=None), "questions", job.step.cache)
         questions = [each for each in read if isinstance(each, Question)]
         scorer = _chosen(job, settings.reward)

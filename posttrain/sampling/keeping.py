@@ -19,13 +19,6 @@ from posttrain.rewards.scorer import Scorer, count_notes
 from posttrain.sampling.answers import Written
 from posttrain.tokens.chat import ChatRenderer
 
-SERVED = {
-    Keep.pairs: ("preferences", "feedback"),
-    Keep.best: ("conversations", "documents"),
-    Keep.labels: ("feedback",),
-}
-"""The shapes of records that each choice gives."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:

@@ -26,12 +26,15 @@ def gate_documents(tasks: Mapping[str, GateTask]) -> Iterator[GateDocument]:
     for name, leaves in preflight(tasks).items():
         where, number = f"tasks.{name}", 0
         for leaf in leaves:
-            with quiet(), blaming(where, None):
-                documents = list(leaf.eval_docs)
-            for doc in documents:
-                with quiet(), blaming(f"{where}, document {number}"):
-                    yield GateDocument(name, number, _asked(leaf, doc), _right(leaf, doc))
-                number += 1
+            found = []
+            with quiet():  # once for all: it clears what every logger remembers
+                with blaming(where, None):
+                    documents = list(leaf.eval_docs)
+                for doc in documents:
+                    with blaming(f"{where}, document {number}"):
+                        found.append(GateDocument(name, number, _asked(leaf, doc), _right(leaf, doc)))
+                    number += 1
+            yield from found
 
 
 def empty_halves(gate: GateConfig, tasks: Mapping[str, GateTask]) -> Iterator[Problem]:
