@@ -76,8 +76,7 @@ def main(arguments: list[str]) -> int:
         watch_files(lambda error: write_outcome(path.parent / FOLDER, outcome_of(rank, error)))
     environment.prepare()
     try:
-        with activity.running(path.parents[STAGE_DEPTH]):
-            metrics = KINDS.get(path.name, _work)(path, rank, stop)
+        metrics = KINDS.get(path.name, _work)(path, rank, stop)
         outcome = Outcome(rank=rank, code=0, time=time.time(), metrics=metrics if rank == 0 else {})
     except BaseException as error:
         outcome = outcome_of(rank, error)
@@ -107,7 +106,8 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     context = context_of(job, path.parent / FOLDER, host, progress, stop.requested)
     if processes.agree(stop.requested()):
         raise Interrupted("stopped before the first step")
-    run_here(host.stages[job.kind], context, writes=rank == 0)
+    with activity.running(path.parents[STAGE_DEPTH]):
+        run_here(host.stages[job.kind], context, writes=rank == 0)
     processes.leave()
     return context.metrics
 
