@@ -249,12 +249,12 @@ def test_sources_are_given_on_the_command_line_in_every_form(host: Host, working
         "the data of a recipe is one source\n    Give several sources to a stage: sft.data=[a.jsonl,b.jsonl]" in several
     )
     assert "sft.data.limti: unknown key 'limti'\n    Did you mean limit?" in text
+    assert "sft.data.path: has no value" in problems(host, "recipe=mine", "model.path=m", "sft.data.limit=3")
     recipe(working_folder, "defaults: [/stage@sft: sft, /gate@sft.gate: none, _self_]\nsft: {data: {path: a.jsonl}}\n")
     braces = problems(host, "recipe=mine", "model.path=m", "sft.data={limit: 3}", "sft.lora={rr: 3}")
     assert "the recipe's sft.data has no limit, and a value in braces adds none" in braces
     assert "Give it by itself: sft.data.limit=VALUE" in braces
     assert "sft.lora={rr: 3}: unknown key 'sft.lora.rr'\n    Did you mean sft.lora.r?" in braces
-    assert "sft.data.path: has no value" in problems(host, "recipe=mine", "model.path=m", "sft.data.limit=3")
 
 
 def test_schemas_are_made_once_for_each_set_of_stages(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
