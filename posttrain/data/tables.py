@@ -37,7 +37,7 @@ def read_parquet(file: BinaryIO, place: str) -> Iterator[Found]:
                 reject_bomb(place, most)
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
                 # A dictionary repeats a value at the cost of a number: the table's head does not tell.
-                size += batch.nbytes
+                size += sum(_plain(column).nbytes for column in batch.columns)
                 if size > most:
                     reject_bomb(place, most)
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
@@ -45,6 +45,11 @@ def read_parquet(file: BinaryIO, place: str) -> Iterator[Found]:
                     index += 1
     except pyarrow.ArrowException as error:
         reject(place, f"is not a sound Parquet file: {str(error).splitlines()[0]}")
+
+
+def _plain(column: Any) -> Any:
+    """Return a column with each of its values, not with numbers of those in a dictionary."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def _declared_size(head: Any) -> int:
