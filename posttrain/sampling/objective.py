@@ -34,7 +34,7 @@ from posttrain.engine.attention import shares_prompts
 from posttrain.engine.batches import deal, rows_per_batch
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.start import TOLERANCE
-from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.errors import ArtifactDamaged
 from posttrain.sampling.policy import Asked, Policy
 from posttrain.sampling.sampler import Answer, Drawing
 from posttrain.sampling.trail import Trail
@@ -237,11 +237,8 @@ class SampledObjective:
         answers = [answer for row in rows for answer in row.answers]
         spread = fmean(len(set(row.rewards)) > 1 for row in rows)
         reward = fmean(value for row in rows for value in row.rewards)
-        most = self.config.idle_steps
-        if not spread and self.trail.idle(sampling, most) == most:
-            what = f"in {most} steps no question had answers of different rewards (mean {reward:.3f})"
-            fix = "Nothing is learnt so: raise k or temperature, ask other questions, or end earlier by max_steps"
-            raise BadInput(Problem(where=str(self.trail.folder), what=what, fix=fix))
+        if not spread:
+            self.trail.require_spread(sampling, self.config.idle_steps)
         return {
             **self.loss.figures(sums, totals),
             "reward": reward,

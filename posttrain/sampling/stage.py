@@ -53,7 +53,9 @@ def train_sampled(context: StageContext, questions: Sequence[Question], loss: Po
         ),
     )
     position = carry_out(context, training)
-    figures = trail.figures(-(-position.step // config.updates))
+    samplings = -(-position.step // config.updates)
+    trail.require_spread(samplings, samplings)  # of fewer steps than idle_steps: the weights are the parent's
+    figures = trail.figures(samplings)
     last = {name: training.last[name] for name in ("reward", "entropy", "cut", "spread", "kl") if name in training.last}
     context.metrics.update(steps=position.step, tokens=figures["sampled_tokens"], final_loss=position.loss)
     context.metrics.update(questions=len(rows), **figures, **last)

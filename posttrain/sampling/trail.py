@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.disk import naming
 from posttrain.engine import processes
+from posttrain.errors import BadInput, Problem
 from posttrain.rewards.scorer import count_notes
 from posttrain.sampling.policy import Asked, Rewarded
 
@@ -60,12 +61,14 @@ class Trail:
         known = [right for line in lines if (right := json.loads(line)["right"]) is not None]
         return fmean(known) if known else None
 
-    def idle(self, last: int, most: int) -> int:
-        """Count the samplings in a row up to ``last``, at most ``most``, without two rewards for any question."""
-        for count in range(most):
-            if last - count < 1 or self._differs(last - count):
-                return count
-        return most
+    def require_spread(self, last: int, most: int) -> None:
+        """Raise BadInput where no question has had two rewards in the ``most`` samplings up to ``last``."""
+        if last < most or any(self._differs(last - back) for back in range(most)):
+            return
+        reward = fmean(each["reward"] for each in self._read(last))
+        what = f"in {most} steps no question had answers of different rewards (mean {reward:.3f})"
+        fix = "Nothing is learnt so: raise k or temperature, ask other questions, or end earlier by max_steps"
+        raise BadInput(Problem(where=str(self.folder), what=what, fix=fix))
 
     def figures(self, samplings: int) -> dict[str, Any]:
         """Return the counts of the answers of so many samplings, and the reward at either end, a tenth of them."""

@@ -125,6 +125,11 @@ def test_it_stops_where_nothing_is_learnt(project: Project, tmp_path: Path) -> N
         project.run(tmp_path, "grpo.reward=exact", "grpo.idle_steps=2")
 
 
+def test_a_short_training_that_learns_nothing_says_so(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"in 3 steps no question had answers of different rewards \(mean 0.000\)"):
+        project.run(tmp_path, "grpo.reward=exact", "grpo.max_steps=3")
+
+
 def test_it_stops_at_the_same_step_when_it_was_interrupted_in_between(project: Project, tmp_path: Path) -> None:
     idle = ["grpo.reward=exact", "grpo.idle_steps=3"]
     with pytest.raises(Interrupted):
