@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -19,8 +20,8 @@ def canonical(value: Any) -> str:
 
     Half of a surrogate pair, which no encoding holds, is written as its escape.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = ENCODER.encode(value)
+    return text if text.isascii() else SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def digest_of(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.digests import digest_of
 from posttrain.errors import ArtifactDamaged
-from posttrain.ledger.lift import KINDS, Lift
+from posttrain.ledger.lift import Lift
 
 MOST_FAULTS = 10
 """Faults listed in a message."""
@@ -79,8 +79,9 @@ def changed(path: Path, found: Sequence[str]) -> ArtifactDamaged:
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
     """Tell whether a row's content has its hash."""
-    content = {name: record[name] for name in KINDS}
+    content = {**record}
+    del content["seq"], content["hash"]
     try:
-        return bool(hash_of(content, record["previous"]) == record["hash"])
+        return bool(digest_of(content) == record["hash"])
     except (TypeError, ValueError):  # bytes, or a number that JSON does not have
         return False

@@ -70,17 +70,20 @@ class Lift:
         """Take the value that SQLite gives back for each value; raise ValueError when it cannot hold one."""
         # The row's hash covers what is read back. SQLite has no negative zero, no half of a surrogate pair, and gives
         # an integer back as a float where a float belongs.
+        own: dict[str, Any] = vars(self)
         for name, kind in KINDS.items():
-            value: Any = getattr(self, name)
-            found = type(value)
-            if found is not kind or (kind is float and not math.isfinite(value)):
+            value = own[name]
+            if type(value) is not kind:
                 raise ValueError(f"{name} is {value!r}, not {TYPE_NAMES[kind]}")
-            if kind is int and abs(value) > LARGEST:
+            if kind is str:
+                if not value.isascii():
+                    own[name] = value.encode("utf-8", "backslashreplace").decode("utf-8")
+            elif kind is float:
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} is {value!r}, not {TYPE_NAMES[kind]}")
+                own[name] = value or 0.0
+            elif kind is int and abs(value) > LARGEST:
                 raise ValueError(f"{name} is {value}, beyond {LARGEST}")
-            if kind is float and value == 0:
-                object.__setattr__(self, name, 0.0)
-            if kind is str and not value.isascii():
-                object.__setattr__(self, name, value.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 KINDS: dict[str, type] = {

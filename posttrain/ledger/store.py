@@ -160,12 +160,17 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 def _record(values: Iterable[Any]) -> dict[str, Any]:
     record = dict(zip(COLUMNS, values, strict=True))
     # SQLite has no truth values. Another number in their place stays as it is, for the audit to find.
-    return record | {key: bool(record[key]) for key in TRUTH if record[key] in (0, 1)}
+    for key in TRUTH:
+        if record[key] in (0, 1):
+            record[key] = bool(record[key])
+    return record
 
 
 def _row(record: dict[str, Any]) -> Row:
+    content = {**record}
+    del content["seq"], content["previous"], content["hash"]
     try:
-        lift = Lift(**{name: record[name] for name in KINDS})
+        lift = Lift(**content)
     except ValueError as error:
         raise ArtifactDamaged(f"row {record['seq']} of the ledger was changed: {error}") from None
     return Row(seq=record["seq"], lift=lift, previous=record["previous"], hash=record["hash"])
