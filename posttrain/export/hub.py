@@ -89,6 +89,9 @@ def _explained(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, HTTPError, RuntimeError) as error:
+        # an upload that failed is a RuntimeError, and says why in its cause alone
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) and isinstance(error, RuntimeError) else error
         fix = f"Check the name, the right of {TOKEN} to write, and the network; then give the same command again"
-        raise BadInput(Problem(where=repo, what=f"the hub could not be written: {brief(error)}", fix=fix)) from None
+        what = f"the hub could not be written: {brief(cause)}"
+        raise BadInput(Problem(where=repo, what=what, fix=fix)) from None

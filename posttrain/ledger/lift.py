@@ -73,7 +73,8 @@ class Lift:
         own: dict[str, Any] = vars(self)
         for name, kind in KINDS.items():
             value = own[name]
-            if type(value) is not kind:
+            found = type(value)
+            if found is not kind:
                 raise ValueError(f"{name} is {value!r}, not {TYPE_NAMES[kind]}")
             if kind is str:
                 if not value.isascii():

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from posttrain.artifact import verify
+from posttrain.digests import file_digest
 from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_recipe, write_project
 
@@ -30,6 +31,13 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
         self.calls: list[str] = []
+        self.large: int | None = None
+        """Bytes from which on files are uploaded apart, as LFS has it."""
+        self.part: int | None = None
+        """Bytes of a part of such a file; None takes each whole."""
+        self.store: dict[str, bytes] = {}
+        self.broken = ""
+        """Digest of the file whose upload fails."""
 
     @property
     def url(self) -> str:
@@ -78,9 +86,36 @@ class Handler(BaseHTTPRequestHandler):
                 {"id": repo, "private": self.server.private[repo], "sha": COMMIT, "siblings": files, "tags": []}
             )
 
+    def do_PUT(self) -> None:
+        place = "/".join(self.asked()[1:])
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if place.partition("/")[0] == self.server.broken:
+            self.answer({"error": "the store is closed"}, 403)
+            return
+        self.server.store[place] = body
+        self.send_response(200)
+        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def upload(self, oid: str, size: int) -> dict[str, Any]:
+        """Return what the hub wants of a large file: nothing, if it is there."""
+        if oid in self.server.store:
+            return {"oid": oid, "size": size}
+        address, part = f"{self.server.url}/store/{oid}", self.server.part
+        numbers = range(1, -(-size // part) + 1) if part else ()
+        header = {f"{number:05d}": f"{address}/{number:05d}" for number in numbers}
+        header |= {"chunk_size": str(part)} if part else {}
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": address, "header": header}}}
+
     def do_POST(self) -> None:
         parts = self.asked()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if parts[0] == "store":
+            places = [f"{parts[1]}/{part['partNumber']:05d}" for part in json.loads(body)["parts"]]
+            self.server.store[parts[1]] = b"".join(map(self.server.store.pop, places))
+            self.answer({})
+            return
         if not self.authorized():
             return
         if parts[-1] == "create":
@@ -91,11 +126,17 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.server.private[repo] = given.get("private", given.get("visibility") == "private")
             self.answer({"url": f"{self.server.url}/{repo}"})
+        elif parts[-1] == "batch":
+            self.answer({"transfer": "basic", "objects": [self.upload(**each) for each in json.loads(body)["objects"]]})
         elif parts[-1] == "validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif "preupload" in parts:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            modes = {
+                file["path"]: "regular" if self.server.large is None or file["size"] < self.server.large else "lfs"
+                for file in json.loads(body)["files"]
+            }
+            answers = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
+            self.answer({"files": answers})
         elif "commit" in parts:
             for line in body.splitlines():
                 self.apply(**json.loads(line))
@@ -110,9 +151,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.tags[json.loads(body)["tag"]] = parts[-1]
             self.answer({})
 
-    def apply(self, key: str, value: dict[str, str]) -> None:
+    def apply(self, key: str, value: dict[str, Any]) -> None:
         if key == "file":
             self.server.files[value["path"]] = base64.b64decode(value["content"])
+        elif key == "lfsFile":
+            self.server.files[value["path"]] = self.server.store[value["oid"]]
         elif key == "deletedFile":
             del self.server.files[value["path"]]
 
@@ -161,6 +204,36 @@ def test_an_artifact_is_a_private_revision_named_by_its_digest(
     assert main("push", str(path), "owner/model") == 0
     assert "there already" in capsys.readouterr().out
     assert not [call for call in hub.calls if "commit" in call]
+
+
+@pytest.mark.parametrize("part", [None, 50])
+def test_large_files_go_up_before_the_commit_and_once(
+    part: int | None,
+    working_folder: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    path = artifact(working_folder)
+    hub.large, hub.part, hub.broken = 100, part, file_digest(path / "manifest.json")
+    assert main("push", str(path), "owner/model") == 2
+    error = capsys.readouterr().err
+    assert "403" in error
+    assert "give the same command again" in error
+    assert not hub.files
+    assert not hub.tags
+    stored = {name for name in hub.store if "/" not in name}
+    assert stored
+    hub.broken = ""
+    hub.calls.clear()
+    assert main("push", str(path), "owner/model") == 0
+    assert not [call for call in hub.calls if call.startswith("PUT") and call.split("/")[2] in stored]
+    folder = working_folder / "downloaded"
+    folder.mkdir()
+    for name, content in hub.files.items():
+        (folder / name).write_bytes(content)
+    assert hub.tags == {verify(folder).digest[:12]: COMMIT}
 
 
 def test_a_public_repository_needs_a_word(working_folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
