@@ -174,13 +174,13 @@ def test_a_file_that_unpacks_without_bound_is_rejected(tmp_path: Path, ending: s
         pyarrow.array(["x" * 2**15] * 200),
         pyarrow.array([True] * 10**6),
         pyarrow.array([[0] * 10**6]),
-        pyarrow.array(["x" * 2**11] * 3000).dictionary_encode(),
+        pyarrow.array(["x" * 2**15] * 200).dictionary_encode(),
     ],
     ids=["long", "repeated", "many", "deep", "numbered"],
 )
 def test_a_table_that_unpacks_without_bound_is_rejected(tmp_path: Path, column: pyarrow.Array) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"prompt": column}), path, compression="zstd")
+    parquet.write_table(pyarrow.table({"prompt": column}), path, compression="zstd", write_statistics=False)
     assert path.stat().st_size < 2**12
     assert f"{path}: unpacks to more than 1,048,576 bytes" in rejection(path)
 
