@@ -632,7 +632,9 @@ def test_the_plugin_scores_judges_and_checks(folder: Path, base: ModelSource, tm
     card = plugin.evaluate_artifact(request, Log())
     assert {row.system for row in card.rows} == {"base", "candidate"}
     assert gate_plugin.judge_artifact(request, card) == judge(request, card)
-    wrong = SimpleNamespace(name="sft", gate=request.gate, tasks={"quiz": replace(tasks["quiz"], metric="ac")})
+    wrong = SimpleNamespace(
+        name="sft", gate=request.gate, replay=None, tasks={"quiz": replace(tasks["quiz"], metric="ac")}
+    )
     (problem,) = plugin.check_plan(SimpleNamespace(steps=(wrong,)))
     assert problem.where == "sft.gate.tasks.quiz.metric"
 

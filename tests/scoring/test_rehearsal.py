@@ -61,7 +61,7 @@ def write(function: str, count: int = 12, task: str = TASK) -> None:
 
 def check(task: GateTask = OWN, name: str = "mine") -> list[Any]:
     """Return the problems that a run finds before it trains."""
-    step: Any = SimpleNamespace(name="sft", gate=GateConfig(), tasks={name: task})
+    step: Any = SimpleNamespace(name="sft", gate=GateConfig(), replay=None, tasks={name: task})
     return list(plugin.check_gate(step))
 
 
@@ -183,7 +183,7 @@ def test_an_answer_that_the_template_cannot_render_is_found_before_training(base
     path = str(own / "held_out_responses.yaml")
     task = GateTask(role=Role.lift, metric="bits_per_byte", task=path, data="r.jsonl", chat=chat)
     hook = SimpleNamespace(check_gate=lambda step: [plugin.check_gate(step)])
-    step = SimpleNamespace(name="sft", gate=GateConfig(), tasks={"mine": task})
+    step = SimpleNamespace(name="sft", gate=GateConfig(), replay=None, tasks={"mine": task})
     job: Any = SimpleNamespace(name="sft", folder=Path("none"), host=SimpleNamespace(hook=hook), step=step, base=base)
     if not chat:
         check_gates([job])
