@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,7 +21,7 @@ from posttrain.serve.catalogue import Catalogue, Served
 from posttrain.serve.engine import Engine, QueueFull, Unavailable, Unloaded
 from posttrain.serve.metrics import Metrics
 from posttrain.serve.models import Loaded, Models
-from posttrain.serve.names import Names, names_of
+from posttrain.serve.names import SHORTEST, Names, names_of
 from posttrain.serve.proof import prove
 from posttrain.serve.replies import Choice, Failed, Reply
 from posttrain.serve.requests import Asked, RequestError
@@ -72,7 +73,9 @@ class Service:
         digest = names.find(name)
         if digest is None:
             listed = ", ".join(sorted(names.aliases))
-            message = f"there is no model {name[:80]!r}; names: {listed}, or a digest of 8 characters or more"
+            message = f"there is no model {name[:80]!r}; names: {listed}, or a digest of {SHORTEST} characters or more"
+            if len(name) >= SHORTEST and re.fullmatch("[0-9a-f]+", name):
+                message += ". A digest that no name needs is unloaded: posttrain promote NAME DIGEST loads it again"
             raise RequestError(404, message, "model", "model_not_found")
         return self.models.loaded[digest]
 
