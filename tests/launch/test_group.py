@@ -242,7 +242,7 @@ def test_a_killed_command_leaves_nothing_running(tmp_path: Path, monkeypatch: py
     (tmp_path / "stage" / "launch").mkdir(parents=True)
     code = (
         "import json, os, sys; from pathlib import Path\n"
-        "from posttrain.config.schema import *; from posttrain.launch.group import Watch\n"
+        "from posttrain.config.launch import LaunchConfig, Launcher; from posttrain.launch.group import Watch\n"
         "from posttrain.launch.shape import shape_of\n"
         f"Watch._command = lambda watch: [sys.executable, {str(PROCESSES)!r}, str(watch.path)]\n"
         "launch = LaunchConfig(kind=Launcher.local, processes=2)\n"
