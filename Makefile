@@ -2,58 +2,50 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-test quickstart test lint types contracts check test-browser fuzz docs site clean
+.PHONY: install quickstart test lint types contracts check test-browser fuzz docs site clean
 
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-
-# The package alone; the tests ask for its extras, too.
 install: .venv/installed
-install-test: .venv/installed-test
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
-	$(PIP) --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch .venv/installed
-
-.venv/installed-test: .venv/installed
-	$(PIP) --editable '.[test]'
-	touch .venv/installed-test
 
 quickstart: install
 	$(BIN)/posttrain recipe=quickstart
 
 test: lint types contracts check
 
-lint: install-test
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install-test
+types: install
 	$(BIN)/mypy
 
-contracts: install-test
+contracts: install
 	$(BIN)/lint-imports
 
 # A process for every core, each at 1 GB of memory; WORKERS=0 runs all tests in one, as for a debugger.
 WORKERS ?= logical
-check: install-test
+check: install
 	$(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
-test-browser: install-test
+test-browser: install
 	$(BIN)/pytest tests/browser
 
 # Draws property tests at random for MINUTES; failing examples become fixed cases of their tests.
 MINUTES ?= 30
-fuzz: install-test
+fuzz: install
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
-docs: install-test
+docs: install
 	$(BIN)/python docs/hooks.py
 	$(BIN)/python docs/api.py
 	$(BIN)/python docs/settings.py
 
-site: install-test
+site: install
 	$(BIN)/python docs/site.py build/site
 
 clean:
