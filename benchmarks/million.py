@@ -1,4 +1,4 @@
-"""A million conversations through a whole run: preparation, store, packing, one optimizer step, and a second start.
+"""Run a million conversations whole: preparation, store, packing, one optimizer step, and a second start.
 
     python benchmarks/million.py FOLDER [--rows 1000000] [--words FILE] [--workers 2]
 

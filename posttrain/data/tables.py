@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from posttrain.data.rows import BadRow, Found, bad_row
 from posttrain.data.texts import LONGEST_LINE, decode, numbered_lines, too_long
@@ -44,7 +44,11 @@ def read_parquet(file: BinaryIO, place: str) -> Iterator[Found]:
                     yield f"{place}[{index}]", {f.name: drop_filled(row[f.name], f.type) for f in batch.schema}
                     index += 1
     except pyarrow.ArrowException as error:
-        reject(place, f"is not a sound Parquet file: {str(error).splitlines()[0]}")
+        _reject_unsound(place, error)
+
+
+def _reject_unsound(place: str, error: Exception) -> NoReturn:
+    reject(place, f"is not a sound Parquet file: {str(error).splitlines()[0]}", "Copy or write it again")
 
 
 def _plain(column: Any) -> Any:
@@ -67,7 +71,7 @@ def check_table(path: Path, place: str) -> None:
     try:
         read_metadata(path)
     except (pyarrow.ArrowException, OSError) as error:
-        reject(place, f"is not a sound Parquet file: {str(error).splitlines()[0]}", "Copy or write it again")
+        _reject_unsound(place, error)
 
 
 def count_table_rows(path: Path) -> int | None:

@@ -50,18 +50,18 @@ def choose_held_out(
 
 def _units(names: Sequence[Any], clusters: Iterable[tuple[Any, int]]) -> list[list[Any]]:
     """Return the names that belong together, in their order."""
-    first: dict[int, Any] = {}
-    joined = {name: name for name in names}
+    pairs = list(clusters)
+    if not pairs:
+        return [[name] for name in names]
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(name: Any) -> Any:
-        while joined[name] != name:
-            joined[name] = joined[joined[name]]
-            name = joined[name]
-        return name
-
-    for name, cluster in clusters:
-        joined[root(name)] = root(first.setdefault(cluster, name))
-    units: dict[Any, list[Any]] = {}
-    for name in names:
-        units.setdefault(root(name), []).append(name)
+    places = {name: place for place, name in enumerate(names)}
+    nodes = {cluster: len(names) + node for node, cluster in enumerate(dict.fromkeys(each for _, each in pairs))}
+    edges = [places[name] for name, _ in pairs], [nodes[cluster] for _, cluster in pairs]
+    size = len(names) + len(nodes)
+    _, numbers = connected_components(coo_array(([True] * len(pairs), edges), shape=(size, size)), directed=False)
+    units: dict[int, list[Any]] = {}
+    for place, name in enumerate(names):
+        units.setdefault(int(numbers[place]), []).append(name)
     return list(units.values())

@@ -37,10 +37,10 @@ def stored_rows(
     rows: Callable[[Any], list[TableRow]],
     **settings: Any,
 ) -> TokenTable:
-    """Return the rows of ``records`` from the store of all runs; rendered by ``rows`` when they are not in it.
+    """Return the rows of ``records`` from the store of all runs; ``rows`` renders those missing there.
 
-    ``settings`` are all that ``rows`` is told beside the tokenizer, as JSON values. Raises BadInput for a record that
-    cannot be rendered, Interrupted when a stop is requested.
+    ``settings`` are the other inputs of ``rows`` as JSON values. Raises BadInput for a record that cannot be rendered,
+    Interrupted when a stop is requested.
     """
     if not records:
         return TokenTable.of([])

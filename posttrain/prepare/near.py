@@ -12,6 +12,8 @@ of their shingles reaches a threshold. MinHash finds the candidates, and the sim
 Not the connected components of the pairs: where A is like B and B like C, C stays unless A, which stays, is like it.
 """
 
+# R = rows, P = pairs of them
+
 from __future__ import annotations
 
 import contextlib
@@ -97,14 +99,12 @@ def find_duplicates(
         groups = _groups(signed, bands, leaders_R, ranks_R)
         sets = _ShingleSets(chunks(), groups.rows, place, count)
         try:
-            near, similarities, clusters = _decide(groups, sets, threshold, families)
+            near, similarities, related = _decide(groups, sets, threshold, families)
         finally:
             sets.close()
     found = Duplicates(_duplicates(leaders_R, near, families))
     found.similarities = similarities
-    for row in np.flatnonzero(leaders_R != np.arange(len(leaders_R))).tolist():
-        clusters.join(row, int(leaders_R[row]))
-    found.clusters = clusters.firsts()
+    found.clusters = _firsts(leaders_R, related)
     return found
 
 
@@ -177,7 +177,6 @@ class _ShingleSets:
     """Sorted sets of shingles of some rows, in a file: those of a million rows are half a gigabyte."""
 
     def __init__(self, chunks: Iterable[Sequence[str]], rows: Places, place: Path, count: int) -> None:
-        self.count = count
         self._path = place / "shingles.tmp"
         self._index_R = np.full(count, -1, np.int32)
         self._index_R[rows] = 0
@@ -244,9 +243,12 @@ def _operators(text: bytes) -> bytes:
 
 def _decide(
     groups: _Groups, sets: _ShingleSets, threshold: float, families: Sequence[int] | None
-) -> tuple[dict[int, tuple[int, float]], NDArray[np.int64], _Clusters]:
-    """Return the witness and the similarity of each near duplicate, the histogram of all pairs, and the clusters."""
-    clusters = _Clusters(sets.count)
+) -> tuple[dict[int, tuple[int, float]], NDArray[np.int64], array[int]]:
+    """Return the witness and the similarity of each near duplicate, the histogram of all pairs, and the related ones.
+
+    Those are rows in twos, one after another.
+    """
+    related = array("i")
     staying = _Staying(groups.count)
     near: dict[int, tuple[int, float]] = {}
     histogram = np.zeros(BINS, np.int64)
@@ -258,38 +260,27 @@ def _decide(
             similarity = sets.similarity(row, other)
             histogram[min(int(similarity * BINS), BINS - 1)] += 1
             if similarity >= min(RELATED, threshold):
-                clusters.join(row, other)
+                related.extend((row, other))
             if similarity >= threshold:
                 near[row] = (other, similarity)
                 break
         else:
             staying.add(row, members)
-    return near, histogram, clusters
+    return near, histogram, related
 
 
-class _Clusters:
-    """Connected rows, each known by its first one."""
+def _firsts(leaders_R: Places, related: array[int]) -> NDArray[np.int32]:
+    """Return for each row the first of those that copies and ``related`` pairs connect it with, itself without any."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def __init__(self, count: int) -> None:
-        self._before = array("i", range(count))
-
-    def join(self, row: int, other: int) -> None:
-        """Connect two rows, and all that are connected with either."""
-        first, second = sorted((self._first(row), self._first(other)))
-        self._before[second] = first
-
-    def firsts(self) -> NDArray[np.int32]:
-        """Return the first row of each row's cluster."""
-        firsts_R = np.array(self._before, np.int32)
-        while not np.array_equal(firsts_R, further_R := firsts_R[firsts_R]):
-            firsts_R = further_R
-        return firsts_R
-
-    def _first(self, row: int) -> int:
-        while (before := self._before[row]) != row:
-            self._before[row] = self._before[before]
-            row = before
-        return row
+    count, pairs_P2 = len(leaders_R), np.array(related, np.int32).reshape(-1, 2)
+    starts = np.concatenate([np.arange(count), pairs_P2[:, 0]])
+    ends = np.concatenate([leaders_R, pairs_P2[:, 1]])
+    graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(count, count))
+    _, numbers_R = connected_components(graph, directed=False)
+    firsts_R: NDArray[np.int32] = np.unique(numbers_R, return_index=True)[1][numbers_R].astype(np.int32)
+    return firsts_R
 
 
 class _Staying:

@@ -21,7 +21,7 @@ FOLDER = "requests"
 
 @dataclass(kw_only=True)
 class Budget:
-    """What this process may still ask."""
+    """The requests left to one process."""
 
     share: int
     """Requests of this process, those before it began included."""

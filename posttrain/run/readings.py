@@ -54,7 +54,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is known of a stage's records once they are read and checked."""
+    """The facts about a stage's records that reading and checking them gave."""
 
     key: str
     trained: Found

@@ -26,7 +26,7 @@ AT_ONCE = 256
 NEWS_SECONDS = 5.0
 """Longest wait for what a process that ended has said."""
 _BROKEN = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError)
-"""What an answer that breaks off raises."""
+"""Errors of an answer that breaks off."""
 
 
 def identity(command: Sequence[str]) -> dict[str, Any]:

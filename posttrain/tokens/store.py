@@ -55,12 +55,12 @@ class Manifest:
 
 
 def store_key(records: str, tokenizer: Any, **settings: Any) -> str:
-    """Return the key of a store: the digest of everything behind its rows.
+    """Return the digest of everything behind the rows of a store.
 
     Args:
         records: Digest of the records.
         tokenizer: The tokenizer with its chat template.
-        settings: JSON values: the variables of the template, and all else that rendering is told.
+        settings: Other inputs of rendering as JSON values, such as the variables of the template.
     """
     return digest_of(
         {

@@ -28,8 +28,8 @@ def log() -> str:
 
 def talking(script: Script) -> Script:
     def during(context: object) -> None:
-        logging.getLogger("some.library").warning("a library's %s", "complaint")
-        logging.getLogger("some.library").debug("a library's detail")
+        logging.getLogger("stranger").warning("a stranger's %s", "complaint")
+        logging.getLogger("stranger").debug("a stranger's detail")
         print("printed \x1b[31mred\x07 and", "hf_abcdefghijklmnopqrstuvwx", file=sys.stderr)
 
     script.during_training = during
@@ -43,7 +43,7 @@ def test_it_has_what_was_shown_printed_and_logged() -> None:
     text = log()
     for part in (
         "--- posttrain recipe=mine", "debug: posttrain: Python 3", "torch 2", "sft      PASS   sft is a pass",
-        "warning: some.library: a library's complaint", "--- ended\n",
+        "warning: stranger: a stranger's complaint", "--- ended\n",
     ):  # fmt: skip
         assert part in text
     assert "detail" not in text
@@ -91,8 +91,8 @@ def test_debug_lines_are_shown_when_asked_for(
     monkeypatch.setattr("posttrain.host.plugins.load", lambda: host)
     assert command.main(["recipe=mine", *GATES, *words]) == 0
     shown = capsys.readouterr().err
-    assert ("debug: some.library: a library's detail" in shown) == bool(words)
-    assert ("a library's detail" in log()) == bool(words)
+    assert ("debug: stranger: a stranger's detail" in shown) == bool(words)
+    assert ("a stranger's detail" in log()) == bool(words)
     assert "-v" not in log().split("\n")[0]
 
 

@@ -27,22 +27,18 @@ from posttrain.run.prepared import Preparer
 from posttrain.sampling import answers
 from posttrain.sampling.answers import Written
 from posttrain.testing import Project
+from tests.support.asking import QUESTIONS, asking_project, asking_source
 
-QUESTIONS = [{"question": f"a {word}", "answer": "[a-k]", "match": "regex"} for word in ("red", "blue", "elm", "oak")]
 SETTINGS = {"k": 24, "temperature": 3.0, "max_tokens": 40, "reward": "regex"}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("project")
-    found = Project(folder=folder, kind="dpo", settings={"max_steps": 2, "gradient_accumulation": 1}).write()
-    found.write_records(QUESTIONS, "questions.jsonl")
-    return found
+    return asking_project(tmp_path_factory.mktemp("project"))
 
 
 def source(project: Project, **changed: Any) -> str:
-    settings = {"questions": str(project.folder / "questions.jsonl"), **SETTINGS, **changed}
-    return f"dpo.data={{on_policy: {{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}}}"
+    return asking_source(project, **{**SETTINGS, **changed})
 
 
 def manifest(run: Path) -> Mapping[str, Any]:

@@ -27,24 +27,16 @@ from posttrain.sampling import answers, vllm
 from posttrain.sampling.answers import Asking
 from posttrain.sampling.sampler import Drawing
 from posttrain.testing import Project
+from tests.support.asking import QUESTIONS, asking_project, asking_source
 from tests.support.command import main
 
-QUESTIONS = [{"question": f"a {word}", "answer": "[a-k]", "match": "regex"} for word in ("red", "blue", "elm", "oak")]
 ROOT = Path(__file__).parents[2]
 STANDIN = f"{sys.executable} -m tests.support.vllm"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("project")
-    found = Project(folder=folder, kind="dpo", settings={"max_steps": 2, "gradient_accumulation": 1}).write()
-    found.write_records(QUESTIONS, "questions.jsonl")
-    return found
-
-
-def source(project: Project, **settings: Any) -> str:
-    settings = {"questions": str(project.folder / "questions.jsonl"), **settings}
-    return f"dpo.data={{on_policy: {{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}}}"
+    return asking_project(tmp_path_factory.mktemp("project"))
 
 
 def parent_of(project: Project) -> ModelSource:
@@ -84,7 +76,7 @@ def test_vllm_answers_with_a_seed_for_each_and_what_it_wrote_before_it_died_is_k
     # a stage with the same settings asks nothing again; by this reward no two answers that ended differ
     monkeypatch.setenv(COMMAND, STANDIN)
     with pytest.raises(BadInput, match="no answer of sft can be kept as pairs: 24 answers to 4 questions"):
-        project.run(tmp_path / "runs", source(project, **(few | {"reward": "ended"}), backend="vllm"))
+        project.run(tmp_path / "runs", asking_source(project, **(few | {"reward": "ended"}), backend="vllm"))
     assert asked().count("begun") == 1
     # each answer has a seed of its own, and the log-probabilities of the distribution that it was drawn from
     ((prompts, groups),) = seen
@@ -115,7 +107,7 @@ def test_another_vllm_writes_other_answers_and_a_missing_one_is_named_in_the_pla
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv(COMMAND, raising=False)
     with pytest.raises(BadInput, match=r"dpo.data.on_policy.backend: there is no command vllm\n.*POSTTRAIN_VLLM"):
-        project.plan(plugins.load(), source(project, backend="vllm"))
+        project.plan(plugins.load(), asking_source(project, backend="vllm"))
     with pytest.raises(BadInput, match=r"--vllm-command: names a vLLM that nothing asks\n *Set backend=vllm as well"):
         dispatch(["sample", "artifact", "questions.jsonl", str(tmp_path / "new.jsonl"), "--vllm-command", STANDIN])
 
