@@ -255,6 +255,11 @@ class Summary:
     tokens_per_character: list[float] = field(default_factory=list)
     """Measured for each of ``sources``; empty where nothing was measured."""
 
+    def is_of_gates(self) -> bool:
+        """Return whether every row that the rules leave holds a document of the gates, and none is left out for it."""
+        compared = self.read - sum(count for rule, count in self.dropped.items() if rule not in LAST)
+        return self.kept > 0 and CONTAMINATION not in self.dropped and self.found.get(CONTAMINATION) == compared
+
     def line(self) -> str:
         """Return one line for the display of a run."""
         left = ", ".join(f"{count:,} {rule}" for rule, count in self.dropped.items())

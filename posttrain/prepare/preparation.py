@@ -114,7 +114,10 @@ class Preparation:
         waiting = self._staying(range(len(self.trained)))
         rows = (Row(self._records[at]).exchanges for at in waiting)
         asked = {(each.task, each.document): each.text for each in self.documents}
-        for index, hit in find_contamination(rows, self.documents):
+        hits = list(find_contamination(rows, self.documents))
+        if action is Action.drop and len({index for index, _ in hits}) == len(waiting):
+            action = Action.count  # data that is a gate's alone is meant so: the gate then measures recall, and says so
+        for index, hit in hits:
             found = Found(
                 rule=CONTAMINATION, action=action, evidence=hit.evidence[:EVIDENCE], score=hit.covered,
                 task=hit.task, document=hit.document, asked=asked[hit.task, hit.document][:ASKED],

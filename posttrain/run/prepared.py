@@ -241,6 +241,11 @@ def describe(done: Kept) -> list[str]:
             f"warning: {near:,} of {summary.read:,} rows are near copies; rows that share a long text look alike: "
             "see them with posttrain data, and raise prepare.near.threshold or compare prepare.near.over=answer"
         )
+    if summary.is_of_gates():
+        lines.append(
+            "warning: every row is of the gates' own documents, and all are trained: the scores show recall, not skill;"
+            " to reject such data, set prepare.contamination.action=stop"
+        )
     for task, counts in summary.tasks.items():
         if counts.touched:
             share = counts.touched / counts.documents

@@ -214,12 +214,25 @@ def test_contamination_can_stop_the_run_or_warn() -> None:
     asked = "how many miles does the train from Leeds cover in three hours"
     document = GateDocument("miles", 7, asked, "")
     config = PrepareConfig()
-    for action, kept in ((OnContamination.warn, [0]), (OnContamination.ignore, [0]), (OnContamination.drop, [])):
+    rows = [chat(asked, "210"), chat("which river flows through the town of Ingbury", "the Yare")]
+    for action, kept in ((OnContamination.warn, [0, 1]), (OnContamination.ignore, [0, 1]), (OnContamination.drop, [1])):
         config.contamination.action = action
-        assert prepared([chat(asked, "210")], documents=(document,), contamination=config.contamination).kept() == kept
+        ledger = prepared(rows, documents=(document,), contamination=config.contamination)
+        assert ledger.kept() == kept
+        assert not ledger.summary({"miles": 3}).is_of_gates()
     config.contamination.action = OnContamination.stop
     with pytest.raises(BadInput, match="contamination"):
-        prepared([chat(asked, "210")], documents=(document,), contamination=config.contamination)
+        prepared(rows, documents=(document,), contamination=config.contamination)
+
+
+def test_data_of_gates_alone_is_trained_and_named() -> None:
+    asked = [f"how many miles does train {number} from Leeds cover in three hours" for number in range(3)]
+    documents = tuple(GateDocument("miles", number, text, "") for number, text in enumerate(asked))
+    rows = [*(chat(text, "210") for text in asked), chat(asked[0], "210"), chat("Why?", "")]
+    ledger = prepared(rows, documents=documents)
+    assert ledger.kept() == [0, 1, 2]  # without the copy and the empty answer
+    assert ledger.summary({"miles": 3}).is_of_gates()
+    assert ledger.summary({"miles": 3}).found["contamination"] == 4
 
 
 class Strange:
