@@ -143,7 +143,7 @@ def _next_parent(
     if policy is OnFail.warn:
         chosen_later = verdict.state == "undecided" and job.step.gate.half is Half.choosing
         by = "to be chosen from" if chosen_later else f"by on_{verdict.state}: warn"
-        job.display.line(job.name, "gate", f"warning: not promoted, and {by} the run goes on from it")
+        job.display.line(job.name, "gate", f"warning: not promoted, and {by} the run continues from it")
         return artifact.source(job.base), (*verdict.unpromoted, f"{artifact.named}: {verdict.state}")
     if policy is OnFail.rollback and (parent.name != "base" or job.is_last):
         job.display.line(job.name, "gate", f"rolled back: the pipeline continues from {parent.name}")

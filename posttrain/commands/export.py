@@ -58,14 +58,14 @@ def _merge(artifact: Artifact, given: Arguments) -> int:
 def _write(artifact: Artifact, base: ModelSource, form: str, kind: str, given: Arguments) -> int:
     environment.prepare()
     require_gguf()
-    from posttrain.export.release import export_adapter, export_model, told
+    from posttrain.export.release import export_adapter, export_model, figures
     from posttrain.run.start import find_standing
 
     write = export_adapter if form == "gguf-lora" else export_model
     done = write(artifact, base, _folder(artifact, given), kind, given.settings.get("pretokenizer"))
     if (doubt := find_standing(artifact, Path("runs")).doubt) is not None:
         print(f"warning    {artifact.named} {doubt}")
-    for name, text in told(done.parity).items() if done.parity is not None else ():
+    for name, text in figures(done.parity).items() if done.parity is not None else ():
         print(f"{name:<10} {text}")
     if done.parity is None:
         print("warning    parity was not measured: pip install 'posttrain[llama]', and give the command again")

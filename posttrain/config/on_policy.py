@@ -51,7 +51,7 @@ class OnPolicy:
     temperature: float = number(0.7, above=0)
     """Temperature of sampling; lower keeps nearer to the likeliest answers."""
     max_tokens: int = number(256, least=1)
-    """Longest answer, in tokens: one that goes on is cut, counted, and never kept."""
+    """Longest answer, in tokens: a longer one is cut, counted, and never kept."""
     reward: Any = REWARD
     """A reward by name, a list of them, or weights by name: posttrain list rewards."""
     keep: Keep = Keep.pairs

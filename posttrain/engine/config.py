@@ -112,7 +112,7 @@ class SampledConfig(LoopConfig):
     temperature: float = number(1.0, above=0)
     """Temperature at which answers are drawn, and their log-probabilities taken."""
     max_tokens: int = number(256, least=1)
-    """Longest answer, in tokens: one that goes on is cut, and counted as never ended."""
+    """Longest answer, in tokens: a longer one is cut, and counted as never ended."""
     reward: Any = "right"
     """A reward by name, a list of them, or weights by name: posttrain list rewards."""
     updates: int = number(1, least=1)

@@ -198,7 +198,7 @@ def _write_modelfile(output: Path, vocabulary: Vocabulary, path: Path, adapter: 
     replace_text(output / MODELFILE, "\n".join(lines) + "\n")
 
 
-def told(found: Parity) -> Mapping[str, str]:
+def figures(found: Parity) -> Mapping[str, str]:
     """Return the figures of a comparison for people, by name."""
     return {
         "ids": f"those of {found.prompts} conversations are equal",

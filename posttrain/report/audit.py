@@ -23,7 +23,7 @@ MOST_ROWS = 4
 MOST_WORDS = 250
 """Words compared of two rows."""
 MOST_JUDGED = 500
-"""Rows of which the language is told."""
+"""Rows of which the language is detected."""
 TOO_SHORT = "too short to tell"
 AROUND = 300
 """Characters shown before and after the evidence."""

@@ -238,8 +238,8 @@ def _head(evidence: Evidence, origin: Origin) -> list[str]:
 def _plain(standing: Standing) -> str:
     """Return the doubt about an artifact without the paths of this machine."""
     below = f"stands on what no gate passed: {'; '.join(standing.below)}" if standing.below else ""
-    told = {"fail": "was failed by a gate", "undecided": "was left undecided by its gate", "pass": below}
-    return markdown(told.get(standing.state, "was never judged"))
+    judged = {"fail": "was failed by a gate", "undecided": "was left undecided by its gate", "pass": below}
+    return markdown(judged.get(standing.state, "was never judged"))
 
 
 def _gate_section(evidence: Evidence) -> list[str]:
@@ -249,8 +249,8 @@ def _gate_section(evidence: Evidence) -> list[str]:
     for kept in evidence.verdicts:
         scored, judged = (markdown(", ".join(who) or "nobody known") for who in _behind(kept))
         gate, asked = kept.basis.asked[0].gate, markdown(kept.basis.asked[0].stage)
-        told = f"one-sided confidence {gate.confidence:g}; {markdown(kept.verdict.reason)}"
-        lines += ["", f"**{asked}: {kept.verdict.state}**, {told}. Scored by {scored}, judged by {judged}.", ""]
+        decided = f"one-sided confidence {gate.confidence:g}; {markdown(kept.verdict.reason)}"
+        lines += ["", f"**{asked}: {kept.verdict.state}**, {decided}. Scored by {scored}, judged by {judged}.", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(map(cell, _row(task)))} |" for task in kept.verdict.tasks]
     if evidence.rows:
@@ -277,8 +277,8 @@ def _overrides(evidence: Evidence) -> list[str]:
         gate, name = kept.basis.asked[0].gate, kept.basis.asked[0].stage
         switched = {
             "its gate was switched off": not kept.verdict.gated,
-            "the run goes on after a fail (on_fail: warn)": gate.on_fail is OnFail.warn,
-            "the run goes on without a decision (on_undecided: warn)": gate.on_undecided is OnFail.warn,
+            "the run continues after a fail (on_fail: warn)": gate.on_fail is OnFail.warn,
+            "the run continues without a decision (on_undecided: warn)": gate.on_undecided is OnFail.warn,
         }
         found += [f"{name}: {what}" for what, given in switched.items() if given]
         found += [f"{name}: stands on {below}, which no gate passed" for below in kept.verdict.unpromoted]

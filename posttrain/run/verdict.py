@@ -141,8 +141,8 @@ class KeptVerdict:
 
     def differs(self, derived: Verdict) -> ArtifactDamaged:
         """Return the error for a verdict that its scores do not give."""
-        told, found = self.verdict.state, derived.state
-        what = f"says {told}, but its scores say {found}" if told != found else "is not what its scores give"
+        said, found = self.verdict.state, derived.state
+        what = f"says {said}, but its scores say {found}" if said != found else "is not what its scores give"
         return ArtifactDamaged(f"{self.path} {what}: it was changed after it was written. {_mend(self.path)}")
 
 

@@ -258,10 +258,10 @@ def _in_chat(request: Any, chats: _Chats, where: str, written: dict[str, str]) -
     if request.request_type != "loglikelihood" or not request.args[0]:
         return request
     (prompt, answer), found = request.args, chats.answer(request, where)
-    told, start = found.text[len(prompt) :], found.mask.index(True)
+    rendered, start = found.text[len(prompt) :], found.mask.index(True)
     for said in (answer, answer.lstrip()):  # with and without the task's delimiter
-        shown = (said, said.strip(), told.strip())  # a template may trim it, or begin it in the prompt
-        written[said] = next(text for text in shown if text in told)
+        shown = (said, said.strip(), rendered.strip())  # a template may trim it, or begin it in the prompt
+        written[said] = next(text for text in shown if text in rendered)
     return AnswerRequest(**kept, prompt_ids=found.ids[:start], answer_ids=found.ids[start:])
 
 
