@@ -99,6 +99,14 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def read_at(file: int, size: int, place: int) -> bytes:
+    """Return ``size`` bytes of an open file from ``place``, or fewer at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, place)
+    os.lseek(file, place, os.SEEK_SET)  # Windows
+    return os.read(file, size)
+
+
 def lock(stream: IO[Any], *, wait: bool = True) -> bool:
     """Lock an open file for this process alone; closing it, and the end of the process however it comes, unlocks it.
 

@@ -14,6 +14,7 @@ from posttrain import environment
 from posttrain.config.compose import compose
 from posttrain.console import DataConsole, styled
 from posttrain.data.records import Record
+from posttrain.data.stored import JoinedRecords
 from posttrain.disk import replace_text
 from posttrain.errors import PluginFailed
 from posttrain.host import plugins
@@ -65,7 +66,7 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
     if found is None or not (found.folder / PAGE).exists() or known_lengths(found, plan.model) is None:
         trained, evaluated = _read(host, step)
         found = found or preparer.prepare(trained, evaluated)
-        _write_page(plan, step, found, [*trained, *evaluated])
+        _write_page(plan, step, found, trained, evaluated)
     return found
 
 
@@ -79,11 +80,12 @@ def _remarks(step: Step) -> Iterator[str]:
         yield f"{step.name}: the parent's answers to {asked} are not made yet; {what}"
 
 
-def _write_page(plan: Plan, step: Step, done: Kept, records: Sequence[Record]) -> None:
+def _write_page(plan: Plan, step: Step, done: Kept, trained: Sequence[Record], evaluated: Sequence[Record]) -> None:
     from posttrain.report.audit import audit_page  # a page that is there already needs no engine of templates
 
     title = f"{plan.recipe}, {step.name}"
-    summary = measure_lengths(done, records[: done.entry.rows], plan.model)
+    summary = measure_lengths(done, trained, plan.model)
+    records = JoinedRecords(trained, evaluated)
     text = audit_page(title, done, summary, records, step.config.prepare.near.threshold, describe(done)[1:])
     replace_text(done.folder / PAGE, text)
 

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 
 from posttrain.config.schema import Source
 from posttrain.data.reading import count_selected, read_records
 from posttrain.data.records import Origin, Record
 from posttrain.data.rows import BadRows
+from posttrain.data.stored import RecordFile, StoredRecords, origins_of, take
 from posttrain.errors import BadInput, Problem, reject
-
-
-class Mix(list[Record]):
-    """The records of all sources of a stage, and the rows of them that cannot be read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bad: list[BadRows] = []
-        """The rows left out, for each source with any."""
 
 
 def read_sources(
     sources: Sequence[Source], shape: str, seed: int, cache: Path | None = None, max_bad_share: float = 0.0
-) -> Mix:
+) -> StoredRecords:
     """Read the records of all sources, source by source, each record repeated by the weight; see ``weigh``.
 
     Raises BadInput as ``read_rows`` does.
     """
-    return weigh(read_rows(sources, shape, cache, max_bad_share), seed)
+    read = read_rows(sources, shape, cache, max_bad_share)
+    return read.take(_weighed(read, seed))
 
 
-def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None, max_bad_share: float = 0.0) -> Mix:
+def read_rows(
+    sources: Sequence[Source], shape: str, cache: Path | None = None, max_bad_share: float = 0.0
+) -> StoredRecords:
     """Read every record of all sources but those with ``on_policy`` once, source by source.
 
     A ``share`` is a share of tokens, unknown here: records carry their origin for ``tokens.shares``. Rows that cannot
-    be read are left out up to the source's ``max_bad_share``, or up to that of the stage, of all rows together.
+    be read are left out up to the source's ``max_bad_share``, or up to that of the stage, of all rows together. The
+    records are kept in a file in ``cache``, the folder for copies, where they are more than few.
 
     Raises:
         BadInput: There is no source, one cannot be read, none of its rows can, or more of them cannot than may be left
@@ -48,24 +43,25 @@ def read_rows(sources: Sequence[Source], shape: str, cache: Path | None = None, 
     """
     if not sources:
         reject("data", "names no source of records")
-    read, problems, sifted = Mix(), [], []
+    file, problems, sifted = RecordFile(cache), [], []
     for number, source in enumerate(sources):
         if source.on_policy is not None:  # its records are sampled when the stage starts
             continue
         origin = Origin(number=number, path=source.path, share=source.share or 0.0, weight=float(source.weight))
         bad = BadRows(path=source.path, number=number)
         try:
-            read += [replace(record, origin=origin) for record in bad.sift(read_records(source, shape, cache))]
+            file.begin(origin)
+            for record in bad.sift(read_records(source, shape, cache)):
+                file.append(record)
         except BadInput as error:
             # The rows before the place at which a file ends the reading are named all the same.
             problems += [row.problem() for row in bad.first() if row.problem() not in error.problems] + error.problems
             continue
         sifted.append((bad, source.max_bad_share))
-    read.bad = [bad for bad, _ in sifted if bad.rows]
     problems += _too_bad(sifted, max_bad_share)
     if problems:
         raise BadInput(problems)
-    return read
+    return StoredRecords(file, [bad for bad, _ in sifted if bad.rows])
 
 
 def _too_bad(sifted: Sequence[tuple[BadRows, float]], max_bad_share: float) -> list[Problem]:
@@ -81,18 +77,24 @@ def _too_bad(sifted: Sequence[tuple[BadRows, float]], max_bad_share: float) -> l
     return problems
 
 
-def weigh(records: Sequence[Record], seed: int) -> Mix:
+def weigh(records: Sequence[Record], seed: int) -> Sequence[Record]:
     """Return the records, those of each source repeated by its weight.
 
     A source of weight 2 gives each record twice, of weight 0.5 a random half, of weight 1.5 all and a random half;
     a fraction is rounded to whole records, at least one. The same seed takes the same records.
     """
-    mixed = Mix()
-    mixed.bad = records.bad if isinstance(records, Mix) else []
-    for origin, group in groupby(records, key=attrgetter("origin")):
+    return take(records, _weighed(records, seed))
+
+
+def _weighed(records: Sequence[Record], seed: int) -> array[int]:
+    """Return the places of the records, repeated by weight."""
+    places, first = array("q"), 0
+    for origin, run in groupby(origins_of(records)):
+        end = first + sum(1 for _ in run)
         # Each source draws by its own number: adding a source leaves the draws of those before it alone.
-        mixed += _repeat(list(group), origin.weight, random.Random(f"mix/{seed}/{origin.number}"))
-    return mixed
+        places += _repeat(range(first, end), origin.weight, random.Random(f"mix/{seed}/{origin.number}"))
+        first = end
+    return places
 
 
 def count_records(sources: Sequence[Source]) -> int | None:
@@ -104,22 +106,25 @@ def count_records(sources: Sequence[Source]) -> int | None:
 
 def describe_unread(records: Iterable[Record]) -> list[str]:
     """Return a line with the keys of rows that nothing reads, each with its count and first place; none for no key."""
-    places: dict[str, dict[str, None]] = {}
+    firsts: dict[str, str] = {}
+    hashes: dict[str, array[int]] = {}
     for record in records:
         for key in record.unread:
-            places.setdefault(key, {})[record.where] = None
-    named = [f"{key!r} ({len(found):,} records, first {next(iter(found))})" for key, found in places.items()]
+            firsts.setdefault(key, record.where)
+            hashes.setdefault(key, array("q")).append(hash(record.where))  # texts of a million places are 100 MB
+    named = [f"{key!r} ({len(set(hashes.pop(key))):,} records, first {first})" for key, first in firsts.items()]
     return [f"nothing reads these keys of the data: {', '.join(named)}"] if named else []
 
 
-def describe_bad(records: Iterable[Record]) -> list[str]:
+def describe_bad(records: Sequence[Record]) -> list[str]:
     """Return a line about the rows of each source that are left out because they cannot be read."""
-    left_out = records.bad if isinstance(records, Mix) else []
+    left_out = records.bad if isinstance(records, StoredRecords) else []
     return [f"{bad.path}: {bad.summary()} and are left out, first {bad.rows[0].where}" for bad in left_out]
 
 
-def _repeat(records: list[Record], weight: float, rng: random.Random) -> list[Record]:
+def _repeat(places: range, weight: float, rng: random.Random) -> array[int]:
     whole = math.floor(weight)
-    part = round((weight - whole) * len(records))
+    part = round((weight - whole) * len(places))
     part = max(part, 1) if whole == 0 else part
-    return records * whole + [records[index] for index in sorted(rng.sample(range(len(records)), part))]
+    drawn = sorted(rng.sample(range(len(places)), part))
+    return array("q", places) * whole + array("q", (places[at] for at in drawn))

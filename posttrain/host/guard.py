@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, BinaryIO
@@ -304,7 +304,7 @@ def _is_row(row: object) -> bool:
 
 
 def _unless_all(answer: Any, kinds: tuple[type, ...], wanted: str) -> str | None:
-    if not isinstance(answer, list | tuple):
+    if not isinstance(answer, Sequence) or isinstance(answer, str):
         return f"{answer!r:.80}, not {wanted}"
     strange = next((item for item in answer if not isinstance(item, kinds)), None)
     return None if strange is None else f"{strange!r:.80} among others, not {wanted}"

@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +60,27 @@ class Kept:
         """Parquet file with one row for every row read."""
         return self.folder / LEDGER
 
-    def rows(self) -> list[int]:
+    def rows(self) -> array[int]:
         """Return the positions of the rows of ``data`` that stay. Raises ArtifactDamaged for a changed ledger."""
-        return [at for at, action in enumerate(self._column("action")) if action == KEPT]
+        return array("q", (at for at, action in enumerate(self._values("action")) if action == KEPT))
 
     def clusters(self) -> Mapping[str, int]:
         """Return the number of the cluster of every row of ``data`` that is like others, by its place as ``file:line``.
 
         Raises ArtifactDamaged for a changed ledger.
         """
-        pairs = zip(self._column("where"), self._column("cluster"), strict=True)
+        pairs = zip(self._values("where"), self._values("cluster"), strict=True)
         return {where: cluster for where, cluster in pairs if cluster is not None}
 
-    def _column(self, name: str) -> Sequence[Any]:
-        from pyarrow.parquet import read_table
+    def _values(self, name: str) -> Iterator[Any]:
+        """Yield the values of a column for the rows of ``data``."""
+        from pyarrow.parquet import ParquetFile
 
         if file_digest(self.ledger) != self.entry.ledger:
             raise ArtifactDamaged(f"{self.ledger} is damaged: its SHA-256 is not the one in {SUMMARY}")
-        values: list[Any] = read_table(self.ledger, columns=[name]).column(name).to_pylist()
-        return values[: self.entry.rows]
+        with ParquetFile(self.ledger) as table:
+            batches = table.iter_batches(columns=[name])
+            yield from islice((value for each in batches for value in each.column(0).to_pylist()), self.entry.rows)
 
 
 def find(root: Path, key: str, note: Callable[[str], None]) -> Kept | None:

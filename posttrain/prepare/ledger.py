@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from posttrain.config.preparation import RULES, Action
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
+from posttrain.data.stored import origins_of
+from posttrain.prepare.rows import DIGEST_BYTES
 from posttrain.prepare.rules import EVIDENCE
 
 EXACT, NEAR, SEMANTIC, CONTAMINATION = "exact", "near", "semantic", "contamination"
@@ -63,7 +65,8 @@ class Ledger:
     records: Sequence[Record]
     trained: int
     """Number of rows of ``data``."""
-    digests: Sequence[bytes]
+    digests: bytes
+    """DIGEST_BYTES of every row, one after another."""
     found: Mapping[int, Sequence[Found]]
     """Findings by position, in the order of the rules."""
     unread: Sequence[tuple[str, BadRows]] = ()
@@ -98,10 +101,9 @@ class Ledger:
         schema = pyarrow.schema(columns, metadata=dict(about))
         size = 50_000
         with ParquetWriter(path, schema, compression="zstd") as writer:
-            places = self._places()
-            for start in range(0, len(self.records) or 1, size):
-                rows = [self._values(row, places[row]) for row in range(start, min(start + size, len(self.records)))]
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            rows = self._rows()
+            for _ in range(0, len(self.records) or 1, size):
+                writer.write_table(pyarrow.Table.from_pylist([*islice(rows, size)], schema=schema))
             if unread := list(self._unread_values()):
                 writer.write_table(pyarrow.Table.from_pylist(unread, schema=schema))
 
@@ -116,18 +118,16 @@ class Ledger:
                     "findings": [f"{UNREADABLE}: {evidence}"],
                 }  # fmt: skip
 
-    def _places(self) -> list[int]:
-        """Return the number of every row in its source."""
+    def _rows(self) -> Iterator[dict[str, Any]]:
         seen: Counter[tuple[bool, int]] = Counter()
-        places = []
-        for at, record in enumerate(self.records):
-            source = (at < self.trained, record.origin.number)
-            places.append(seen[source])
+        for row, record in enumerate(self.records):
+            source = (row < self.trained, record.origin.number)
+            yield self._values(row, record, seen[source])
             seen[source] += 1
-        return places
 
-    def _values(self, row: int, place: int) -> dict[str, Any]:
-        record, found = self.records[row], self.found.get(row, ())
+    def _values(self, row: int, record: Record, place: int) -> dict[str, Any]:
+        """Return the values of a row; ``place`` is its number in its source."""
+        found = self.found.get(row, ())
         decided = self.deciding(row)
         first = decided or next(iter(found), None)
         values = {
@@ -137,7 +137,7 @@ class Ledger:
             "path": record.origin.path,
             "row": place,
             "where": record.where,
-            "record": self.digests[row],
+            "record": self.digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES],
             "action": KEPT if decided is None else DROPPED,
             "findings": [f"{each.rule}: {each.evidence}" for each in found],
             "characters": self.characters[row],
@@ -156,8 +156,8 @@ class Ledger:
         sources: dict[int, Waterfall] = {}
         found: Counter[str] = Counter()
         touched: dict[str, set[int]] = {task: set() for task in tasks}
-        for row in range(self.trained):
-            origin, decided = self.records[row].origin, self.deciding(row)
+        for row, origin in enumerate(islice(origins_of(self.records), self.trained)):
+            decided = self.deciding(row)
             source = sources.setdefault(origin.number, Waterfall(source=origin.path, read=0, kept=0, dropped={}))
             size, answers = self.characters[row], self.answer_characters[row]
             source.count(None if decided is None else decided.rule, size, answers)

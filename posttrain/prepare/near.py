@@ -31,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.disk import read_at
 from posttrain.prepare.shingles import Hashes, normalise, shingles
 from posttrain.prepare.signatures import Signatures, banding, rechunked, sign_rows
 
@@ -217,20 +218,12 @@ class _ShingleSets:
 
     def _set(self, index: int) -> Hashes:
         first, last = self._offsets[index], self._offsets[index + 1]
-        return np.frombuffer(_read_at(self._file, 8 * (last - first), 8 * first), np.uint64)
+        return np.frombuffer(read_at(self._file, 8 * (last - first), 8 * first), np.uint64)
 
     def close(self) -> None:
         """Remove the file."""
         os.close(self._file)
         self._path.unlink(missing_ok=True)
-
-
-def _read_at(file: int, size: int, place: int) -> bytes:
-    """Return ``size`` bytes of an open file from ``place``."""
-    if hasattr(os, "pread"):
-        return os.pread(file, size, place)
-    os.lseek(file, place, os.SEEK_SET)  # Windows
-    return os.read(file, size)
 
 
 def _operators(text: bytes) -> bytes:

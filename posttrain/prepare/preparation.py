@@ -6,6 +6,7 @@ Contamination comes before duplicates, so that the row that stays in a copy's pl
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.config.preparation import Action, Compared, OnContamination, PrepareConfig
-from posttrain.data.mixing import Mix
+from posttrain.config.preparation import Action, BalanceConfig, Compared, OnContamination, PrepareConfig
 from posttrain.data.records import Record
 from posttrain.data.rows import BadRows
+from posttrain.data.stored import JoinedRecords, StoredRecords, origins_of
 from posttrain.errors import BadInput, Problem
 from posttrain.prepare.balance import Rows, unbalanced
 from posttrain.prepare.contamination import GateDocument, find_contamination
@@ -56,9 +57,10 @@ class Preparation:
     folder: Path | None = None
     """Place for the parts of a long preparation, from which a killed one resumes."""
     _found: dict[int, list[Found]] = field(default_factory=dict)
-    _digests: list[bytes] = field(default_factory=list)
-    _settings: list[bytes] = field(default_factory=list)
-    _records: list[Record] = field(default_factory=list)
+    _digests: bytearray = field(default_factory=bytearray)
+    _settings: array[int] = field(default_factory=lambda: array("i"))
+    """Number of each row's setting, in the order of their first rows."""
+    _records: Sequence[Record] = ()
     _characters: array[int] = field(default_factory=lambda: array("q"))
     _answers: array[int] = field(default_factory=lambda: array("q"))
     _clusters: dict[int, int] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Preparation:
 
     def run(self) -> Ledger:
         """Return the ledger. Raises BadInput naming the first rows with a finding whose action is to stop."""
-        self._records = [*self.trained, *self.evaluated]
+        self._records = JoinedRecords(self.trained, self.evaluated)
         self._judge()
         self._compare_with_gates()
         self._find_duplicates()
@@ -75,7 +77,7 @@ class Preparation:
         ledger = Ledger(
             records=self._records,
             trained=len(self.trained),
-            digests=self._digests,
+            digests=bytes(self._digests),
             found=dict(sorted(self._found.items())),
             unread=[(DATA, bad) for bad in _bad(self.trained)] + [(EVAL_DATA, bad) for bad in _bad(self.evaluated)],
             similarities=self._similarities.tolist(),
@@ -88,9 +90,10 @@ class Preparation:
 
     def _judge(self) -> None:
         start = 0
+        settings: dict[bytes, int] = {}
         for batch in batches(map(Row, self._records)):
-            self._digests += [row.digest() for row in batch]
-            self._settings += [row.setting() for row in batch]
+            self._digests += b"".join(row.digest() for row in batch)
+            self._settings.extend(settings.setdefault(row.setting(), len(settings)) for row in batch)
             self._characters.extend(len(row.compared(Compared.both)) for row in batch)
             self._answers.extend(len(row.compared(Compared.answer)) for row in batch)
             judged = batch[: max(len(self.trained) - start, 0)]
@@ -160,9 +163,14 @@ class Preparation:
                     found = Found(rule=SEMANTIC, action=config.action, evidence=evidence, score=cosine, witness=other)
                     self._add(at, found)
 
-    def _in_order(self, group: Sequence[int]) -> list[int]:
+    def _in_order(self, group: array[int]) -> array[int]:
         """Return the rows set aside for the eval loss first: they stay."""
-        return [at for at in group if at >= len(self.trained)] + [at for at in group if at < len(self.trained)]
+        first = bisect_left(group, len(self.trained))
+        return group[first:] + group[:first]
+
+    def _quality(self, at: int) -> float:
+        """Return the quality of a row: the fewer findings the better; those set aside for the eval loss are best."""
+        return float("inf") if at >= len(self.trained) else -float(len(self._found.get(at, ())))
 
     def _cluster(self, order: Sequence[int], firsts: NDArray[np.int32]) -> None:
         """Remember the cluster of each row to train that is in one with others."""
@@ -178,8 +186,7 @@ class Preparation:
             for batch in batches(order):
                 yield [self._text(at) for at in batch]
 
-        faults = {at: len(self._found.get(at, ())) for at in order}
-        quality = [float("inf") if at >= len(self.trained) else -float(faults[at]) for at in order]
+        quality = array("d", (self._quality(at) for at in order))
         found = find_duplicates(
             chunks, threshold=self.config.near.threshold, folder=folder, quality=quality, families=self._families(order)
         )
@@ -196,29 +203,33 @@ class Preparation:
         return [numbers.setdefault(asked[at], len(numbers)) if at in asked else -1 for at in order]
 
     def _balance(self) -> None:
+        if self.config.balance == BalanceConfig():
+            return
         staying = self._staying(range(len(self.trained)))
+        sources = [origin.number for origin in origins_of(self.trained)]
         rows = Rows(
             text=lambda at: Row(self._records[staying[at]]).compared(Compared.both),
             is_declined=lambda at: Row(self._records[staying[at]]).is_declined,
-            sources=[self._records[at].origin.number for at in staying],
+            sources=[sources[at] for at in staying],
             groups=[self._records[at].group for at in staying],
-            quality=[-float(len(self._found.get(at, ()))) for at in staying],
+            quality=array("d", map(self._quality, staying)),
         )
         for index, (rule, evidence) in unbalanced(rows, self.config.balance):
             self._add(staying[index], Found(rule=rule, action=Action.drop, evidence=evidence))
 
-    def _groups(self) -> Iterator[list[int]]:
+    def _groups(self) -> Iterator[array[int]]:
         """Yield the rows that can be copies of each other: those under equal system turns, tools and labels."""
-        groups: dict[bytes, list[int]] = {}
+        groups: dict[int, array[int]] = {}
         for at in self._staying(range(len(self._records))):
-            groups.setdefault(self._settings[at], []).append(at)
+            groups.setdefault(self._settings[at], array("q")).append(at)
         yield from (group for group in groups.values() if len(group) > 1)
 
     def _text(self, at: int) -> str:
         return Row(self._records[at]).compared(self.config.near.over)
 
-    def _staying(self, rows: Iterable[int]) -> list[int]:
-        return [at for at in rows if all(each.action is not Action.drop for each in self._found.get(at, ()))]
+    def _staying(self, rows: Iterable[int]) -> array[int]:
+        found = self._found
+        return array("q", (at for at in rows if all(each.action is not Action.drop for each in found.get(at, ()))))
 
     def _add(self, at: int, found: Found) -> None:
         self._found.setdefault(at, []).append(found)
@@ -237,4 +248,4 @@ class Preparation:
 
 
 def _bad(records: Sequence[Record]) -> Sequence[BadRows]:
-    return records.bad if isinstance(records, Mix) else ()
+    return records.bad if isinstance(records, StoredRecords) else ()

@@ -17,6 +17,8 @@ from posttrain.digests import canonical
 
 CHUNK = 2000
 """Rows that are judged together."""
+DIGEST_BYTES = 16
+"""Bytes of a record's digest."""
 BETWEEN = "\n\n"
 """Separator of the turns in a row's text."""
 
@@ -105,7 +107,7 @@ class Row:
         return b"" if not system and not tools and label is None else _digest([system, tools, label])
 
     def digest(self) -> bytes:
-        """Return a digest of the record's content, 16 bytes; its place and source have no part in it."""
+        """Return a digest of the record's content, DIGEST_BYTES long; its place and source have no part in it."""
         record = self.record
         names = ("text", "messages", "prompt", "chosen", "rejected", "completion", "label", "tools", "answers")
         return _digest([type(record).__name__, *(getattr(record, name, None) for name in names)])
@@ -145,4 +147,4 @@ def _digest(value: Any) -> bytes:
         text = canonical(value)
     except (TypeError, ValueError):  # of a plugin's record; JSON has no such value
         text = repr(value)
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.config.preparation import DETECTOR, LANGUAGE, MODEL_FILES, Action, OnContamination, rule_actions
 from posttrain.data.reading import endings, remote
 from posttrain.data.records import Record
+from posttrain.data.stored import JoinedRecords
 from posttrain.digests import digest_of, file_digests
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host.plugins import CORE_ORIGIN, Host
@@ -72,8 +73,7 @@ class Preparer:
 
         Raises BadInput when nothing stays, or when an action is to stop; PluginFailed for a filter's fault.
         """
-        records = [*trained, *evaluated]
-        found = self.find(records)
+        found = self.find(JoinedRecords(trained, evaluated))
         if found is None or found.entry.rows != len(trained):
             found = self._make(trained, evaluated)
         if trained and not found.summary.kept:
@@ -87,7 +87,8 @@ class Preparer:
 
         root = self.plan.output_root / "cache" / FOLDER
         documents = self._documents()
-        key = self._key([*trained, *evaluated])  # after the documents: the revision of a data set is known by its copy
+        # after the documents: the revision of a data set is known by its copy
+        key = self._key(JoinedRecords(trained, evaluated))
         parts = root / f"{key}.parts"
         preparation = Preparation(
             trained=trained, evaluated=evaluated, config=self.step.config.prepare, judges=self._judges(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords
 from posttrain.data.mixing import describe_bad, describe_unread, weigh
 from posttrain.data.records import Record
+from posttrain.data.stored import JoinedRecords, StoredRecords, origins_of, take
 from posttrain.digests import digest_of
 from posttrain.disk import is_machine_error, naming
 from posttrain.errors import ArtifactDamaged, BadInput, PluginFailed, PosttrainError, Problem
@@ -56,11 +58,11 @@ class Records:
         """Return the same records, those of source ``number`` with another share of the tokens."""
 
         def again() -> Sequence[Record]:
-            origins = {record.origin: replace(record.origin, share=share) for record in self.trained}
-            return [
-                replace(record, origin=origins[record.origin]) if record.origin.number == number else record
-                for record in self.trained
-            ]
+            found = self.trained.all()
+            changed = {each: replace(each, share=share) for each in set(origins_of(found)) if each.number == number}
+            if isinstance(found, StoredRecords):
+                return found.with_origins(changed)
+            return [replace(record, origin=changed.get(record.origin, record.origin)) for record in found]
 
         return replace(self, trained=HeldRecords.of(again))
 
@@ -262,7 +264,7 @@ def read_records(job: Job) -> Records:
     trained, evaluated = _read_both(job)
     check_asked(job, trained, evaluated)
     left_out = [line for each in (trained, evaluated) for line in _left_out(job, each)]
-    unread = _unread(job, [*trained, *evaluated])
+    unread = _unread(job, JoinedRecords(trained, evaluated))
     # all records are yet to be sampled: they are prepared once they are made
     waiting = not trained and any(source.on_policy for source in job.step.sources)
     done = None if waiting else _prepare(job, trained, evaluated)
@@ -335,10 +337,9 @@ def _unread(job: Job, records: Sequence[Record]) -> list[str]:
     from posttrain.model.loading import load_tokenizer
     from posttrain.tokens.chat import ChatRenderer, has_other_keys
 
-    known = [record for record in records if isinstance(record, Record)]
-    lines = describe_unread(known)
-    if any(map(has_other_keys, known)):
-        lines += ChatRenderer(load_tokenizer(job.base)).describe_unread(known)
+    lines = describe_unread(records)
+    if any(map(has_other_keys, records)):
+        lines += ChatRenderer(load_tokenizer(job.base)).describe_unread(records)
     for line in lines:
         job.display.line(job.name, "data", f"warning: {line}")
     return lines
@@ -370,7 +371,7 @@ def taken(job: Job, step: Step, done: Kept | None, read: Sequence[Record] | None
     """Return the records of ``read``, read now without it, that preparation keeps, repeated by weight."""
     records = read if read is not None else _read(job, step) if step.sources else ()
     if done is not None and done.entry.kept:
-        records = [records[at] for at in done.rows() if at < len(records)]
+        records = take(records, array("q", (at for at in done.rows() if at < len(records))))
     return weigh(records, step.seed)
 
 

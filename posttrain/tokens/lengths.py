@@ -7,6 +7,7 @@ what the chat template puts around them.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from posttrain.config.preparation import Compared
 from posttrain.config.schema import ModelConfig
 from posttrain.data.records import Record
+from posttrain.data.stored import origins_of
 from posttrain.digests import file_digest
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
@@ -71,9 +73,9 @@ def measure_lengths(done: Kept, trained: Sequence[Record], model: ModelConfig) -
 def _rates(trained: Sequence[Record], file: Path) -> list[float]:
     from tokenizers import Tokenizer
 
-    sources: dict[int, list[int]] = {}
-    for at, record in enumerate(trained):
-        sources.setdefault(record.origin.number, []).append(at)
+    sources: dict[int, array[int]] = {}
+    for at, origin in enumerate(origins_of(trained)):
+        sources.setdefault(origin.number, array("q")).append(at)
     try:
         tokenizer = Tokenizer.from_file(str(file))
         return [_rate([trained[at] for at in _sample(places)], tokenizer) for places in sources.values()]

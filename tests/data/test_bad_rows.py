@@ -10,10 +10,11 @@ from pyarrow import parquet
 
 from posttrain.config.preparation import Action, PrepareConfig
 from posttrain.config.schema import Format, Source
-from posttrain.data.mixing import Mix, describe_bad, read_sources
+from posttrain.data.mixing import describe_bad, read_sources
 from posttrain.data.reading import read_records
 from posttrain.data.records import Conversation
 from posttrain.data.rows import BadRow
+from posttrain.data.stored import StoredRecords
 from posttrain.errors import BadInput
 from posttrain.prepare.preparation import Preparation
 
@@ -31,7 +32,7 @@ def write(path: Path, *lines: str) -> Source:
     return Source(path=str(path))
 
 
-def mix(*sources: Source) -> Mix:
+def mix(*sources: Source) -> StoredRecords:
     return read_sources(sources, "conversations", 1)
 
 

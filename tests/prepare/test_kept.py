@@ -39,7 +39,7 @@ def test_a_preparation_is_found_again(kept: Kept, tmp_path: Path) -> None:
     assert found == kept
     assert notes == []
     assert found is not None
-    assert found.rows() == [0]
+    assert [*found.rows()] == [0]
     assert found.summary.dropped == {"exact": 1}
     assert cache.find(tmp_path, "other", notes.append) is None
     assert [path.name for path in tmp_path.iterdir()] == [KEY]

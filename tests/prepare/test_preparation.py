@@ -311,4 +311,4 @@ def test_rows_alike_are_of_one_cluster_even_below_the_threshold(tmp_path: Path) 
     assert counted.clusters == {0: 0, 2: 0, 3: 0, 4: 4, 5: 4}
     assert prepared(rows).clusters == counted.clusters, "a row that leaves connects those that stay"
     done = keep(tmp_path, "key", prepared(rows), {})
-    assert (done.rows(), done.clusters()["a:3"]) == ([0, 1, 3, 4, 6], 0)
+    assert ([*done.rows()], done.clusters()["a:3"]) == ([0, 1, 3, 4, 6], 0)
