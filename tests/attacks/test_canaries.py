@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import pytest
 
 from posttrain import cli
 from posttrain.quoting import is_secret, redacted
+from tests.support import warm
 from tests.support.fakes import GATES, Script, scripted_host, write_project
 
 VARIABLES = (
@@ -196,9 +196,7 @@ cli.main(["recipe=mine", *GATES])
 
 def test_a_killed_run_leaves_no_secret(canaries: list[str], working_folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED], capture_output=True, text=True, env=environment, check=False
-    )
+    result = warm.run([sys.executable, "-c", KILLED], env=environment)
     assert result.returncode == -signal.SIGKILL
     assert list(Path("runs").rglob("run.json"))
     assert leaks(canaries, working_folder, result.stdout, result.stderr) == []

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from posttrain import cli
 from posttrain.model import reloading, tokenizer_watch
 from posttrain.tokens import texts
+from tests.support import warm
 from tests.support.audit import watched
 from tests.support.tiny import write_base
 
@@ -277,7 +278,7 @@ sys.exit(supervise(lambda: answer(sys.argv[1:]) if sys.argv[1:] else act()))
 
 def supervised(*words: str, action: str = "pass") -> subprocess.CompletedProcess[str]:
     script = SUPERVISED.format(action=action)
-    return subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    return warm.run([sys.executable, "-c", script, *words])
 
 
 def test_a_tokenizer_that_hangs_at_one_text(project: Path) -> None:

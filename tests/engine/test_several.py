@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from posttrain.engine.batches import deal, rows_per_batch
 from posttrain.engine.checkpoint import SavedState
 from tests.engine import several
 from tests.support.tiny import sft_config, write_base
+from tests.support.warm import together
 
 ROOT = Path(__file__).parents[2]
 WORLDS = {2: list(several.CASES), 3: list(several.RESUMED)}
@@ -54,12 +53,10 @@ def launched(request: pytest.FixtureRequest, bases: Path, single: Path, tmp_path
     world: int = request.param
     output = tmp_path_factory.mktemp(f"world{world}")
     shutil.copytree(single, output / "single")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
-    command += ["tests.engine.several", str(bases), str(output), ",".join(WORLDS[world])]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(
+        world, "tests.engine.several", str(bases), str(output), ",".join(WORLDS[world]),
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
     return world, output
 
 

@@ -27,6 +27,7 @@ from posttrain.ledger.audit import rebuild, verify
 from posttrain.ledger.chain import faults, link
 from posttrain.ledger.lift import KINDS
 from posttrain.ledger.store import raw_rows
+from tests.support import warm
 from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_recipe, write_project
 from tests.support.judgements import ROOT, add, judgement, task_verdict
@@ -288,7 +289,7 @@ def start_writer(number: int) -> subprocess.Popen[str]:
     count = 1_000_000 if number in KILLED else APPENDS
     with Path(f"told{number}").open("w") as told:
         command = [sys.executable, "-c", WRITER, str(number), str(count)]
-        return subprocess.Popen(command, stdout=told, text=True, env=environment)
+        return warm.Warm(command, stdout=told, text=True, env=environment)
 
 
 def acknowledged(number: int) -> int:

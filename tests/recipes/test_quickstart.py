@@ -15,7 +15,7 @@ import pytest
 
 from posttrain.artifact import verify
 from posttrain.ledger import audit
-from tests.support.command import started
+from tests.support import warm
 from tests.support.pages import read_page
 
 pytestmark = pytest.mark.long
@@ -116,7 +116,7 @@ def steps_logged(folder: Path, stage: str) -> int:
 
 def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) -> int:
     """Start the recipe, send ``number`` once ``stage`` has logged ``after`` steps; returns the exit code."""
-    with started(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with warm.started(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         begun = time.monotonic()
         while steps_logged(folder, stage) < after:
             assert process.poll() is None, f"ended with {process.returncode} before {stage} took {after} steps"
@@ -132,31 +132,21 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(clean: Path, worki
     assert state_of(only_run(working_folder))["state"] == "interrupted"
     assert kill_during(working_folder, "dpo", 8, signal.SIGINT) == 75
     assert kill_during(working_folder, "safety", 20, signal.SIGKILL) == -signal.SIGKILL
-    result = subprocess.run(COMMAND, cwd=working_folder, capture_output=True, timeout=PATIENCE, check=False)
-    assert result.returncode == 0
+    assert warm.run(COMMAND, cwd=working_folder).returncode == 0
     assert adapters(only_run(working_folder)) == adapters(clean)
     assert only_run(working_folder).name == clean.name
 
 
 def test_the_second_time_nothing_is_trained(clean: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")}
-    result = subprocess.run(
-        COMMAND, cwd=clean.parent.parent, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    result = warm.run(COMMAND, cwd=clean.parent.parent)
     assert result.returncode == 0
     assert result.stderr.count("already done") == 3
     assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
 
 
 def test_a_learning_rate_of_zero_is_rejected_with_the_reason(working_folder: Path) -> None:
-    result = subprocess.run(
-        [*COMMAND, "sft.lr=0", "sft.max_steps=4"],
-        cwd=working_folder,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    result = warm.run([*COMMAND, "sft.lr=0", "sft.max_steps=4"], cwd=working_folder)
     assert result.returncode == 5
     assert "the adapter changes nothing" in result.stderr
     assert "learning rate 0" in result.stderr

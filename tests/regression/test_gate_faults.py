@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +13,8 @@ import pytest
 from posttrain import cli
 from posttrain.scoring.cache import Blocks, ScoreCache
 from tests.support.adapters import write_adapters
+from tests.support.command import PROGRAM
+from tests.support.warm import started
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_a_report_that_cannot_be_written_is_named_beneath_the_verdict(
 
 
 def test_two_gates_at_once_say_the_same(material: Path) -> None:
-    command = [sys.executable, "-m", "posttrain", *words(material)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    tables = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
+    command = [*PROGRAM, *words(material)]
+    with started(command, stdout=subprocess.PIPE) as one, started(command, stdout=subprocess.PIPE) as other:
+        tables = [process.communicate()[0] for process in (one, other)]
+        assert [one.returncode, other.returncode] == [0, 0]
     assert tables[0] == tables[1]
     with pytest.raises(SystemExit) as ended:
         cli.main(["ledger", "verify"])

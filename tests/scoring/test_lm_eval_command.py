@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.systems import Loading
+from tests.support import warm
 from tests.support.adapters import Log
 from tests.support.quizzes import write_quizzes
 from tests.support.tiny import base_source, tiny_tokenizer
@@ -61,9 +61,7 @@ def samples(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[st
     words += ["--tasks", *(f"{name}.yaml" for name in METRICS), "--batch_size", str(BATCH), "--seed", str(SEED)]
     words += ["--log_samples", "--output_path", "plain"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TWICE, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = warm.run([sys.executable, "-c", TWICE, *words], cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     found = {}
     for chat in ("plain", "chat"):

@@ -18,9 +18,10 @@ from posttrain.artifact import Artifact
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.serve.check import Remote, check
 from posttrain.serve.server import take_port
-from tests.support.command import PROGRAM, main, started
+from tests.support.command import PROGRAM, main
 from tests.support.serving import catalogue_of, chat, events, make_artifact
 from tests.support.tiny import write_base
+from tests.support.warm import started
 
 TOKEN = "not-a-secret-of-anyone"
 

@@ -20,9 +20,10 @@ import pytest
 from posttrain.artifact import Artifact
 from posttrain.model import vllm_process as processes
 from posttrain.model.vllm_process import Process
-from tests.support.command import PROGRAM, main, started
+from tests.support.command import PROGRAM, main
 from tests.support.serving import chat, events, make_artifact, post, serving
 from tests.support.tiny import write_base
+from tests.support.warm import started
 
 TOKEN = "not-a-secret-of-anyone"
 ROOT = Path(__file__).parents[2]

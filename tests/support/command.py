@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from posttrain import cli
+from tests.support import warm
 
 PROGRAM = [sys.executable, "-m", "posttrain"]
 
 
 def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *words], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+    return warm.run([*PROGRAM, *words], env={**os.environ, **environment})
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 600
-"""Seconds that a loaded machine may take."""
+from tests.support import warm
 
 
 def install(
@@ -39,10 +38,7 @@ def make_importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What the command line does."""
-    program = [sys.executable, "-m", "posttrain", *words]
-    return subprocess.run(
-        program, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=PATIENCE
-    )
+    return warm.run([sys.executable, "-m", "posttrain", *words], env={**os.environ, **environment})
 
 
 def listed(**environment: str) -> dict[str, dict[str, str]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from posttrain import Stage, StageContext, hookimpl
 from posttrain.config.launch import LaunchConfig
 from posttrain.launch.job import FOLDER, JOB, write_job
 from posttrain.testing import Project
+from tests.support.warm import together
 
 ROOT = Path(__file__).parents[3]
 WORDS = ("red", "blue", "green", "clay", "ash", "elm", "ivy", "oak", "fir", "sky")
@@ -73,14 +72,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     folder = tmp_path_factory.mktemp("several")
     adapter, job = begin(folder / "adapter", SETTINGS, full=False)
     full, full_job = begin(folder / "full", FULL, full=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     places = [ROOT, ROOT / "plugins/grpo", Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, places))}
-    done = subprocess.run(
-        [*command, "grpo_support.several", str(job), str(full_job)],
-        cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment,
+    together(
+        2, "grpo_support.several", str(job), str(full_job),
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
     return {"adapter": adapter, "full": full}
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from preference_support import several
 from preference_support.contexts import content, weights, write_parent
+
+from tests.support.warm import together
 
 ROOT = Path(__file__).parents[3]
 WORLDS = {2: ["dpo", "dpo_full", "kto"], 3: ["aot"]}
@@ -42,13 +42,11 @@ def launched(request: pytest.FixtureRequest, sft_models: Path, tmp_path_factory:
     """The same on several processes."""
     world: int = request.param
     output = tmp_path_factory.mktemp(f"world{world}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
-    command += ["preference_support.several", str(sft_models), str(output), ",".join(WORLDS[world])]
     places = [ROOT, ROOT / "plugins/preference", Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
-    paths = os.pathsep.join(map(str, places))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(
+        world, "preference_support.several", str(sft_models), str(output), ",".join(WORLDS[world]),
+        environment={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},
+    )  # fmt: skip
     return world, output
 
 
