@@ -22,7 +22,8 @@ from posttrain.config.schema import Dtype, GateConfig, GateTask, ModelConfig, Ro
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
 from posttrain.gate.verdict import judge
 from posttrain.model.base import resolve_base
-from posttrain.model.loading import default_device, load_model, load_tokenizer
+from posttrain.model.device import default_device
+from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.systems import Loading
 

@@ -106,7 +106,7 @@ class StageContext:
 
     def device(self) -> torch.device:
         """Return the device to train on."""
-        from posttrain.model.loading import default_device
+        from posttrain.model.device import default_device
 
         return default_device()
 

@@ -16,6 +16,7 @@ DEFAULTS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # what Metal has no kernel for, the CPU computes
     # DistributedDataParallel warns that it looks for unused parameters in vain, which is what it is asked to do.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     # Idle OpenMP threads sleep instead of spinning: on cores that are shared, spinning made runs ten times slower.

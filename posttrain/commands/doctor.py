@@ -26,6 +26,7 @@ from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.masks import mask_fault
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -118,7 +119,7 @@ def _prove(plan: Plan, step: Step, base: ModelSource, documents: Sequence[Render
     parameters = list(proof.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     print(f"model      {plan.model.path}, {config.method.value}, ", end="")
-    print(f"{trained:,} of {sum(p.numel() for p in parameters):,} parameters trained, on {proof.model.device}")
+    print(f"{trained:,} of {sum(p.numel() for p in parameters):,} parameters trained, on {_place(proof.model.device)}")
     print(f"step       {len(proof.documents)} documents in {len(proof.rows)} rows\n")
     print(f"{'gradient of one step':<44}{'against':<10}{'error':>8}{'limit':>9}")
     checks = _shown(proof)
@@ -213,12 +214,23 @@ class Silent:
 
 
 def _model(config: SFTConfig, base: ModelSource, seed: int) -> PreTrainedModel | PeftModel:
-    """Load the model as the stage trains it, but in float32; for qlora, with the base before quantisation."""
+    """Load the model as the stage trains it, but in float32, where float64 is; for qlora, before quantisation."""
+    from posttrain.model.device import default_device, exact_device
     from posttrain.model.loading import added_token_ids, load_model, load_trainable, new_adapter
 
     if config.method is Method.full:
-        return load_trainable(base, "float32")
-    return new_adapter(load_model(base, "float32"), config.lora, seed, added_token_ids(base))
+        model = load_trainable(base, "float32")
+    else:
+        model = new_adapter(load_model(base, "float32"), config.lora, seed, added_token_ids(base))
+    return model.to(exact_device(default_device()))
+
+
+def _place(device: torch.device) -> str:
+    """Return the device of the comparisons, with the reason where it is not that of training."""
+    from posttrain.model.device import default_device
+
+    training = default_device()
+    return f"{device}, as {training.type} has no float64" if device.type != training.type else str(device)
 
 
 def _result(check: Check) -> str:

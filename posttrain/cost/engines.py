@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from posttrain.model import device as devices
+
 HEADROOM = 0.9
 """Share of a device's memory that a training may plan with: libraries and the allocator take the rest."""
 AUTO, SINGLE = "auto", "single"
@@ -55,7 +57,9 @@ def device_memory(processes: int = 1) -> int | None:
 
 
 def gpus() -> int:
-    """Return the number of GPUs that this process may use; torch is not asked, because a plan imports none."""
+    """Return the number of CUDA's GPUs that this process may use; torch is not asked, because a plan imports none."""
+    if devices.chosen() not in (devices.AUTO, devices.CUDA):
+        return 0
     found = sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     named = found if visible is None else len([word for word in visible.split(",") if word.strip() not in ("", "-1")])

@@ -15,6 +15,7 @@ from posttrain.config.paths import shipped
 from posttrain.cost.engines import device_memory, gpus
 from posttrain.environment import cores
 from posttrain.errors import reject, suggest
+from posttrain.model.device import expects_metal
 
 Share = tuple[float, float, float]
 """Part of a rate that a training reaches: low, likely and high."""
@@ -55,7 +56,10 @@ def this_machine(processes: int, per_node: int) -> Machine:
     """Return this machine for a number of processes, of which ``per_node`` share it."""
     memory, is_gpu = device_memory(per_node), bool(gpus())
     each = 1 if is_gpu else max(1, cores() // per_node)
-    return _machine(_gpu_name() if is_gpu else _cpu_name(), processes, memory, is_gpu=is_gpu, cores=each)
+    name = _gpu_name() if is_gpu else _cpu_name()
+    if expects_metal():  # the GPU has the memory of the machine
+        name = f"{name} by Metal, in float32"
+    return _machine(name, processes, memory, is_gpu=is_gpu, cores=each)
 
 
 def named_machine(text: str, processes: int) -> Machine:
@@ -107,19 +111,23 @@ def _table() -> dict[str, Any]:
 
 
 def _gpu_name() -> str:
-    tool = shutil.which("nvidia-smi")
+    return _answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "this GPU"
+
+
+def _answer(tool: str, *words: str) -> str:
+    """Return the first line that a program of the system prints; nothing where it is missing or fails."""
     try:
-        command = [tool or "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        command = [shutil.which(tool) or tool, *words]
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
-        return "this GPU"
-    return (found.splitlines() or ["this GPU"])[0].strip()
+        return ""
+    return (found.splitlines() or [""])[0].strip()
 
 
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        lines = []
+        return _answer("sysctl", "-n", "machdep.cpu.brand_string") or "this processor"
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else "this processor"

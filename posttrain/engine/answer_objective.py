@@ -28,6 +28,7 @@ from posttrain.engine.config import LoopConfig
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.references import ReferenceFolder, References
 from posttrain.engine.start import Start
+from posttrain.model.device import exact_device
 from posttrain.stage import Progress
 from posttrain.tokens.packing import best_fit
 
@@ -164,12 +165,13 @@ class AnswerObjective(Generic[Row]):
         numbers = [each.number for each in rows]
         answered = [(each.row.prompt, [ids for _, ids in each.row.answers]) for each in rows]
         aside = [(each.row.prompt, [each.row.aside]) for each in rows] if all(each.row.aside for each in rows) else []
+        exact = exact_device(device)  # the references are float64
         return AnswerInputs(
             rows=[each.row for each in rows],
             answered=AnswerBatch.of(answered, device, self.shared),
             aside=AnswerBatch.of(aside, device, self.shared) if aside else None,
-            reference=None if self.before is None else on_device(self.before.answers[numbers], device),
-            aside_reference=on_device(self.before.aside[numbers], device) if aside and self.before else None,
+            reference=None if self.before is None else on_device(self.before.answers[numbers], exact),
+            aside_reference=on_device(self.before.aside[numbers], exact) if aside and self.before else None,
         )
 
     def share(
@@ -181,10 +183,11 @@ class AnswerObjective(Generic[Row]):
     def scores(self, model: PreTrainedModel | PeftModel, batch: AnswerInputs) -> AnswerScores:
         """Return the log-probabilities of the answers of ``batch``."""
         aside = self._aside(model, batch)  # first: what it holds in memory is freed before the pass with a gradient
+        log_probs_BA = batch.answered.log_probs(model, self.config, self.dtype, self.config.neftune_alpha)
         return AnswerScores(
             rows=batch.rows,
-            log_probs=batch.answered.log_probs(model, self.config, self.dtype, self.config.neftune_alpha),
-            tokens=batch.answered.tokens,
+            log_probs=log_probs_BA,
+            tokens=batch.answered.tokens.to(log_probs_BA.device),
             reference=batch.reference,
             aside=aside,
             aside_reference=batch.aside_reference,

@@ -29,6 +29,7 @@ from posttrain.engine.log_probs import token_log_probs
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.engine.precision import autocasting
+from posttrain.model.device import exact
 
 Answer = tuple[str, Sequence[int]]
 """Name of an answer in messages, and its token ids; the last is the end-of-turn token."""
@@ -138,11 +139,15 @@ class AnswerBatch:
     def log_probs(
         self, model: PreTrainedModel | PeftModel, config: LoopConfig, dtype: str, noise: float | None = None
     ) -> torch.Tensor:
-        """Return the log-probability of each answer, [B, A] in float64; ``noise`` is NEFTune's alpha."""
+        """Return the log-probability of each answer, [B, A] in float64; ``noise`` is NEFTune's alpha.
+
+        They are where float64 is: on the CPU for a device without it.
+        """
         # float64: a loss takes differences of these sums, small against them
         log_probs_N = self.token_log_probs(model, config, dtype, noise)
-        sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.ids.device)
-        return sums.index_add(0, self.owners, log_probs_N.double()).view_as(self.tokens)
+        summands_N = exact(log_probs_N)
+        sums = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=summands_N.device)
+        return sums.index_add(0, self.owners.to(sums.device), summands_N).view_as(self.tokens)
 
     def token_log_probs(
         self,

@@ -29,18 +29,19 @@ from posttrain.engine.attention import causal_model
 from posttrain.engine.config import LoopConfig
 from posttrain.engine.precision import BFLOAT16, FLOAT32, is_quantised
 from posttrain.errors import ArtifactDamaged
-from posttrain.model.loading import DTYPES, default_device
+from posttrain.model.device import CPU, CUDA, METAL, default_device
+from posttrain.model.loading import DTYPES
 from posttrain.saved import read_as
 
 MARGIN = 1.1
 """Times the rate of float32 that bfloat16 must reach: it is less exact, and a tie is noise."""
 HOPELESS = 4.0
 """Ratio of the rates at which the smallest shapes decide: some processors multiply bfloat16 thirty times slower."""
-TOKENS = {"cpu": 512, "cuda": 4096}
+TOKENS = {CPU: 512, CUDA: 4096, METAL: 2048}
 """Most tokens of a timed product, by kind of device: beyond them the rate hardly changes."""
 FEWEST = 64
 """Fewest tokens of a timed product: below them it measures the memory."""
-OPERATIONS = {"cpu": 2e9, "cuda": 4e12}
+OPERATIONS = {CPU: 2e9, CUDA: 4e12, METAL: 2e11}
 """Operations in one round over all shapes, by kind of device, as far as FEWEST allows."""
 ROUNDS = 3
 """Timed rounds after one to warm up; their median counts."""
@@ -85,13 +86,15 @@ class Arithmetic:
 def choose_arithmetic(config: LoopConfig, stored: str, model: PreTrainedModel | PeftModel, record: Path) -> Arithmetic:
     """Return the arithmetic for ``model``, with weights stored as ``stored``; ``record`` is the run's file of rates.
 
-    A setting decides; quantised weights and float32 keep their format, and so do GPUs. A CPU takes the faster
-    format for bfloat16 weights: as recorded, else as cached for this machine, else as measured.
+    A setting decides; quantised weights and float32 keep their format, and so does CUDA. Metal computes in float32. A
+    CPU takes the faster format for bfloat16 weights: as recorded, else as cached for this machine, else as measured.
     """
     dtype = stored
     if config.compute_dtype is not None and not is_quantised(model):
         dtype = config.compute_dtype.value
-    elif stored == BFLOAT16 and default_device().type == "cpu" and not is_quantised(model):
+    elif stored == BFLOAT16 and default_device().type == METAL and not is_quantised(model):
+        dtype = FLOAT32
+    elif stored == BFLOAT16 and default_device().type == CPU and not is_quantised(model):
         rates = _known_rates(config, model, record)
         return Arithmetic(dtype=_faster(rates), stored=stored, rates=rates)
     return Arithmetic(dtype=dtype, stored=stored)
@@ -182,9 +185,9 @@ def _seconds(model: PreTrainedModel | PeftModel, shape: tuple[int, int], tokens:
     rows, columns = shape
     device, trained = default_device(), not isinstance(model, PeftModel)
     held = torch.float32 if trained else DTYPES[dtype]
-    generator = torch.Generator(device).manual_seed(0)  # one of its own: those of the training stay as they are
-    weight_RC = torch.randn(rows, columns, device=device, generator=generator).to(held).requires_grad_(trained)
-    input_TC = torch.randn(tokens, columns, device=device, generator=generator).to(held).requires_grad_()
+    generator = torch.Generator().manual_seed(0)  # one of its own: those of the training stay as they are
+    weight_RC = torch.randn(rows, columns, generator=generator).to(device, held).requires_grad_(trained)
+    input_TC = torch.randn(tokens, columns, generator=generator).to(device, held).requires_grad_()
     wanted = [input_TC, weight_RC] if trained else [input_TC]
     times = []
     for _ in range(1 + ROUNDS):
@@ -202,8 +205,8 @@ def _clock(device: torch.device) -> float:
     The processors' time over the number of threads counts no other work on the machine, whose use of the caches slows
     this all the same.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != CPU:
+        torch.get_device_module(device).synchronize()
         return time.perf_counter()
     return time.process_time() / torch.get_num_threads()
 
@@ -227,8 +230,8 @@ def _cache_file(shapes: Shapes, tokens: int, formats: Sequence[str], *, trained:
 
 
 def _processor() -> str:
-    if default_device().type == "cuda":
-        return torch.cuda.get_device_name()
+    if (kind := default_device().type) != CPU:
+        return torch.cuda.get_device_name() if kind == CUDA else torch.backends.mps.get_name()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

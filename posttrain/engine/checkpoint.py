@@ -31,6 +31,7 @@ from posttrain.artifact import publish_folder, verify_folder
 from posttrain.cost.memory import KEPT_CHECKPOINTS
 from posttrain.engine import processes
 from posttrain.errors import ArtifactDamaged, Interrupted
+from posttrain.model.device import generators
 from posttrain.model.saving import disk_errors
 
 STATE = "state.safetensors"
@@ -250,8 +251,7 @@ def capture_parts(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch
             state[f"optimizer/{key}/{name}"] = cut(name, value) if key != STEP else value
     if processes.world() == 1:
         state["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            state["random/cuda"] = torch.cuda.get_rng_state()
+        state |= {f"random/{kind}": module.get_rng_state() for kind, module in generators().items()}
     return {name: each for name, each in state.items() if processes.rank() == 0 or isinstance(each, Slice)}
 
 
@@ -283,8 +283,9 @@ def restore_parts(
                 optimizer.state[parameter][field] = value.view_as(parameter) if like else value
     if "random/cpu" in state and processes.world() == 1:
         torch.set_rng_state(state["random/cpu"])
-        if "random/cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random/cuda"])
+        for kind, module in generators().items():
+            if f"random/{kind}" in state:
+                module.set_rng_state(state[f"random/{kind}"])
 
 
 def _as_sliced(name: str, tensor: torch.Tensor) -> torch.Tensor | Slice:

@@ -29,6 +29,7 @@ from posttrain.engine.config import LoopConfig
 from posttrain.engine.engine import Engine
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.precision import autocasting
+from posttrain.model.device import exact
 from posttrain.tokens.packing import PackedRow, best_fit
 
 NOISE = 2.0
@@ -230,7 +231,7 @@ def document_losses(
     engine.model.train(training)
     sums_D = torch.zeros(len(rows), dtype=torch.float64)
     for owner_N, losses_N in found:  # only here, so that no pass waits for the one before it
-        sums_D.index_add_(0, owner_N, losses_N.double().cpu())
+        sums_D.index_add_(0, owner_N, exact(losses_N).cpu())
     return processes.total(sums_D)
 
 

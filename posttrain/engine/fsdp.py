@@ -24,7 +24,7 @@ from posttrain.engine.objective import Sums
 from posttrain.engine.optimizer import make_optimizer
 from posttrain.engine.precision import is_quantised
 from posttrain.engine.units import convert, reject_lone_experts, units
-from posttrain.model.loading import default_device
+from posttrain.model.device import default_device
 
 METHOD = "posttrain_compute"
 """Name of the root's method that runs any computation."""

@@ -22,6 +22,7 @@ from posttrain.engine.loss import OutputHead, summed_cross_entropy
 from posttrain.engine.neftune import noisy_embeddings
 from posttrain.engine.objective import Objective, Sums, Totals
 from posttrain.engine.precision import autocasting
+from posttrain.model.device import exact
 from posttrain.tokens.packing import PackedRow
 
 
@@ -147,7 +148,7 @@ def add_shares(
 
         found = engine.accumulate(compute, last=turn == len(step.dealt) - 1)
         for name, value in found.items():  # float64: the reported loss must not depend on the cut
-            summed[name] = summed[name] + value.double() if name in summed else value.double()
+            summed[name] = summed[name] + exact(value) if name in summed else exact(value)
         done = min(done + size * processes.world(), step.rows)
         if report is not None:
             report(done, step.rows)

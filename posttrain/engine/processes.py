@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from posttrain.model.device import exact
+
 SECONDS = 600
 """Longest wait of a process for the others before it gives up."""
 
@@ -62,7 +64,7 @@ def totals(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
     names = sorted(values)
     if not names:
         return {}
-    summed = total(torch.stack([values[name].detach().double() for name in names]))
+    summed = total(torch.stack([exact(values[name].detach()) for name in names]))
     return dict(zip(names, summed.tolist(), strict=True))
 
 

@@ -31,7 +31,7 @@ from posttrain.engine.objective import Sums
 from posttrain.engine.optimizer import make_adamw, update_weights
 from posttrain.engine.precision import is_quantised
 from posttrain.engine.units import convert, reject_lone_experts, units
-from posttrain.model.loading import default_device
+from posttrain.model.device import default_device
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,  # the loop counts rows, not DeepSpeed

@@ -140,7 +140,8 @@ def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     progress = RankAnswers(path.parent / FOLDER, rank)
     from posttrain.engine import processes
     from posttrain.host import plugins
-    from posttrain.model.loading import default_device, load_model, load_tokenizer
+    from posttrain.model.device import default_device
+    from posttrain.model.loading import load_model, load_tokenizer
     from posttrain.scoring.inquiry import ask_share
     from posttrain.scoring.systems import Loading
 

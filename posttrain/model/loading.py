@@ -36,6 +36,7 @@ from posttrain.model.added_tokens import (
     reject_known,
 )
 from posttrain.model.base import ADAPTER_WEIGHTS, weight_files
+from posttrain.model.device import default_device, exact_device
 from posttrain.model.quantisation import keep_layout, quantisation_config
 from posttrain.model.targets import WHERE, resolve_targets
 from posttrain.model.tokenizer_watch import TokenizerWatch
@@ -50,11 +51,6 @@ PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftex
 AS_STORED = "auto"
 """transformers' name of the number format that the files of the weights have."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def default_device() -> torch.device:
-    """Return this process' GPU if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -209,7 +205,8 @@ def _load_weights(source: ModelSource, dtype: str, mapped: bool = False) -> PreT
     mapped = mapped and source.quantization is None
     if source.quantization is not None:  # happens on the device of loading
         quantised["quantization_config"] = quantisation_config(source.quantization, DTYPES[dtype])
-        quantised["device_map"] = {"": default_device()}
+        # for Metal, bitsandbytes would fetch kernels from the hub
+        quantised["device_map"] = {"": exact_device(default_device())}
     with foreign(source.model, "the model cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.model,

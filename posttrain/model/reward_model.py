@@ -117,12 +117,14 @@ def _open(settings: RewardModelSettings, kept: Path) -> Scores:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from posttrain.model.loading import default_device, load_tokenizer
+    from posttrain.model.device import CUDA, default_device
+    from posttrain.model.loading import load_tokenizer
     from posttrain.model.trust import foreign
     from posttrain.tokens.chat import ChatRenderer
 
     source = _source(settings)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == CUDA else torch.float32
     with foreign(source.model, "the reward model cannot be loaded"), torch.random.fork_rng():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source.model, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
@@ -131,5 +133,5 @@ def _open(settings: RewardModelSettings, kept: Path) -> Scores:
     if missing := sorted(info["missing_keys"]):
         reject(f"reward_model.path: {settings.path}", f"its weights lack {', '.join(missing[:3])}", "Copy it again")
     renderer = ChatRenderer(load_tokenizer(source))
-    ready = model.eval().requires_grad_(False).to(default_device())
+    ready = model.eval().requires_grad_(False).to(device)
     return RewardModel(model=ready, renderer=renderer, batch_size=settings.batch_size).scores

@@ -113,7 +113,7 @@ def _baseline_file(settings: RegressionConfig) -> Path | None:
 
 def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return everything, apart from the tasks, that has to be equal for scores to be comparable."""
-    from posttrain.model.loading import default_device
+    from posttrain.model.device import default_device
     from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
 
     variables, of_llama = candidate.source.template_variables, candidate.source.llama

@@ -16,6 +16,7 @@ from posttrain.disk import replace_text
 from posttrain.environment import cores
 from posttrain.errors import Interrupted, SpendCapReached, reject
 from posttrain.launch.shape import shape_of
+from posttrain.model.device import CUDA, default_device
 from posttrain.plan import Plan
 from posttrain.run.directory import read_state
 from posttrain.run.interrupts import Interrupts
@@ -150,4 +151,4 @@ def _price(plan: Plan) -> Amount:
 def _gpu() -> str | None:
     import torch
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name(0) if default_device().type == CUDA else None

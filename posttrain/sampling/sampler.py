@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from posttrain.digests import digest_of
 from posttrain.engine.attention import causal_model
 from posttrain.errors import FOREIGN, ArtifactDamaged, brief, reject
+from posttrain.model.device import exact_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class _Block:
                 for prompt in prompts
                 for number in range(drawing.k)
             ]
-        ).to(device)
+        ).to(exact_device(device))
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._log_probs: list[list[float]] = [[] for _ in range(rows)]
         self._entropies: list[list[float]] = [[] for _ in range(rows)]
@@ -159,15 +160,17 @@ class _Block:
         log_probs_RV = (logits_RV if greedy else logits_RV / self._drawing.temperature).log_softmax(-1)
         if not torch.isfinite(log_probs_RV.amax(-1)).all():
             raise ArtifactDamaged("the model that was to answer gives logits that are not finite")
-        probs_RV = log_probs_RV.double().exp()
+        summed_RV = log_probs_RV.to(self._noise_RT.device)
+        probs_RV = summed_RV.double().exp()
         if greedy:
             chosen_R = logits_RV.argmax(-1)
         else:
             ladder_RV = probs_RV.cumsum(-1)
-            height_R1 = self._noise_RT[alive, step][:, None] * ladder_RV[:, -1:]
+            height_R1 = self._noise_RT[alive.to(probs_RV.device), step][:, None] * ladder_RV[:, -1:]
             chosen_R = torch.searchsorted(ladder_RV, height_R1, right=True)[:, 0].clamp(max=logits_RV.shape[-1] - 1)
+            chosen_R = chosen_R.to(self._device)
         log_probs_R = log_probs_RV.gather(1, chosen_R[:, None])[:, 0]
-        entropy_R = -(probs_RV * log_probs_RV.clamp(min=-1e4)).sum(-1)
+        entropy_R = -(probs_RV * summed_RV.clamp(min=-1e4)).sum(-1)
         found = zip(alive.tolist(), chosen_R.tolist(), log_probs_R.tolist(), entropy_R.tolist(), strict=True)
         for row, token, log_prob, entropy in found:
             self._ids[row].append(token)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from posttrain.commands.estimate import machine_line
 from posttrain.config.schema import Method, Source
+from posttrain.cost import machines
 from posttrain.cost.architecture import Architecture, find_architecture
 from posttrain.cost.estimate import Estimate, Pace, Volume, estimate, lines, measured_speed
 from posttrain.cost.machines import named_machine, this_machine
@@ -108,6 +112,15 @@ def test_a_machine_is_named_by_device_or_memory(word: str, count: int, memory: f
 def test_a_machine_without_figures_is_rejected(word: str) -> None:
     with pytest.raises(BadInput, match=r"Did you mean|names no device|such as 24GB"):
         named_machine(word, 1)
+
+
+def test_a_plan_on_a_mac_says_that_metal_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(machines, "_cpu_name", lambda: "Apple M2")
+    assert machine_line(this_machine(1, 1)).startswith("Apple M2 by Metal, in float32, ")
+    monkeypatch.setenv("POSTTRAIN_DEVICE", "cpu")
+    assert machine_line(this_machine(1, 1)).startswith("Apple M2, ")
 
 
 def test_this_machine_has_a_name_and_memory() -> None:
