@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from posttrain.artifact import ModelSource
+    from posttrain.config.schema import GateTask
     from posttrain.data.records import Document, Feedback, Preference, Question
     from posttrain.engine.answer_objective import AnswerLoss
     from posttrain.engine.answers import AnsweredRow
@@ -63,6 +64,8 @@ class StageContext:
     """Number of the cluster of records alike, by ``where``, as preparation found them; records in none are absent."""
     trail: Path | None = None
     """Folder for the answers that the stage samples, kept with the run; with the checkpoints when absent."""
+    gate_tasks: Mapping[str, GateTask] = field(default_factory=dict)
+    """Tasks of the stage's gate by name, to be followed while answers are sampled; empty for other stages."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Deterministic figures for the manifest, such as token counts and the final loss; filled in by ``run``."""
 
@@ -147,14 +150,17 @@ class StageContext:
 
         Needs a SampledConfig as ``config``. In each step the policy as it is answers the step's questions, the stage's
         rewards score the answers, and the loss makes advantages of them. The answers of all steps stay in ``trail``.
-        Dropout is off. Progress, exact resume and the figures in ``metrics`` are those of SFT.
+        Dropout is off. Progress, exact resume and the figures in ``metrics`` are those of SFT. At every measurement a
+        sample of the documents of ``gate_tasks`` is asked, too, and scored as the gate does; they change nothing.
 
         Raises BadInput when the questions do not fit the model or nothing is learnt any more, ArtifactDamaged when
         training would not start at the parent, Interrupted after ``stop_requested``.
         """
         from posttrain.sampling.stage import train_sampled
+        from posttrain.scoring.sample import sample_gate
 
-        train_sampled(self, questions, loss)
+        sample = sample_gate(self.config.gate, self.gate_tasks, self.tokenizer(), self.progress.note)
+        train_sampled(self, questions, loss, sample)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Position:
         """Load the newest sound checkpoint into the model, the optimizer and torch's random number generator.

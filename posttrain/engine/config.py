@@ -32,7 +32,8 @@ class LoopConfig(StageConfig):
     eval_share: float = number(0.0, least=0, below=1)
     """Share of the records set aside so. 0 trains all: the gate decides in any case."""
     eval_steps: int | None = number(None, least=1, hint="; leave it out to measure once per epoch")
-    """Optimizer steps between two measurements on them; once per epoch when absent."""
+    """Optimizer steps between two measurements on them, and on the gate's sample where answers are sampled; once per
+    epoch when absent."""
     lr: float = number(MISSING, least=0)
     """Peak learning rate."""
     epochs: int = number(2, least=1)
@@ -124,6 +125,10 @@ class SampledConfig(LoopConfig):
     def visits(self) -> int:
         """As ``updates`` has it."""
         return self.updates
+
+    def _eval_problems(self) -> Iterator[tuple[str, str]]:
+        # a gate is followed at the same steps, without eval records, too
+        yield from (each for each in super()._eval_problems() if each[0] != "eval_steps" or not self.gate.enabled)
 
     def rewarding(self) -> Any:
         """Return the rewards."""

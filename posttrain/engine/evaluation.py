@@ -86,7 +86,12 @@ class Evaluation:
     def is_due(self, step: int, order: RowOrder) -> bool:
         """Return true where a measurement is due: before the first step, every ``eval_steps``, after the last."""
         every = self.config.eval_steps or order.steps_per_epoch
-        return bool(self.rows) and (step % every == 0 or step == order.total)
+        return self.is_asked and (step % every == 0 or step == order.total)
+
+    @property
+    def is_asked(self) -> bool:
+        """True with something to measure."""
+        return bool(self.rows)
 
     def measure(
         self,

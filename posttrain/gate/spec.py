@@ -17,6 +17,8 @@ VerdictState = Literal["pass", "fail", "undecided"]
 """The decision of a gate, in one word."""
 Comparator = Literal["base", "parent", "baseline", "threshold"]
 """The other side of a comparison: a system, or the threshold of a limit."""
+FOLLOWED = "eval_gate_"
+"""Beginning of the metrics of a gate that is followed while answers are sampled; the name of a task comes after it."""
 
 
 def worst(states: Iterable[VerdictState]) -> VerdictState:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from posttrain.artifact import ModelSource
 from posttrain.config.launch import LaunchConfig, Launcher
+from posttrain.config.schema import GateTask
 from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords, digest_records, release
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Question, Record, Text
@@ -94,6 +95,8 @@ class Job:
     """Processes that render records."""
     clusters: Mapping[str, int]
     """Number of the cluster of records alike, by their places."""
+    gate_tasks: Mapping[str, GateTask]
+    """Tasks of the stage's gate to be followed while answers are sampled."""
     metrics: Mapping[str, Any]
     """Figures that the command has for the manifest."""
     silence_seconds: float
@@ -132,6 +135,7 @@ def write_job(
         trail=str(context.trail.absolute()) if context.trail else None,
         data_workers=context.data_workers,
         clusters=dict(context.clusters),
+        gate_tasks=context.gate_tasks,
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,
         command=os.getpid() if launch.kind is Launcher.local else None,

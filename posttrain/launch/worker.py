@@ -127,7 +127,7 @@ def context_of(
         progress=progress, stop_requested=stop_requested, checkpoints=Path(job.checkpoints), output=Path(job.output),
         kept=kept, data_workers=job.data_workers, clusters=dict(job.clusters),
         scorer=None if given is None else choose(given, host.rewards, host.reward_owners, kept),
-        trail=Path(job.trail) if job.trail else None, metrics=dict(job.metrics),
+        trail=Path(job.trail) if job.trail else None, gate_tasks=job.gate_tasks, metrics=dict(job.metrics),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from posttrain.report.curves import further_charts, main_charts
 from posttrain.report.documents import MOST_DOCUMENTS, TaskChanges, changed_documents, shorten
 from posttrain.report.figures import costs, data_figures, trained_share
 from posttrain.report.intervals import intervals
-from posttrain.report.policy import CHARTS, report_policy
+from posttrain.report.policy import report_policy, shown_together
 from posttrain.report.rows import advice, sources
 from posttrain.report.run import RunReport, StageReport, explain_missing
 from posttrain.report.scores import clock
@@ -110,7 +110,7 @@ def _stage(report: RunReport, stage: StageReport, names: Mapping[str, str]) -> d
         "verdict": stage.verdict,
         "intervals": intervals(tasks),
         "charts": main_charts(stage),
-        "further": further_charts(stage, CHARTS if policy is not None else ()),
+        "further": further_charts(stage, shown_together(stage) if policy is not None else ()),
         "policy": policy,
         "share": trained_share(stage),
         "data": data_figures(stage),

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.spec import TaskVerdict, Verdict
+from posttrain.gate.spec import FOLLOWED, TaskVerdict, Verdict
 from posttrain.report.curves import Chart, charts_of
 from posttrain.report.run import RunReport, StageReport
-from posttrain.report.scores import scale_of
+from posttrain.report.scores import Scale, scale_of
 from posttrain.saved import read_text
 
 CHARTS = (
     ("reward", "eval_reward", "eval_right"), ("entropy",), ("kl",), ("clipped",),
     ("answer_tokens", "eval_answer_tokens"), ("cut", "eval_cut"), ("spread",),
 )  # fmt: skip
-"""Metrics of the charts of such a stage; those of one chart share its axes."""
+"""Metrics of the charts of such a stage; those of one chart share its axes. Beside rewards are the gate's shares."""
 DRIFTS = (
     ("answer_tokens", "tokens of a sampled answer", "{:.1f}"),
     ("cut", "sampled answers that never ended", "{:.1%}"),
@@ -78,12 +78,19 @@ def report_policy(report: RunReport, stage: StageReport) -> PolicyReport | None:
         return None
     answers, missing = _best(report.path / "stages" / stage.name / "answers")
     return PolicyReport(
-        charts=charts_of(stage, CHARTS),
-        courses=[*_courses(stage), *_gate(stage.verdict)],
+        charts=charts_of(stage, shown_together(stage)),
+        courses=[*_courses(stage), *_followed(stage.figures), *_gate(stage.verdict)],
         advice=advise(stage.figures, stage.verdict),
         answers=answers,
         missing=missing,
     )
+
+
+def shown_together(stage: StageReport) -> list[Sequence[str]]:
+    """Return the metrics of each chart of an on-policy stage."""
+    followed = [name for name in stage.metrics if name.startswith(FOLLOWED)]
+    shares = [name for name in followed if all(0 <= value <= 1 for _, value in stage.metrics[name])]
+    return [(*CHARTS[0], *shares), *((name,) for name in followed if name not in shares), *CHARTS[1:]]
 
 
 def advise(figures: Mapping[str, Any], verdict: Verdict | None) -> list[str]:
@@ -111,6 +118,19 @@ def _courses(stage: StageReport) -> Iterator[Course]:
     for metric, name, text in DRIFTS:
         if points := stage.metrics.get(metric):
             yield Course(name=name, before=text.format(points[0][1]), after=text.format(points[-1][1]))
+
+
+def _followed(figures: Mapping[str, Any]) -> Iterator[Course]:
+    """Yield the scores of the gate's documents that were asked while training."""
+    given = figures.get("gate_sample")
+    for task, found in given.items() if isinstance(given, Mapping) else ():
+        if not isinstance(found, Mapping) or not (ends := _numbers(found, "first", "last", "documents")):
+            continue
+        scale = Scale.of(*ends[:2])
+        yield Course(
+            name=f"gate's sample: {task}, {found.get('metric')}", before=scale.score(ends[0]),
+            after=scale.score(ends[1]), note=f"{found.get('role')}, n {ends[2]:,.0f}, asked while training",
+        )  # fmt: skip
 
 
 def _numbers(figures: Mapping[str, Any], *keys: str) -> list[float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.artifact import Artifact, BaseWeights, Manifest, ModelSource, publish, quantization_of
+from posttrain.config.schema import GateTask
 from posttrain.context import StageContext
 from posttrain.data.held import HeldRecords
 from posttrain.data.mixing import describe_bad, describe_unread, weigh
@@ -149,6 +150,7 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
         engine=engine_of(job.plan, job.step), launch=_launch(job),
         kept=job.plan.output_root / "cache", data_workers=job.plan.data_workers,
         scorer=scorer_of(job), trail=job.folder / "answers", clusters=_clusters(job, records),
+        gate_tasks=_followed(job),
         metrics=_known_metrics(records) | ({"on_policy": figures} if figures else {}),
     )  # fmt: skip
     before = ProcessState.now()
@@ -173,6 +175,11 @@ def _clusters(job: Job, records: Records) -> Mapping[str, int]:
     """Return the clusters of rows alike where the stage sets some of its rows aside; nothing else asks for them."""
     aside = getattr(job.step.config, "eval_share", 0)
     return {} if records.done is None or not aside else records.done.clusters()
+
+
+def _followed(job: Job) -> Mapping[str, GateTask]:
+    """Return the tasks of the gate where the stage samples answers, and its reward could leave the gate behind."""
+    return job.step.tasks if job.step.gate.enabled and job.step.config.rewarding() is not None else {}
 
 
 def _known_metrics(records: Records) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The reward of greedy answers to questions set aside from training, beside the reward of sampled ones.
+"""The reward of greedy answers to questions set aside from training, beside the reward of sampled ones, and the gate.
 
 Sampled answers hide the progress of the likeliest ones behind the tail of the distribution, and trained questions say
 nothing about others. Greedy answers to untrained questions show both.
@@ -8,17 +8,19 @@ nothing about others. Greedy answers to untrained questions show both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import ClassVar
 
 import torch
 
+from posttrain.engine.checkpoint import State
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.engine import Engine
 from posttrain.engine.evaluation import NEGLIGIBLE, Evaluation, Measured
 from posttrain.rewards.matching import is_right
+from posttrain.sampling.gate import GateCourse
 from posttrain.sampling.policy import Asked, Policy, Rewarded
 from posttrain.sampling.sampler import Drawing
 from posttrain.sampling.trail import Trail
@@ -26,15 +28,21 @@ from posttrain.sampling.trail import Trail
 
 @dataclass(kw_only=True)
 class GreedyReward(Evaluation):
-    """Measures the mean reward of greedy answers while a model is trained; without questions, never."""
+    """Measures the mean reward of greedy answers, and the gate's sample, while a model is trained."""
 
     rows: Sequence[Asked]  # type: ignore[assignment]
     config: SampledConfig
     refusals: int = 0
     policy: Policy
     trail: Trail
+    gate: GateCourse
     BEST: ClassVar[str] = "highest"
     _lengths: dict[str, float] = field(default_factory=dict, init=False)
+
+    @property
+    def is_asked(self) -> bool:
+        """True with questions set aside, or a gate to follow."""
+        return bool(self.rows) or self.gate.is_followed
 
     def measure(
         self,
@@ -43,10 +51,18 @@ class GreedyReward(Evaluation):
         dtype: str,
         report: Callable[[int, int], None] | None = None,
     ) -> dict[str, float]:
+        """Return the figures of greedy answers to questions set aside, and the gate's scores of its sample.
+
+        Model and random numbers stay as they are.
+        """
+        own = self._rewards(step, engine, dtype) if self.rows else {}
+        return {**own, **self.gate.measure(step, engine, dtype)}
+
+    def _rewards(self, step: int, engine: Engine, dtype: str) -> dict[str, float]:
         """Return the mean reward, the share of answers that never ended and their tokens, after ``step``.
 
         Beside them is the share of right answers by each question's own match, which the reward may not look at: what a
-        gate of such questions would say. Model and random numbers stay as they are.
+        gate of such questions would say.
         """
         drawing = Drawing(k=1, temperature=0, max_tokens=self.config.max_tokens, seed=0)
         answers = [each for (each,) in self.policy.answer(engine, dtype, self.rows, drawing)]
@@ -64,7 +80,7 @@ class GreedyReward(Evaluation):
     def figures(self) -> dict[str, int | float]:
         """Return the eval figures of the manifest; empty when nothing was measured."""
         if self.first is None or self.best is None or self.last is None:
-            return {}
+            return self.gate.figures()
         return {
             "eval_reward": _mean(self.last),
             "eval_reward_first": _mean(self.first),
@@ -73,6 +89,7 @@ class GreedyReward(Evaluation):
             "eval_questions": len(self.rows),
             **({} if (first := self.trail.right_share(0)) is None else {"eval_right_first": first}),
             **self._lengths,
+            **self.gate.figures(),
         }
 
     def warnings(self) -> list[str]:
@@ -110,6 +127,15 @@ class GreedyReward(Evaluation):
         what = f"the reward of greedy answers to questions set aside {rose}, and no more of them are right"
         fix = "the model may learn the reward alone. Read its answers in answers/eval-*.jsonl"
         return [f"{what} ({first:.1%}, then {last:.1%}): {fix}"]
+
+    def state(self) -> State:
+        """Return the measurements to keep in a checkpoint."""
+        return {**super().state(), **self.gate.state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore the measurements of ``state``."""
+        super().restore(state)
+        self.gate.restore(state)
 
     def is_better(self, one: Measured, other: Measured) -> bool:
         """Return true when the mean reward of ``one`` is higher."""

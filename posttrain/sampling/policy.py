@@ -106,7 +106,7 @@ class Policy:
         size = max(1, BLOCK // drawing.k)
         found: list[list[Answer]] = []
         # whole weights: answers end at different lengths, so that processes ask the model differently often
-        with engine.whole(), _writing(causal_model(model)), autocasting(model, dtype):
+        with engine.whole(), writing(causal_model(model)), autocasting(model, dtype):
             for start in range(0, len(rows), size):
                 prompts = [each.prompt for each in rows[start : start + size]]
                 found += sample(model, prompts, drawing, ends)
@@ -185,7 +185,7 @@ class Policy:
 
 
 @contextlib.contextmanager
-def _writing(causal: PreTrainedModel) -> Iterator[None]:
+def writing(causal: PreTrainedModel) -> Iterator[None]:
     """Give the model attention that writes with a cache, and its own back: kernels of packed rows have none."""
     before = causal.config._attn_implementation
     try:

@@ -7,12 +7,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.data.records import Question
+from posttrain.engine import processes
 from posttrain.engine.answers import set_aside
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.stage import carry_out, check_vocabulary, make_training, switch_dropout_off
 from posttrain.errors import BadInput, PluginFailed, Problem
 from posttrain.sampling.answers import prompt_ids
 from posttrain.sampling.evaluation import GreedyReward
+from posttrain.sampling.gate import GateCourse, GateSample
 from posttrain.sampling.objective import PolicyLoss, SampledObjective
 from posttrain.sampling.policy import Asked, Policy
 from posttrain.sampling.trail import Trail
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from posttrain.context import StageContext
 
 
-def train_sampled(context: StageContext, questions: Sequence[Question], loss: PolicyLoss) -> None:
-    """Train the parent's policy on its own answers and save it."""
+def train_sampled(
+    context: StageContext, questions: Sequence[Question], loss: PolicyLoss, sample: GateSample | None = None
+) -> None:
+    """Train the parent's policy on its own answers and save it; the documents of ``sample`` are asked alone."""
     config: SampledConfig = context.config
     if context.scorer is None:
         raise PluginFailed(f"stage {context.name!r} has no rewards: its settings must answer rewarding()")
@@ -36,7 +40,9 @@ def train_sampled(context: StageContext, questions: Sequence[Question], loss: Po
     policy = Policy(tokenizer=context.tokenizer(), scorer=context.scorer, progress=context.progress)
     trail = Trail(context.trail or context.checkpoints / "answers", config.k)
     different = {tuple(row.prompt): row for row in measured}  # one that is repeated by weight tells nothing more
-    evaluation = GreedyReward(rows=list(different.values()), config=config, policy=policy, trail=trail)
+    # one process that has no sample would not wait for the others
+    gate = GateCourse(sample=None if processes.agree(sample is None) else sample, progress=context.progress)
+    evaluation = GreedyReward(rows=list(different.values()), config=config, policy=policy, trail=trail, gate=gate)
     training = make_training(
         context,
         model,
@@ -59,7 +65,8 @@ def train_sampled(context: StageContext, questions: Sequence[Question], loss: Po
     last = {name: training.last[name] for name in ("reward", "entropy", "cut", "spread", "kl") if name in training.last}
     context.metrics.update(steps=position.step, tokens=figures["sampled_tokens"], final_loss=position.loss)
     context.metrics.update(questions=len(rows), **figures, **last)
-    for line in [*evaluation.left_behind(figures["reward_first"], figures["reward_last"]), *evaluation.gone_apart()]:
+    ends = figures["reward_first"], figures["reward_last"]
+    for line in [*evaluation.left_behind(*ends), *evaluation.gone_apart(), *gate.left_behind(*ends)]:
         context.warn(line)
     context.save(model)
 

@@ -19,6 +19,10 @@ HOSTILE = '</pre><script>alert("1")</script>'
 FIGURES = {
     "reward_first": 0.1, "reward_last": 0.6, "eval_reward_first": 0.2, "eval_reward": 0.5, "eval_reward_highest": 0.55,
     "eval_reward_highest_step": 2, "eval_questions": 40, "eval_right_first": 0.5, "eval_right": 0.45,
+    "gate_sample": {
+        "facts": {"metric": "acc", "role": "lift", "documents": 64, "first": 0.25, "last": 0.5},
+        "torn": {"metric": "acc", "first": None},
+    },
 }  # fmt: skip
 
 
@@ -36,6 +40,8 @@ def run(working_folder: Path) -> Path:
             "reward": step / 5,
             "eval_reward": step / 4,
             "eval_right": 0.5,
+            "eval_gate_facts": step / 8,
+            "eval_gate_bits": 1.5,
             "entropy": 1.0,
             "kl": 0.1,
             "clipped": 0.0,
@@ -68,7 +74,8 @@ def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> No
         ("best 2", 2, 2.0), ("best 3", 3, 1.5), ("best 1", 1, 1.5), ("same", 3, 1.0), (HOSTILE, 3, 0.1),
     ]  # fmt: skip
     assert [chart.title for chart in policy.charts] == [
-        "reward and eval_reward and eval_right", "entropy", "kl", "clipped", "answer_tokens", "cut",
+        "reward and eval_reward and eval_right and eval_gate_facts", "eval_gate_bits",
+        "entropy", "kl", "clipped", "answer_tokens", "cut",
     ]  # fmt: skip
     courses = {each.name: (each.before, each.after) for each in policy.courses}
     assert courses["reward of sampled answers"] == ("0.100", "0.600")
@@ -76,6 +83,8 @@ def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> No
     assert courses["right greedy answers to questions set aside"] == ("50.0%", "45.0%")
     assert courses["sampled answers that never ended"] == ("50.0%", "16.7%")
     assert courses["tokens of a sampled answer"] == ("19.0", "17.0")
+    assert courses["gate's sample: facts, acc"] == ("25.0", "50.0")
+    assert not any("torn" in name for name in courses)
     assert courses["gate: some, acc"] == ("10.0", "60.0")
     assert report_policy(found, found.stages[0]) is None
 

@@ -11,9 +11,11 @@ import pytest
 from posttrain.data.questions import read_question
 from posttrain.engine.config import SampledConfig
 from posttrain.sampling.evaluation import GreedyReward
+from posttrain.sampling.gate import GateCourse
 from posttrain.sampling.policy import Asked, Rewarded
 from posttrain.sampling.sampler import Answer
 from posttrain.sampling.trail import Trail
+from posttrain.testing.recording import Recorder
 
 ROWS = [
     Asked(question=read_question({"question": text, **more}, f"q.jsonl:{number}"), prompt=[number])
@@ -41,7 +43,8 @@ class Saying:
 
 def measured(folder: Path, *steps: Sequence[str]) -> tuple[GreedyReward, list[dict[str, float]]]:
     made: Any = GreedyReward
-    found = made(rows=ROWS, config=SampledConfig(), policy=None, trail=Trail(folder, 2))
+    gate = GateCourse(sample=None, progress=Recorder())
+    found = made(rows=ROWS, config=SampledConfig(), policy=None, trail=Trail(folder, 2), gate=gate)
     figures = []
     for number, texts in enumerate(steps):
         found.policy = Saying(*texts)

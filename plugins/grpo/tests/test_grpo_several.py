@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from grpo_support.gate import gate_words
 from safetensors.torch import load_file
 
 from posttrain import Stage, StageContext, hookimpl
@@ -60,7 +61,7 @@ def begin(folder: Path, settings: dict[str, Any], *, full: bool) -> tuple[Traine
     seen = Seen()
     (folder / "project").mkdir(parents=True)
     project = Project(folder=folder / "project", kind="grpo", settings=settings, records=QUESTIONS, full=full).write()
-    run = project.run(folder / "runs", also=[seen]).path
+    run = project.run(folder / "runs", *gate_words(project), "grpo.gate.on_fail=warn", also=[seen]).path
     (folder / "two" / FOLDER).mkdir(parents=True)
     job = folder / "two" / JOB
     write_job(job, seen.stage, replace(seen.context, engine="ddp"), origin="", world=2, launch=LaunchConfig())

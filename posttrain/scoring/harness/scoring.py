@@ -44,7 +44,7 @@ def answer(
             ask_block(requests, index, task.ends, responder, seed, f"{system}, {task.name}", tell)
             blocks.add(index, [request.resps for request in requests])
         report(min((index + 1) * blocks.size, total), total)
-    return _scores(task, system, digest)
+    return score_answers(task, system, digest)
 
 
 def ask_block(
@@ -73,7 +73,7 @@ def recall(task: PreparedTask, blocks: Blocks, system: str, digest: str) -> list
     kept = blocks.read()
     asked = enumerate(requests_by_block(task, blocks.size))
     complete = all(_restore(requests, kept.get(index)) for index, requests in asked)
-    return _scores(task, system, digest) if complete else None
+    return score_answers(task, system, digest) if complete else None
 
 
 def requests_by_block(task: PreparedTask, size: int) -> list[list[Any]]:
@@ -85,7 +85,7 @@ def requests_by_block(task: PreparedTask, size: int) -> list[list[Any]]:
     ]
 
 
-def _scores(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
+def score_answers(task: PreparedTask, system: str, digest: str) -> list[DocumentScore]:
     """Return one row per filter and document, from the answers in the requests."""
     for leaf in task.leaves:
         apply_filters(leaf, [item for item in task.questions if item.leaf is leaf], f"{system}, {task.name}")
