@@ -51,10 +51,10 @@ class Documents:
     bounds: torch.Tensor
     """The start of each and the end of the last, int32 [documents + 1], on the model's device."""
     longest: int
-    spread: torch.Tensor | None = None
-    """The place in the row of each token of each document, where documents share some; [their tokens]."""
-    gathered: torch.Tensor | None = None
-    """The first place among the documents' tokens of each token of the row, [T]."""
+    pieces: tuple[int, ...] = ()
+    """Tokens of each piece of the row, a prompt or what follows it, where documents share some."""
+    order: tuple[int, ...] = ()
+    """The numbers of the pieces that the documents are made of, one document after another."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Documents:
@@ -66,28 +66,35 @@ class Documents:
     def sharing(cls, families: Sequence[Family], device: torch.device) -> Documents:
         """Return the documents of ``families``: the tokens of a prompt once, then those of each answer to it.
 
-        row         p0 p1 p2  a0 a1  b0
-        documents   p0 p1 p2  a0 a1 | p0 p1 p2  b0
-        spread      0  1  2   3  4    0  1  2   5
-        gathered    0  1  2   3  4   8
+        row         p0 p1 p2 | a0 a1 | b0              pieces 3, 2, 1
+        documents   p0 p1 p2   a0 a1 | p0 p1 p2   b0   order  0, 1, 0, 2
         """
-        spread: list[int] = []
-        gathered: list[int] = []
-        lengths: list[int] = []
+        pieces: list[int] = []
+        order: list[int] = []
         for prompt, answers in families:
-            start = len(gathered)
-            for number, answer in enumerate(answers):
-                first = len(gathered)
-                held = prompt + answer if number == 0 else answer
-                gathered += range(len(spread) + prompt + answer - held, len(spread) + prompt + answer)
-                spread += range(start, start + prompt)
-                spread += range(first + held - answer, first + held)
-                lengths.append(prompt + answer)
-        plain = cls.of(lengths, device)
-        if len(spread) == len(gathered):
+            first = len(pieces)
+            pieces += [prompt, *answers]
+            for place in range(len(answers)):
+                order += [first, first + 1 + place]
+        plain = cls.of([prompt + answer for prompt, answers in families for answer in answers], device)
+        if all(len(answers) == 1 for _, answers in families):
             return plain
-        places = [on_device(torch.tensor(each), device) for each in (spread, gathered)]
-        return replace(plain, spread=places[0], gathered=places[1])
+        return replace(plain, pieces=tuple(pieces), order=tuple(order))
+
+    def apart(self, row_BNTH: torch.Tensor) -> torch.Tensor:
+        """Return the queries, keys or values of a row with those of shared tokens in each of their documents."""
+        # by pieces, not by the index of each token: the gradient of a shared one is then summed in a fixed order
+        pieces = row_BNTH.split(self.pieces, 2)
+        return torch.cat([pieces[number] for number in self.order], 2)
+
+    def together(self, attended_BTNH: torch.Tensor) -> torch.Tensor:
+        """Return the row of what the documents' tokens attended to; a shared token as in its first document."""
+        found: dict[int, torch.Tensor] = {}
+        for number, piece in zip(
+            self.order, attended_BTNH.split([self.pieces[number] for number in self.order], 1), strict=True
+        ):
+            found.setdefault(number, piece)
+        return torch.cat([found[number] for number in range(len(self.pieces))], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +135,11 @@ def for_shared_tokens(attend: Callable[..., AttentionResult]) -> Callable[..., A
         documents: Documents,
         **settings: Any,
     ) -> AttentionResult:
-        if documents.spread is None or documents.gathered is None:
+        if not documents.order:
             return attend(module, query_BNTH, key_BKTH, value_BKTH, attention_mask, documents=documents, **settings)
-        spread = [each.index_select(2, documents.spread) for each in (query_BNTH, key_BKTH, value_BKTH)]
-        attended_BTNH, _ = attend(module, *spread, attention_mask, documents=documents, **settings)
-        return attended_BTNH.index_select(1, documents.gathered), None
+        apart = [documents.apart(each) for each in (query_BNTH, key_BKTH, value_BKTH)]
+        attended_BTNH, _ = attend(module, *apart, attention_mask, documents=documents, **settings)
+        return documents.together(attended_BTNH), None
 
     return attend_shared
 

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 
 from posttrain.cost.operations import Work
 from posttrain.engine import processes
-from posttrain.engine.attention import causal_model, packed_hidden
-from posttrain.engine.batches import Batch, deal
+from posttrain.engine.attention import causal_model, packed_hidden, shared_hidden, shares_prompts
+from posttrain.engine.batches import Batch, Layout, deal, rows_per_batch
 from posttrain.engine.config import LoopConfig
 from posttrain.engine.engine import Engine, Single
 from posttrain.engine.loss import OutputHead, summed_cross_entropy
@@ -26,13 +27,15 @@ from posttrain.model.device import exact
 from posttrain.tokens.packing import PackedRow
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskedCrossEntropy:
     """The cross-entropy of the trained tokens of packed rows, as a mean over those of the whole step."""
 
     config: LoopConfig
     dtype: str
     """Number format of the arithmetic: ``float32`` or ``bfloat16``."""
+    shared: bool = field(default=False, init=False)
+    """True when documents that begin alike share the tokens of their beginning."""
     coupled = False
     shuffled = True
     drawn = False
@@ -42,7 +45,10 @@ class MaskedCrossEntropy:
         return rows
 
     def begin(self, engine: Engine) -> None:
-        """Do nothing: the loss needs no model but the one that is trained."""
+        """Find out, on the model, if beginnings can be shared; noise and dropout are drawn for each document."""
+        dropout = any(isinstance(each, torch.nn.Dropout) and each.p > 0 for each in engine.model.modules())
+        drawn = dropout or bool(self.config.neftune_alpha)
+        self.shared = not drawn and engine.run(partial(shares_prompts, engine.model))
 
     def totals(self, rows: Sequence[PackedRow]) -> Totals:
         """Count all tokens, and the trained ones, which divide the loss."""
@@ -52,20 +58,25 @@ class MaskedCrossEntropy:
         return {"tokens": sum(len(row.input_ids) for row in rows), "trained_tokens": trained_tokens(rows)}
 
     def work(self, rows: Sequence[PackedRow]) -> Sequence[Work]:
-        """Return the documents of ``rows``."""
-        documents = [(length, ()) for row in rows for length in row.lengths]
+        """Return the documents of ``rows``, with what those of a batch share."""
+        size = rows_per_batch(self.config, processes.world())
+        layouts = [Layout.of(rows[start : start + size], self.shared) for start in range(0, len(rows), size)]
+        documents = [each for one in layouts for each in one.families or [(length, ()) for length in one.lengths]]
         return [Work(families=documents, scored=trained_tokens(rows))]
 
     def batch(self, rows: Sequence[PackedRow], device: torch.device) -> Batch:
         """Return ``rows`` end to end."""
-        return Batch.of(rows, device)
+        return Batch.of(rows, device, self.shared)
 
     def share(self, model: PreTrainedModel | PeftModel, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Sums]:
         """Return the summed loss of ``batch``, divided by the trained tokens of the step."""
         causal = causal_model(model)
         noise = noisy_embeddings(causal, batch.lengths, self.config.neftune_alpha)
         with noise, autocasting(model, self.dtype):
-            hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
+            if batch.families:
+                hidden_TD = shared_hidden(causal, batch.ids, batch.families)
+            else:
+                hidden_TD = packed_hidden(causal, batch.ids, batch.lengths)
             # logits are computed for trained positions alone: prompts cost no row of the vocabulary's width
             hidden_ND = hidden_TD.index_select(0, batch.trained)
             loss = summed_cross_entropy(OutputHead.of(causal), hidden_ND, batch.targets, self.config.loss_chunk)

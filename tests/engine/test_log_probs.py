@@ -94,14 +94,15 @@ def rows_of(*sizes: tuple[int, list[int]]) -> Rows:
 PAIRS = rows_of((9, [5, 2]), (1, [1, 7]), (14, [3, 3]), (4, [12, 1]))
 
 
-def test_the_documents_of_a_family_are_spread_as_drawn() -> None:
+def test_the_documents_of_a_family_are_laid_apart_as_drawn() -> None:
     documents = Documents.sharing([(3, (2, 1))], CPU)
     assert documents.lengths == (5, 4)
-    assert documents.spread is not None
-    assert documents.gathered is not None
-    assert documents.spread.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
-    assert documents.gathered.tolist() == [0, 1, 2, 3, 4, 8]
-    assert Documents.sharing([(3, (2,)), (4, (1,))], CPU).spread is None
+    row = torch.arange(6)[None, None, :, None].expand(1, 2, 6, 4)
+    apart = documents.apart(row)
+    assert apart[0, 1, :, 3].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    places = torch.arange(9)[None, :, None, None].expand(1, 9, 2, 4)
+    assert documents.together(places)[0, :, 1, 3].tolist() == [0, 1, 2, 3, 4, 8]
+    assert not Documents.sharing([(3, (2,)), (4, (1,))], CPU).order
 
 
 @pytest.mark.parametrize("shared", [False, True])
