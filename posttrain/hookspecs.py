@@ -133,7 +133,8 @@ def run_started(plan: Plan, directory: Path) -> object | None:
 def load_records(step: Step) -> Sequence[Record] | None:
     """Return the training records of a stage, in the shape of its kind, each once. First result.
 
-    They are prepared, then repeated by the weight of their origin. Answer None for stages of other plugins: the
+    They are prepared, then repeated by the weight of their origin. Those of the core are read from disk whenever they
+    are asked for: answer others in their place, a change of one is lost. Answer None for stages of other plugins: the
     pipeline then reads their files. Raise BadInput for unusable records.
     """
 

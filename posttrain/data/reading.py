@@ -82,6 +82,15 @@ def read_records(source: Source, shape: str, cache: Path | None = None) -> Itera
         yield found if isinstance(found, BadRow) else _record(source, shape, *found)
 
 
+def read_with_rows(source: Source, shape: str) -> Iterator[tuple[Record, RawRow]]:
+    """Yield the records of ``source`` as ``read_source`` does, each with its row under the keys of its file."""
+    for where, row in select_rows(source):
+        record = _record(source, shape, where, row)
+        if isinstance(record, BadRow):
+            raise BadInput(record.problem())
+        yield record, row
+
+
 def _record(source: Source, shape: str, where: str, row: RawRow) -> Record | BadRow:
     kind = "columns"
     try:

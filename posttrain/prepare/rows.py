@@ -107,7 +107,7 @@ class Row:
         return b"" if not system and not tools and label is None else _digest([system, tools, label])
 
     def digest(self) -> bytes:
-        """Return a digest of the record's content, DIGEST_BYTES long; its place and source have no part in it."""
+        """Return a digest of the record's content, 16 bytes; its place and source have no part in it."""
         record = self.record
         names = ("text", "messages", "prompt", "chosen", "rejected", "completion", "label", "tools", "answers")
         return _digest([type(record).__name__, *(getattr(record, name, None) for name in names)])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.data import files
 from posttrain.errors import BadInput
 from posttrain.gate.spec import DocumentScore, GateRequest
 from posttrain.model.loading import load_model, load_tokenizer
@@ -26,6 +27,7 @@ from posttrain.scoring.harness.documents import empty_halves
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.tasks import preflight
 from posttrain.scoring.systems import Loading
+from posttrain.scoring.tasks import documents
 from posttrain.scoring.tasks.metrics import right
 from tests.support.adapters import Log
 from tests.support.tiny import base_source, tiny_tokenizer, write_base
@@ -119,6 +121,22 @@ def test_responses_and_pairs_are_sliced_by_meta_and_by_keys_that_nothing_reads(n
     assert [one.place for one in after.questions] == ["sliced.jsonl:1", "sliced.jsonl:2", "sliced.jsonl:3"]
     with pytest.raises(BadInput, match="document 0 has no field kind"):
         preflight({"mine": task(name, sliced, slices=["kind"])})
+
+
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [
+        (documents.questions, {"question": "1 + 1?", "answer": "2"}),
+        (documents.responses, {"prompt": "a", "completion": "b", "topic": "c"}),
+        (documents.preferences, {"prompt": "a", "chosen": "b", "rejected": "c", "topic": "d"}),
+    ],
+)
+def test_a_file_is_read_once(read: Any, row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    original = files.opened
+    monkeypatch.setattr(files, "opened", lambda path, place: opened.append(path) or original(path, place))
+    assert len(read({"test": write("own.jsonl", row, row)})["test"]) == 2
+    assert opened == [Path("own.jsonl")]
 
 
 def test_an_own_question_has_its_file_and_line() -> None:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from posttrain.config.schema import Source
 from posttrain.data.files import local_files, read_rows
 from posttrain.data.questions import META, PLACE, read_question
-from posttrain.data.reading import read_source
+from posttrain.data.reading import read_with_rows
 from posttrain.data.records import OUR_KEYS, Conversation, Message, Preference
 from posttrain.errors import reject
 
@@ -50,10 +50,8 @@ def _splits(data_files: Mapping[str, str] | None, read: Any) -> Splits:
 
 
 def _records(path: str, shape: str, document: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = {where: row for file in local_files(path) or [] for where, row in read_rows(file)}
     found = []
-    for record in read_source(Source(path=path), shape):
-        row = rows.get(record.where, {})
+    for record, row in read_with_rows(Source(path=path), shape):
         meta = row["meta"] if isinstance(row.get("meta"), Mapping) else {}
         meta = {**{key: row[key] for key in record.unread if key in row and key != "meta"}, **meta}
         found.append({**document(record), **_notes(meta, record.where)})
