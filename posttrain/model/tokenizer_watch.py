@@ -18,7 +18,7 @@ from posttrain.errors import PosttrainError, first_line, reject
 from posttrain.host import activity
 from posttrain.host.activity import Activity
 from posttrain.model.trust import OTHER
-from posttrain.tokens.chat import WATCH
+from posttrain.tokens.codec import WATCH
 
 SECONDS = 60.0
 """Seconds for a tokenizer, beyond those for its characters."""

@@ -26,7 +26,8 @@ from posttrain.model.vllm_process import find_command
 from posttrain.sampling import vllm
 from posttrain.sampling.sampler import Answer, Drawing, sample
 from posttrain.saved import read_json
-from posttrain.tokens.chat import ChatRenderer, answer_ends, decode
+from posttrain.tokens.chat import ChatRenderer, answer_ends
+from posttrain.tokens.codec import decode
 
 BLOCK = 128
 """Answers that a model in this process writes at once."""

@@ -7,15 +7,16 @@ those characters.
 from __future__ import annotations
 
 import contextlib
-import unicodedata
+import struct
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from posttrain.data.records import (
     OUR_KEYS,
@@ -29,10 +30,9 @@ from posttrain.data.records import (
     Text,
 )
 from posttrain.errors import BadInput, reject
+from posttrain.tokens.codec import decode, encode, without_space
 from posttrain.tokens.spans import AnswerSpan, Template
 
-WATCH = "_watch"
-"""Attribute of a tokenizer with the context in which it may work on so many characters; set where it is loaded."""
 _READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
 """Keys of a message that are read, or without meaning in a template that leaves them out."""
 _PROBED = 3
@@ -68,6 +68,11 @@ class Rendered:
     """The text behind the ids."""
     where: str = ""
     """The place of the record, as ``file:line``."""
+
+
+def as_array(ids: Sequence[int]) -> NDArray[np.int32]:
+    """Return token ids as an array, [T]; read-only."""
+    return np.frombuffer(struct.pack(f"{len(ids)}i", *ids), np.int32)  # numpy takes thrice the time to read a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ class ChatRenderer:
         """
         whole = self._encode(text)
         found = list(self._template.control.finditer(text))
-        known = np.minimum(np.array(whole, np.int64), len(self._is_control) - 1)
+        known = np.minimum(as_array(whole), len(self._is_control) - 1)
         places = np.flatnonzero(self._is_control[known]).tolist()
         if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
             reject(where, "the tokenizer does not keep the special tokens of the chat template whole")
@@ -316,53 +321,3 @@ def answer_ends(tokenizer: Any) -> list[int]:
                 shown = renderer.conversation(Conversation(messages=(_QUESTION, turn), tools=tools, where="template"))
                 ends.append([token for token, trained in zip(shown.ids, shown.mask, strict=True) if trained][-1])
     return list(dict.fromkeys(ends))
-
-
-def encode(tokenizer: Any, text: str, *, whole: bool = False) -> list[int]:
-    """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
-    backend = _plain_backend(tokenizer, "_encode_plus")
-    if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
-        # transformers asks for the place of every token in the text as well: two fifths of the time
-        with _watching(tokenizer, len(text)):
-            return list(backend.encode_batch_fast([text], add_special_tokens=whole)[0].ids)
-    encoded = tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
-
-
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Return the text of ``ids``, special tokens included, as it is."""
-    # transformers looks at every id in Python before it decodes: most of the time of a proof
-    if (backend := _plain_backend(tokenizer, "decode", "_decode")) is not None:
-        with _watching(tokenizer, len(ids)):
-            return _decoded(backend, tuple(ids))
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def _watching(tokenizer: Any, characters: int) -> contextlib.AbstractContextManager[None]:
-    """Return the watch over a stranger's tokenizer, whose compiled code is called here without its own methods."""
-    watch: Callable[[int], contextlib.AbstractContextManager[None]] = vars(tokenizer).get(WATCH, contextlib.nullcontext)
-    return watch(characters)
-
-
-@lru_cache(maxsize=64)  # each proof of an answer reads the same ids
-def _decoded(backend: Any, ids: tuple[int, ...]) -> str:
-    return str(backend.decode(ids, skip_special_tokens=False))
-
-
-def _plain_backend(tokenizer: Any, *methods: str) -> Any | None:
-    """Return the tokenizer of the library behind ``tokenizer``; None where the class has ``methods`` of its own."""
-    kind: Any = type(tokenizer)
-    is_plain = _is_plain(kind, methods) and not tokenizer.split_special_tokens
-    return tokenizer.backend_tokenizer if is_plain else None
-
-
-@cache  # asked for every text, twenty times a conversation
-def _is_plain(kind: Any, methods: tuple[str, ...]) -> bool:
-    from transformers import TokenizersBackend
-
-    return all(getattr(kind, name, None) is getattr(TokenizersBackend, name) for name in ("__call__", *methods))
-
-
-def without_space(text: str) -> str:
-    """Return text without compatibility forms and whitespace, both lost in some tokenizers."""
-    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.records import Conversation, Document, Message, Text
-from posttrain.tokens.chat import Rendered, decode, without_space
+from posttrain.tokens.chat import Rendered
+from posttrain.tokens.codec import decode, without_space
 
 _TAG = re.compile(r"^<\w+>")
 """A tag at the beginning of an answer, such as ``<think>``; untrained when the generation prompt writes it."""
@@ -56,9 +57,7 @@ def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, 
         content = answer["content"]
         if not special & set(run[end:]):
             return f"the stop token after {content!r} is not trained"
-        bare, wanted = without_space(_text_before(tokenizer, run, end)), without_space(content)
-        begun = _TAG.sub("", wanted, count=1)
-        if not (wanted in bare if answer.get("tool_calls") else bare.endswith(wanted) or bare == begun):
+        if not _is_whole(content, _text_before(tokenizer, run, end), calls=bool(answer.get("tool_calls"))):
             return f"{content!r} is not trained as a whole"
     last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
     asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, others, tokenizer)
@@ -69,13 +68,26 @@ def _trained_prompt(
     messages: Sequence[Message], rendered: Rendered, runs: Sequence[list[int]], tokenizer: Any
 ) -> str | None:
     """Return the first content of a user or system turn that occurs in the text but not in its untrained ``runs``."""
-    untrained = [_bare(tokenizer, run) for run in runs]
+    untrained = [decode(tokenizer, run) for run in runs]
+    bare: list[str] = []
     for message in messages:
-        said = without_space(message["content"]) if message["role"] in ("user", "system") else ""
+        said = str(message["content"]).strip() if message["role"] in ("user", "system") else ""
+        if any(said in text for text in untrained) or not (said := without_space(said)):
+            continue
+        bare = bare or [without_space(text) for text in untrained]
         # the whole is decoded only for a content that is nowhere else
-        if said and not any(said in text for text in untrained) and said in _bare(tokenizer, rendered.ids):
+        if not any(said in text for text in bare) and said in _bare(tokenizer, rendered.ids):
             return str(message["content"])
     return None
+
+
+def _is_whole(content: str, said: str, *, calls: bool) -> bool:
+    """Return whether an answer's text is its content, perhaps after a lead; with ``calls``, whether it holds it."""
+    # compared as they are first: most of the time goes into texts without whitespace
+    if said.rstrip().endswith(content.strip()):
+        return True
+    bare, wanted = without_space(said), without_space(content)
+    return wanted in bare if calls else bare.endswith(wanted) or bare == _TAG.sub("", wanted, count=1)
 
 
 def _runs(rendered: Rendered) -> tuple[list[list[int]], list[list[int]]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.data.records import UNKNOWN, Origin
-from posttrain.tokens.chat import Rendered
+from posttrain.tokens.chat import Rendered, as_array
 
 ROW = np.dtype(
     [
@@ -85,11 +85,11 @@ class TokenTable:
         end = 0
         for each in made:
             row = each if isinstance(each, TableRow) else TableRow(each)
-            ids_T = np.array(row.rendered.ids, np.int32)
+            ids_T = as_array(row.rendered.ids)
             mask_T = np.frombuffer(bytes(row.rendered.mask), np.bool_)
             end += len(ids_T)
             places += row.rendered.where.encode("utf-8", "surrogatepass")
-            trained, largest = int(mask_T[1:].sum()), int(ids_T.max(initial=-1))
+            trained, largest = int(np.count_nonzero(mask_T[1:])), int(ids_T.max(initial=-1))
             digest = hashlib.blake2b(ids_T.tobytes(), digest_size=16).digest()
             origin = origins.setdefault(row.origin, len(origins))
             rows.append((end, len(places), trained, largest, origin, row.after, digest, row.flag, row.chat))

@@ -10,7 +10,8 @@ import pytest
 
 from posttrain.data.records import Conversation
 from posttrain.model.tokenizer_watch import TokenizerWatch
-from posttrain.tokens.chat import ChatRenderer, decode, encode
+from posttrain.tokens.chat import ChatRenderer
+from posttrain.tokens.codec import decode, encode
 from tests.support.tiny import tiny_tokenizer
 
 

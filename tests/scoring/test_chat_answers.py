@@ -24,7 +24,8 @@ from posttrain.scoring.cache import Blocks
 from posttrain.scoring.harness.requests import prepare_task
 from posttrain.scoring.harness.responder import TransformersResponder
 from posttrain.scoring.harness.scoring import answer
-from posttrain.tokens.chat import ChatRenderer, without_space
+from posttrain.tokens.chat import ChatRenderer
+from posttrain.tokens.codec import without_space
 from tests.support import chat_templates as kinds
 from tests.support.tiny import tiny_llama
 
