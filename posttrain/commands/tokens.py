@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -22,7 +22,7 @@ from posttrain.engine.config import FineTuneConfig, LoopConfig
 from posttrain.host import plugins
 from posttrain.model.base import resolve_base
 from posttrain.plan import Plan, Step, make_plan
-from posttrain.run.prepared import remaining
+from posttrain.run.prepared import known_preparation, remaining
 from posttrain.sft.examples import Rendering, mix_rows, split_eval
 from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.packing import PackedRow, Packing
@@ -55,7 +55,8 @@ def main(words: list[str]) -> int:
         if not any(source.on_policy is None for source in step.sources) or step.stage.records == "questions":
             page.console.print(styled(f"{step.name}: its parent writes the answers when the stage starts"))
         elif isinstance(step.config, FineTuneConfig):
-            page.show(step, step.config, count)
+            done = known_preparation(plan, host, step) if step.config.eval_share else None
+            page.show(step, step.config, count, {} if done is None else done.clusters())
         elif isinstance(step.config, LoopConfig):
             page.show_answers(step, step.config, count)
         if step.sources:
@@ -76,13 +77,13 @@ class Page:
     console: DataConsole
     tokenizer: Any
 
-    def show(self, step: Step, config: FineTuneConfig, count: int | None) -> None:
-        """Print a stage, from at most ``count`` records of each source."""
+    def show(self, step: Step, config: FineTuneConfig, count: int | None, clusters: Mapping[str, int]) -> None:
+        """Print a stage, from at most ``count`` records of each source; those of a cluster stay on one side."""
         sources = [_limited(source, count) for source in step.sources]
         read = read_sources(sources, step.stage.records, step.seed, step.cache, config.max_bad_share)
         found = [record for record in read if isinstance(record, records.Document)]
         table = Rendering(self.tokenizer, config.train_on, proven=False).table(found)
-        trained, held = split_eval(table.all(), config.eval_share, step.seed)
+        trained, held = split_eval(table.all(), config.eval_share, step.seed, clusters)
         numbers = trained.column("origin")
         for number, origin in enumerate(table.origins):
             group = trained.take(numbers == number)[:SHOWN]

@@ -205,19 +205,24 @@ def contributors(host: Host, step: Step) -> list[str]:
 
 
 def remaining(plan: Plan, host: Host, step: Step) -> str:
-    """Return what preparation leaves of a stage's rows, from the cache; without one, that counts are before it.
+    """Return what preparation leaves of a stage's rows, from the cache; without one, that counts are before it."""
+    if not step.config.prepare.enabled:
+        return "prepare.enabled is false, every row is trained"
+    if (found := known_preparation(plan, host, step)) is not None:
+        return f"prepared: {found.summary.line()}"
+    return f"counts are before preparation: posttrain data recipe={plan.recipe} shows what it leaves"
+
+
+def known_preparation(plan: Plan, host: Host, step: Step) -> Kept | None:
+    """Return the preparation of a stage's rows from the cache; None for none there.
 
     No row is read, and nothing is copied from afar.
     """
-    before = f"counts are before preparation: posttrain data recipe={plan.recipe} shows what it leaves"
-    if not step.config.prepare.enabled:
-        return "prepare.enabled is false, every row is trained"
     root = plan.output_root / "cache" / FOLDER
-    if not root.is_dir() or remote((*step.sources, *step.eval_sources)):
-        return before
+    if not step.config.prepare.enabled or not root.is_dir() or remote((*step.sources, *step.eval_sources)):
+        return None
     preparer = Preparer(plan=plan, host=host, step=step, data_digest=records_digest(step), note=lambda line: None)
-    found = preparer.find()
-    return before if found is None else f"prepared: {found.summary.line()}"
+    return preparer.find()
 
 
 def _content(records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from posttrain import cli
+from posttrain.commands import tokens
 from posttrain.commands.tokens import Page
 from posttrain.data.records import Conversation
 from posttrain.tokens.chat import ChatRenderer
@@ -144,6 +145,27 @@ def test_records_set_aside_for_the_eval_loss_are_not_shown_as_trained(
     text = output(capsys, "sft.data=one.jsonl", "sft.eval_share=0.3")
     assert cells(text, "one.jsonl")[:3] == ["one.jsonl", "14", "14"]
     assert "3 different records are set aside for the eval loss by eval_share" in text
+
+
+def test_records_alike_are_set_aside_together_once_they_are_known(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "SHOWN", 12)
+    said = [f"one two three four five six seven eight nine ten eleven {number}" for number in range(8)]
+    said += [" ".join(f"{chr(97 + number)}{place}" for place in range(12)) for number in range(4)]
+    rows = [json.dumps({"prompt": f"q{number}", "completion": answer}) for number, answer in enumerate(said)]
+    (project / "one.jsonl").write_text("\n".join(rows))
+    words = ("sft.data=one.jsonl", "sft.eval_share=0.3", "sft.prepare.near={over: answer, threshold: 0.95}")
+
+    def alike() -> int:
+        shown = output(capsys, *words)
+        assert "4 different records are set aside" in shown
+        return shown.partition("packed row")[0].count("one two three")
+
+    assert alike() < 8, "without a preparation nothing is known of them"
+    with pytest.raises(SystemExit):
+        cli.main(["data", "recipe=mine", *words])
+    assert alike() == 8
 
 
 def test_keys_that_nothing_reads_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
