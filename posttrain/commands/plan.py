@@ -98,8 +98,7 @@ def _measured(plan: Plan, host: Host, on: str | None) -> tuple[float, float]:
     volume = None if pace is None else volume_of(first, pace, plan.model.path)
     if pace is None or volume is None:
         reject("--measure", f"{first.name} has no steps that can be counted before it runs", "Leave out --measure")
-    with redirect_stdout(sys.stderr):
-        print(f"--measure: two steps of {first.name}, in a run of its own that is removed")
+    with redirect_stdout(sys.stderr):  # what libraries print
         return measure(plan, host, pace, volume)
 
 

@@ -16,7 +16,7 @@ from math import ceil, prod
 
 from posttrain.config.schema import Method
 from posttrain.cost.architecture import Architecture
-from posttrain.cost.machines import Machine
+from posttrain.cost.machines import DOUBT, Machine
 from posttrain.cost.memory import Training, trained_weights
 from posttrain.cost.operations import Family, Operations, Work
 
@@ -165,7 +165,8 @@ def _rate(training: Training, machine: Machine) -> Span | None:
     if machine.rates is None or machine.shares is None or kind not in machine.rates:
         return None
     low, likely, high = machine.shares[training.method.value]
-    return Span(low=low, likely=likely, high=high).times(machine.rates[kind] * machine.count)
+    doubt = 1.0 if machine.measured else DOUBT
+    return Span(low=low / doubt, likely=likely, high=high * doubt).times(machine.rates[kind] * machine.count)
 
 
 def _generation(model: Architecture, training: Training, pace: Pace, machine: Machine, records: float) -> Span:

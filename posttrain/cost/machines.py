@@ -19,6 +19,8 @@ from posttrain.model.device import expects_metal
 
 Share = tuple[float, float, float]
 """Part of a rate that a training reaches: low, likely and high."""
+DOUBT = 1.25
+"""Factor by which the bounds of a speed that nobody measured move out: the planned and published are so far apart."""
 SIZES = {"GB": 10**9, "GIB": 2**30, "G": 10**9, "TB": 10**12}
 
 
@@ -49,7 +51,7 @@ class Machine:
         """The origin of its figures, for people."""
         if self.measured:
             return "as measured on such a processor"
-        return "by data sheet and published runs, not measured"
+        return "by data sheet and published runs, not measured, with wider bounds for it"
 
 
 def this_machine(processes: int, per_node: int) -> Machine:

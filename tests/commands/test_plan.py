@@ -129,8 +129,12 @@ def test_two_steps_are_measured_and_leave_nothing(working_folder: Path, capsys: 
     (working_folder / "recipes" / "mine.yaml").write_text(RECIPE)
     rows = [{"prompt": f"{number}+1", "completion": f"{number + 1}"} for number in range(200)]
     (working_folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    text = plan(capsys, "--measure", "sft.gradient_accumulation=2", "sft.prepare.enabled=false")
-    assert "as two steps here took" in text
+    assert main("plan", "recipe=mine", "--measure", "sft.gradient_accumulation=2", "sft.prepare.enabled=false") == 0
+    printed = capsys.readouterr()
+    assert "as two steps here took" in printed.out
+    assert printed.err.count("two steps of sft, in a run of its own that is removed") == 1
+    assert [line for line in printed.err.splitlines() if line.startswith("sft ")] == []
+    assert "sft      train  attention" in (working_folder / "runs" / "measure.log").read_text()
     assert not [*(working_folder / "runs").glob("measure-*")]
     assert main("plan", "recipe=mine", "--measure", "on=H100") == 2
     assert "on this machine" in capsys.readouterr().err

@@ -83,6 +83,18 @@ def test_steps_that_were_taken_stand_above_the_table() -> None:
     assert found.source == "as two steps here took"
 
 
+def test_a_speed_that_nobody_measured_has_wider_bounds() -> None:
+    machine = named_machine("H100", 1)
+    found, measured = (
+        estimate(llama(), LORA, PACE, VOLUME, each).seconds for each in (machine, replace(machine, measured=True))
+    )
+    assert found is not None
+    assert measured is not None
+    assert found.likely == measured.likely
+    assert found.low < 0.85 * measured.low
+    assert found.high > 1.2 * measured.high
+
+
 def test_cost_is_the_price_of_all_devices() -> None:
     found = planned(on="8 x H100")
     assert found.seconds is not None
