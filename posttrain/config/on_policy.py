@@ -10,6 +10,8 @@ from typing import Any
 from posttrain.config.ranges import number, out_of_range
 
 MISSING: Any = "???"
+BLOCK = 128
+"""Answers that a model in this process writes at once."""
 REWARD: Any = "right"
 """The reward by default."""
 

@@ -28,6 +28,8 @@ NAMES = {
 """Keys of config.json for a size, by the names of the field's architectures."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Keys of config.json for the number of experts."""
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+"""Keys of config.json for the number of key heads."""
 GATED = ("gelu_new", "gelu", "relu")
 """Activations of MLPs with two matrices; the others have a third, the gate."""
 
@@ -53,6 +55,11 @@ class Architecture:
     """Weights of the layers' matrices that one token passes: of experts, those that it is sent to."""
     windows: tuple[int | None, ...]
     """Tokens that a token sees at most in each layer with attention; None for all before it."""
+    cached: int
+    """Numbers that each of these layers keeps of a token while an answer is written: its keys and values, or what MLA
+    makes both of."""
+    state: int
+    """Numbers that the layers without attention keep of an answer, however long it is."""
     quantisable: int
     """Weights in linear layers, which bitsandbytes stores in 4 bits."""
     ends: int
@@ -64,6 +71,10 @@ class Architecture:
     def per_layer(self) -> int:
         """Weights of one layer, with its share of what is not in a layer's matrices nor at the ends."""
         return (self.total - self.ends) // self.layers
+
+    def cache(self, tokens: int) -> int:
+        """Return the numbers that are kept of an answer with its prompt, of so many tokens, while it is written."""
+        return self.cached * sum(min(tokens, window or tokens) for window in self.windows) + self.state
 
     def adapter(self, rank: int, targets: str | Sequence[str], *, dora: bool = False) -> int:
         """Return the weights of an adapter of ``rank`` on ``targets``: ``all-linear``, or names of modules."""
@@ -145,6 +156,8 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if not (width and layers and heads and embeddings):
         return None
     head = text.get("head_dim") or width // heads
+    keys = _key_heads(text, heads) * head
+    windows = _windows(text, layers)
     total = sum(map(prod, shapes.values()))
     linear = {name: shapes[name] for name, kind in kinds.items() if kind == LINEAR}
     experts = {name: shapes[name] for name, kind in kinds.items() if kind == EXPERTS}
@@ -153,12 +166,14 @@ def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         layers=layers,
         inner=_inner(text, width),
         queries=heads * head,
-        keys=(_whole(text.get("num_key_value_heads")) or heads) * head,
+        keys=keys,
         vocabulary=_whole(text.get("vocab_size")) or max(shape[0] for shape in embeddings.values()),
         gated=str(text.get("hidden_act", text.get("activation_function", "silu"))) not in GATED,
         matrices=linear | experts,
         active=sum(map(prod, linear.values())) + round(routed_share(text) * sum(map(prod, experts.values()))),
-        windows=_windows(text, layers),
+        windows=windows,
+        cached=_cached_numbers(text, keys),
+        state=(layers - len(windows)) * _state_numbers(text),
         quantisable=sum(map(prod, linear.values())),
         ends=sum(map(prod, embeddings.values())),
         total=total,
@@ -192,6 +207,28 @@ def _windows(text: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         for kind in map(str, kinds)
         if kind.endswith("attention") and "linear" not in kind
     )
+
+
+def _key_heads(text: Mapping[str, Any], heads: int) -> int:
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+        return 1
+    return next((found for key in KEY_HEADS if (found := _whole(text.get(key)))), heads)
+
+
+def _cached_numbers(text: Mapping[str, Any], keys: int) -> int:
+    """Return the numbers of a token in the cache of a layer; of MLA, the compressed ones and the rotated ones."""
+    compressed = _whole(text.get("kv_lora_rank"))
+    return compressed + _whole(text.get("qk_rope_head_dim")) if compressed else 2 * keys
+
+
+def _state_numbers(text: Mapping[str, Any]) -> int:
+    """Return the numbers of an answer in a layer of the gated delta rule; 0 where the configuration names none."""
+    keys, values = (
+        (_whole(text.get(f"linear_num_{kind}_heads")), _whole(text.get(f"linear_{kind}_head_dim")))
+        for kind in ("key", "value")
+    )
+    convolved = (2 * prod(keys) + prod(values)) * _whole(text.get("linear_conv_kernel_dim"))
+    return convolved + prod(values) * keys[1]
 
 
 def _whole(value: Any) -> int:

@@ -97,7 +97,7 @@ def _memory(model: Architecture, training: Training, machine: Machine) -> Memory
     whole = training_memory(model, training, "ddp", machine.count)
     engine = SINGLE
     if machine.count > 1:
-        engine, _ = choose_engine("auto", machine.count, whole.total, machine.memory)
+        engine, _ = choose_engine("auto", machine.count, whole.total - whole.writing, machine.memory)
     return training_memory(model, training, engine, machine.count)
 
 
@@ -119,7 +119,8 @@ def _why(model: Architecture, step: Step, training: Training, machine: Machine) 
     length, rows = getattr(step.config, "sequence_length", 0), least.training.tokens
     while length and (length := length // 2) >= SHORTEST:
         rows //= 2
-        if _fits(model, Choice(training=replace(least.training, tokens=rows), words=()), machine):
+        shorter = replace(least.training, tokens=rows, answer_tokens=length)
+        if _fits(model, Choice(training=shorter, words=()), machine):
             return f"{text}. Rows of {length} tokens would fit: {step.name}.sequence_length={length}"
     more = "more devices, such as fit='8 x 80GB', or " if machine.count == 1 else ""
     return f"{text}. Shorter rows do not help: it takes {more}larger devices or a smaller model"

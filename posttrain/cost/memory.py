@@ -26,6 +26,9 @@ GATHERED_LAYERS = 2
 """Layers whole at once under fsdp: the one in work and the one fetched ahead."""
 BUCKET = 50_000_000
 """Numbers of gradients that deepspeed sums over the processes at once."""
+DRAWN = 36
+"""Bytes of a logit while a token is drawn by it: it and its log-probability in float32, its chance and their sum in
+float64, and what its entropy takes."""
 WHOLE = ("single", "ddp")
 """Engines that hold every weight on every device."""
 
@@ -45,6 +48,10 @@ class Training:
     """Micro-batches' worth of tokens in one forward pass: 2 for pairs of answers."""
     sampled: bool = False
     """True when the policy writes the answers that it learns from."""
+    answers: int = 0
+    """Answers that this process writes at once, the policy's or its parent's, at most."""
+    answer_tokens: int = 0
+    """Tokens of each with its prompt, at most."""
     checkpointing: bool
     """True when activations are computed again in the backward pass."""
     loss_chunk: int
@@ -69,7 +76,8 @@ class Memory:
     loading: int = 0
     """More than all of that: a model in 4 bits, which each process quantises whole before it is sliced."""
     writing: int = 0
-    """More than all of that: a policy in slices, whose weights are whole in each process while it writes answers."""
+    """More than all of that: the cache of answers that are written and their logits, beside weights and moments; of a
+    policy in slices, the whole weights, too."""
     copy: int = 0
     """Copy of a checkpoint that is written in the background, where the device is the CPU."""
 
@@ -109,10 +117,22 @@ def training_memory(model: Architecture, training: Training, engine: str, proces
     )
     whole = frozen if training.method is Method.qlora else 0  # other weights lie in their files until they are sliced
     memory = replace(memory, loading=max(0, whole - memory.total))
-    if not training.sampled or share == 1:
-        return memory
-    written = memory.weights + memory.moments + frozen + trained * FLOAT  # no activations, gradients and logits by then
-    return replace(memory, writing=max(0, written - memory.total))
+    written = _held_bytes(model, training, memory, whole=share == 1) + _cache_bytes(model, training)
+    return replace(memory, writing=max(0, written - memory.total)) if training.sampled or training.answers else memory
+
+
+def _held_bytes(model: Architecture, training: Training, memory: Memory, *, whole: bool) -> int:
+    """Return the bytes of the model that writes answers: no activations, gradients and logits of training by then."""
+    if not training.sampled:  # the parent, before anything is made ready for training
+        return _frozen_bytes(model, training) or model.total * training.compute_bytes
+    gathered = 0 if whole else _frozen_bytes(model, training) + trained_weights(model, training) * FLOAT
+    return memory.weights + memory.moments + gathered
+
+
+def _cache_bytes(model: Architecture, training: Training) -> int:
+    """Return the bytes of what is kept of all answers, that of one layer twice while it grows, and of their logits."""
+    kept = training.answers * model.cache(training.answer_tokens) * training.compute_bytes
+    return kept + kept // model.layers + training.answers * model.vocabulary * DRAWN
 
 
 def _frozen_bytes(model: Architecture, training: Training) -> int:

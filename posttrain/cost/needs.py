@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from posttrain.config.on_policy import BLOCK, SamplingBackend
 from posttrain.config.schema import Dtype, LoraSettings, Method
 from posttrain.cost.architecture import find_architecture
 from posttrain.cost.engines import HEADROOM, choose_engine, device_memory, gigabytes, gpus
@@ -48,7 +49,7 @@ class Needs:
             fix = {
                 "activations": "gradient_checkpointing=true, fewer rows in a batch or a shorter sequence_length",
                 "logits": "a smaller loss_chunk",
-                "writing": "variant=lora or variant=qlora: answers are written with whole weights",
+                "writing": "fewer answers at once (a smaller k, fewer questions a step) or a shorter sequence_length",
             }.get(largest, "variant=lora or variant=qlora, or engine=fsdp on more devices")
             yield f"warning: a device has {gigabytes(self.device)}; the largest part is {largest}: try {fix}"
 
@@ -77,7 +78,9 @@ def stage_needs(
         checkpoint = checkpoint_bytes(model, training)
         whole = training_memory(model, training, "ddp", processes)
         # without a GPU, a copy lies in the memory in which it trains
-        chosen, reason = choose_engine(engine, processes, whole.total + (0 if on_gpus else checkpoint), device)
+        # and answers are written with whole weights under every engine
+        needed = whole.total - whole.writing
+        chosen, reason = choose_engine(engine, processes, needed + (0 if on_gpus else checkpoint), device)
         copies = 1 if chosen in WHOLE else processes  # process 0 alone writes what is whole
         memory = training_memory(model, training, chosen, processes)
         found[step.name] = Needs(
@@ -121,11 +124,27 @@ def training_of(step: Step, stored: Dtype, former: Training | None, *, on_gpus: 
         dora=lora.dora if isinstance(lora, LoraSettings) else bool(former and former.dora),
         tokens=(tokens + _answered(config)) * getattr(config, "per_device_batch_size", 1),
         sampled=step.stage.records == "questions",
+        answers=_written(step),
+        answer_tokens=tokens,
         copies=2 if step.stage.records == "preferences" else 1,
         checkpointing=bool(getattr(config, "gradient_checkpointing", False)),
         loss_chunk=getattr(config, "loss_chunk", tokens),
         compute_bytes=2 if computed is Dtype.bfloat16 else 4,
     )
+
+
+def _written(step: Step) -> int:
+    """Return the answers that the policy or the parent of a stage writes at once, at most."""
+    config: Any = step.config
+    if step.stage.records == "questions":
+        k = getattr(config, "k", 1)
+        asked = getattr(config, "per_device_batch_size", 1) * getattr(config, "gradient_accumulation", 1)
+        # greedy answers to questions set aside fill a block, whatever a step asks
+        aside = bool(step.eval_sources) or bool(getattr(config, "eval_share", 0))
+        return max(BLOCK, k) if aside else min(asked, BLOCK // k or 1) * k
+    sources = [source.on_policy for source in step.sources if source.on_policy is not None]
+    own = [each.k for each in sources if each.backend is not SamplingBackend.vllm]
+    return max(((BLOCK // k or 1) * k for k in own), default=0)
 
 
 def _answered(config: Any) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource
-from posttrain.config.on_policy import OnPolicy, SamplingBackend
+from posttrain.config.on_policy import BLOCK, OnPolicy, SamplingBackend
 from posttrain.data.records import Conversation, Question
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
@@ -29,8 +29,6 @@ from posttrain.saved import read_json
 from posttrain.tokens.chat import ChatRenderer, answer_ends
 from posttrain.tokens.codec import decode
 
-BLOCK = 128
-"""Answers that a model in this process writes at once."""
 COMPUTING = ("posttrain", "torch", "transformers", "peft")
 """Distributions whose versions are part of the key."""
 Write = Callable[[Sequence[Sequence[int]]], list[list[Answer]]]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.config.on_policy import BLOCK
 from posttrain.data.records import Question
 from posttrain.engine import processes
 from posttrain.engine.attention import causal_model
@@ -26,7 +27,7 @@ from posttrain.errors import reject
 from posttrain.model.probe import set_attention
 from posttrain.rewards.reward import Attempt
 from posttrain.rewards.scorer import Rated, Scorer, count_notes
-from posttrain.sampling.answers import BLOCK, model_ends, stop_ids, text_of
+from posttrain.sampling.answers import model_ends, stop_ids, text_of
 from posttrain.sampling.sampler import Answer, Drawing, sample
 from posttrain.stage import Progress
 
