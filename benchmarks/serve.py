@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -138,13 +139,13 @@ async def soak(
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(service)), base_url="http://s", timeout=600
     ) as client:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(worker(client) for _ in range(options.concurrency)))
-        total = time.perf_counter() - began
+        total, total_cpu = time.perf_counter() - began, time.process_time() - began_cpu
     ordered = sorted(seconds)
     return {
         **{name: seen[name] for name in ("right", "crossed", "lost", "malformed", "wrong status")},
-        "models behind live": len(models), "seconds": round(total, 1),
+        "models behind live": len(models), "seconds": round(total, 1), "CPU s": round(total_cpu, 1),
         "requests/s": round(sum(seen.values()) / total, 1),
         "p50 s": round(statistics.median(ordered), 3), "p99 s": round(ordered[int(0.99 * (len(ordered) - 1))], 3),
     }  # fmt: skip
@@ -235,6 +236,8 @@ def main() -> None:
         follower.look()
         digests = [served.digest for served in catalogue.artifacts]
         wanted = answers_alone(service, digests)
+        gc.collect()
+        gc.freeze()  # as a server does before it listens
         before = resident()
         thread = swapping(root, catalogue, follower, ended)
         figures = asyncio.run(soak(service, wanted, options))

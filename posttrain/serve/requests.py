@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,7 +195,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if len(listed) > MOST_STOPS or not all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP for each in listed):
         _reject("stop", f"is no text or list of at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
-    return tuple(listed)
+    return tuple(_sound(each, "stop") for each in listed)
 
 
 def _sound(text: str, where: str) -> str:
@@ -220,7 +219,7 @@ def _number(body: Mapping[str, Any], name: str, low: float, high: float, default
     value = body.get(name)
     if value is None:
         return default
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         _reject(name, f"is {shown(value)}, not a number of {low:g} to {high:g}")
     return float(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -53,9 +54,12 @@ def listen(service: Service, port: socket.socket, follower: Follower, announce: 
         make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off",
         server_header=False,
     )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # the models stay, and a look through all they hold took a fifth of the time of small ones
     try:
         _Server(config, service, announce).run(sockets=[port])
     finally:
+        gc.unfreeze()
         follower.stop()
         service.engine.stop()
 
