@@ -72,7 +72,12 @@ class _Server(uvicorn.Server):
         self._service, self._announce = service, announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
+        """Listen, then say so. Raises BadInput when another server took the port while the models were loaded."""
+        for each in sockets or ():
+            try:
+                each.listen()  # here, as uvloop's own try tells nobody that it failed
+            except OSError as error:
+                reject("{}:{}".format(*each.getsockname()), f"cannot be listened on: {error.strerror}", "--port N")
         await super().startup(sockets)
         self._announce()
 

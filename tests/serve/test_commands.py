@@ -16,10 +16,12 @@ import pytest
 
 from posttrain.artifact import Artifact
 from posttrain.errors import ArtifactDamaged, BadInput
+from posttrain.serve.catalogue import BasePlace
 from posttrain.serve.check import Remote, check
-from posttrain.serve.server import take_port
+from posttrain.serve.follower import Follower
+from posttrain.serve.server import listen, take_port
 from tests.support.command import PROGRAM, main
-from tests.support.serving import catalogue_of, chat, events, make_artifact
+from tests.support.serving import catalogue_of, chat, events, make_artifact, serving
 from tests.support.tiny import write_base
 from tests.support.warm import started
 
@@ -122,6 +124,16 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
         port = str(taken.getsockname()[1])
         assert main("serve", "nowhere", "--port", port) == 2
     assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_port_that_another_took_meanwhile_is_told(made: tuple[Artifact, Artifact]) -> None:
+    catalogue = catalogue_of(made[0])
+    with serving(made[0]) as service, take_port("127.0.0.1", 0) as one, take_port(*one.getsockname()) as other:
+        one.listen()
+        follower = Follower(service, catalogue, BasePlace(), unpromoted=True)
+        follower.start()
+        with pytest.raises(BadInput, match="cannot be listened on"):
+            listen(service, other, follower, lambda: None)
 
 
 def test_a_server_that_does_not_run_is_told(made: tuple[Artifact, Artifact]) -> None:
