@@ -3,9 +3,10 @@
     python benchmarks/data.py [--records 2000] [--rows 100000]
 
 Conversations of four answers are rendered by the quickstart's tokenizer. The limit is what any renderer has to do: the
-template once, and the encoding of all texts in one batch. Times are processor seconds, the best of three: other work on
-the machine hardly moves them. Then ``--rows`` of about 200 tokens go through a whole run on a tiny model with one
-optimizer step, once with an empty store and once with a full one.
+template once, and the encoding of all texts in one batch. Both take turns at PART conversations, beside the same other
+work on the machine, and so does a rendering of every beginning of a conversation. Times are processor seconds; a ratio
+is the median of ROUNDS, with the least and the largest. Then ``--rows`` of about 200 tokens go through a whole run on a
+tiny model with one optimizer step, once with an empty store and once with a full one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import json
 import os
 import random
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from posttrain.engine.config import TrainOn
 from posttrain.sft.examples import Rendering
 from posttrain.testing.project import Project
 from posttrain.tokens.filling import Fill
+from posttrain.tokens.history import Historian
 from posttrain.tokens.packing import pack
 from posttrain.tokens.store import store_key, stored_table
 from posttrain.tokens.table import TableRow
@@ -38,6 +42,7 @@ from posttrain.tokens.table import TableRow
 ROOT = Path(__file__).parents[1]
 ANSWERS = 4
 SLOTS = 64
+PART, ROUNDS = 20, 5
 SETTINGS = {"max_steps": 1, "sequence_length": 2048, "per_device_batch_size": 1, "gradient_accumulation": 1}
 
 
@@ -77,18 +82,34 @@ class Clock:
 
 
 def measure_rendering(records: list[Conversation], tokenizer: Any) -> None:
-    """Print the time of a row beside the limit."""
-    rendering, count = Rendering(tokenizer, TrainOn.all), len(records)
-    rendering.table(records[:20])
+    """Print the time of a row beside the limit, and beside that of rendering every beginning by itself."""
+    rendering, turns = Rendering(tokenizer, TrainOn.all), Rendering(tokenizer, TrainOn.all)
+    follow = Historian.follow
 
-    def limit() -> Any:
-        texts = [tokenizer.apply_chat_template([*each.messages], tokenize=False) for each in records]
+    def limit(part: list[Conversation]) -> Any:
+        texts = [tokenizer.apply_chat_template([*each.messages], tokenize=False) for each in part]
         return tokenizer(texts, add_special_tokens=False, verbose=False)
 
-    own, table = timed(lambda: rendering.table(records), 3)
-    least, _ = timed(limit, 3)
-    print(f"{count:,} rows of {ANSWERS} answers, {len(table.ids):,} tokens")
-    print(f"rendering  {1e3 * own / count:.2f} ms a row, {own / least:.2f} times the template once and one batch")
+    def each_beginning(part: list[Conversation]) -> Any:
+        Historian.follow = lambda *given: None  # type: ignore[method-assign,assignment]
+        try:
+            return turns.table(part)
+        finally:
+            Historian.follow = follow  # type: ignore[method-assign]
+
+    ways: tuple[Callable[[list[Conversation]], Any], ...] = (rendering.table, limit, each_beginning)
+    tokens = len(rendering.table(records).ids)
+    rounds = []
+    for _ in range(ROUNDS):
+        parts = [records[at : at + PART] for at in range(0, len(records), PART)]
+        seconds = [[timed(partial(way, part))[0] for way in ways] for part in parts]
+        rounds.append([sum(column) for column in zip(*seconds, strict=True)])
+    own = 1e3 * statistics.median(each[0] for each in rounds) / len(records)
+    print(f"{len(records):,} rows of {ANSWERS} answers, {tokens:,} tokens")
+    print(f"rendering  {own:.2f} ms a row")
+    for place, name in ((1, "the template once and one batch"), (2, "rendering every beginning by itself")):
+        ratios = sorted(each[0] / each[place] for each in rounds)
+        print(f"           {statistics.median(ratios):.2f} times {name} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 def measure_store(records: list[Conversation], tokenizer: Any) -> None:
@@ -96,16 +117,21 @@ def measure_store(records: list[Conversation], tokenizer: Any) -> None:
     rendering = Rendering(tokenizer, TrainOn.all)
     with tempfile.TemporaryDirectory() as folder:
         key = store_key(digest_records(records), tokenizer, train_on="all")
+        began = time.perf_counter()
         alone, _ = timed(lambda: stored_table(Path(folder, "1"), key, Fill(records=records, rows=rendering.rows)))
+        first = time.perf_counter() - began
         clock = Clock(rendering)
         fill = Fill(records=records, rows=clock.rows, workers=2)
+        began = time.perf_counter()
         parent, _ = timed(lambda: stored_table(Path(folder, "2"), key, fill))
+        second = time.perf_counter() - began
         again, stored = timed(lambda: stored_table(Path(folder, "1"), key, fill))
         size = sum(path.stat().st_size for path in Path(folder, "1", key).iterdir())
         seconds, packing = timed(lambda: pack(stored.all(), 2048))
     parts = " and ".join(f"{each:.2f}" for each in clock.seconds)
     gain = alone / (parent + max(clock.seconds))
     print(f"a fill     {alone:.2f} s by one process; by two {parts}, and {parent:.2f} of the command: {gain:.2f} times")
+    print(f"           {first / second:.2f} times by the wall, {first:.1f} and {second:.1f} s")
     print(f"a hit      {again:.2f} s, {size / len(stored.ids):.2f} bytes a token on disk")
     print(f"packing    {seconds:.2f} s, {len(packing.rows):,} rows, {packing.counts.fill:.2%} filled")
 
