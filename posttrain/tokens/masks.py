@@ -83,8 +83,9 @@ def _trained_prompt(
 
 def _is_whole(content: str, said: str, *, calls: bool) -> bool:
     """Return whether an answer's text is its content, perhaps after a lead; with ``calls``, whether it holds it."""
-    # compared as they are first: most of the time goes into texts without whitespace
-    if said.rstrip().endswith(content.strip()):
+    # Compared as they are first: most of the time goes into texts without whitespace. A mark at the beginning could
+    # belong to the character before it, which only the normalised texts show.
+    if content.strip()[:1].isascii() and said.rstrip().endswith(content.strip()):
         return True
     bare, wanted = without_space(said), without_space(content)
     return wanted in bare if calls else bare.endswith(wanted) or bare == _TAG.sub("", wanted, count=1)

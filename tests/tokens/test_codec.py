@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from posttrain.data.records import Conversation
+from posttrain.tokens.chat import Rendered
 from posttrain.tokens.codec import TokenTexts, decode
+from posttrain.tokens.masks import mask_fault
 from tests.support.chat_templates import make_tokenizer, sentencepiece
 
 NAMES = ("bytes", "words", "always", "first", "never")
@@ -76,3 +79,14 @@ def test_known_tokens_need_the_library_no_more() -> None:
     first = texts.join(ids)
     calls.clear()
     assert (texts.join(ids), calls) == (first, [])
+
+
+@pytest.mark.parametrize("content", ["\u0338ab", "\u0301ab"])
+def test_a_mark_that_belongs_to_the_character_before_an_answer_is_a_fault(content: str) -> None:
+    tokenizer = tokenizer_of("bytes")
+    record = Conversation(
+        messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": content}), where="a.jsonl:1"
+    )
+    asked, said = tokenizer.encode("hi "), tokenizer.encode("a>"[content == "\u0338ab"] + content + "<|im_end|>")
+    rendered = Rendered(asked + said, [False] * len(asked) + [True] * len(said), "")
+    assert "is not trained as a whole" in str(mask_fault(record, rendered, tokenizer))
