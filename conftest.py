@@ -7,8 +7,10 @@ tiny models gain nothing from a second thread, and the same bytes come out howev
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
@@ -18,3 +20,14 @@ STEADY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthChec
 settings.register_profile("fixed", derandomize=True, **STEADY)
 settings.register_profile("fuzz", derandomize=False, **STEADY)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced_disk() -> Iterator[None]:
+    """Keep the tests' process from waiting for the disk: a sync changes nothing but what survives a loss of power.
+
+    Tests of that loss record the calls, and those of a failing disk put their own in its place.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # it too needs an open file
+        yield

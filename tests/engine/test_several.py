@@ -21,6 +21,7 @@ from tests.engine import several
 from tests.support.tiny import sft_config, write_base
 from tests.support.warm import together
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 WORLDS = {2: list(several.CASES), 3: list(several.RESUMED)}
 TOLERANCE = {"autocast": 3e-2, "lora_bfloat16": 5e-2}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +22,10 @@ from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.testing import Project
+from tests.support.command import PROGRAM
 from tests.support.fakes import Script, only_run, run_json, run_recipe, states, write_project
 from tests.support.installed import command, install, listed
+from tests.support.warm import started
 
 HOOKS = {
     "register_stages": "", "register_settings": "", "register_rewards": "", "register_config": "",
@@ -87,6 +92,8 @@ for hook in sys.argv[2:]:
 for hook, child in children.items():
     print(hook, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+LIST = [*PROGRAM, "list", "plugins", "--json"]
+Lists = Callable[[str], Mapping[str, dict[str, dict[str, str]]]]
 Ends = Callable[[str], Mapping[str, tuple[int, str]]]
 
 
@@ -116,14 +123,31 @@ def test_every_hook_is_among_them() -> None:
 # --- While plugins are loaded -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Lists:
+    """The list of plugins for every hook in which ``bad`` has a fault while it is loaded; all wait at the same time."""
+
+    @cache
+    def of(fault: str) -> Mapping[str, dict[str, dict[str, str]]]:
+        action, _ = {**PROTESTS, **CRASHES}[fault]
+        with ExitStack() as stack:
+            processes = {}
+            for hook in START:
+                with pytest.MonkeyPatch.context() as patch:
+                    faulty(tmp_path_factory.mktemp("lists"), patch, hook, action)
+                    environment = {**os.environ, "POSTTRAIN_START_SECONDS": seconds_for(fault)}
+                processes[hook] = stack.enter_context(started(LIST, stdout=subprocess.PIPE, env=environment))
+            told = {hook: process.communicate(timeout=PATIENCE)[0] for hook, process in processes.items()}
+        return {hook: {row["name"]: row for row in json.loads(text)["plugins"]} for hook, text in told.items()}
+
+    return of
+
+
 @pytest.mark.parametrize("hook", START)
 @pytest.mark.parametrize("fault", [*PROTESTS, *CRASHES])
-def test_a_plugin_that_fails_to_register_is_left_out_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str, fault: str
-) -> None:
-    action, says = {**PROTESTS, **CRASHES}[fault]
-    faulty(tmp_path, monkeypatch, hook, action)
-    found = listed(POSTTRAIN_START_SECONDS=seconds_for(fault))
+def test_a_plugin_that_fails_to_register_is_left_out_and_named(lists: Lists, hook: str, fault: str) -> None:
+    found = lists(fault)[hook]
+    _, says = {**PROTESTS, **CRASHES}[fault]
     assert found["bad"]["state"] == "failed"
     assert says in found["bad"]["summary"]
     assert found["bad"]["origin"] == "bad-plugin 1.0"

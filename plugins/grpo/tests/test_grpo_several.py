@@ -19,6 +19,7 @@ from posttrain.launch.job import FOLDER, JOB, write_job
 from posttrain.testing import Project
 from tests.support.warm import together
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[3]
 WORDS = ("red", "blue", "green", "clay", "ash", "elm", "ivy", "oak", "fir", "sky")
 QUESTIONS = [{"question": f"a {word}", "answer": "[a-p]", "match": "regex"} for word in WORDS]

@@ -14,6 +14,7 @@ from preference_support.contexts import content, weights, write_parent
 
 from tests.support.warm import together
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[3]
 WORLDS = {2: ["dpo", "dpo_full", "kto"], 3: ["aot"]}
 KEPT = "reference log-probabilities: kept from an earlier run"
