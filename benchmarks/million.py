@@ -5,7 +5,7 @@
 The words of each conversation are drawn from a file, about 200 tokens of the quickstart's tokenizer; the run trains
 the quickstart's base for one step. Every start is a process of its own: one with 8 rows, the first with all rows, and
 the same again with another seed of training, so that nothing but the data is known. FOLDER keeps data and runs: a
-benchmark that was killed goes on where its run was.
+benchmark that was killed resumes where its run was.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from posttrain.commands.arguments import Arguments, parse
 from posttrain.commands.serve import whole
 from posttrain.errors import BadInput, Problem, explain, reject
 from posttrain.quoting import lines
+from posttrain.serve.catalogue import BasePlace, read_catalogue
+from posttrain.serve.names import LATEST, names_of
 
 if TYPE_CHECKING:
     from posttrain.serve.service import Service
@@ -28,17 +30,22 @@ def main(words: list[str]) -> int:
     given = parse("chat", words, KEYS, flags=(FLAG,))
     if not given.plain:
         reject("chat", "needs a run or an artifact", USAGE)
+    temperature, tokens = _temperature(given), whole(given, "max_tokens", 256)
     environment.prepare()
-    from posttrain.serve.catalogue import BasePlace, read_catalogue
+    place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
+    catalogue = read_catalogue(given.plain, place, unpromoted=FLAG in given.flags)
+    names = given.settings.get("model", LATEST).split(",")
+    known = frozenset(served.digest for served in (*catalogue.bases, *catalogue.artifacts))
+    names_of(catalogue, {}, known).require(names)  # before anything is loaded
+
     from posttrain.serve.service import Limits, open_service
     from posttrain.serve.talk import Talk
 
-    temperature, tokens = _temperature(given), whole(given, "max_tokens", 256)
-    place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
-    service = open_service(read_catalogue(given.plain, place, unpromoted=FLAG in given.flags), Limits())
+    service = open_service(catalogue, Limits())
     try:
-        names = given.settings.get("model", "latest").split(",")
         _talk(Talk(service, names, temperature=temperature, max_tokens=tokens), service)
+    except KeyboardInterrupt:  # an end as good as /quit: a talk leaves nothing to resume
+        print()
     finally:
         service.engine.stop()
     return 0

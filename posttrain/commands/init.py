@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from posttrain.data.reading import read_source, select_rows
 from posttrain.data.records import Conversation, Preference, Record, Text
 from posttrain.data.shapes import recognise
 from posttrain.disk import replace_text
-from posttrain.errors import BadInput, explain, reject, suggest
+from posttrain.errors import BadInput, explain, nearest, reject, suggest
 from posttrain.quoting import one_line
 
 FLAGS = ("--model", "--pairs", "--questions", "--name")
@@ -52,6 +53,12 @@ class Looked:
         return kinds.get(type(self.records[0]), "records")
 
     @property
+    def counted(self) -> str:
+        """The number of records, in words."""
+        one = len(self.records) == 1
+        return f"{len(self.records):,} {self.kind.removesuffix('s') if one else self.kind}"
+
+    @property
     def tokens(self) -> list[float]:
         """Tokens of each record, about."""
         return [len(_words(record)) / CHARACTERS_PER_TOKEN for record in self.records]
@@ -76,7 +83,9 @@ def main(words: list[str]) -> int:
     text = recipe(name, chats, pairs, given, folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / f"{name}.yaml", text)
-    print(one_line(f"{_near(folder / f'{name}.yaml')}: {len(chats.records):,} {chats.kind}"))
+    print(one_line(f"{_near(folder / f'{name}.yaml')}: {chats.counted}"))
+    if (meant := _folder_meant(given.get("--model", MODEL))) is not None:
+        print(one_line(f"model {given['--model']} is taken as a name on the hub: no such folder; ./{meant} is one"))
     host = plugins.load()
     try:
         make_plan(compose(host, [f"recipe={name}"]), host)
@@ -105,6 +114,13 @@ def _arguments(words: Sequence[str]) -> tuple[str, dict[str, str]]:
         what = "names no file of chats" if not files else f"names {len(files)} files"
         reject("init", what, "posttrain init chats.jsonl [--model DIR] [--pairs FILE] [--questions FILE] [--name NAME]")
     return files[0], given
+
+
+def _folder_meant(model: str) -> str | None:
+    """Return the folder of a model here whose name is nearest to one that names no folder; None for none."""
+    if os.path.lexists(model):
+        return None
+    return nearest(model, [path.parent.name for path in Path().glob("*/config.json")])
 
 
 def look(path: str, shape: str) -> Looked:
@@ -151,7 +167,7 @@ def _chats(chats: Looked, given: dict[str, str], folder: Path) -> tuple[list[str
         gate = ["# Your questions: more of the answers must be right than the base's", "gate:", "  name: local"]
         return _data(chats), [*gate, f"  data: {_yaml(questions)}"]
     if chats.kind != "chats" or len(chats.records) < LEAST_SPLIT:
-        few = f"{len(chats.records)} chats are too few to set some aside"
+        few = f"{chats.counted} {'is' if len(chats.records) == 1 else 'are'} too few to set some aside"
         why = few if chats.kind == "chats" else "raw texts"
         note = f"# No gate ({why}): the adapter is promoted unseen. Questions of your own make one:"
         return _data(chats), [note, "# gate: {name: local, data: questions.jsonl}", "gate: none"]

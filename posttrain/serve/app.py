@@ -32,6 +32,10 @@ def make_app(service: Service) -> FastAPI:
     async def explain_http(request: Request, error: HTTPException) -> Response:
         return _error(service, RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
+    @app.exception_handler(Exception)  # a fault of ours: the client has this answer, the log the traceback
+    async def explain_fault(request: Request, error: Exception) -> Response:
+        return _error(service, RequestError(500, f"{request.method} {request.url.path}: the server failed"))
+
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from posttrain.errors import reject, suggest
 from posttrain.serve.catalogue import Catalogue
 
 BASE, LATEST, PREVIOUS = "base", "latest", "previous"
@@ -29,6 +30,12 @@ class Names:
             return self.aliases[name]
         found = [digest for digest in self.digests if len(name) >= SHORTEST and digest.startswith(name)]
         return found[0] if len(found) == 1 else None
+
+    def require(self, asked: Sequence[str]) -> None:
+        """Raise BadInput for a name that is unknown."""
+        for name in asked:
+            if self.find(name) is None:
+                reject(f"model {name}", "is unknown", suggest(name, self.aliases))
 
     def of(self, digest: str) -> list[str]:
         """Return the aliases of a digest."""

@@ -6,7 +6,7 @@ import queue
 import secrets
 from collections.abc import Iterator
 
-from posttrain.errors import reject, suggest
+from posttrain.errors import reject
 from posttrain.serve.ask import Ask, Ended, Event, Sampling
 from posttrain.serve.models import Loaded
 from posttrain.serve.prompts import Text
@@ -23,9 +23,7 @@ class Talk:
 
     def switch(self, names: list[str]) -> None:
         """Talk with these models from now on, from the beginning. Raises BadInput for an unknown one."""
-        for name in names:
-            if self._service.names.find(name) is None:
-                reject(f"model {name}", "is unknown", suggest(name, self._service.names.aliases))
+        self._service.names.require(names)
         self.names = names
         self.forget()
 

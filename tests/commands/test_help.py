@@ -80,6 +80,20 @@ def test_pairs_questions_other_keys_and_few_rows(working_folder: Path, host: Hos
     assert not make_plan(compose(host, ["recipe=few"]), host).steps[0].gate.enabled
 
 
+def test_a_mistyped_folder_of_a_model_is_named_beside_the_one_that_is_like_it(
+    working_folder: Path, host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows("one.jsonl", [chat(1)])
+    Path("smollm").symlink_to(BASE, target_is_directory=True)
+    assert main("init", "one.jsonl", "--model", "smolm") == 0
+    said = capsys.readouterr().out
+    assert "one.yaml: 1 chat\n" in said
+    assert "model smolm is taken as a name on the hub: no such folder; ./smollm is one" in said
+    assert "1 chat is too few" in Path("recipes/one.yaml").read_text()
+    assert main("init", "one.jsonl", "--model", "smollm") == 0
+    assert "hub" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

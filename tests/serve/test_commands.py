@@ -157,3 +157,23 @@ def test_a_talk_switches_models_and_shows_two_side_by_side(
     assert any(line.startswith("v2, latest: ") for line in lines)
     for fault in ("nobody: is unknown", "/what: is no command", "special token"):
         assert fault in err
+
+
+def test_a_talk_with_an_unknown_model_ends_before_one_is_loaded(
+    made: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("posttrain.serve.service.open_service", lambda *given: pytest.fail("a model is loaded"))
+    assert main("chat", str(made[0].path), "model=v1,lastest", "--allow-unpromoted") == 2
+    assert "model lastest: is unknown\n    Did you mean latest?" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_talk(
+    made: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(io.StringIO):
+        def readline(self, size: int = -1) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", Stopped())
+    assert main("chat", str(made[0].path), "--allow-unpromoted") == 0
+    assert "resume" not in capsys.readouterr().err

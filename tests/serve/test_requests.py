@@ -199,3 +199,23 @@ def test_a_stopping_server_is_not_ready_and_takes_no_request(service: Service) -
         assert ask(service, knock) == [503, 503]
     finally:
         service.ready = True
+
+
+def test_a_fault_of_the_server_is_an_answer_in_openais_form(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(asked: Any) -> Any:
+        raise ZeroDivisionError("a fault of ours")
+
+    async def knock() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/chat/completions", json=chat("v1", "Hi"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "begin", broken)
+        answer = asyncio.run(knock())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "a fault of ours" not in answer.text
+    assert post(service, **chat("v1", "Hi")).status_code == 200
