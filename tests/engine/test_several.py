@@ -19,7 +19,7 @@ from posttrain.engine.batches import deal, rows_per_batch
 from posttrain.engine.checkpoint import SavedState
 from tests.engine import several
 from tests.support.tiny import sft_config, write_base
-from tests.support.warm import together
+from tests.support.training import together
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,16 @@ EVAL_ROWS = [document for row in packed_rows([4, 3], seed=5, longest=60) for doc
 
 def evaluation(rows: Sequence[PackedRow] = EVAL_ROWS, refusals: int = 0, **settings: Any) -> Evaluation:
     return Evaluation(rows=rows, refusals=refusals, config=sft_config(**settings))
+
+
+def together(world: int, *words: str, environment: Mapping[str, str]) -> None:
+    """Run a module as ``world`` fresh processes of one launch. Fails with what they said.
+
+    In forks of one process, DeepSpeed gathered weights in another order from process to process after some thirty
+    trainings, and waited for ever.
+    """
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", *words]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher], env={**environment}, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

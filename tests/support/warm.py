@@ -76,28 +76,6 @@ def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
             raise
 
 
-def together(world: int, *words: str, environment: Mapping[str, str]) -> None:
-    """Run a module as ``world`` processes that meet, as torchrun starts them. Fails with what the first said."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                started(
-                    [sys.executable, "-m", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    env={
-                        **environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    },
-                )
-            )
-            for rank in range(world)
-        ]  # fmt: skip
-        for process in processes:
-            _, said = process.communicate(timeout=PATIENCE)
-            assert process.returncode == 0, said[-4000:]
-
-
 def _fork(given: Mapping[str, Any], streams: Sequence[int]) -> int:
     """Return the process id of a new command, a child of this process."""
     server, prctl = _server(), ctypes.CDLL(None).prctl

@@ -12,7 +12,7 @@ import pytest
 from preference_support import several
 from preference_support.contexts import content, weights, write_parent
 
-from tests.support.warm import together
+from tests.support.training import together
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[3]
