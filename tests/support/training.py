@@ -69,8 +69,7 @@ def evaluation(rows: Sequence[PackedRow] = EVAL_ROWS, refusals: int = 0, **setti
 def together(world: int, *words: str, environment: Mapping[str, str]) -> None:
     """Run a module as ``world`` fresh processes of one launch. Fails with what they said.
 
-    In forks of one process, DeepSpeed gathered weights in another order from process to process after some thirty
-    trainings, and waited for ever.
+    Forks of one process waited for each other for ever in DeepSpeed, in the last of some thirty trainings.
     """
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", *words]
     done = subprocess.run(
