@@ -14,7 +14,8 @@ import pytest
 from posttrain.host import index
 from posttrain.host.index import Index, files_below
 from posttrain.scoring import catalogue
-from tests.support.installed import PATIENCE, install
+from tests.support.installed import install
+from tests.support.warm import PATIENCE
 
 LIST = """
 import sys
