@@ -13,7 +13,7 @@ from typing import Any
 
 from posttrain.config.paths import user_recipes
 from posttrain.config.schema import Format, Source
-from posttrain.data.reading import read_source, select_rows
+from posttrain.data.reading import read_with_rows, select_rows
 from posttrain.data.records import Conversation, Preference, Record, Text
 from posttrain.data.shapes import recognise
 from posttrain.disk import replace_text
@@ -84,8 +84,9 @@ def main(words: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / f"{name}.yaml", text)
     print(one_line(f"{_near(folder / f'{name}.yaml')}: {chats.counted}"))
-    if (meant := _folder_meant(given.get("--model", MODEL))) is not None:
-        print(one_line(f"model {given['--model']} is taken as a name on the hub: no such folder; ./{meant} is one"))
+    model = given.get("--model", MODEL)
+    if (meant := _folder_meant(model)) is not None:
+        print(one_line(f"model {model} is taken as a name on the hub: no such folder; ./{meant} is one"))
     host = plugins.load()
     try:
         make_plan(compose(host, [f"recipe={name}"]), host)
@@ -135,8 +136,9 @@ def look(path: str, shape: str) -> Looked:
     if "text" in keys and not _is_known(first, where):
         source = replace(source, format=Format.text)
     back = {old: new for new, old in source.columns.items()}
-    rows = [{back.get(key, key): value for key, value in row.items()} for _, row in select_rows(source)]
-    return Looked(source=source, rows=rows, records=list(read_source(source, shape)))
+    found = list(read_with_rows(source, shape))
+    rows = [{back.get(key, key): value for key, value in row.items()} for _, row in found]
+    return Looked(source=source, rows=rows, records=[record for record, _ in found])
 
 
 def _is_known(row: dict[str, Any], where: str) -> bool:

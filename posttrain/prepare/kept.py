@@ -62,25 +62,25 @@ class Kept:
 
     def rows(self) -> array[int]:
         """Return the positions of the rows of ``data`` that stay. Raises ArtifactDamaged for a changed ledger."""
-        return array("q", (at for at, action in enumerate(self._values("action")) if action == KEPT))
+        return array("q", (at for at, (action,) in enumerate(self._values("action")) if action == KEPT))
 
     def clusters(self) -> Mapping[str, int]:
         """Return the number of the cluster of every row of ``data`` that is like others, by its place as ``file:line``.
 
         Raises ArtifactDamaged for a changed ledger.
         """
-        pairs = zip(self._values("where"), self._values("cluster"), strict=True)
-        return {where: cluster for where, cluster in pairs if cluster is not None}
+        return {where: cluster for where, cluster in self._values("where", "cluster") if cluster is not None}
 
-    def _values(self, name: str) -> Iterator[Any]:
-        """Yield the values of a column for the rows of ``data``."""
+    def _values(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Yield the values of these columns for each row of ``data``."""
         from pyarrow.parquet import ParquetFile
 
         if file_digest(self.ledger) != self.entry.ledger:
             raise ArtifactDamaged(f"{self.ledger} is damaged: its SHA-256 is not the one in {SUMMARY}")
         with ParquetFile(self.ledger) as table:
-            batches = table.iter_batches(columns=[name])
-            yield from islice((value for each in batches for value in each.column(0).to_pylist()), self.entry.rows)
+            batches = table.iter_batches(columns=list(names))
+            columns = ([each.column(name).to_pylist() for name in names] for each in batches)
+            yield from islice((row for each in columns for row in zip(*each, strict=True)), self.entry.rows)
 
 
 def find(root: Path, key: str, note: Callable[[str], None]) -> Kept | None:

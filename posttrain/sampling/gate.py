@@ -75,7 +75,7 @@ class GateCourse:
     def measure(self, step: int, engine: Engine, dtype: str) -> dict[str, float]:
         """Return and show the mean score of each task by the engine's model as it is after ``step``.
 
-        A gate that cannot be asked is followed no more, and a note has the reason: the training goes on. Raises
+        A gate that cannot be asked is no longer followed: a note has the reason, and training continues. Raises
         ArtifactDamaged for an output that is not finite.
         """
         if self.sample is None or not self.is_followed:

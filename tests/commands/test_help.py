@@ -92,6 +92,9 @@ def test_a_mistyped_folder_of_a_model_is_named_beside_the_one_that_is_like_it(
     assert "1 chat is too few" in Path("recipes/one.yaml").read_text()
     assert main("init", "one.jsonl", "--model", "smollm") == 0
     assert "hub" not in capsys.readouterr().out
+    Path("SmolLM2-135M-Instruct").symlink_to(BASE, target_is_directory=True)
+    main("init", "one.jsonl")  # like the model by default
+    assert "no such folder; ./SmolLM2-135M-Instruct is one" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ class Metal(_DummyBackendModule):
 def install() -> None:
     """Give torch the device; there is no way back."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=Metal())
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(_compute, "PrivateUse1")
-    held[0] = library
+    kernels = torch.library.Library("_", "IMPL")
+    kernels.fallback(_compute, "PrivateUse1")
+    held[0] = kernels
 
 
 def take() -> None:
