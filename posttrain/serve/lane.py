@@ -6,8 +6,7 @@ Rows have different lengths and join at any token. They share one cache of keys 
     row 1   p p p p p p p p p a
     row 2   . . . . . . . . p p        has just joined
 
-A lane whose model carries several adapters gives each row its own one, in the same forward pass. Rows of the same
-adapter are neighbours.
+A lane whose model carries several adapters gives each row its own one, in the same forward pass.
 """
 
 # B = rows, T = tokens in the cache, V = vocabulary
@@ -76,7 +75,7 @@ class Lane:
         """Read the prompts of new rows, each with its adapter's name, and send their first tokens."""
         rows = [
             Row(ask, adapter, len(ask.prompt), ask.sampling.max_tokens, generator_of(ask.sampling))
-            for ask, adapter in sorted(asks, key=_adapter)
+            for ask, adapter in asks
         ]
         width = max(row.length for row in rows)
         ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
@@ -177,14 +176,7 @@ class Lane:
         for own, new in zip(self._cache.layers, cache.layers, strict=True):
             own.keys = torch.cat([_widened(each.keys, width, dim=2) for each in (own, new)])
             own.values = torch.cat([_widened(each.values, width, dim=2) for each in (own, new)])
-        order = sorted(range(len(self._rows)), key=lambda place: self._rows[place].adapter)
-        self._rows, self._mask_BT = [self._rows[place] for place in order], self._mask_BT[order]
-        _select(self._cache, order)
         self._trim()
-
-
-def _adapter(asked: tuple[Ask, str]) -> str:
-    return asked[1]
 
 
 def _widened(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:

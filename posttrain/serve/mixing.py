@@ -1,25 +1,24 @@
-"""Several adapters in one forward pass: a layer adds to the rows of each adapter what that one adds.
+"""Several adapters in one forward pass: the rows of each adapter together, two batched products for all of them.
 
-    rows       a a a b . c c                adapters of the rows; "." has none
-    runs       a 0:3, b 3:4, c 5:7          neighbours with the same adapter
+    rows       a b a c a c                  adapters of the rows, in the order in which these came
+    chunks     [a a] [a .] [b .] [c c]      of equal size; "." repeats a row, and its result is dropped
 
-A layer's output is base(x) [S, O], to which each run adds x [r, I] @ A [I, R] @ B [R, O] in place. No product goes over
-two adapters, so whatever one of them holds, infinity too, reaches no row of another. Rows may come in any order; the
-lane keeps those of an adapter together, which makes the runs few. peft's own mixed batch routes them by hooks that it
-sets anew in every pass.
+A layer's output is base(x) [B, T, O] + (x [C, M*T, I] @ A [C, I, R]) @ B [C, R, O], in the rows' own order. No sum goes
+over two rows, so whatever one adapter holds, infinity too, reaches no row of another. peft's own mixed batch computes
+each adapter's rows apart, and routes them by hooks that it sets anew in every pass.
 
 Adapters of embeddings, whole copies of layers and variants of LoRA do not fit: ``Mixer.fits`` tells.
 """
 
-# S = tokens of all rows, I = inputs, O = outputs, R = rank, r = tokens of a run
+# B = rows, T = tokens, I = inputs, O = outputs, R = rank, N = adapters of the model and none, C = chunks,
+# M = rows of a chunk
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -34,32 +33,33 @@ BASE = "__base__"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The runs of a pass."""
+    """The chunks of a pass."""
 
     rows: int
     tokens: int
     """Of all rows, with padding."""
-    runs: tuple[tuple[str, int, int], ...]
-    """Adapter of each run, its first row, and the row after its last."""
-
-
-Added = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
-"""A [I, R], B [R, O] and the factor of each adapter of a layer."""
+    slots: slice | torch.Tensor
+    """Adapter of each chunk."""
+    order: torch.Tensor | None
+    """Rows of the chunks [C*M]; None when they are the batch as it is."""
+    back: torch.Tensor | None
+    """Place of each row in the chunks [B]."""
 
 
 class Mixer:
     """The linear layers of a model with adapters, which add to each row what its own adapter adds.
 
-    A model that gets or loses an adapter needs a new mixer.
+    They hold the adapters a second time, stacked. A model that gets or loses an adapter needs a new mixer.
     """
 
     def __init__(self, model: PeftModel) -> None:
         """Take a model that ``fits``."""
+        self._slots = {name: slot for slot, name in enumerate(model.peft_config, start=1)}
         self._model = model.get_base_model()
         self._plan: Plan | None = None
         for layer in _changed(model):
             plain = partial(type(layer).forward, layer)
-            vars(layer)["forward"] = partial(_forward, self, layer.base_layer, plain, _added(layer))
+            vars(layer)["forward"] = partial(_forward, self, layer, plain, *_stacked(layer, list(self._slots)))
 
     @staticmethod
     def fits(model: PeftModel) -> bool:
@@ -71,27 +71,43 @@ class Mixer:
 
     @property
     def plan(self) -> Plan | None:
-        """The runs of the present pass; None outside of one."""
+        """The chunks of the present pass; None outside of one."""
         return self._plan
 
     @contextlib.contextmanager
     def routed(self, names: Sequence[str], ids_BT: torch.Tensor) -> Iterator[Any]:
         """Yield the model for one pass over these ids; each row has the adapter of its name, or none for BASE."""
-        self._plan = Plan(rows=len(names), tokens=ids_BT.numel(), runs=tuple(runs_of(names)))
+        self._plan = planned([self._slots.get(name, 0) for name in names], ids_BT.numel(), ids_BT.device)
         try:
             yield self._model
         finally:
             self._plan = None
 
 
-def runs_of(names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield the adapter, first row and end of neighbours with the same adapter, but for those without one."""
-    start = 0
-    for name, own in groupby(names):
-        end = start + sum(1 for _ in own)
-        if name != BASE:
-            yield name, start, end
-        start = end
+def planned(slots: Sequence[int], tokens: int, device: torch.device | None = None) -> Plan:
+    """Return the chunks of rows with these adapters, as large as if all adapters had equally many rows."""
+    rows = len(slots)
+    size = -(-rows // len(set(slots)))
+    chunks: list[int] = []
+    order: list[int] = []
+    back = [0] * rows
+    for slot in sorted(set(slots)):
+        own = [row for row in range(rows) if slots[row] == slot]
+        for start in range(0, len(own), size):
+            for row in own[start : start + size]:
+                back[row] = len(order)
+                order.append(row)
+            order += [own[0]] * (-len(order) % size)
+            chunks.append(slot)
+    follows = chunks == list(range(chunks[0], chunks[0] + len(chunks)))
+    same = order == list(range(rows))
+    return Plan(
+        rows=rows,
+        tokens=tokens,
+        slots=slice(chunks[0], chunks[-1] + 1) if follows else torch.tensor(chunks, device=device),
+        order=None if same else torch.tensor(order, device=device),
+        back=None if same else torch.tensor(back, device=device),
+    )
 
 
 def _changed(model: PeftModel) -> list[Any]:
@@ -99,37 +115,48 @@ def _changed(model: PeftModel) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
-def _added(layer: Any) -> Added:
-    return {
-        name: (first.weight.detach().T, layer.lora_B[name].weight.detach().T, float(layer.scaling[name]))
-        for name, first in layer.lora_A.items()
-    }
+def _stacked(layer: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [N, I, R] and B [N, R, O] with the scaling in it; 0 for no adapter, and beyond an adapter's rank."""
+    own = [name for name in names if name in layer.lora_A]
+    rank = max(layer.lora_A[name].weight.shape[0] for name in own)
+    some = layer.lora_A[own[0]].weight
+    first_NIR = torch.zeros(len(names) + 1, layer.in_features, rank, dtype=some.dtype, device=some.device)
+    second_NRO = torch.zeros(len(names) + 1, rank, layer.out_features, dtype=some.dtype, device=some.device)
+    for slot, name in enumerate(names, start=1):
+        if name in own:
+            first_RI, second_OR = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+            first_NIR[slot, :, : len(first_RI)] = first_RI.T
+            second_NRO[slot, : len(first_RI)] = second_OR.T * layer.scaling[name]
+    return first_NIR, second_NRO
 
 
-def _forward(mixer: Mixer, base: Any, plain: Any, added: Added, x: torch.Tensor, **options: Any) -> Any:
+def _forward(
+    mixer: Mixer,
+    layer: Any,
+    plain: Any,
+    first_NIR: torch.Tensor,
+    second_NRO: torch.Tensor,
+    x: torch.Tensor,
+    **options: Any,
+) -> Any:
     plan = mixer.plan
     if plan is None:
         return plain(x, **options)
-    result = base(x)
-    each = _tokens_of_a_row(x, plan)
-    x_SI, result_SO = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-    for name, start, end in plan.runs:
-        if name not in added:
-            continue
-        first_IR, second_RO, factor = added[name]
-        own_rI, own_rO = x_SI[start * each : end * each], result_SO[start * each : end * each]
-        inner_rR = own_rI.to(first_IR.dtype) @ first_IR
-        if own_rO.dtype == second_RO.dtype:
-            own_rO.addmm_(inner_rR, second_RO, alpha=factor)
-        else:
-            own_rO.add_(inner_rR @ second_RO, alpha=factor)
-    return result
+    result = layer.base_layer(x)
+    x_BTI = _by_rows(x, plan).to(first_NIR.dtype)
+    x_CMI = x_BTI if plan.order is None else x_BTI.index_select(0, plan.order)
+    first_CIR, second_CRO = first_NIR[plan.slots], second_NRO[plan.slots]
+    added_CMO = torch.bmm(torch.bmm(x_CMI.reshape(len(first_CIR), -1, x.shape[-1]), first_CIR), second_CRO)
+    added_BTO = added_CMO.view(len(x_CMI), -1, added_CMO.shape[-1])
+    if plan.back is not None:
+        added_BTO = added_BTO.index_select(0, plan.back)
+    return (result + added_BTO.view(result.shape)).to(result.dtype)
 
 
-def _tokens_of_a_row(x: torch.Tensor, plan: Plan) -> int:
-    """Return the tokens of each row. Raises ValueError for some of a pass: nothing says whose they are."""
+def _by_rows(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return the inputs by rows. Raises ValueError for some of the tokens of a pass: nothing says whose they are."""
     if x.dim() == 3 and len(x) == plan.rows:
-        return x.shape[1]
+        return x
     if x.shape[:-1].numel() != plan.tokens:
         raise ValueError("a layer with adapters gets some of the tokens of a batch alone: serve merged weights")
-    return plan.tokens // plan.rows
+    return x.reshape(plan.rows, -1, x.shape[-1])

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from posttrain.config.schema import LoraSettings
 from posttrain.model.loading import load_model, new_adapter
-from posttrain.serve.mixing import BASE, Mixer, runs_of
+from posttrain.serve.mixing import BASE, Mixer, planned
 from tests.support.tiny import base_source, nudge, write_base
 
 NAMES = ("default", "second", "third", "wide")
@@ -110,15 +110,17 @@ def test_inputs_without_rows_are_told_apart_or_rejected(model: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_row_is_in_a_run_of_its_adapter(seed: int) -> None:
+def test_every_row_is_in_a_chunk_of_its_adapter(seed: int) -> None:
     draw = random.Random(seed)
-    names = [draw.choice([BASE, BASE, "a", "b", "c"]) for _ in range(draw.randint(1, 33))]
-    found = [BASE] * len(names)
-    for name, start, end in runs_of(names):
-        assert start < end
-        found[start:end] = [name] * (end - start)
-    assert found == names
-    assert len([*runs_of(sorted(names))]) == len({*names} - {BASE})  # neighbours are in one product
+    slots = [draw.choice([0, 0, 0, 1, 2, 5]) for _ in range(draw.randint(1, 33))]
+    plan = planned(slots, tokens=len(slots))
+    chunks = torch.arange(6)[plan.slots]
+    order = torch.arange(len(slots)) if plan.order is None else plan.order
+    back = torch.arange(len(slots)) if plan.back is None else plan.back
+    size = len(order) // len(chunks)
+    assert len(order) == size * len(chunks) < 2 * len(slots) + size
+    assert order[back].tolist() == list(range(len(slots)))
+    assert [slots[row] for row in order] == chunks.repeat_interleave(size).tolist()
 
 
 @pytest.mark.parametrize(
