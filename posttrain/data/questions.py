@@ -8,7 +8,7 @@ from typing import Any
 from posttrain.data.records import Question
 from posttrain.data.turns import check_order, read_turns
 from posttrain.errors import reject, shown, suggest
-from posttrain.rewards.matching import MATCHES, is_usable
+from posttrain.rewards.matching import MATCHES, NEEDED, is_usable
 
 ASKED = ("question", "messages", "prompt")
 """Keys of a row for its question: a text, messages, or either."""
@@ -74,7 +74,8 @@ def _answers(row: Mapping[str, Any], match: str, where: str) -> tuple[Any, ...]:
         reject(where, "has no answer", "Give the right answer")
     for option in options:
         if not is_usable(option, match):
-            reject(where, f"match: {match} cannot look for the answer {option!r}")
+            fix = f"With match: {match} the answer is {NEEDED[match]}"
+            reject(where, f"match: {match} cannot look for the answer {shown(option)}", fix)
     return tuple(options)
 
 

@@ -114,8 +114,11 @@ class Guard:
         def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
             def call(*args: Any) -> Any:
-                with self.calling(f"reward {reward.name}"):
-                    return function(*args)
+                try:
+                    with self.calling(f"reward {reward.name}"):
+                        return function(*args)
+                except _Ended:
+                    raise self._failed(f"reward {reward.name}", "StopIteration") from None
 
             return call
 

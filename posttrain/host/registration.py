@@ -24,6 +24,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 ENDING = re.compile(r"\.[a-z][a-z0-9]*")
 CONSTANTS = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Words that YAML or the command line reads as a value: no stage can have one as its name."""
+NAMES = "lower-case letters, digits and _, beginning with a letter, and no value of YAML such as nan or on"
 OTHER_RULES = (
     "exact", "near", "contamination", "semantic", "unreadable", "language",
     "length", "source", "group", "refused", "helpful", "sample",
@@ -105,7 +106,7 @@ def check_stage(host: Host, stage: object) -> None:
     if not isinstance(stage, Stage):
         raise PluginFailed(f"register_stages must return Stage objects, not {type(stage).__name__}")
     if not is_stage_name(stage.name):
-        raise PluginFailed(f"{stage.name!r} cannot be the name of a stage: lower-case letters, digits and _")
+        raise PluginFailed(f"{stage.name!r} cannot be the name of a stage: {NAMES}")
     _check_free(host, stage.name, "the stage")
     config = stage.config
     if not (isinstance(config, type) and issubclass(config, StageConfig) and "__dataclass_fields__" in vars(config)):
@@ -124,7 +125,7 @@ def check_settings(host: Host, settings: object) -> None:
         raise PluginFailed(f"register_settings must return Settings objects, not {type(settings).__name__}")
     name, config, group = settings.name, settings.config, settings.group
     if not is_stage_name(name):
-        raise PluginFailed(f"{name!r} cannot be the name of settings: lower-case letters, digits and _")
+        raise PluginFailed(f"{name!r} cannot be the name of settings: {NAMES}")
     _check_free(host, name, "the name")
     if group is None and name in ROOT:
         raise PluginFailed(f"settings cannot be named {name!r}: every recipe has a key of this name")
@@ -139,7 +140,7 @@ def check_reward(host: Host, reward: object) -> None:
     if not isinstance(reward, Reward):
         raise PluginFailed(f"register_rewards must return Reward objects, not {type(reward).__name__}")
     if not is_stage_name(reward.name):
-        raise PluginFailed(f"{reward.name!r} cannot be the name of a reward: lower-case letters, digits and _")
+        raise PluginFailed(f"{reward.name!r} cannot be the name of a reward: {NAMES}")
     if reward.name in host.rewards:
         raise PluginFailed(f"the reward {reward.name!r} is already registered by {host.reward_owners[reward.name]}")
     if (reward.score is None) == (reward.open is None):
@@ -154,7 +155,7 @@ def check_filter(host: Host, each: object) -> None:
     if not isinstance(name, str) or not isinstance(version, str) or not callable(getattr(each, "judge", None)):
         raise PluginFailed(f"register_filters must return objects with name, version and judge, not {each!r:.80}")
     if not is_stage_name(name):
-        raise PluginFailed(f"{name!r} cannot be the name of a filter: lower-case letters, digits and _")
+        raise PluginFailed(f"{name!r} cannot be the name of a filter: {NAMES}")
     if name in OTHER_RULES:
         raise PluginFailed(f"the filter {name!r} has the name of a finding of posttrain")
     if name in host.filters:

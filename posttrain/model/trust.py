@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.disk import explain_error
 from posttrain.errors import BadInput, PosttrainError, Problem, brief, is_out_of_memory, reject
-from posttrain.tokens.time_limit import time_limit
+from posttrain.host.time_limit import time_limit
 
 PRIVATE = frozenset({
     "_name_or_path", "_commit_hash", "_from_model_config", "_num_labels", "_attn_implementation_autoset",

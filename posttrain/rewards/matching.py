@@ -8,12 +8,33 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from posttrain.host.time_limit import time_limit
+
+PATTERN_SECONDS = 1.0
+"""Computing time of a pattern on one text: some take for ever on a text that they nearly match."""
 NUMBER = re.compile(r"[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
+class Undecided(Exception):
+    """A pattern takes too long to tell whether a text is right."""
+
+
+NEEDED: Mapping[str, str] = {
+    "exact": "a text that is not empty",
+    "contains": "a text that is not empty",
+    "regex": "a pattern of Python's re, as a text",
+    "numeric": 'a number, or a text of nothing else, such as "1,200": no unit, percent sign or fraction',
+    "json": "any value",
+}
+"""The right answers that each comparison can look for, in words."""
+
+
 def is_right(text: str, answers: Sequence[Any], match: str) -> bool:
-    """Return True when the text is any of the right answers by ``match``."""
+    """Return True when the text is any of the right answers by ``match``.
+
+    Raises Undecided when a pattern takes too long to tell.
+    """
     matches = MATCHES[match]
     return any(matches(text, answer) for answer in answers)
 
@@ -28,10 +49,24 @@ def is_usable(answer: Any, match: str) -> bool:
         if match == "regex":
             re.compile(answer)
         elif match == "numeric":
-            return math.isfinite(float(answer.replace(",", "")))
+            return math.isfinite(_number(answer))
     except (ValueError, re.error):
         return False
     return True
+
+
+def search(pattern: str, text: str, *, whole: bool = False) -> bool:
+    """Return True where the text has the pattern, or is a ``whole`` of it, dots matching line breaks.
+
+    Raises Undecided when it takes more than PATTERN_SECONDS to tell.
+    """
+    try:
+        with time_limit(PATTERN_SECONDS):
+            found = re.fullmatch(pattern, text, re.DOTALL) if whole else re.search(pattern, text)
+    except TimeoutError:
+        what = f"the pattern {pattern!r:.80} takes more than {PATTERN_SECONDS:g} s of computing on one text"
+        raise Undecided(f"{what}: avoid repetitions within repetitions, as in (a+)+") from None
+    return found is not None
 
 
 def parse_json(text: str) -> Any:
@@ -52,7 +87,7 @@ def _contains(text: str, answer: str) -> bool:
 
 def _regex(text: str, answer: str) -> bool:
     """Match the pattern anywhere in the text."""
-    return re.search(answer, text) is not None
+    return search(answer, text)
 
 
 def _numeric(text: str, answer: Any) -> bool:

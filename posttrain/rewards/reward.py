@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from posttrain.data.records import Question
 
+MOST = 1e30
+"""Greatest score, either way: sums, spreads and squares of rewards stay finite."""
+NOTE_BYTES = 96
+"""Bytes of the longest note; a longer one is cut, wherever it was left."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """A score of an answer with a note, for rewards that can fail to read, to run or to judge an answer."""
 
     value: float | None
-    """One finite number; None for an answer that could not be scored, which is counted and trains nothing."""
+    """One number of at most 1e30 either way; None for an answer that could not be scored, which is counted and trains
+    nothing."""
     note: str = ""
-    """What happened, in few words that are the same for all alike: they are counted."""
+    """What happened, in few words that are the same for all alike: they are counted, their first 96 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config.ranges import out_of_range
+from posttrain.disk import is_machine_error
 from posttrain.errors import BadInput, PluginFailed, PosttrainError, Problem, suggest
-from posttrain.rewards.reward import Attempt, Reward, Score, Scores
+from posttrain.quoting import one_line
+from posttrain.rewards.reward import MOST, NOTE_BYTES, Attempt, Reward, Score, Scores
 
 if TYPE_CHECKING:
     from posttrain.data.records import Question
 
 WEIGHT = "weight"
 """Key of a reward's weight beside its settings."""
+MOST_WEIGHT = 1e6
+"""Greatest weight, either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +63,9 @@ class Scorer:
         found = {}
         for reward in self.rewards:
             with self._named(reward, "its settings"):
-                needed = reward.prepare(self.settings.get(reward.name))
+                needed: Any = reward.prepare(self.settings.get(reward.name))
+            if not isinstance(needed, str):
+                raise self._failed(reward, "its settings", f"prepare gave {needed!r:.80}, not a text")
             named = f"{reward.name} {reward.version} of {self.owners[reward.name]}"
             found[reward.name] = f"{named}, {needed}" if needed else named
         return found
@@ -69,7 +76,9 @@ class Scorer:
         for question in questions:
             for reward in self.rewards:
                 with self._named(reward, question.where):
-                    lack = reward.lacks(question)
+                    lack: Any = reward.lacks(question)
+                if not isinstance(lack, str | None):
+                    raise self._failed(reward, question.where, f"lacks gave {lack!r:.80}, neither a text nor None")
                 if lack is not None:
                     fix = "Complete the question, leave it out, or choose another reward"
                     what = f"{lack}, which the reward {reward.name} needs"
@@ -80,7 +89,7 @@ class Scorer:
         """Return the scores of every answer.
 
         Raises PluginFailed naming the reward, the question and the fault when one raises, gives anything but one
-        finite number, or another number of scores than there are answers.
+        finite number, or another number of scores than there are answers. An error of the machine passes.
         """
         columns = {reward.name: self._scores(reward, attempts) for reward in self.rewards} if attempts else {}
         found = []
@@ -98,7 +107,8 @@ class Scorer:
         return sum(weight * parts[reward.name] for reward, weight in zip(self.rewards, self.weights, strict=True))
 
     def _scores(self, reward: Reward, attempts: Sequence[Attempt]) -> list[Score]:
-        where = attempts[0].question.where if len(attempts) == 1 else f"{len(attempts):,} answers"
+        first, last = attempts[0].question.where, attempts[-1].question.where
+        where = first if first == last else f"{first} to {last}"
         if reward.score is None:
             with self._named(reward, where):
                 given: Any = self._open(reward)(attempts)
@@ -107,9 +117,12 @@ class Scorer:
             for each in attempts:
                 with self._named(reward, each.question.where):
                     given.append(reward.score(each.question, each.text, each.ended))
-        if not isinstance(given, Sequence) or len(given) != len(attempts):
-            count = f"{len(given)} scores" if isinstance(given, Sequence) else f"{given!r:.80}"
-            raise self._failed(reward, where, f"it gave {count} for {len(attempts)} answers")
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray):
+            raise self._failed(
+                reward, where, f"it gave {_shown(given)} for {len(attempts)} answers, not a list of scores"
+            )
+        if len(given) != len(attempts):
+            raise self._failed(reward, where, f"it gave {len(given)} scores for {len(attempts)} answers")
         return [self._checked(reward, each, value) for each, value in zip(attempts, given, strict=True)]
 
     def _open(self, reward: Reward) -> Scores:
@@ -122,22 +135,38 @@ class Scorer:
         score = given if isinstance(given, Score) else Score(value=given)
         value: Any = score.value
         unscored = value is None and isinstance(given, Score)
-        if not unscored and (not isinstance(value, int | float) or not math.isfinite(value)):
-            what = f"it gave {value!r:.80} for {attempt.text!r:.80}, not one finite number"
+        if not unscored and (not isinstance(value, Real) or not abs(value) <= MOST):
+            what = f"it gave {_shown(value)} for {attempt.text!r:.80}, not one finite number of at most {MOST:g}"
             raise self._failed(reward, attempt.question.where, what)
-        return Score(value=None if unscored else float(value), note=score.note or ("unscored" if unscored else ""))
+        note: Any = score.note
+        if not isinstance(note, str):
+            raise self._failed(reward, attempt.question.where, f"it left the note {_shown(note)}, not a text")
+        note = one_line(note).encode(errors="replace")[:NOTE_BYTES].decode(errors="ignore")
+        return Score(value=None if unscored else float(value), note=note or ("unscored" if unscored else ""))
 
     @contextlib.contextmanager
     def _named(self, reward: Reward, where: str) -> Iterator[None]:
         try:
             yield
+        except PluginFailed as error:
+            raise PluginFailed(f"{error}, at {where}") from error
         except PosttrainError:
             raise
         except (Exception, SystemExit) as error:
+            if is_machine_error(error):
+                raise
             raise self._failed(reward, where, f"{type(error).__name__}: {error}") from error
 
     def _failed(self, reward: Reward, where: str, what: str) -> PluginFailed:
         return PluginFailed(f"reward {reward.name} of {self.owners[reward.name]} at {where}: {what}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as text for a message, in one line of 80 characters at most."""
+    try:
+        return f"{one_line(repr(value)):.80}"
+    except Exception:  # a stranger's own, or a number of too many digits
+        return f"an object of the type {type(value).__name__}"
 
 
 def count_notes(rated: Iterable[Mapping[str, str]]) -> dict[str, int]:
@@ -184,8 +213,10 @@ def choose(given: Any, rewards: Mapping[str, Reward], owners: Mapping[str, str],
 def _weighed(name: str, given: Any) -> tuple[float, dict[str, Any]]:
     values = {str(key): value for key, value in given.items()} if isinstance(given, Mapping) else {WEIGHT: given}
     weight = values.pop(WEIGHT, 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
         raise ValueError(f"the weight of {name} is {weight!r}, not a finite number")
+    if abs(weight) > MOST_WEIGHT:
+        raise ValueError(f"the weight of {name} is {weight:g}; the most is {MOST_WEIGHT:g} either way")
     return float(weight), values
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from posttrain.rewards.code import code
 from posttrain.rewards.judge import judge
-from posttrain.rewards.matching import MATCHES, is_right, is_usable, parse_json
+from posttrain.rewards.matching import MATCHES, PATTERN_SECONDS, Undecided, is_right, is_usable, parse_json, search
 from posttrain.rewards.maths import maths
-from posttrain.rewards.reward import Reward, lacks_nothing
+from posttrain.rewards.reward import Reward, Score, lacks_nothing
 
 if TYPE_CHECKING:
     from posttrain.data.records import Question
@@ -26,11 +25,20 @@ MOST = "max_characters"
 """Key of a question's meta with the longest answer, in characters."""
 FORM = "format"
 """Key of a question's meta with the pattern of a whole answer."""
+TOO_LONG = f"the pattern takes more than {PATTERN_SECONDS:g} s of computing"
+"""Note of an answer of which a pattern could not tell whether it is right: it has no score."""
+
+
+def _told(compare: Callable[..., bool], *given: object, **options: bool) -> float | Score:
+    try:
+        return float(compare(*given, **options))
+    except Undecided:
+        return Score(value=None, note=TOO_LONG)
 
 
 def _matching(name: str) -> Reward:
-    def score(question: Question, text: str, ended: bool) -> float:
-        return float(ended and is_right(text, question.answers, name))
+    def score(question: Question, text: str, ended: bool) -> float | Score:
+        return _told(is_right, text, question.answers, name) if ended else 0.0
 
     def lacks(question: Question) -> str | None:
         if not question.answers:
@@ -41,8 +49,8 @@ def _matching(name: str) -> Reward:
     return Reward(name=name, summary=SUMMARIES[name], version=1, score=score, lacks=lacks)
 
 
-def _right(question: Question, text: str, ended: bool) -> float:
-    return float(ended and is_right(text, question.answers, question.match))
+def _right(question: Question, text: str, ended: bool) -> float | Score:
+    return _told(is_right, text, question.answers, question.match) if ended else 0.0
 
 
 def _json(question: Question, text: str, ended: bool) -> float:
@@ -66,8 +74,8 @@ def _lacks_length(question: Question) -> str | None:
     return None if known else f"has no meta.{MOST} above 0"
 
 
-def _format(question: Question, text: str, ended: bool) -> float:
-    return float(ended and re.fullmatch(question.meta[FORM], text.strip(), re.DOTALL) is not None)
+def _format(question: Question, text: str, ended: bool) -> float | Score:
+    return _told(search, question.meta[FORM], text.strip(), whole=True) if ended else 0.0
 
 
 def _lacks_format(question: Question) -> str | None:

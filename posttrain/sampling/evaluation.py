@@ -19,7 +19,7 @@ from posttrain.engine.checkpoint import State
 from posttrain.engine.config import SampledConfig
 from posttrain.engine.engine import Engine
 from posttrain.engine.evaluation import NEGLIGIBLE, Evaluation, Measured
-from posttrain.rewards.matching import is_right
+from posttrain.rewards.matching import Undecided, is_right
 from posttrain.sampling.gate import GateCourse
 from posttrain.sampling.policy import Asked, Policy, Rewarded
 from posttrain.sampling.sampler import Drawing
@@ -149,7 +149,12 @@ class GreedyReward(Evaluation):
 def _right(row: Asked, each: Rewarded) -> bool | None:
     """Return True for a right answer by its question's own match; None for a question that has no right answer."""
     question = row.question
-    return each.answer.ended and is_right(each.text, question.answers, question.match) if question.answers else None
+    if not question.answers:
+        return None
+    try:
+        return each.answer.ended and is_right(each.text, question.answers, question.match)
+    except Undecided:
+        return None
 
 
 def _mean(measured: Measured) -> float:

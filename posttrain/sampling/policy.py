@@ -25,7 +25,7 @@ from posttrain.engine.attention import causal_model
 from posttrain.engine.precision import autocasting
 from posttrain.errors import reject
 from posttrain.model.probe import set_attention
-from posttrain.rewards.reward import Attempt
+from posttrain.rewards.reward import NOTE_BYTES, Attempt
 from posttrain.rewards.scorer import Rated, Scorer, count_notes
 from posttrain.sampling.answers import model_ends, stop_ids, text_of
 from posttrain.sampling.sampler import Answer, Drawing, sample
@@ -33,10 +33,6 @@ from posttrain.stage import Progress
 
 if TYPE_CHECKING:
     from posttrain.engine.engine import Engine
-
-
-NOTE_BYTES = 96
-"""Longest note that processes send each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

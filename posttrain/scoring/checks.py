@@ -20,9 +20,9 @@ from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, shown, suggest
 from posttrain.gate.matching import group_equal, merge_sources
 from posttrain.host import consent
+from posttrain.host.time_limit import time_limit
 from posttrain.scoring.catalogue import Function, data_files, is_path, read_task_file, registered_tasks
 from posttrain.scoring.code import check_consent
-from posttrain.tokens.time_limit import time_limit
 
 if TYPE_CHECKING:
     from posttrain.config.schema import GateConfig, GateTask

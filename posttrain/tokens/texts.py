@@ -12,9 +12,9 @@ from jinja2 import TemplateError
 from posttrain.data.calls import words
 from posttrain.data.records import OUR_KEYS, Conversation, Message, Tool
 from posttrain.errors import reject
+from posttrain.host.time_limit import time_limit
 from posttrain.tokens.dialect import CallDialect
 from posttrain.tokens.history import Historian, History
-from posttrain.tokens.time_limit import time_limit
 
 SECONDS = 5
 """Computing time of a template for one conversation; templates of published models take a thousandth."""

@@ -12,6 +12,7 @@ import pytest
 
 from posttrain.config.schema import GateTask, Role
 from posttrain.errors import BadInput
+from posttrain.host.time_limit import time_limit
 from posttrain.scoring import checks
 from posttrain.scoring.checks import check_tasks
 from posttrain.scoring.harness import rehearsal
@@ -19,7 +20,6 @@ from posttrain.scoring.harness.rehearsal import rehearse_task
 from posttrain.scoring.harness.requests import prepare_first
 from posttrain.scoring.harness.scoring import apply_filters, measure
 from posttrain.scoring.harness.tasks import load_leaves
-from posttrain.tokens.time_limit import time_limit
 
 TASK = """
 task: mine

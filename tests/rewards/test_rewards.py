@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 
 from posttrain.config.ranges import number
@@ -19,9 +23,11 @@ from posttrain.data.records import Question
 from posttrain.errors import BadInput, PluginFailed
 from posttrain.hookspecs import hookimpl
 from posttrain.host import plugins
-from posttrain.rewards.reward import Attempt, Reward, Score
+from posttrain.rewards.matching import Undecided
+from posttrain.rewards.reward import NOTE_BYTES, Attempt, Reward, Score
 from posttrain.rewards.scorer import Scorer, choose, count_notes, read_choice
 from posttrain.rewards.shipped import rewards
+from posttrain.scoring.tasks.metrics import right
 
 SHIPPED = {reward.name: reward for reward in rewards()}
 OWNERS = dict.fromkeys(SHIPPED, "posttrain 1")
@@ -61,6 +67,39 @@ def test_a_right_answer_gets_one_and_a_wrong_or_unended_one_nothing(
     assert parts(name, asked, right) == 1.0
     assert wrong is None or parts(name, asked, wrong) == 0.0
     assert parts(name, asked, right, ended=False) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("regex", question(answer=r"^(a+)+$", match="regex")),
+        ("right", question(answer=r"^(a+)+$", match="regex")),
+        ("format", question(meta={"format": r"(a+)+"})),
+    ],
+)
+def test_a_pattern_that_never_ends_is_named_and_the_answer_has_no_score(name: str, asked: Question) -> None:
+    (found,) = choose(name, SHIPPED, OWNERS).rate([Attempt(question=asked, text="a" * 60 + "b", ended=True)])
+    assert found.reward is None
+    assert found.notes == {name: "the pattern takes more than 1 s of computing"}
+    assert parts(name, asked, "aaa") == 1.0
+
+
+def test_a_gates_metric_names_the_pattern_that_never_ends() -> None:
+    document = {"answer": json.dumps([r"^(a+)+$"]), "match": "regex"}
+    with pytest.raises(Undecided, match=r"the pattern .* takes more than 1 s of computing on one text"):
+        right(document, ["a" * 60 + "b"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "is_one"),
+    [
+        ("1,200", "so 1200", True), (1200, "1,200.0", True), (-5, "so −5", True), ("−5", "it is -5.", True),
+        (50, "50%", True), (3, "3 km", True), (0.5, "1/2", False), (1e-3, "1.0e-3", True), (0, "zero", False),
+        (2, "1.", False), (7, "a7b", True),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_with_its_sign_and_commas_and_without_its_unit(answer: Any, text: str, is_one: bool) -> None:
+    assert parts("numeric", question(answer=answer, match="numeric"), text) == float(is_one)
 
 
 def test_length_falls_between_the_limit_and_twice_it() -> None:
@@ -103,6 +142,9 @@ def leaves(asked: Question, text: str, ended: bool) -> float:
         (lambda *_: None, "it gave None"),
         (lambda *_: [1.0, 0.0], r"it gave \[1.0, 0.0\]"),
         (lambda *_: "1", "it gave '1'"),
+        (lambda *_: 10**5000, "it gave an object of the type int for 'an answer'"),
+        (lambda *_: -1e300, r"it gave -1e\+300 for 'an answer', not one finite number of at most 1e\+30"),
+        (lambda *_: Score(value=1.0, note=5), "it left the note 5, not a text"),  # type: ignore[arg-type]
     ],
 )
 def test_a_faulty_reward_is_named_with_its_question(score: Callable[..., Any], what: str) -> None:
@@ -122,13 +164,53 @@ def opened(*scores: Any) -> Callable[..., Any]:
         ([1.0], "it gave 1 scores for 2 answers"),
         ([1.0, None], "it gave None for 'an answer'"),
         ([1.0, Score(value=math.nan)], "it gave nan for 'an answer'"),
+        ("11", "it gave '11' for 2 answers, not a list of scores"),
+        (b"11", "it gave b'11' for 2 answers, not a list of scores"),
+        (None, "it gave None for 2 answers, not a list of scores"),
+        (numpy.ones(2), r"it gave array\(\[1., 1.\]\) for 2 answers, not a list of scores"),
     ],
 )
-def test_a_faulty_reward_of_several_answers_is_named(scores: list[Any], what: str) -> None:
-    faulty = Reward(name="mine", summary="", version=1, open=opened(*scores))
+def test_a_faulty_reward_of_several_answers_is_named(scores: Any, what: str) -> None:
+    faulty = Reward(name="mine", summary="", version=1, open=lambda settings, kept: lambda attempts: scores)
     scorer = Scorer(rewards=[faulty], weights=[1.0], owners={"mine": "us"})
     with pytest.raises(PluginFailed, match=what):
         scorer.rate([attempt(), attempt()])
+
+
+@pytest.mark.parametrize("value", [numpy.float32(0.5), numpy.int64(3), numpy.float64(0.5), Fraction(1, 2), True])
+def test_every_kind_of_real_number_is_a_score(value: Any) -> None:
+    mine = Reward(name="mine", summary="", version=1, score=lambda *_: value)
+    (found,) = Scorer(rewards=[mine], weights=[1.0], owners={"mine": "us"}).rate([attempt()])
+    assert type(found.reward) is float
+    assert found.reward == value
+
+
+def test_a_full_disk_or_memory_is_no_fault_of_a_reward() -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
+
+        def fails(*_: Any, error: Exception = error) -> float:
+            raise error
+
+        mine = Reward(name="mine", summary="", version=1, score=fails)
+        with pytest.raises(type(error)):
+            Scorer(rewards=[mine], weights=[1.0], owners={"mine": "us"}).rate([attempt()])
+
+
+def test_a_note_is_one_line_of_a_bounded_length_wherever_it_is_counted() -> None:
+    mine = Reward(name="mine", summary="", version=1, score=lambda *_: Score(value=1.0, note="é\ud800\n" + "x" * 500))
+    (found,) = Scorer(rewards=[mine], weights=[1.0], owners={"mine": "us"}).rate([attempt()])
+    assert "\n" not in found.notes["mine"]
+    assert len(found.notes["mine"].encode()) == NOTE_BYTES
+
+
+def test_a_reward_whose_other_functions_answer_nonsense_is_named() -> None:
+    nonsense: dict[str, Any] = {"lacks": lambda question: 5, "prepare": lambda settings: None}
+    mine = Reward(name="mine", summary="", version=1, score=lambda *_: 1.0, **nonsense)
+    scorer = Scorer(rewards=[mine], weights=[1.0], owners={"mine": "us"})
+    with pytest.raises(PluginFailed, match=r"reward mine of us at q.jsonl:1: lacks gave 5, neither a text nor None"):
+        scorer.problems([question()])
+    with pytest.raises(PluginFailed, match="reward mine of us at its settings: prepare gave None, not a text"):
+        scorer.identities()
 
 
 def test_an_answer_that_could_not_be_scored_has_no_reward_and_is_counted_by_its_note() -> None:
@@ -191,7 +273,8 @@ def test_rewards_add_up_by_their_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, [], ["exact", "exact"], {"exact": "much"}, {"exact": math.nan}, 3, {"exact": True}]
+    "given",
+    [{}, [], ["exact", "exact"], {"exact": "much"}, {"exact": math.nan}, 3, {"exact": True}, {"exact": -1e7}],
 )
 def test_settings_that_name_no_reward_are_rejected(given: Any) -> None:
     with pytest.raises(ValueError, match=r"neither|twice|weight"):
@@ -210,13 +293,19 @@ def loaded(monkeypatch: pytest.MonkeyPatch, *found: Any) -> plugins.Host:
     return plugins.load([EntryPoint(name="mine", value="mine_rewards", group="posttrain")])
 
 
+def test_a_plugins_reward_that_stops_an_iteration_is_named_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = loaded(monkeypatch, Reward(name="mine", summary="", version=1, score=lambda *_: next(iter(()))))
+    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward mine: StopIteration, at q.jsonl:1"):
+        choose("mine", host.rewards, host.reward_owners).rate([attempt()])
+
+
 def test_a_plugins_reward_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     opens = Reward(name="many", summary="", version=1, open=lambda settings, kept: lambda attempts: raises(*[None] * 3))
     host = loaded(monkeypatch, Reward(name="mine", summary="", version=1, score=raises), opens)
-    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward many: KeyError: 'target'"):
+    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward many: KeyError: 'target'.*, at q.jsonl:1"):
         choose("many", host.rewards, host.reward_owners).rate([attempt()])
     assert host.reward_owners["mine"] == "mine (mine_rewards)"
-    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward mine: KeyError: 'target'"):
+    with pytest.raises(PluginFailed, match=r"plugin mine .* in reward mine: KeyError: 'target'.*, at q.jsonl:1"):
         choose("mine", host.rewards, host.reward_owners).rate([attempt()])
 
 

@@ -22,7 +22,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from posttrain.errors import reject
-from posttrain.tokens.time_limit import time_limit
+from posttrain.host.time_limit import time_limit
 
 SECONDS = 5
 SIZE = 10_000_000
