@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from posttrain import environment
 from posttrain.artifact import Artifact, ModelSource, verify
 from posttrain.commands.arguments import Arguments, parse
-from posttrain.config.on_policy import OnPolicy, SamplingBackend
+from posttrain.config.on_policy import UNKEPT, OnPolicy, SamplingBackend
 from posttrain.config.schema import ModelConfig, Source
 from posttrain.config.typed import conform
 from posttrain.data.reading import data_digest, read_source
@@ -22,7 +22,7 @@ from posttrain.disk import replace_text
 from posttrain.errors import BadInput, Problem, reject
 from posttrain.host import consent, plugins
 from posttrain.model.base import resolve_base
-from posttrain.rewards.scorer import Scorer, choose
+from posttrain.rewards.scorer import MOST_PROBLEMS, Scorer, choose
 
 USAGE = (
     "posttrain sample ARTIFACT QUESTIONS OUTPUT.jsonl [k=8] [temperature=0.7] [reward=right] [keep=pairs|best|labels]"
@@ -42,8 +42,7 @@ def main(words: list[str]) -> int:
         reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
     folder, asked, output = Path(given.plain[0]), given.plain[1], Path(given.plain[2])
     settings = _settings(given, asked)
-    if output.suffix != ".jsonl" or output.exists():
-        reject(str(output), "exists already" if output.exists() else "is no .jsonl file", "Give a new file.jsonl")
+    _require_new(output)
     command = given.options.get(VLLM)
     if command is not None and settings.backend is not SamplingBackend.vllm:
         reject(VLLM, "names a vLLM that nothing asks", "Set backend=vllm as well")
@@ -56,14 +55,17 @@ def main(words: list[str]) -> int:
     identities = scorer.identities()
     questions = [each for each in read_source(Source(path=asked), "questions") if isinstance(each, Question)]
     if problems := scorer.problems(questions):
-        raise BadInput(problems)
+        raise BadInput(problems[:MOST_PROBLEMS])
     artifact = verify(folder)
     base = resolve_base(_base(artifact, given), artifact.pins)
     environment.prepare()
     kept = _sample(artifact, base, questions, settings, scorer, root, command)
     print(f"sampled    {kept.line()}")
+    if not kept.records:
+        what = f"no answer of {artifact.named} can be kept as {settings.keep.value}; nothing is written"
+        reject(str(output), what, UNKEPT)
+    _require_new(output)  # another command may have written it meanwhile
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(output, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in kept.records))
     provenance = {
         "artifact": artifact.digest,
         "lineage": artifact.manifest.lineage,
@@ -75,8 +77,15 @@ def main(words: list[str]) -> int:
         "figures": dict(kept.figures),
     }
     replace_text(output.with_name(output.name + PROVENANCE), json.dumps(provenance, indent=2) + "\n")
+    # last: a command that was killed in between writes both again
+    replace_text(output, "".join(json.dumps(_row(record), ensure_ascii=False) + "\n" for record in kept.records))
     print(f"written    {output} and {output.name}{PROVENANCE}")
     return 0
+
+
+def _require_new(output: Path) -> None:
+    if output.suffix != ".jsonl" or output.exists():
+        reject(str(output), "exists already" if output.exists() else "is no .jsonl file", "Give a new file.jsonl")
 
 
 def _settings(given: Arguments, asked: str) -> OnPolicy:

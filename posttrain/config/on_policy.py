@@ -15,6 +15,9 @@ BLOCK = 128
 REWARD: Any = "right"
 """The reward by default."""
 
+UNKEPT = "Raise k, max_tokens or temperature, ask easier questions, or take another reward"
+"""Mends answers none of which became a record."""
+
 
 class Keep(Enum):
     """The records made of a question's sampled answers."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,13 @@ from posttrain.artifact import ModelSource
 from posttrain.config.ranges import number
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import BadInput, reject
+from posttrain.host import activity
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
 
 if TYPE_CHECKING:
     from posttrain.tokens.chat import ChatRenderer
 
+NAME = "reward_model"
 UNHELD = "the chat template of the reward model cannot hold it"
 TOO_LONG = "it is too long for the reward model"
 
@@ -52,6 +54,7 @@ class RewardModel:
         rows = sorted(set(range(len(attempts))) - set(found), key=lambda row: len(rendered[row]))
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
+            activity.sign_of_life()
             values = self._outputs([ids for row in batch if not isinstance(ids := rendered[row], str)])
             found |= dict(zip(batch, values, strict=True))
         return [found[row] for row in range(len(attempts))]
@@ -90,7 +93,7 @@ class RewardModel:
 def reward_model() -> Reward:
     """Return the reward."""
     return Reward(
-        name="reward_model",
+        name=NAME,
         summary="the output of a reward model: a sequence classifier with one output",
         version=1,
         settings=RewardModelSettings,
@@ -103,7 +106,11 @@ def _source(settings: RewardModelSettings) -> ModelSource:
     """Return the model's files. Raises BadInput for a model that is missing, damaged, or no reward model."""
     from posttrain.model.base import resolve_base
 
-    source = resolve_base(ModelConfig(path=settings.path, revision=settings.revision))
+    try:
+        source = resolve_base(ModelConfig(path=settings.path, revision=settings.revision))
+    except BadInput as error:  # its setting is not the recipe's model
+        problems = [replace(each, where=each.where.replace("model.", f"{NAME}.", 1)) for each in error.problems]
+        raise BadInput(problems) from None
     config = json.loads((source.model / "config.json").read_text(encoding="utf-8"))
     outputs = config.get("num_labels") or len(config.get("id2label") or (0, 0))
     kinds = config.get("architectures") or ["no architecture"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.environment import cores
 from posttrain.errors import BadInput, Problem
-from posttrain.host import consent
+from posttrain.host import activity, consent
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def _prepare(settings: Any) -> str:
 def _score(attempt: Attempt) -> float | Score:
     from posttrain.rewards import sandbox  # listing the rewards must not load what runs programs
 
+    activity.sign_of_life()  # thousands run in one call
     if not attempt.ended:
         return 0.0
     program = program_of(attempt.text)

@@ -23,6 +23,7 @@ from typing import Any
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged, BadInput, Interrupted, Problem, SpendCapReached, reject
+from posttrain.host import activity
 from posttrain.quoting import one_line
 from posttrain.rewards.budget import Budget
 from posttrain.rewards.reward import Attempt, Reward, Score, Scores
@@ -131,6 +132,7 @@ class Judge:
             return kept
         if self._failed is not None:
             return None
+        activity.sign_of_life()  # thousands are asked in one call
         try:
             said = self._ask(prompt)
         except BaseException as error:

@@ -24,6 +24,8 @@ WEIGHT = "weight"
 """Key of a reward's weight beside its settings."""
 MOST_WEIGHT = 1e6
 """Greatest weight, either way."""
+MOST_PROBLEMS = 20
+"""Questions named in one message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ class Scorer:
         score = given if isinstance(given, Score) else Score(value=given)
         value: Any = score.value
         unscored = value is None and isinstance(given, Score)
-        if not unscored and (not isinstance(value, Real) or not abs(value) <= MOST):
+        if not unscored and not (isinstance(value, Real) and value <= MOST and not value < -MOST):
             what = f"it gave {_shown(value)} for {attempt.text!r:.80}, not one finite number of at most {MOST:g}"
             raise self._failed(reward, attempt.question.where, what)
         note: Any = score.note

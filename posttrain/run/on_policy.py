@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.artifact import ModelSource
+from posttrain.config.on_policy import UNKEPT
 from posttrain.config.schema import GateTask, Source
 from posttrain.data.files import read_rows
 from posttrain.data.reading import read_source
 from posttrain.data.records import Origin, Question, Record
 from posttrain.errors import BadInput, Problem
 from posttrain.launch.answers import sampling_group
-from posttrain.rewards.scorer import Scorer, choose
+from posttrain.rewards.scorer import MOST_PROBLEMS, Scorer, choose
 from posttrain.sampling.answers import Asking, ask
 from posttrain.sampling.keeping import keep, score
 from posttrain.scoring.catalogue import data_files, is_path, read_task_file
@@ -24,9 +25,6 @@ from posttrain.tokens.chat import ChatRenderer
 if TYPE_CHECKING:
     from posttrain.run.display import TrainingProgress
     from posttrain.run.job import Job
-
-MOST_PROBLEMS = 20
-"""Questions named in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +127,7 @@ def sample_records(
         progress.note(f"on policy: {kept.line()}")
         if not kept.records:
             what = f"no answer of {parent.name} can be kept as {settings.keep.value}: {kept.line()}"
-            fix = "Raise k, max_tokens or temperature, ask easier questions, or take another reward"
-            raise BadInput(Problem(where=f"{job.name}.data.on_policy", what=what, fix=fix))
+            raise BadInput(Problem(where=f"{job.name}.data.on_policy", what=what, fix=UNKEPT))
         records += [replace(record, origin=each.origin) for record in kept.records]
         figures.append({"source": each.source.path, "parent": parent.digest, **kept.figures})
     return records, figures

@@ -140,6 +140,16 @@ def test_what_was_judged_is_kept_and_nonsense_asked_again(server: StandIn, tmp_p
     assert second[1].reward == pytest.approx(1 / 9)
 
 
+def test_every_answer_that_is_judged_is_a_sign_of_life(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[int] = []
+    monkeypatch.setattr(activity, "sign_of_life", lambda: signs.append(1))
+    server.reply = lambda prompt, number: said("9")
+    rate(tmp_path, "one", "two", "three")
+    assert len(signs) == 3
+
+
 def test_a_busy_judge_is_asked_again(server: StandIn, tmp_path: Path) -> None:
     busy = {1: 429, 2: 503, 3: 500}
     server.reply = lambda prompt, number: (busy[number], {}, b"later") if number in busy else said("10")

@@ -24,7 +24,7 @@ from posttrain.rewards.reward import Reward
 from posttrain.run import on_policy
 from posttrain.run.job import records_digest, step_identity
 from posttrain.run.prepared import Preparer
-from posttrain.sampling import answers
+from posttrain.sampling import answers, keeping
 from posttrain.sampling.answers import Written
 from posttrain.testing import Project
 from tests.support.asking import QUESTIONS, asking_project, asking_source
@@ -175,6 +175,35 @@ def test_sample_writes_the_same_records_with_their_provenance(
     )
     with pytest.raises(BadInput, match="exists already"):
         dispatch(["sample", str(project.folder / "sft"), asked, str(output)])
+
+
+def test_sample_writes_no_file_without_a_record(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(project.folder / "sft"), str(project.folder / "questions.jsonl"), "new/pairs.jsonl"]
+    with pytest.raises(BadInput, match=r"no answer of .* can be kept as pairs; nothing is written"):
+        dispatch(["sample", *words, "k=2", "max_tokens=1"])
+    assert "8 answers to 4 questions, mean reward 0.000, 8 never ended" in capsys.readouterr().out
+    assert not Path("new").exists()
+
+
+def test_sample_does_not_replace_a_file_that_another_command_wrote_meanwhile(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inner = keeping.keep
+
+    def late(*given: Any) -> Any:
+        Path("pairs.jsonl").write_text("its own\n")
+        return inner(*given)
+
+    monkeypatch.setattr(keeping, "keep", late)
+    words = [str(project.folder / "sft"), str(project.folder / "questions.jsonl"), "pairs.jsonl"]
+    with pytest.raises(BadInput, match="exists already"):
+        dispatch(["sample", *words, *[f"{key}={value}" for key, value in SETTINGS.items()]])
+    assert Path("pairs.jsonl").read_text() == "its own\n"
+    assert not Path("pairs.jsonl.provenance").exists()
 
 
 @pytest.fixture
