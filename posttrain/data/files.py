@@ -24,7 +24,7 @@ from posttrain.host.readers import Reader
 COUNTED_BYTES = 64_000_000
 """Size of the largest file whose lines are counted: a few hundredths of a second."""
 PARSED_BYTES = 8_000_000
-"""The same for a JSON array, parsed as a whole."""
+"""The same for a JSON array, which has to be parsed."""
 
 WILDCARDS = "*?["
 """Characters that make a name a pattern."""
@@ -77,7 +77,7 @@ def _read_registered(reader: Reader, file: BinaryIO, place: str) -> Iterator[Fou
 
 
 def read_found(path: Path, place: str | None = None) -> Iterator[Found]:
-    """Yield ``(where, row)`` or a BadRow for every record of one file, piece by piece but for a JSON array.
+    """Yield ``(where, row)`` or a BadRow for every record of one file, piece by piece.
 
     A text file is one row with the key ``text``. ``place`` is the name of the file in messages, by default its path.
 

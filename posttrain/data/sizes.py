@@ -20,7 +20,7 @@ SAMPLE = 100
 """Records of each source that are looked at."""
 LARGEST = 64_000_000
 """Bytes of a file that is read as a whole to reach its first row; of larger ones no row is read."""
-WHOLE = (".json", ".parquet", ".zst", ".gz")
+WHOLE = (".parquet", ".zst", ".gz")
 """Endings of files that are read as a whole, or unpacked."""
 QUICK_TOKENIZER = 4_000_000
 """Bytes of the largest tokenizer that is loaded: a larger one takes longer than the rest of a plan."""

@@ -102,7 +102,7 @@ GOOD = json.dumps(PAIR).encode()
         ("none.json", b"[]", "", "holds no records"),
         ("cut.jsonl", GOOD + b"\n" + GOOD[:-4], ":2", "is not valid JSON: Unterminated string"),
         ("comma.jsonl", b'{"prompt": "a",}', ":1", "is not valid JSON"),
-        ("comma.json", b'[\n{"prompt": "a"},\n]', ":3", "is not valid JSON"),
+        ("comma.json", b"[\n" + GOOD + b",\n]", ":3", "is not valid JSON"),
         ("array.jsonl", b"[\n" + GOOD + b"\n]", ":1", "an array belongs in a .json file"),
         ("rows.jsonl", b"[1]", ":1", "a record must be an object, not an array"),
         ("number.json", b"[1]", "[0]", "a record must be an object, not a number"),
