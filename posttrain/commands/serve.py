@@ -83,7 +83,7 @@ def _serve(
     from posttrain.serve.service import Limits, embedded, open_service
 
     limits = Limits(
-        rows=whole(given, "batch", 32), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
+        rows=whole(given, "batch", 128), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
         body=whole(given, "max_body", 1_000_000),
     )  # fmt: skip
     number = given.options.get("--port", str(PORT))

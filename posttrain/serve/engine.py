@@ -16,6 +16,10 @@ from posttrain.serve.lane import Lane
 T = TypeVar("T")
 PREFILL = 8192
 """Most tokens, with padding, of the prompts that are read in one pass; a longer prompt is read alone."""
+CACHE = 65_536
+"""Most tokens, with padding, in the caches of all lanes when an answer joins; a longer prompt is answered alone."""
+PATIENCE = 4
+"""Passes after which those who wait are read, however few they are."""
 STOPPED = "the server is stopping"
 
 
@@ -34,16 +38,17 @@ class Unavailable(Exception):
 class Engine:
     """The generation thread over the lanes of all models."""
 
-    def __init__(self, places: MutableMapping[str, tuple[Lane, str]], *, rows: int = 32, queue: int = 256) -> None:
+    def __init__(self, places: MutableMapping[str, tuple[Lane, str]], *, rows: int = 128, queue: int = 256) -> None:
         """Take the lane and the adapter's name of each digest, a mapping that changes as models come and go.
 
-        ``rows`` are made at once, ``queue`` more may wait.
+        At most ``rows`` are made at once, ``queue`` more may wait.
         """
         self._places, self._most_rows, self._most_waiting = places, rows, queue
         self._waiting: deque[Ask] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._passes = self._waited = 0
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
@@ -133,21 +138,39 @@ class Engine:
                     _guarded(lane.step, lane.fail)
 
     def _admitted(self) -> dict[Lane, list[tuple[Ask, str]]]:
-        """Take the answers that fit from the queue, the oldest first."""
+        """Take the answers that fit from the queue, the oldest first, once it is their time."""
         found: dict[Lane, list[tuple[Ask, str]]] = {}
-        room, longest, count = self._most_rows - self.running, 0, 0
         with self._changed:
+            if not self._is_time():
+                return found
+            room, longest, count = self._most_rows - self.running, 0, 0
+            held = {lane: (len(lane), lane.width) for lane in self._lanes()}
             while self._waiting and count < room:
-                longest = max(longest, len(self._waiting[0].prompt))
-                if count and longest * (count + 1) > PREFILL:
-                    break
-                ask = self._waiting.popleft()
-                if ask.cancelled:
-                    continue
+                ask = self._waiting[0]
                 lane, adapter = self._places[ask.system]
-                found.setdefault(lane, []).append((ask, adapter))
-                count += 1
+                rows, width = held[lane]
+                longest = max(longest, len(ask.prompt))
+                held[lane] = (rows + 1, max(width, len(ask.prompt)))
+                full = sum(rows * width for rows, width in held.values()) > CACHE
+                if (count and longest * (count + 1) > PREFILL) or (full and self.running + count):
+                    break
+                self._waiting.popleft()
+                if not ask.cancelled:
+                    found.setdefault(lane, []).append((ask, adapter))
+                    count += 1
         return found
+
+    def _is_time(self) -> bool:
+        """Return True once waiting has cost those who wait as many passes as reading them costs the others.
+
+        A pass over few rows takes nearly as long as one over many, so prompts are read together.
+        """
+        self._passes += 1
+        self._waited += len(self._waiting)
+        due = self._waited >= self.running or self._passes >= PATIENCE
+        if due or not self._waiting:
+            self._passes = self._waited = 0
+        return due
 
     def _fail_all(self) -> None:
         for lane in self._lanes():

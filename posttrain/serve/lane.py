@@ -67,6 +67,11 @@ class Lane:
         self._mixer = Mixer(model) if self._mixed and isinstance(model, PeftModel) else None
 
     @property
+    def width(self) -> int:
+        """Tokens of each row in the cache, with padding."""
+        return self._mask_BT.shape[1]
+
+    @property
     def systems(self) -> set[str]:
         """Digests of the models whose answers it is making."""
         return {row.ask.system for row in self._rows}

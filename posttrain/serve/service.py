@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from posttrain.errors import ArtifactDamaged, BadInput, PosttrainError
-from posttrain.serve.ask import Ask, Event, Generator, Token
+from posttrain.serve.ask import Ask, Ended, Event, Generator, Token
 from posttrain.serve.catalogue import Catalogue, Served
 from posttrain.serve.engine import Engine, QueueFull, Unavailable, Unloaded
 from posttrain.serve.metrics import Metrics
@@ -35,8 +35,8 @@ Backend = Callable[["Limits"], tuple[Models, Generator]]
 class Limits:
     """The most that one server does."""
 
-    rows: int = 32
-    """Answers made at once."""
+    rows: int = 128
+    """Most answers made at once."""
     queue: int = 256
     """Answers that may wait."""
     max_tokens: int = 2048
@@ -191,15 +191,15 @@ class Exchange:
 
     def submit(self, max_tokens: int) -> None:
         """Queue the answers. Raises RequestError (429) when too many wait."""
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._arrived: asyncio.Queue[list[tuple[int, Event]]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        self._outlets = [Outlet(choice, loop, self._arrived) for choice in self.reply.choices]
         self._asks = [
             Ask(
                 system=self.reply.digest, prompt=list(choice.prompt), ends=self.loaded.ends,
-                sampling=self.reply.asked.sampling(max_tokens, choice.index),
-                send=partial(_post, loop, self._events, choice.index),
+                sampling=self.reply.asked.sampling(max_tokens, choice.index), send=outlet.send,
             )
-            for choice in self.reply.choices
+            for choice, outlet in zip(self.reply.choices, self._outlets, strict=True)
         ]  # fmt: skip
         try:
             self.service.engine.submit(self._asks)
@@ -228,18 +228,19 @@ class Exchange:
         going, first = len(self.reply.choices), True
         try:
             while going:
-                index, event = await self._events.get()
-                choice = self.reply.choices[index]
-                if choice.is_done():
-                    continue
-                piece = choice.take(event)
+                arrived = await self._arrived.get()
                 if first:
                     self.service.metrics.observe("first_token_seconds", self.seconds, model=self.reply.digest)
                 first = False
-                if choice.is_done():
-                    going -= 1
-                    self._asks[index].cancelled = True
-                yield choice, piece, event if isinstance(event, Token) else None
+                for index, event in arrived:
+                    choice = self.reply.choices[index]
+                    if choice.is_done():
+                        continue
+                    piece = choice.take(event)
+                    if choice.is_done():
+                        going -= 1
+                        self._asks[index].cancelled = True
+                    yield choice, piece, event if isinstance(event, Token) else None
         finally:
             self.cancel()
 
@@ -251,6 +252,11 @@ class Exchange:
         except Failed as error:
             raise RequestError(500, f"the model failed: {error}") from None
         return self.reply.whole()
+
+    @property
+    def generated(self) -> int:
+        """Tokens of all answers so far, with those that are kept back."""
+        return self.reply.completion_tokens + sum(outlet.kept for outlet in self._outlets)
 
     @property
     def seconds(self) -> float:
@@ -270,7 +276,7 @@ class Exchange:
         reply, metrics = self.reply, self.service.metrics
         metrics.count("requests_total", model=reply.digest, status=str(status))
         metrics.count("tokens_total", reply.prompt_tokens, model=reply.digest, kind="prompt")
-        metrics.count("tokens_total", reply.completion_tokens, model=reply.digest, kind="completion")
+        metrics.count("tokens_total", self.generated, model=reply.digest, kind="completion")
         metrics.observe("request_seconds", self.seconds, model=reply.digest)
         self.service.log("request", {
             "id": reply.id, "status": status, "asked": reply.asked.model[:80], "model": reply.digest,
@@ -295,6 +301,31 @@ def _prompts(loaded: Loaded, asked: Asked) -> list[list[int]]:
     return found
 
 
-def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-        loop.call_soon_threadsafe(events.put_nowait, (index, event))
+class Outlet:
+    """Takes the events of one answer from the engine's thread to the loop of its request.
+
+    An answer that is read whole arrives in two parts, its first token and the rest: a thread wakes the loop for each
+    part, and both can run Python only in turns.
+    """
+
+    def __init__(
+        self, choice: Choice, loop: asyncio.AbstractEventLoop, arrived: asyncio.Queue[list[tuple[int, Event]]]
+    ) -> None:
+        """Hand the choice's events over to ``arrived``, a queue of ``loop``."""
+        self._choice, self._loop, self._arrived = choice, loop, arrived
+        self._at_once = True
+        self._kept: list[tuple[int, Event]] = []
+
+    def send(self, event: Event) -> None:
+        """Take the next event."""
+        self._kept.append((self._choice.index, event))
+        if self._at_once or isinstance(event, Ended):
+            kept, self._kept = self._kept, []
+            self._at_once = self._choice.asked.stream or bool(self._choice.asked.stops)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+                self._loop.call_soon_threadsafe(self._arrived.put_nowait, kept)
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are not handed over yet."""
+        return len(self._kept)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from posttrain.serve.app import make_app
+from posttrain.serve.requests import parse_chat
 from posttrain.serve.service import Service
 from tests.support.serving import ask, chat, idle, make_artifact, post, serving
 from tests.support.tiny import write_base
@@ -129,6 +130,47 @@ def test_an_answer_is_dropped_when_its_client_leaves(service: Service) -> None:
     ask(service, leave)
     assert idle(service)
     assert 'status="499"' in service.metrics.text({})
+
+
+def test_the_tokens_of_an_answer_that_nobody_reads_are_counted(service: Service) -> None:
+    def counted() -> int:
+        lines = [line for line in service.metrics.text({}).splitlines() if 'kind="completion"' in line]
+        return sum(int(line.split()[-1]) for line in lines)
+
+    async def leave() -> int:
+        exchange = service.begin(parse_chat(chat("v1", "Hi", max_tokens=400, temperature=2.0)))
+        while exchange.generated < 4:
+            await asyncio.sleep(0.001)
+        exchange.cancel()
+        exchange.finish(499)
+        return exchange.reply.completion_tokens
+
+    before = counted()
+    assert asyncio.run(leave()) == 0
+    assert counted() - before >= 4
+    assert idle(service)
+
+
+@pytest.mark.parametrize("extra", [{}, {"stream": True}, {"stop": ["none of this"]}])
+def test_an_answer_that_is_read_whole_wakes_its_reader_twice(service: Service, extra: dict[str, Any]) -> None:
+    async def read() -> tuple[int, int]:
+        exchange = service.begin(parse_chat(chat("v1", "Hi", max_tokens=9, temperature=2.0, seed=3, **extra)))
+        woken, loop = 0, asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counting(*given: Any, **options: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return wake(*given, **options)
+
+        loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
+        events = [token async for _, _, token in exchange.pieces()]
+        exchange.finish(200)
+        return woken, len([token for token in events if token is not None])
+
+    woken, tokens = asyncio.run(read())
+    assert tokens >= 4
+    assert woken <= 2 if not extra else woken > tokens / 2
 
 
 async def _abandoned(service: Service, body: dict[str, Any]) -> None:
