@@ -19,6 +19,7 @@ from posttrain.errors import (
     explain,
     is_out_of_memory,
     nearest,
+    suggest,
 )
 from posttrain.host import consent
 from posttrain.quoting import SECRET, is_secret, quoted_streams, redacted
@@ -73,6 +74,7 @@ posttrain: post-training of language models in which an evaluation gates every s
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml
   --multirun, -m     run every combination of comma-separated values: posttrain -m recipe=NAME sft.lr=1e-4,2e-4;
                      select=best judges the best of them, on documents that had no part in the choice
+  --dry-run          with a run: posttrain plan
   --verbose, -v      with a run: show the debug lines of every library; the run's posttrain.log keeps what was shown
   --help, --version
   eval "$(posttrain -sc install=bash)"         complete commands, keys and names with the Tab key
@@ -84,6 +86,8 @@ Exit codes:        0 done, 1 a bug, 2 bad input or no room, 3 a gate failed an a
 HELP_FLAGS = ("--help", "-h")
 DRY_RUN = "--dry-run"
 """Flag that makes a run a plan."""
+RUN = "run"
+"""Command of a line that names none."""
 COMPLETION = ("-sc", "--shell-completion")
 COMMANDS = (
     "card",
@@ -178,16 +182,56 @@ def dispatch(words: list[str]) -> int:
     if (text := _kept(words)) is not None:
         print(text)
         return 0
+    command = _named(words)
+    if command is None:
+        raise BadInput(_no_command(words))
+    _check_flags(command, words)
+    rest = words if command == RUN else words[1:]
+    if DRY_RUN in rest:
+        return _command("plan")([word for word in rest if word != DRY_RUN])
+    return _command(command)(rest)
+
+
+def _named(words: list[str]) -> str | None:
+    """Return the command of a line, ``run`` for the words of a recipe; None where the first is neither."""
     if words[0] in COMMANDS:
-        return _command(words[0])(words[1:])
-    if DRY_RUN in words:
-        return _command("plan")([word for word in words if word != DRY_RUN])
-    if "=" in words[0] or words[0].startswith(("-", "~", "+")):
-        return _command("run")(words)
-    close = nearest(words[0], COMMANDS)
-    fix = f"Did you mean {close}? " if close else ""
-    fix += f"Commands: {', '.join(COMMANDS)}; posttrain --help explains them"
-    raise BadInput(Problem(where=words[0], what="is not a command", fix=fix))
+        return words[0]
+    return RUN if "=" in words[0] or words[0].startswith(("-", "~", "+")) else None
+
+
+def _no_command(words: list[str]) -> Problem:
+    """Return the problem of a first word that is no command: a recipe's name, one too many, a misspelt one."""
+    from posttrain.config.paths import recipe_folders
+
+    word, known = words[0], f"Commands: {', '.join(COMMANDS)}; posttrain --help explains them"
+    recipes = {path.stem for folder in recipe_folders([]) for path in folder.glob("*.yaml")}
+    if word in recipes:
+        fix = f"Did you mean posttrain recipe={word}? "
+    elif word == RUN:
+        fix = f"Without it, the recipe runs: posttrain {' '.join(words[1:]) or 'recipe=NAME'}\n    "
+    else:
+        close = nearest(word, COMMANDS)
+        fix = f"Did you mean {close}? " if close else ""
+    return Problem(where=word, what="is not a command", fix=fix + known)
+
+
+def _check_flags(command: str, words: list[str]) -> None:
+    """Raise BadInput for each flag that is not the command's, before anything is read for it."""
+    given = [word for word in words if word.startswith("-") and word.strip("-")]
+    if not given:
+        return
+    from posttrain.commands.help import flags_of
+
+    known = flags_of(command)
+    listed = [*known, *HELP_FLAGS[:1], *(["--version"] if command == RUN else [])]
+    problems = []
+    for flag in (word.partition("=")[0] for word in given):
+        if flag not in known:
+            page = f"posttrain {command if command != RUN else 'recipe=NAME'} --help"
+            fix = f"{suggest(flag, listed)}; {page} explains them"
+            problems.append(Problem(where=flag, what="is no flag of this command", fix=fix))
+    if problems:
+        raise BadInput(problems)
 
 
 def _check_secrets(words: list[str]) -> None:
@@ -207,14 +251,17 @@ def _help(words: list[str]) -> str | None:
     """Return the help or the version, or None for any other command."""
     if words[:1] == ["--version"]:
         return f"posttrain {__version__}\n"
+    if words[:1] == ["help"] and words[1:2] and words[1] in COMMANDS:
+        words = [words[1], *HELP_FLAGS]
     asked = not words or words[0] == "help" or (words[0] in HELP_FLAGS)
     if asked or not any(word in HELP_FLAGS for word in words):
         return HELP if asked else None
-    if words[0] not in COMMANDS and "=" not in words[0] and words[0][0] not in "-+~":
+    command = _named(words)
+    if command is None:
         return None
     from posttrain.commands.help import help_of  # a page a command, read when one is asked for
 
-    return help_of(words[0] if words[0] in COMMANDS else "run")
+    return help_of(command)
 
 
 def _kept(words: list[str]) -> str | None:

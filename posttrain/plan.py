@@ -15,14 +15,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from posttrain.config.compose import Composition
 from posttrain.config.launch import LaunchConfig
-from posttrain.config.money import EXAMPLES, Amount, amount, prices
+from posttrain.config.money import Amount, amount, mended, prices
 from posttrain.config.preparation import rule_problems, setting_problem
 from posttrain.config.ranges import out_of_range
 from posttrain.config.replay import Replay
 from posttrain.config.schema import ROOT, EngineName, GateConfig, GateTask, ModelConfig, Source, StageConfig
 from posttrain.config.sources import shipped_resolvers
-from posttrain.config.typed import check_resolved, conform_gate_tasks, conform_replay, conform_sources
-from posttrain.errors import BadInput, Problem, suggest
+from posttrain.config.typed import (
+    check_resolved,
+    conform_gate_tasks,
+    conform_replay,
+    conform_sources,
+    undeclared,
+    without_results,
+)
+from posttrain.errors import BadInput, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 from posttrain.rewards.scorer import prepared
 from posttrain.stage import Stage
@@ -143,10 +150,10 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     used = [*(key for key in ROOT if key not in NOT_OF_A_RUN), *host.own_nodes(), *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
-    broken = check_resolved(config, used)
+    broken = [*check_resolved(config, used), *undeclared(config, used)]
     # Typed settings can be made only of nodes without a fault, so these problems end the search; later ones add up.
     if broken or problems:
-        raise BadInput(problems + broken)
+        raise BadInput(without_results(problems + broken))
     model = _typed(config.model)
     steps = [_step(name, config, host, problems) for name in names]
     launch: LaunchConfig = _typed(config.launch)
@@ -157,7 +164,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         *_worker_problems(config),
         *_consent_problems(config),
         *_cap_problems(config),
-        *_data_problems(config),
+        *(() if any(".data" in each.where for each in problems) else _data_problems(config)),
     ]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
@@ -222,7 +229,7 @@ def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
         Problem(
             where="stages",
             what=f"the recipe has no stage {name!r}",
-            fix=f"Add it: +stage@{name}={name}" if name in host.stages else suggest(name, nodes),
+            fix=f"Add it: +stage@{name}={name}" if name in host.stages else _missing_stage(name, nodes, host),
         )
         for name in names
         if name not in nodes
@@ -239,6 +246,14 @@ def _order(config: DictConfig, host: Host) -> tuple[list[str], list[Problem]]:
         return [], problems
     kinds = [str(OmegaConf.select(config, f"{name}.kind")) for name in names]
     return names, _core_problems(names, kinds, config.start_from, host)
+
+
+def _missing_stage(name: str, nodes: Sequence[str], host: Host) -> str:
+    """Return the fix of a stage that the recipe has not: the nearest that it has, or that it can be given."""
+    close, kind = nearest(name, nodes), nearest(name, host.stages)
+    if close or kind is None:
+        return suggest(name, nodes)
+    return f"Did you mean {kind}? Then add it, too: +stage@{kind}={kind}. Available: {', '.join(nodes)}"
 
 
 def _core_problems(names: list[str], kinds: list[str], start_from: str | None, host: Host) -> list[Problem]:
@@ -368,7 +383,8 @@ def _timeout_problems(config: DictConfig) -> Sequence[Problem]:
 def _cap_problems(config: DictConfig) -> Sequence[Problem]:
     cap, price = amount(config.spend_cap), amount(config.price_per_hour)
     if config.spend_cap is not None and cap is None:
-        return (Problem(where="spend_cap", what=f"{config.spend_cap!r} is no amount", fix=EXAMPLES),)
+        fix = mended(config.spend_cap)
+        return (Problem(where="spend_cap", what=f"{config.spend_cap!r} is no amount", fix=fix),)
     if config.price_per_hour is not None and (price is None or price.is_time):
         what = f"{config.price_per_hour!r} is no amount of money"
         return (Problem(where="price_per_hour", what=what, fix="Write it with its currency, such as 2.50 USD"),)

@@ -25,10 +25,10 @@ FRAME = 5
 UNKNOWN = "not known before the data is on this machine; limit or max_steps bounds it"
 
 
-def machine_of(plan: Plan, named: str | None) -> Machine:
-    """Return the machine that a plan is for. Raises BadInput for a name without figures."""
+def machine_of(plan: Plan, named: str | None, key: str = "") -> Machine:
+    """Return the machine that a plan is for, named after ``key``. Raises BadInput for a name without figures."""
     shape = shape_of(plan.launch)
-    return this_machine(shape.world, shape.per_node) if named is None else named_machine(named, shape.world)
+    return this_machine(shape.world, shape.per_node) if named is None else named_machine(named, shape.world, key)
 
 
 def estimates(plan: Plan, machine: Machine, measured: tuple[float, float] | None = None) -> dict[str, Estimate]:

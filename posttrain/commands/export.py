@@ -25,12 +25,14 @@ USAGE = (
 def main(words: list[str]) -> int:
     """Export an artifact in one of the FORMS, and say how far it is from the artifact."""
     given = parse("export", _settings(words), KEYS)
-    form, kind = given.settings.get("to", ""), given.settings.get("type", TYPES[0])
-    for name, value, known in (("--to", form, FORMS), ("type", kind, TYPES)):
-        if value not in known:
-            reject(f"{name} {value}".strip(), "is no form of an export", suggest(value, known))
     if len(given.plain) != 1:
         reject(" ".join(["export", *words]), "needs one artifact", USAGE)
+    form, kind = given.settings.get("to"), given.settings.get("type", TYPES[0])
+    if form is None:
+        reject("export", "needs a form", f"Add --to FORM. Available: {', '.join(FORMS)}")
+    for word, value, known in ((f"--to {form}", form, FORMS), (f"type={kind}", kind, TYPES)):
+        if value not in known:
+            reject(word, f"{value!r} is no form of an export", suggest(value, known))
     artifact = read_artifact(Path(given.plain[0]), USAGE)
     if form == "merged":
         return _merge(artifact, given)

@@ -18,7 +18,7 @@ from posttrain.config.launch import Launcher
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateTask, Half, OnFail
 from posttrain.config.sources import shipped_resolvers
-from posttrain.config.typed import check_resolved, conform_gate_tasks
+from posttrain.config.typed import check_resolved, conform_gate_tasks, without_results
 from posttrain.disk import explain_error, replace_text
 from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.procedure import policy_for, verdict_error
@@ -90,7 +90,7 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
     with shipped_resolvers():
         problems += check_resolved(config, map(str, config))
         if problems:
-            raise BadInput(problems)
+            raise BadInput(without_results(problems))
         merged = OmegaConf.merge(OmegaConf.structured(RegressionConfig), config)
         settings: RegressionConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     tasks = conform_gate_tasks("gate", settings.gate, host, problems)

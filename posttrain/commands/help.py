@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE_FLAGS = """\
   --config-dir DIR   your own gates, models and variants, as in DIR/gate/NAME.yaml; may be repeated
   --trust-tasks      let task files of your own run their code"""
@@ -17,6 +19,7 @@ Run a recipe, or resume it: train, score and decide, stage by stage.
   +stage@NAME=KIND   one more stage; ~stage@NAME takes one out; 'stages=[sft,dpo]' selects and orders
   --multirun, -m     run every combination of comma-separated values; select=best chooses one on half of the last gate's
                      documents and judges it on the other half
+  --dry-run          posttrain plan
   --verbose, -v      show the debug lines of every library; posttrain.log in the run's folder has what was shown
 {RECIPE_FLAGS}
 
@@ -209,6 +212,7 @@ Write training records made of an artifact's own answers, each scored by a rewar
   reward=NAME        right by default: the answer of the question, by its own way of matching
   keep=FORM          pairs for dpo, best for sft, labels for kto
   backend=vllm       vLLM answers, in a process of its own; --vllm-command CMD starts it, 'vllm serve' by default
+  --trust-tasks      let a reward of your own run its code
 {ROOT_FLAG}
 
 Example: posttrain sample runs/quickstart-1a2b/stages/sft/artifact questions.jsonl pairs.jsonl""",
@@ -224,3 +228,8 @@ Example: posttrain new-plugin rejection""",
 def help_of(command: str) -> str:
     """Return the page of a command."""
     return f"{PAGES[command]}\n"
+
+
+def flags_of(command: str) -> list[str]:
+    """Return the flags of a command: those that its page names."""
+    return list(dict.fromkeys(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", PAGES[command])))

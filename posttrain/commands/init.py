@@ -103,7 +103,9 @@ def _arguments(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     files, given, waiting = [], {}, iter(words)
     for word in waiting:
         flag, has_value, value = word.partition("=")
-        if not word.startswith("-"):
+        if not word.startswith("-") and has_value and f"--{flag}" in FLAGS:
+            reject(f"init {word}", "is no file", f"Did you mean --{flag} {value}?")
+        elif not word.startswith("-"):
             files.append(word)
         elif flag not in FLAGS:
             reject(f"init {word}", f"{flag!r} is no flag of this command", suggest(flag, FLAGS))

@@ -58,6 +58,8 @@ def _answer(host: Host, names: list[str], as_json: bool) -> str:
         return _gate(host, names[1], as_json)
     if len(names) == 1 and names[0] in declared and names[0] not in SECTIONS:
         return _settings(host, names[0], as_json)
+    if len(names) == 2 and names[0] in declared and names[0] not in SECTIONS:
+        reject(f"list {' '.join(names)}", "takes one name", f"posttrain list {names[0]} has its settings")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         fix = suggest(unknown[0], [*SECTIONS, TASKS, *declared])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
@@ -18,13 +18,13 @@ from posttrain.config.compose import compose
 from posttrain.config.launch import LaunchConfig
 from posttrain.config.money import HOURS, Amount
 from posttrain.config.on_policy import SamplingBackend
-from posttrain.config.schema import Backend, GateConfig, GateTask, Method, Sequential
+from posttrain.config.schema import ROOT, Backend, GateConfig, GateTask, Method, Sequential
 from posttrain.cost.estimate import Estimate
 from posttrain.cost.fit import fit
 from posttrain.cost.machines import Machine
 from posttrain.cost.needs import Needs
 from posttrain.data.mixing import count_records
-from posttrain.errors import BadInput, reject
+from posttrain.errors import BadInput, nearest, reject, suggest
 from posttrain.gate.reasons import weaknesses
 from posttrain.gate.roles import RULES
 from posttrain.host import plugins
@@ -56,10 +56,11 @@ def main(words: list[str]) -> int:
     if on is not None and size is not None:
         reject(f"{FIT}{size}", f"names the devices, and so does {ON}{on}", f"Leave out {ON}{on}")
     asked = [word for word in words if word not in FLAGS and not word.startswith((ON, FIT))]
-    on = on if size is None else size
+    key, on = (ON, on) if size is None else (FIT, size)
+    _check_near(asked, host)
     composition = compose(host, asked)
     plan = make_plan(composition, host)
-    machine = machine_of(plan, on)
+    machine = machine_of(plan, on, key)
     fitting = [] if size is None else _fitting(plan, machine)
     if size is not None and (more := fit(plan, machine).words):  # what follows is the plan with the proposal
         composition = compose(host, [*asked, *more])
@@ -75,6 +76,15 @@ def main(words: list[str]) -> int:
         lines = [*fitting, *_text(plan, composition.config, needs, machine, expected, rows)]
         print("\n".join(map(one_line, lines)))
     return 0
+
+
+def _check_near(words: Sequence[str], host: Host) -> None:
+    """Raise BadInput for a misspelt word of this command: in a recipe, whose keys are known, it would mean nothing."""
+    for word in words:
+        key, _, value = word.partition("=")
+        close = nearest(f"{key}=", (ON, FIT), cutoff=0.75) if value else None
+        if close and key not in (*ROOT, *host.stages, *host.own_nodes()):
+            reject(word, f"{key!r} is no key", f"Did you mean {close}{value}? posttrain plan --help explains it")
 
 
 def _fitting(plan: Plan, machine: Machine) -> list[str]:
@@ -211,7 +221,14 @@ def _reach(step: Step, stored: Kinds) -> list[str]:
         ends = tuple(f".{target}{end}" for target in targets for end in ("", ".weight"))
         weights = [size for kind in kinds.values() for name, size in kind.items() if f".{name}".endswith(ends)]
         reached, what = sum(weights), f"{', '.join(targets)}: {len(weights):,} matrices"
-    return [f"{what}, {reached / _total(stored):.1%} of the weights"]
+    line = f"{what}, {reached / _total(stored):.1%} of the weights"
+    return [line, *(() if isinstance(targets, str) or reached else _unknown_targets(targets, kinds))]
+
+
+def _unknown_targets(targets: Sequence[str], kinds: Kinds) -> list[str]:
+    """Return a warning about targets of which none is the name of a stored matrix: training would reject them."""
+    names = {name.removesuffix(".weight").rpartition(".")[2] for kind in kinds.values() for name in kind}
+    return [f"warning: no matrix is stored by the name {each}. {suggest(each, names)}" for each in targets]
 
 
 def _method(step: Step) -> Method | None:

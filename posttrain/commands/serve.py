@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,26 +52,22 @@ def main(words: list[str]) -> int:
     environment.prepare()
     root = given.settings.get("output_root")
     place = BasePlace(path=given.settings.get("model.path"), revision=given.settings.get("model.revision"))
-
-    def read() -> Catalogue:
-        unpromoted = "--allow-unpromoted" in given.flags
-        return read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
-
+    unpromoted = "--allow-unpromoted" in given.flags  # asked before a server's libraries are loaded
+    catalogue = read_catalogue(given.plain, place, Path(root) if root else None, unpromoted=unpromoted)
     if url := given.options.get("--check"):
         from posttrain.serve.check import Remote, check
 
-        catalogue = read()
         _tell_left_out(catalogue)
         for line in check(catalogue, Remote(url, token)):
             print(f"proven     {line}", flush=True)
         return 0
     require_extra()
-    return _serve(given, read, place, host, token, command, before)
+    return _serve(given, catalogue, place, host, token, command, before)
 
 
 def _serve(
     given: Arguments,
-    read: Callable[[], Catalogue],
+    catalogue: Catalogue,
     place: BasePlace,
     host: str,
     token: str | None,
@@ -90,7 +86,6 @@ def _serve(
     if not number.isdecimal():
         reject(f"--port {number}", "is no number", USAGE)
     with take_port(host, int(number)) as port:
-        catalogue = read()
         backend = _vllm(catalogue, command, before) if command else embedded
         service = open_service(catalogue, limits, token, backend)
         catalogue = service.catalogue

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from posttrain.config.compose import Composition, compose
 from posttrain.config.launch import Launcher
 from posttrain.config.schema import Half
-from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, explain, reject
+from posttrain.errors import ArtifactDamaged, BadInput, GateFailed, GateUndecided, Problem, explain, nearest, reject
 from posttrain.host.plugins import Host
 from posttrain.launch.shape import in_slurm_job
 from posttrain.plan import Plan, make_plan
@@ -41,7 +41,11 @@ def selection(words: Sequence[str], *, is_sweep: bool) -> tuple[list[str], bool]
 
     Raises BadInput for another value, or outside of a sweep.
     """
-    chosen = [word for word in words if word.partition("=")[0] == SELECT]
+    keys = {word: word.partition("=")[0] for word in words}
+    chosen = [word for word in words if keys[word] == SELECT]
+    for word in words:
+        if keys[word] != SELECT and nearest(keys[word], [SELECT], cutoff=0.8):
+            reject(word, f"{keys[word]!r} is no key", f"Did you mean {SELECT}={BEST}?")
     for word in chosen:
         if word != f"{SELECT}={BEST}":
             reject(word, "is no way to select a member of a sweep", f"Give {SELECT}={BEST}")
@@ -55,10 +59,24 @@ def run_members(members: Sequence[Sequence[str]], host: Host, run_plan: RunPlan)
 
     One that its gate fails does not stop the others. Return the exit code of the first that did not end with 0.
     """
+    _check(members, host)
     said: set[str] = set()
     ran = [_run(words, host, run_plan, said) for words in members]
     _show(ran)
     return next((each.code for each in ran if each.code), 0)
+
+
+def _check(members: Sequence[Sequence[str]], host: Host) -> None:
+    """Raise BadInput with the problems of every member, each once: before the first of them trains for hours."""
+    problems: dict[tuple[str, str], Problem] = {}
+    for words in members:
+        try:
+            make_plan(compose(host, list(words)), host)
+        except BadInput as error:
+            for problem in error.problems:
+                problems.setdefault((problem.where.partition("=")[0], problem.what), problem)
+    if problems:
+        raise BadInput(list(problems.values()))
 
 
 def run_best(members: Sequence[Sequence[str]], host: Host, run_plan: RunPlan) -> int:
@@ -71,6 +89,7 @@ def run_best(members: Sequence[Sequence[str]], host: Host, run_plan: RunPlan) ->
     said: set[str] = set()
     if len(members) < 2:
         reject(f"{SELECT}={BEST}", "the sweep has one member", "Give values with commas between: sft.lr=1e-4,2e-4")
+    _check(members, host)
     tried = [_run(words, host, run_plan, said, Half.choosing) for words in members]
     standing = [each for each in tried if each.verdict is not None]
     place = choose([each.verdict for each in standing if each.verdict is not None])

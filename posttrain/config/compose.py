@@ -73,7 +73,7 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
                 chosen = next((word for word in remaining if word.startswith(f"{choice}=")), choice)
                 reject(chosen, "is nested without end, or includes itself")
             except (HydraException, OSError, *FAULTS) as error:
-                fault = explain.fault(error, remaining, host)
+                fault = explain.fault(error, remaining, host, choice, reading)
                 if fault.instead is not None:
                     remaining[remaining.index(str(fault.override))] = fault.instead
                     continue

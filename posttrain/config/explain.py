@@ -15,16 +15,17 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from posttrain.config.launch import LaunchConfig
 from posttrain.config.schema import ROOT, GateTask, ModelConfig, Source
+from posttrain.config.settings_file import GROUPS, Reading
 from posttrain.errors import PluginFailed, Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
-FLAGS = ("--all", "--config-dir", "--json", "--multirun", "--update-baseline", "--verbose")
-"""Flags of the commands that compose."""
 TYPE_ERRORS = {
     r"Value (.+) of type '\w+' could not be converted to Float": r"\1 is not a number",
     r"Value (.+) of type '\w+' could not be converted to Integer": r"\1 is not an integer",
     r"Value (.+) is not a valid bool \(type \w+\)": r"\1 is neither true nor false",
     r"field '(.+)' is not Optional": r"\1 cannot be null",
+    r"Invalid type assigned: \w+ is not a subclass of \w+\. value: (.+)": r"'\1' is no mapping of settings",
+    r"\w+ \(DictConfig\) does not support deletion": "a setting cannot be taken out",
     r"Unsupported interpolation type (.+)": r"a recipe cannot use the resolver '\1'",
     r"Invalid value ('(?:float16|fp16|half)'), expected one of \[(.+)\]": (
         r"\1 is not one of \2: it loses small gradients unless the loss is scaled, which is not done"
@@ -47,12 +48,18 @@ class Fault:
     fatal: bool = False
 
 
-def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
-    """Explain an error raised while composing. Raises PluginFailed for a failed plugin that the recipe needs."""
+def fault(
+    error: BaseException, overrides: Sequence[str], host: Host, choice: str = "recipe", reading: Reading | None = None
+) -> Fault:
+    """Explain an error raised while composing the ``choice``, a recipe or a gate, of the files in ``reading``.
+
+    Raises PluginFailed for a failed plugin that the recipe needs.
+    """
+    reading = reading or Reading()
     if isinstance(error, OverrideParseException):
-        return Fault(problem=_unreadable_word(str(error.override), str(error.message)), override=error.override)
+        return _unreadable_word(str(error.override), str(error.message), overrides, choice)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _missing_option(error, overrides, host)
+        return _missing_option(error, overrides, host, reading)
     if (twice := _chosen_twice(str(error), overrides)) is not None:
         return twice
     reason = error.__cause__ or error.__context__
@@ -61,22 +68,55 @@ def fault(error: BaseException, overrides: Sequence[str], host: Host) -> Fault:
     if override is not None:
         adds = _adds_to_a_gate_task(override, cause) or _adds_to_a_source(override, cause)
         instead = f"++{override}" if adds else None
-        return Fault(problem=_override_problem(override, cause, str(error), host), override=override, instead=instead)
+        problem = _place_problem(override, str(error), reading) or _override_problem(override, cause, str(error), host)
+        return Fault(problem=problem, override=override, instead=instead)
     if cause is not None and cause.full_key:
-        where = f"recipe: {cause.full_key}"
-        return Fault(problem=_key_problem(where, str(cause.full_key), cause, host), recipe_key=str(cause.full_key))
-    return Fault(problem=_composition_problem(str(error), host), fatal=True)
+        key = str(cause.full_key)
+        return Fault(problem=_key_problem(_in_recipe(key, reading), key, cause, host), recipe_key=key)
+    return Fault(problem=_composition_problem(str(error), overrides), fatal=True)
 
 
-def _unreadable_word(word: str, message: str) -> Problem:
+def _in_recipe(key: str, reading: Reading) -> str:
+    """Return the place of a key in the recipe: file and key as a plain recipe has it, or the key of the full form."""
+    given = reading.origins.get(key)
+    paths = [path for name, (path, _) in reading.files.items() if name.startswith("recipe/")]
+    return f"recipe: {key}" if given is None or not paths else f"{paths[0]}: {given}"
+
+
+def _unreadable_word(word: str, message: str, overrides: Sequence[str], choice: str) -> Fault:
     """Explain a word that is no override: a flag, a word without a value, or one that lacks quotes."""
-    if word.startswith("-"):
-        close = nearest(word, FLAGS)
-        fix = (f"Did you mean {close}? " if close else "") + "posttrain --help shows which command takes which flags"
-        return Problem(where=word, what="is no flag of this command", fix=fix)
     fix = "Write key=value; quote lists and values with spaces, such as 'stages=[sft,dpo]'"
-    what = f"cannot be read: {readable(message)}" if "=" in word else "is not key=value"
-    return Problem(where=word, what=what, fix=fix)
+    if word.startswith("-"):
+        fix = "posttrain COMMAND --help shows the flags of a command"
+        return Fault(problem=Problem(where=word, what="is no flag of this command", fix=fix), override=word)
+    if "=" in word:
+        return Fault(problem=Problem(where=word, what=f"cannot be read: {readable(message)}", fix=fix), override=word)
+    chosen = any(each.startswith(f"{choice}=") for each in overrides)
+    if not chosen:  # the word may be its name
+        options = _options(choice)
+        name = word if word in options else nearest(word, options)
+        fix = (
+            f"Did you mean {choice}={name}? " if name and word != choice else f"Choose a {choice} with {choice}=NAME. "
+        )
+        fix += f"Available: {', '.join(options)}"
+    return Fault(problem=Problem(where=word, what="is not key=value", fix=fix), override=word, fatal=not chosen)
+
+
+def _place_problem(override: str, text: str, reading: Reading) -> Problem | None:
+    """Explain a group or a place, as in ``gate@sft.gate``, that is not there; return None for any other error."""
+    key, places = _key(override), reading.places()
+    group, value = _group(override), _value(override) or "NAME"
+    if "@" not in key or not re.search(r"No match in the defaults list|Could not override|does not exist", text):
+        return None
+    if group not in GROUPS:
+        return Problem(where=override, what=f"no group of options is named {group!r}", fix=suggest(group, GROUPS))
+    close = nearest(key, places, cutoff=0.85)
+    mended = f"~{close}" if override.startswith("~") else f"{close}={value}"
+    fix = f"Did you mean {mended}? " if close else ""
+    fix += f"Chosen by the recipe: {', '.join(places) or 'nothing'}"
+    if not close and not override.startswith(("+", "~")):
+        fix += f"\n    To choose one more, add a +: +{key}={value}"
+    return Problem(where=override, what=f"the recipe has no {key}", fix=fix)
 
 
 def _chosen_twice(text: str, overrides: Sequence[str]) -> Fault | None:
@@ -111,7 +151,7 @@ def _adds_to_a_source(override: str, cause: OmegaConfBaseException | None) -> bo
     return below is not None and cause is not None and str(cause.full_key).count(".") >= 2
 
 
-def _missing_option(error: MissingConfigException, overrides: Sequence[str], host: Host) -> Fault:
+def _missing_option(error: MissingConfigException, overrides: Sequence[str], host: Host, reading: Reading) -> Fault:
     """Explain an unknown recipe, model, gate or kind of stage."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = [str(name) for name in error.options or _options(group)]
@@ -119,7 +159,11 @@ def _missing_option(error: MissingConfigException, overrides: Sequence[str], hos
     fix = suggest(option, options) + _own_files(group)
     _require_plugins(group, option, override, host)
     fix += "".join(f"\n    note: {info}" for info in (*host.failures(), *host.blocked()))
-    problem = Problem(where=override or f"recipe: {group}", what=f"no {group or 'config'} named {option!r}", fix=fix)
+    asks = re.match(r"In '(.+?)'", str(error))
+    recipes = [file for name, file in reading.files.items() if name.startswith("recipe/")]
+    file = reading.files.get(asks[1] if asks else "") or next(iter(recipes), None)
+    where = override or (f"recipe: {group}" if file is None else f"{file[0]}: {group}")
+    problem = Problem(where=where, what=f"no {group or 'config'} named {option!r}", fix=fix)
     return Fault(problem=problem, override=override, fatal=group == "recipe" or _key(override or "") == "gate")
 
 
@@ -181,7 +225,9 @@ def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, hos
         return Problem(where=where, what="no tracker is chosen", fix=f"Add tracker=NAME. {suggest('', options)}")
     if leaf in known and cause is not None and not isinstance(cause, ConfigKeyError):
         return Problem(where=where, what=readable(str(cause.msg)), fix=_expected(key, host))
-    close = nearest(leaf, known) if parent else _of_a_stage(leaf, known, host) or nearest(leaf, known)
+    close = nearest(leaf, known)
+    if not parent:
+        close = _of_a_stage(leaf, known, host) or close or _of_a_stage(leaf, known, host, cutoff=0.75)
     prefix = f"{parent}." if parent else ""
     fix = (f"Did you mean {prefix}{close}? " if close else "") + f"Available: {', '.join(known)}"
     if re.fullmatch(r"(\w+\.)?gate\.tasks\.[^.]+", key) and "=" in where:
@@ -189,9 +235,15 @@ def _key_problem(where: str, key: str, cause: OmegaConfBaseException | None, hos
     return Problem(where=where, what=f"unknown key {key!r}", fix=fix)
 
 
-def _of_a_stage(leaf: str, known: Sequence[str], host: Host) -> str | None:
-    """Return the dotted name of a stage's setting that is given without the stage, as a plain recipe writes it."""
+def _of_a_stage(leaf: str, known: Sequence[str], host: Host, cutoff: float = 1.0) -> str | None:
+    """Return the dotted name of a stage's setting that is given without the stage, as a plain recipe writes it.
+
+    Below a ``cutoff`` of 1 that of the setting most like it.
+    """
     stages = [name for name in known if name in host.stages]
+    if cutoff < 1:
+        names = {field.name for name in stages for field in fields(host.stages[name].config)} | {"rank"}
+        leaf = nearest(leaf, sorted(names), cutoff) or leaf
     owners = [name for name in stages if leaf in {field.name for field in fields(host.stages[name].config)}]
     if leaf == "rank":
         return f"{stages[0]}.lora.r" if stages else None
@@ -200,10 +252,16 @@ def _of_a_stage(leaf: str, known: Sequence[str], host: Host) -> str | None:
     return f"{owners[0]}.{leaf}" if owners else None
 
 
-def _composition_problem(text: str, host: Host) -> Problem:
+def _composition_problem(text: str, overrides: Sequence[str]) -> Problem:
     if match := re.search(r"You must specify '(\w+)'", text):
         group = match[1]
-        return Problem(where=group, what=f"no {group} chosen", fix=f"Add {group}=NAME. {suggest('', _options(group))}")
+        options = f"Available: {', '.join(_options(group))}"
+        close = nearest(group, map(_key, overrides))
+        word = next((each for each in overrides if close is not None and _key(each) == close), None)
+        if word is None:
+            return Problem(where=group, what=f"no {group} chosen", fix=f"Add {group}=NAME. {options}")
+        fix = f"Did you mean {group}={_value(word) or 'NAME'}? {options}"
+        return Problem(where=word, what=f"{close!r} is no key, and no {group} is chosen", fix=fix)
     return Problem(where="recipe", what=readable(text), fix="posttrain list shows the options")
 
 
@@ -221,7 +279,9 @@ def settings_of(path: str, host: Host, cause: OmegaConfBaseException | None = No
 
 
 def _expected(key: str, host: Host) -> str:
-    root = key.split(".")[0]
+    root, leaf = key.split(".")[0], key.rpartition(".")[2]
+    if leaf == "gate":
+        return f"Choose one by its name: gate@{key}=NAME. Available: {', '.join(_options('gate'))}"
     return f"posttrain list {root} shows its settings" if root in (*host.stages, *host.own_nodes(), "launch") else ""
 
 

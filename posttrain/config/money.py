@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from posttrain.config.paths import shipped
+from posttrain.errors import nearest
 
 HOURS = "hours"
 SIGNS = {"$": "USD", "€": "EUR", "£": "GBP"}
@@ -16,7 +17,9 @@ LENGTHS = {"second": 1 / 3600, "sec": 1 / 3600, "s": 1 / 3600, "minute": 1 / 60,
     "hour": 1.0, "hr": 1.0, "h": 1.0, "day": 24.0, "d": 24.0,
 }  # fmt: skip
 """Hours by the unit of a time."""
-EXAMPLES = "Write money with its currency, such as 5 USD, or a time, such as 2 hours or 90 minutes"
+CURRENCIES = {"dollar": "USD", "euro": "EUR", "pound": "GBP"}
+"""Currency by its English name, which a message mends."""
+EXAMPLES = "Write money with its currency in three letters, such as 5 USD, or a time, such as 2 hours or 90 minutes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,17 @@ def amount(text: Any) -> Amount | None:
         return Amount(value=value * length, unit=HOURS)
     currency = SIGNS.get(unit, unit)
     return Amount(value=value, unit=currency.upper()) if re.fullmatch(r"[A-Za-z]{3}", currency) else None
+
+
+def mended(text: Any) -> str:
+    """Return the fix of a text that is no amount: the one most like it, where its number can be read, and examples."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([^\W\d_]*)\s*", str(text))
+    units = {**CURRENCIES, **{f"{name}s": unit for name, unit in CURRENCIES.items()}}
+    units |= {name: name for name in ("hours", "minutes", "seconds", "days")}
+    close = nearest(found[2].lower(), units) if found else None
+    if found and found[2].lower() in units:
+        close = found[2].lower()
+    return f"Did you mean {found[1]} {units[close]}? {EXAMPLES}" if found and close else EXAMPLES
 
 
 @cache

@@ -33,6 +33,7 @@ SYNONYMS = {
     "warmup": "warmup_ratio", "base_model": "model", "model_name": "model", "model_name_or_path": "model",
     "dataset": "data", "datasets": "data", "train_file": "data", "adapter": "variant", "evaluation": "gate",
     "eval": "gate", "test": "gate", "budget": "spend_cap", "output_dir": "output_root", "val_set_size": "eval_share",
+    "lrate": "lr",
 }  # fmt: skip
 """Names of settings elsewhere, with ours."""
 
@@ -47,6 +48,8 @@ class Known:
     """Keys of plugins at the top level."""
     is_model: Callable[[str], bool]
     """Return True for the name of a model file."""
+    is_gate: Callable[[str], bool]
+    """Return True for the name of a gate."""
     gate: Callable[[str], Mapping[str, Any]]
     """Return the settings in the file of a gate; none for a name without one."""
 
@@ -131,7 +134,11 @@ def _method(form: _Form) -> str:
     if method in {each.value for each in Method}:
         form.problem("method", f"{method} says which weights are trained", f"Write variant: {method}")
     elif method not in form.known.stages:
-        form.problem("method", f"no stage is named {shown(method)}", _closest(str(method), sorted(form.known.stages)))
+        names = {name: name for name in form.known.stages} | {each.value: f"variant: {each.value}" for each in Method}
+        close = nearest(str(method), names)
+        fix = f"Did you mean {names[close]}? " if close else ""
+        fix += f"Available: {', '.join(sorted(form.known.stages))}"
+        form.problem("method", f"no stage is named {shown(method)}", fix)
     else:
         return str(method)
     return CORE
@@ -247,7 +254,7 @@ def _add_gate(form: _Form, stage: str, gate: Any, origin: str) -> None:
     if "data" in gate:
         tasks = dict(form.known.gate(str(gate.get("name"))).get("tasks") or {}) | dict(node.get("tasks") or {})
         open_ones = [name for name, task in tasks.items() if isinstance(task, Mapping) and task.get("data") == MISSING]
-        if not open_ones:
+        if not open_ones and (tasks or "name" not in gate or form.known.is_gate(str(gate["name"]))):
             form.problem(f"{origin}.data", "no task of this gate asks for a file", "Give tasks: {NAME: {data: FILE}}")
         given = {name: {"data": gate["data"]} for name in open_ones}
         node["tasks"] = {**given, **dict(node.get("tasks") or {})}

@@ -74,6 +74,12 @@ class Reading:
         self._include(path, name, raw.get("defaults"))
         return config, _package(path, text)
 
+    def places(self) -> list[str]:
+        """Return the groups with a place that the files choose in their defaults, such as ``gate@sft.gate``."""
+        entries = [entry for _, raw in self.files.values() for entry in raw.get("defaults") or ()]
+        keys = [str(key).split()[-1].lstrip("/") for entry in entries if isinstance(entry, Mapping) for key in entry]
+        return list(dict.fromkeys(key for key in keys if "@" in key))
+
     def _full_form(self, path: Path, name: str, plain: Mapping[str, Any]) -> tuple[DictConfig, dict[str, Any]]:
         """Return the full form of a plain recipe. Raises BadInput for one that is no data, or grows too large."""
         raw, self.origins = self.form(path, plain) if self.form is not None else (dict(plain), {})
@@ -317,7 +323,9 @@ def check_words(words: Sequence[str]) -> None:
         elif _depth(word) > MOST_DEPTH:
             problems.append(Problem(where=where, what=f"holds brackets within brackets, {MOST_DEPTH} deep"))
         elif ("@" in key or group in GROUPS) and leads_elsewhere(f"{group}/{word.partition('=')[2] or 'none'}"):
-            problems.append(Problem(where=where, what="leads out of the folders of options", fix="Give a name"))
+            problems.append(Problem(where=where, what="leads out of the folders of options", fix=_as_name(word)))
+        elif group == "recipe" and "/" in word.partition("=")[2]:
+            problems.append(Problem(where=where, what="is a path, and a recipe has a name", fix=_as_name(word)))
         elif re.split(r"[/.]", group)[0] == HYDRA or HYDRA in re.split(r"[/.:]", place):
             what = "sets something of Hydra's own, which a pipeline does not use"
             problems.append(Problem(where=where, what=what, fix="Leave it out"))
@@ -325,6 +333,14 @@ def check_words(words: Sequence[str]) -> None:
             problems += _text_problems(where, word)
     if problems:
         raise BadInput(problems)
+
+
+def _as_name(word: str) -> str:
+    """Return the fix of an option that is given by its path."""
+    key, _, value = word.partition("=")
+    name = re.split(r"[/\\]", value)[-1].removesuffix(".yaml")
+    fix = f"Give a name: {shown_key(f'{key}={name}')}" if re.fullmatch(r"[\w.-]*\w", name) else "Give a name"
+    return f"{fix}; your own recipes are read from ./recipes/NAME.yaml" if key == "recipe" else fix
 
 
 def _depth(text: str) -> int:

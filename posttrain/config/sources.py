@@ -140,6 +140,7 @@ def _known(host: Host) -> Known:
         stages={name: stage.config for name, stage in host.stages.items()},
         nodes=host.own_nodes(),
         is_model=lambda name: option_file("model", name) is not None,
+        is_gate=lambda name: option_file("gate", name) is not None,
         gate=_gate_settings,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +13,10 @@ from posttrain.config.expansion import leaves
 from posttrain.config.explain import readable
 from posttrain.config.replay import Replay
 from posttrain.config.schema import GateConfig, GateTask, Role, Source
-from posttrain.errors import Problem, suggest
+from posttrain.errors import Problem, nearest, suggest
 from posttrain.host.plugins import Host
+
+NO_VALUE = "has no value"
 
 
 def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
@@ -29,6 +31,38 @@ def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
     return problems
 
 
+def undeclared(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
+    """Return a Problem for every key of a typed node below ``keys`` that its type lacks: ``++`` adds any."""
+    return [
+        Problem(where=path, what=f"unknown key {path!r}", fix=suggest(path.rpartition(".")[2], known))
+        for key in keys
+        for path, known in _undeclared(config._get_node(key), key)
+    ]
+
+
+def _undeclared(node: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    kind = OmegaConf.get_type(node)
+    known = [each.name for each in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else None
+    for key in map(str, node):
+        if known is not None and key not in known:
+            yield f"{path}.{key}", known
+        else:
+            yield from _undeclared(node._get_node(key), f"{path}.{key}")
+
+
+def without_results(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems without the missing values that are missing because their keys are misspelt."""
+    found = list(problems)
+    fixes = [each.fix for each in found]
+    return [
+        each
+        for each in found
+        if each.what != NO_VALUE or not any(fix.startswith(f"Did you mean {each.where}?") for fix in fixes)
+    ]
+
+
 def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseException) -> Problem:
     """Name the value, and the key it is interpolated from: that one is to be given."""
     parent, _, leaf = path.rpartition(".")
@@ -37,7 +71,7 @@ def _unresolved_problem(config: DictConfig, path: str, error: OmegaConfBaseExcep
     source = value[2:-1] if isinstance(value, str) and value.startswith("${") else None
     where = f"{path} (from {source})" if source else path
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        return Problem(where=where, what="has no value", fix=f"Give {source or path}=VALUE")
+        return Problem(where=where, what=NO_VALUE, fix=f"Give {source or path}=VALUE")
     return Problem(where=where, what=readable(str(error)))
 
 
@@ -53,7 +87,7 @@ def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(Problem(where=where, what=f"must be a mapping, not {value!r}", fix=f"Keys: {', '.join(known)}"))
         return None
-    sound = True
+    sound, misspelt = True, set()
     one_by_one: Mapping[Any, Any] = {}
     try:
         schema.merge_with(value)
@@ -67,10 +101,11 @@ def conform(kind: type, value: Any, where: str, problems: list[Problem]) -> Any:
             unknown = str(key) not in known
             what = f"unknown key {key!r}" if unknown else readable(str(error))
             fix = suggest(str(key), known) if unknown else ""
+            misspelt |= {nearest(str(key), known)} if unknown else set()
             problems.append(Problem(where=f"{where}.{key}", what=what, fix=fix))
-    for key in sorted(OmegaConf.missing_keys(schema) - set(map(str, value))):
+    for key in sorted(OmegaConf.missing_keys(schema) - set(map(str, value)) - misspelt):
         sound = False
-        problems.append(Problem(where=f"{where}.{key}", what="has no value", fix=f"Give {where}.{key}"))
+        problems.append(Problem(where=f"{where}.{key}", what=NO_VALUE, fix=f"Give {where}.{key}"))
     return OmegaConf.to_object(schema) if sound else None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from posttrain.config.paths import shipped
 from posttrain.cost.engines import device_memory, gpus
 from posttrain.environment import cores
-from posttrain.errors import reject, suggest
+from posttrain.errors import nearest, reject
 from posttrain.model.device import expects_metal
 
 Share = tuple[float, float, float]
@@ -64,23 +64,26 @@ def this_machine(processes: int, per_node: int) -> Machine:
     return _machine(name, processes, memory, is_gpu=is_gpu, cores=each)
 
 
-def named_machine(text: str, processes: int) -> Machine:
+def named_machine(text: str, processes: int, key: str = "") -> Machine:
     """Return the GPUs that a word of the command names: ``H100``, ``8 x H100``, ``24GB`` or ``8 x 80GB``.
 
-    ``processes`` is their number where the word gives none. Raises BadInput for an unknown one.
+    ``processes`` is their number where the word gives none; ``key`` is what stands before it, such as ``on=``. Raises
+    BadInput for an unknown one.
     """
     found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(.+?)\s*", text, re.IGNORECASE)
     count, what = (int(found[1] or processes), found[2]) if found else (0, text)
-    if count < 1:
-        reject(text, "names no device", "Write one as H100, '8 x H100' or 24GB")
-    if size := re.fullmatch(r"([\d.]+)\s*([A-Za-z]+)", what):
-        unit = SIZES.get(size[2].upper())
-        if unit and size[1].count(".") <= 1 and size[1] != "." and float(size[1]) > 0:
-            return Machine(name="", count=count, memory=int(float(size[1]) * unit), is_gpu=True)
-    if (name := _known("gpus", what)) is None:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", what)
+    unit = SIZES.get(size[2].upper()) if size else None
+    if count > 0 and size and unit and float(size[1]) > 0:
+        return Machine(name="", count=count, memory=int(float(size[1]) * unit), is_gpu=True)
+    name = _known("gpus", what)
+    if count < 1 or name is None:
+        forms = f"Write a GPU, {key}H100, its memory, {key}24GB, or several, {key}'8 x H100'"
         known = list(_table()["gpus"])
-        fix = f"{suggest(what, known)} Or give its memory, such as 24GB"
-        reject(text, f"no figures of {what!r} are known", fix)
+        size = size or re.fullmatch(r"(\d+)\s*[A-Za-z]+", text)  # the x may be part of a misspelt unit
+        close = f"{size[1]}GB" if size and float(size[1]) > 0 else nearest(what, known)
+        fix = f"Did you mean {key}{close}? {forms}" if close and count > 0 else forms
+        reject(f"{key}{text}", "names no GPU with figures and no memory", f"{fix}. GPUs: {', '.join(sorted(known))}")
     return _machine(name, count, _table()["gpus"][name]["memory"] * 10**9, is_gpu=True)
 
 
