@@ -6,7 +6,9 @@ tiny models gain nothing from a second thread, and the same bytes come out howev
 
 from __future__ import annotations
 
+import compileall
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,13 @@ STEADY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthChec
 settings.register_profile("fixed", derandomize=True, **STEADY)
 settings.register_profile("fuzz", derandomize=False, **STEADY)
 settings.load_profile("fixed")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile what every process that a test starts would compile again where Python keeps none of its bytecode."""
+    if sys.dont_write_bytecode and "PYTEST_XDIST_WORKER" not in os.environ:
+        for folder in ("posttrain", "plugins"):
+            compileall.compile_dir(session.config.rootpath / folder, quiet=2)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,6 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from posttrain.host.plugins import Host
 
 PRIMARY = {"recipe": "config", "gate": "regression"}
 """The file below conf/ that a composition starts from, by what is chosen in it."""
-GROUPS = {"config": ("recipe", "model", "variant", "tracker", "launch"), "regression": ("launch", "gate")}
-"""Groups in the defaults of that file."""
 CONFIG_DIR = ("--config-dir", "-cd")
 """Flags that name a folder of the user's own gates, models and variants."""
 MOST_PROBLEMS = 20
@@ -81,13 +78,14 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
                     problems.append(fault.problem)
                 if not _leave_out(fault, remaining) or len(problems) >= MOST_PROBLEMS:
                     raise BadInput(problems) from None
-    _require_shipped(config.hydra, PRIMARY[choice])
+    _require_untouched(config.hydra, PRIMARY[choice])
     choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
-    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != HYDRA])
-    raw: Any = OmegaConf.to_container(plain, resolve=False)
+    OmegaConf.set_struct(config, None)
+    del config[HYDRA]
+    raw: Any = OmegaConf.to_container(config, resolve=False)
     check_interpolations(raw, f"{choice} {choices.get(choice)}")
     return Composition(
-        recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
+        recipe=str(choices.get(choice)), config=config, words=tuple(overrides), removed=removed_stages(remaining),
         tracker=choices.get("tracker", "none"), shadows=tuple(sources.shadows(choices)), problems=problems,
         choices=choices, reading=reading,
     )  # fmt: skip
@@ -132,34 +130,24 @@ def _hydra(host: Host, own: Sequence[Path] = ()) -> Iterator[None]:
     sources.register(host, own)
     with (
         sources.shipped_resolvers(),  # Hydra registers some of its own, which the inner one hides and this one removes
-        _initialized(),
+        hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name=sources.PROGRAM),
         sources.shipped_resolvers(),
+        sources.own_store(),
     ):
         yield
 
 
-def _initialized() -> contextlib.AbstractContextManager[None]:
-    return hydra.initialize_config_dir(config_dir=str(shipped("conf")), version_base="1.3", job_name="posttrain")
-
-
-def _require_shipped(node: DictConfig, primary: str) -> None:
-    """Raise BadInput unless Hydra's own settings are those that ship, however a file may have reached them.
+def _require_untouched(node: DictConfig, primary: str) -> None:
+    """Raise BadInput unless Hydra's own settings are as they were, however a file may have reached them.
 
     Some of them name code to call, as those of logging, or variables of the environment to copy.
     """
-    wanted, found = _shipped_settings(primary), dict(_own_settings(node))
+    wanted, found = dict(_own_settings(sources.hydras_settings())), dict(_own_settings(node))
+    wanted["job.config_name"] = primary
     changed = [key for key in {**wanted, **found} if (key in wanted, wanted.get(key)) != (key in found, found.get(key))]
     if changed:
         what = "the recipe, or a file that it includes, sets something of Hydra's own: a recipe is data"
         reject(f"hydra.{changed[0]}", what, "Look for packages and keys with hydra in the files, and remove them")
-
-
-@cache
-def _shipped_settings(primary: str) -> dict[str, Any]:
-    """Return Hydra's own settings as they ship: composed of shipped files alone."""
-    with sources.shipped_files(), _initialized():
-        config = hydra.compose(primary, [f"~{group}" for group in GROUPS[primary]], return_hydra_config=True)
-    return dict(_own_settings(config.hydra))
 
 
 def _own_settings(node: DictConfig) -> Iterator[tuple[str, Any]]:

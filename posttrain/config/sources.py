@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from hydra.conf import JobConf, OverridesConf, RuntimeConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
@@ -41,6 +42,7 @@ from posttrain.host.guard import SETTINGS
 from posttrain.host.plugins import Host
 from posttrain.stage import Stage
 
+PROGRAM = "posttrain"
 SCHEMA = {"model": ModelConfig, "data": Source, "launch": LaunchConfig}
 """Typed nodes of every recipe, other than its stages and the settings of plugins."""
 GROUP = "recipe/"
@@ -66,13 +68,6 @@ def register(host: Host, named: Sequence[Path] = ()) -> None:
         plugins.register(plugin)
 
 
-class _Stored:
-    """The contents of Hydra's store, which lives as long as the process."""
-
-    nodes: ClassVar[tuple[Any, ...]] = ()
-    """The result of ``_nodes`` for the host in it."""
-
-
 class _Shared(dict[str, Any]):
     """Nodes of Hydra's store: every composition copies its sources, and the store with them, unless they are shared.
 
@@ -81,6 +76,30 @@ class _Shared(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
+
+
+class _Stored:
+    """The contents of Hydra's store while a recipe is composed, which live as long as the process."""
+
+    nodes: ClassVar[tuple[Any, ...]] = ()
+    """The result of ``_nodes`` for the host in it."""
+    repo: ClassVar[_Shared] = _Shared()
+
+
+@contextlib.contextmanager
+def own_store() -> Iterator[ConfigStore]:
+    """Hide what others keep in Hydra's store, Hydra's own settings among it, and show ours."""
+    store = ConfigStore.instance()
+    others, store.repo = store.repo, _Stored.repo
+    try:
+        yield store
+    finally:
+        store.repo = others
+
+
+def hydras_settings() -> DictConfig:
+    """Return what composing needs of Hydra's own settings; all of them would take a third of the time."""
+    return OmegaConf.create({"overrides": OverridesConf, "job": JobConf(name=PROGRAM), "runtime": RuntimeConf})
 
 
 def _nodes(host: Host) -> tuple[Any, ...]:
@@ -100,9 +119,15 @@ def _plugin_folders(host: Host) -> list[Path]:
 
 
 def _store(host: Host) -> None:
-    """Put every schema of the host into Hydra's store."""
-    store = ConfigStore.instance()
-    store.repo = _Shared(store.repo)
+    """Put every schema of the host into a new store."""
+    _Stored.repo = _Shared()
+    with own_store() as store:
+        _fill(store, host)
+
+
+def _fill(store: ConfigStore, host: Host) -> None:
+    """Store every schema, those of the stages as options."""
+    store.store(group=HYDRA, name="config", node=hydras_settings())
     regression = OmegaConf.structured(RegressionConfig)
     store.store(name="regression_schema", node=regression)
     variant: dict[str, dict[str, str]] = {}
@@ -327,17 +352,6 @@ def shipped_resolvers() -> Iterator[None]:
         yield
     finally:
         BaseContainer._resolvers = others
-
-
-@contextlib.contextmanager
-def shipped_files() -> Iterator[None]:
-    """Search in shipped files alone."""
-    before = RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named
-    RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named = [shipped("recipes")], [], []
-    try:
-        yield
-    finally:
-        RecipeSearchPath.recipes, RecipeSearchPath.conf, RecipeSearchPath.named = before
 
 
 def shadows(chosen: Mapping[str, str]) -> list[str]:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from posttrain import cli
-from posttrain.config import compose as composing
 from posttrain.config.compose import compose
 from posttrain.errors import BadInput
 from posttrain.host.plugins import Host
@@ -123,7 +123,7 @@ def test_no_file_and_no_word_reaches_hydra(host: Host, way: str, capfd: pytest.C
 
 @pytest.mark.parametrize("way", [way for way in INTO_HYDRA if not way.startswith("word: ") and way != "target"])
 @pytest.mark.usefixtures("own")
-def test_hydras_settings_are_compared_with_those_that_ship(
+def test_hydras_settings_are_compared_with_those_of_every_composition(
     host: Host, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second line: what the reader of files might miss is seen in the result."""
@@ -404,12 +404,19 @@ def test_a_recipe_is_checked_before_anything_heavy_is_imported() -> None:
     assert "mine.yaml" in result.stderr
 
 
-def test_the_settings_of_hydra_that_ship_are_found_without_the_files_of_others(host: Host) -> None:
-    composing._shipped_settings.cache_clear()
-    write(HEAD + BODY + "", "mine")
-    write("path: a/b\n", "quickstart", "own/model")
-    assert plan(host, "recipe=mine", "--config-dir", "own").recipe == "mine"
-    assert composing._shipped_settings("config")["job_logging.version"] == 1
+def test_what_others_keep_in_hydras_store_reaches_no_recipe(host: Host) -> None:
+    store = ConfigStore.instance()
+    theirs = dict(store.repo)
+    store.store(name="theirs", group="model", node={"path": CANARY})
+    try:
+        write(HEAD + BODY)
+        assert "theirs" in rejected(host, "recipe=mine", "model=theirs")
+        assert plan(host, "recipe=mine").recipe == "mine"
+        assert "theirs.yaml" in store.list("model")
+        assert set(store.repo) == {*theirs, "model"}
+        assert {"launcher", "sweeper", "config.yaml"} <= set(store.list("hydra"))
+    finally:
+        store.repo = theirs
 
 
 def test_variables_of_hydra_change_nothing(
