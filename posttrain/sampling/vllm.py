@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource
-from posttrain.errors import Interrupted, first_line, reject, shown
+from posttrain.errors import Interrupted, first_line, reject
 from posttrain.model.vllm import missing_parts, rank_of, room_for
-from posttrain.model.vllm_process import NAME, SERVE, Process, choices, version_of
+from posttrain.model.vllm_process import NAME, SERVE, Process, choices, reason_of, version_of
 from posttrain.sampling.sampler import Answer, Drawing, answer_seed
 
 BLOCK = 1024
@@ -82,7 +82,7 @@ class Server:
             with self._process.answering(body) as answer:
                 if answer.status == 200:
                     return _read(answer, stops)
-                status, said = answer.status, shown(answer.read()[:300])
+                status, said = answer.status, reason_of(answer.read())
         except _BROKEN as error:
             raise self._broken(first_line(error) or type(error).__name__) from None
         if status >= 500:

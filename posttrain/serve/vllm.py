@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from posttrain.errors import BadInput, first_line, reject, shown
+from posttrain.errors import BadInput, first_line, reject
 from posttrain.model.loading import load_model
 from posttrain.model.merging import write_whole
 from posttrain.model.vllm import missing_parts, rank_of, room_for
-from posttrain.model.vllm_process import NAME, Process, Tell, choices
+from posttrain.model.vllm_process import NAME, Process, Tell, choices, reason_of
 from posttrain.serve.ask import Ask, Ended, Token
 from posttrain.serve.catalogue import Catalogue, Served
 from posttrain.serve.engine import STOPPED, QueueFull, Unavailable, Unloaded
@@ -130,10 +130,10 @@ def _events(process: Process, name: str, ask: Ask) -> Iterator[Token | Ended]:
     }  # fmt: skip
     with process.answering(body) as answer:
         if answer.status != 200:
-            yield Ended("failed", f"vLLM answers with status {answer.status}: {shown(answer.read()[:300])}")
+            yield Ended("failed", f"vLLM answers with status {answer.status}: {reason_of(answer.read())}")
             return
         for choice in choices(answer):
-            for token in _tokens(choice):
+            for token in _tokens(choice, sampling.top_logprobs):
                 if token.id in ask.ends:
                     yield Ended("stop")
                     return
@@ -144,15 +144,15 @@ def _events(process: Process, name: str, ask: Ask) -> Iterator[Token | Ended]:
     yield Ended("failed", "vLLM broke off")
 
 
-def _tokens(choice: Mapping[str, Any]) -> Iterator[Token]:
-    """Yield the tokens of a piece, with their log-probabilities where there are some."""
+def _tokens(choice: Mapping[str, Any], count: int | None) -> Iterator[Token]:
+    """Yield the tokens of a piece, with their log-probabilities and ``count`` likeliest tokens where asked for."""
     logprobs, ids = choice.get("logprobs"), choice.get("token_ids") or []
     for place, token in enumerate(ids):
         if logprobs is None:
             yield Token(token)
             continue
         top = {_id(key): value for key, value in (logprobs["top_logprobs"][place] or {}).items()}
-        likeliest = sorted(top.items(), key=lambda item: -item[1])
+        likeliest = sorted(top.items(), key=lambda item: -item[1])[:count]  # vLLM adds the chosen one
         yield Token(token, logprobs["token_logprobs"][place], tuple(likeliest))
 
 
@@ -175,9 +175,9 @@ class VllmModels(Models):
         self._folder = catalogue.root / "cache" / "merged"
         plain = [each.source for each in catalogue.artifacts if each.source.adapter and not missing_parts(each.source)]
         # with room for one that is coming while another leaves
-        count, room = len(plain) + 2, room_for([rank_of(source) for source in plain])
-        self._options = ["--enable-lora", "--max-loras", str(count), "--max-cpu-loras", str(count)]
-        self._options += ["--max-lora-rank", str(room)]
+        count, self._rank = len(plain) + 2, room_for([rank_of(source) for source in plain])
+        self._adapting = ["--enable-lora", "--max-loras", str(count), "--max-cpu-loras", str(count)]
+        self._adapting += ["--max-lora-rank", str(self._rank)]
 
     def add(self, served: Served) -> None:
         """Load a model into vLLM and into this process' memory, unless it is loaded."""
@@ -190,8 +190,11 @@ class VllmModels(Models):
         if key not in self._weights:
             plain: Any = load_model(replace(source, adapter=None), served.dtype)
             self._weights[key] = Weights(plain, Lane(plain, mixed=True))
-        self._held[served.digest] = self.routes[served.digest] = self._route(served)
-        self.loaded = {**self.loaded, served.digest: describe(served, self._weights[key].plain)}
+        route = self._held[served.digest] = self.routes[served.digest] = self._route(served)
+        loaded, room = describe(served, self._weights[key].plain), route[0].context
+        if room is not None and (loaded.context is None or room < loaded.context):  # the command may give it less
+            loaded = replace(loaded, context=room)
+        self.loaded = {**self.loaded, served.digest: loaded}
 
     def remove(self, digest: str) -> None:
         """Unload a model; a process without one ends."""
@@ -222,18 +225,19 @@ class VllmModels(Models):
     def _route(self, served: Served) -> tuple[Process, str]:
         """Return the process of a model, and the process' name of it, once it can be asked."""
         source = served.source
-        if source.adapter is not None and not missing_parts(source):
+        if source.adapter is not None and not missing_parts(source) and rank_of(source) <= self._rank:
             process, name = self._process(key_of(served), source.model, served.dtype), served.digest[:32]
             process.load(name, source.adapter)
             return process, name
         if source.adapter is None and not (source.added_tokens or source.rows):
             return self._process(key_of(served), source.model, served.dtype), NAME
         whole = write_whole(source, served.base, served.dtype, self._folder / served.digest)
-        return self._process(served.digest, whole, served.dtype), NAME
+        return self._process(served.digest, whole, served.dtype, ()), NAME
 
-    def _process(self, key: Hashable, model: Path, dtype: str) -> Process:
+    def _process(self, key: Hashable, model: Path, dtype: str, options: Sequence[str] | None = None) -> Process:
         if key not in self._processes:
-            process = Process(self._command, model, [*self._options, "--dtype", dtype], self._environment)
+            options = self._adapting if options is None else options
+            process = Process(self._command, model, [*options, "--dtype", dtype], self._environment)
             process.tell = self._tell
             process.start()
             self._processes[key] = process

@@ -31,7 +31,7 @@ def make_artifact(
     source = base_source(base)
     model = load_model(source, "float32")
     if not full:
-        model = new_adapter(model, LoraSettings(r=4, alpha=32, **lora), seed, tokens)
+        model = new_adapter(model, LoraSettings(**{"r": 4, "alpha": 32, **lora}), seed, tokens)
     nudge(model, seed)
     draft = folder.with_name(f".{folder.name}")
     draft.mkdir(parents=True)

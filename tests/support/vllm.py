@@ -1,6 +1,6 @@
 """A program that speaks vLLM's HTTP: weights and adapters of transformers and peft, one token at a time.
 
-    python -m tests.support.vllm MODEL --host ADDRESS --port N ... [--journal FILE]
+    python -m tests.support.vllm serve MODEL --host ADDRESS --port N ... [--journal FILE]
 
 It rejects what vLLM rejects. Each process, adapter and request leaves a line in the journal. Libraries are imported
 where they are used: the version is asked of a process of its own.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,12 +35,14 @@ class Standin(BaseHTTPRequestHandler):
         """Write no log."""
 
     def do_GET(self) -> None:
-        self._answer(200 if self.path == "/health" else 404, {})
+        models = [{"id": self.options.served_model_name, "max_model_len": self.options.max_model_len}]
+        known = {"/health": {}, "/v1/models": {"data": models}}
+        self._answer(200 if self.path in known else 404, known.get(self.path, {}))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.headers.get("Authorization") != f"Bearer {os.environ['VLLM_API_KEY']}":
-            self._answer(401, {"error": "Unauthorized"})
+            self._answer(401, failure("Unauthorized"))
             return
         journal(self.options, path=self.path, model=body.get("model") or body.get("lora_name"))
         work = {
@@ -52,12 +55,13 @@ class Standin(BaseHTTPRequestHandler):
         from peft import PeftModel
 
         assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+        assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
         name, path = body["lora_name"], Path(body["lora_path"])
         config = json.loads((path / "adapter_config.json").read_text())
         if name in self.adapters:
-            self._answer(400, {"error": f"The lora adapter '{name}' has already been loaded."})
+            self._answer(400, failure(f"The lora adapter '{name}' has already been loaded."))
         elif config.get("use_dora") or config.get("modules_to_save") or config["r"] > self.options.max_lora_rank:
-            self._answer(500, {"error": "vLLM does not yet support it"})
+            self._answer(500, failure("vLLM does not yet support it"))
         else:
             with self.lock:
                 if isinstance(type(self).model, PeftModel):
@@ -76,12 +80,12 @@ class Standin(BaseHTTPRequestHandler):
 
         name = body["model"]
         if name not in (self.options.served_model_name, *self.adapters):
-            self._answer(404, {"error": f"The model `{name}` does not exist."})
+            self._answer(404, failure(f"The model `{name}` does not exist."))
             return
         assert body["stream"]
         assert body["return_token_ids"]
-        if len(body["prompt"]) + body["max_tokens"] > self.options.context:
-            self._answer(400, {"error": f"This model's maximum context length is {self.options.context} tokens."})
+        if len(body["prompt"]) + body["max_tokens"] > self.options.max_model_len:
+            self._answer(400, failure(f"This model's maximum context length is {self.options.max_model_len} tokens."))
             return
         with self.lock:
             type(self).served += 1
@@ -124,7 +128,8 @@ class Standin(BaseHTTPRequestHandler):
     def _piece(self, token: int, logprobs_V: torch.Tensor, count: int | None, reason: str | None) -> None:
         logprobs = None
         if count is not None:
-            top = {f"token_id:{each}": float(logprobs_V[each]) for each in logprobs_V.topk(count).indices.tolist()}
+            named = [token, *logprobs_V.topk(count).indices.tolist()]  # the chosen one is named whether likely or not
+            top = {f"token_id:{each}": float(logprobs_V[each]) for each in named}
             logprobs = {"token_logprobs": [float(logprobs_V[token])], "top_logprobs": [top]}
         choice = {"index": 0, "text": "", "token_ids": [token], "logprobs": logprobs, "finish_reason": reason}
         self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
@@ -138,6 +143,11 @@ class Standin(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
 
+def failure(message: str) -> dict[str, Any]:
+    """Return the body of an error."""
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+
+
 def journal(options: argparse.Namespace, **fields: Any) -> None:
     """Write a line about this process."""
     with options.journal.open("a") as stream:
@@ -149,25 +159,32 @@ def main() -> None:
     if "--version" in sys.argv:
         print(os.environ.get("STANDIN_VERSION", "0.1"))
         return
+    if sys.argv[1] != "serve" or sys.argv[2].startswith("-"):
+        print("ValueError: `model` should be provided as the first positional argument when using `vllm serve`.")
+        sys.exit(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("weights")
     parser.add_argument("--logprobs-mode", default="raw_logprobs")
     for name in ("--host", "--served-model-name", "--generation-config", "--uvicorn-log-level", "--dtype"):
         parser.add_argument(name)
-    for name in ("--port", "--max-loras", "--max-cpu-loras", "--max-lora-rank"):
+    for name in ("--port", "--max-loras", "--max-cpu-loras", "--max-lora-rank", "--max-model-len"):
         parser.add_argument(name, type=int)
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--journal", type=Path, default=Path(os.environ["STANDIN_JOURNAL"]))
-    options = parser.parse_args()
+    options = parser.parse_args(sys.argv[2:])
     if os.environ.get("STANDIN_FAULT"):
-        print("ValueError: no room for the cache of keys and values")
+        print("(EngineCore pid=8) ERROR 11-30 10:37:54 [core.py:9] ValueError: no room for the cache")
+        print("(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.")
         sys.exit(3)
     from transformers import AutoModelForCausalLM
 
     Standin.options = options
     Standin.model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=options.dtype).eval()
-    Standin.options.context = Standin.model.config.max_position_embeddings
-    journal(options, path="begun", model=None)
+    options.max_model_len = options.max_model_len or Standin.model.config.max_position_embeddings
+    journal(options, path="begun", model=None, adapting=options.enable_lora)
+    # vLLM computes in a process of its own, which nothing ends when the one with the interface is killed
+    engine = subprocess.Popen(["sleep", "600"])
+    journal(options, path="engine", model=None, engine=engine.pid)
     ThreadingHTTPServer.request_queue_size = 256
     ThreadingHTTPServer((options.host, options.port), Standin).serve_forever()
 
