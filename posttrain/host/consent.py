@@ -58,6 +58,11 @@ def given_by(words: Sequence[str]) -> Iterator[None]:
         _given = former
 
 
+def words() -> list[str]:
+    """Return the words that give this command line's consent to the code of task files, for its own processes."""
+    return [FLAG] if _given.everything else []
+
+
 def is_trusted(digest: str) -> bool:
     """Return True when the user allows the code of a task whose files have this digest."""
     return _given.everything or any(line.split()[0] == digest for line in _lines())

@@ -27,6 +27,7 @@ from posttrain.data.held import HeldRecords, digest_records, release
 from posttrain.data.records import Conversation, Feedback, Origin, Preference, Question, Record, Text
 from posttrain.disk import naming, write_synced
 from posttrain.errors import ArtifactDamaged, PluginFailed, reject
+from posttrain.host import consent
 from posttrain.saved import as_kind, plain, read_json
 from posttrain.stage import Stage
 from posttrain.version import __version__
@@ -97,6 +98,8 @@ class Job:
     """Number of the cluster of records alike, by their places."""
     gate_tasks: Mapping[str, GateTask]
     """Tasks of the stage's gate to be followed while answers are sampled."""
+    consent: Sequence[str]
+    """Words by which the command line allows the code of their files, which no recipe can."""
     metrics: Mapping[str, Any]
     """Figures that the command has for the manifest."""
     silence_seconds: float
@@ -136,6 +139,7 @@ def write_job(
         data_workers=context.data_workers,
         clusters=dict(context.clusters),
         gate_tasks=context.gate_tasks,
+        consent=consent.words(),
         metrics=context.metrics,
         silence_seconds=launch.silence_seconds,
         command=os.getpid() if launch.kind is Launcher.local else None,

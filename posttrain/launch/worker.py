@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from posttrain import environment
 from posttrain.errors import Interrupted, reject
-from posttrain.host import activity
+from posttrain.host import activity, consent
 from posttrain.host.supervisor import die_with, watch_files
 from posttrain.launch.job import (
     FOLDER,
@@ -106,7 +106,7 @@ def _work(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     context = context_of(job, path.parent / FOLDER, host, progress, stop.requested)
     if processes.agree(stop.requested()):
         raise Interrupted("stopped before the first step")
-    with activity.running(path.parents[STAGE_DEPTH]):
+    with activity.running(path.parents[STAGE_DEPTH]), consent.given_by(job.consent):
         run_here(host.stages[job.kind], context, writes=rank == 0)
     processes.leave()
     return context.metrics

@@ -24,13 +24,16 @@ from posttrain.config.schema import GateConfig
 from posttrain.context import StageContext
 from posttrain.data.held import digest_records
 from posttrain.data.records import Conversation, Text
+from posttrain.engine import processes
 from posttrain.errors import ArtifactDamaged, BadInput, DiskFailed, Diverged, Interrupted, PluginFailed, PosttrainError
+from posttrain.host import consent, plugins
 from posttrain.host.plugins import CORE_ORIGIN
-from posttrain.launch import group
+from posttrain.launch import group, worker
 from posttrain.launch.group import Group, Watch
-from posttrain.launch.job import config_of, parent_of, read_job, read_records
+from posttrain.launch.job import config_of, parent_of, read_job, read_records, write_job
 from posttrain.launch.outcome import RankFailed
 from posttrain.launch.shape import shape_of
+from posttrain.launch.worker import Stop
 from posttrain.sft.plugin import register_stages
 from posttrain.testing import Recorder
 from tests.support.tiny import sft_config
@@ -287,6 +290,24 @@ def test_a_job_gives_back_what_the_command_had(tmp_path: Path) -> None:
     path.write_text(json.dumps({**values, "versions": {**values["versions"], "posttrain": "0.0.1", "torch": "1.0"}}))
     with pytest.raises(BadInput, match=r"has posttrain .*, torch .*, but the command posttrain 0\.0\.1, torch 1\.0"):
         read_job(path)
+
+
+@pytest.mark.parametrize("words", [[consent.FLAG], []])
+def test_processes_have_the_consent_of_the_command_line_and_no_other(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, trusted = plugins.load(), list[bool]()
+    path = tmp_path / "run" / "stages" / "mine" / "job.json"
+    (path.parent / "launch").mkdir(parents=True)
+    with consent.given_by(["recipe=mine", *words]):
+        write_job(
+            path, host.stages["sft"], context(tmp_path), origin=host.origin("sft"), world=1, launch=LaunchConfig()
+        )
+    monkeypatch.setattr(processes, "join", lambda seconds: None)
+    here = "posttrain.launch.plugin.run_here"
+    monkeypatch.setattr(here, lambda *_, **__: trusted.append(consent.is_trusted("0" * 64)))
+    worker._work(path, 0, Stop(path.parent / "launch" / "stop"))
+    assert trusted == [bool(words)]
 
 
 def test_records_that_json_would_change_are_rejected(tmp_path: Path) -> None:
