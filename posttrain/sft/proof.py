@@ -217,6 +217,8 @@ class Proof:
             gradient = self._of_ranks[engine]
         except ProcessException as error:
             return Check(name=name, reason=f"a process failed: {str(error).strip().splitlines()[-1]}")
+        except TimeoutError as error:
+            return Check(name=name, reason=str(error))
         return Check(name=name, error=distance(gradient, own))
 
     @cached_property

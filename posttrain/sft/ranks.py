@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from posttrain import environment
 from posttrain.engine.config import FineTuneConfig
+from posttrain.model.device import CPU, VARIABLE
 from posttrain.tokens.packing import PackedRow
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RANKS = 2
+SECONDS = 600
+"""Longest time of one engine in the two processes."""
 
 
 def gradients_of_ranks(
@@ -29,16 +34,35 @@ def gradients_of_ranks(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Return the gradient of the mean loss over all ranks' trained tokens, by engine and parameter name.
 
-    Starts two processes connected by gloo. Raises torch's ProcessException when one of them fails.
+    Starts two processes connected by gloo. Raises torch's ProcessException when one of them fails, TimeoutError naming
+    the engine when it takes longer than ``SECONDS``.
     """
     with tempfile.TemporaryDirectory() as folder:
         # by value: shared memory is often too small for a model, in containers above all
         task = pickle.dumps((model, list(rows), config, list(engines)))
-        spawn(_rank, args=(task, folder), nprocs=RANKS)
+        started = spawn(_rank, args=(task, folder, model.device.type), nprocs=RANKS, join=False)
+        try:
+            _wait(started, Path(folder), engines)
+        finally:
+            for process in started.processes:
+                process.kill()
         return {name: load_file(Path(folder) / name) for name in engines}
 
 
-def _rank(rank: int, task: bytes, folder: str) -> None:
+def _wait(started: ProcessContext, folder: Path, engines: Sequence[str]) -> None:
+    """Wait for the processes, for each engine at most SECONDS. Raises TimeoutError naming the one that took longer."""
+    done, since = 0, monotonic()
+    while not started.join(timeout=1):
+        count = sum((folder / name).exists() for name in engines)
+        if count > done:
+            done, since = count, monotonic()
+        if monotonic() - since > SECONDS:
+            raise TimeoutError(f"{engines[min(done, len(engines) - 1)]} did not end within {SECONDS} seconds")
+
+
+def _rank(rank: int, task: bytes, folder: str, device: str) -> None:
+    if device == CPU:  # a GPU of this machine would be given the engine's exchanges, of which gloo knows none there
+        os.environ[VARIABLE] = CPU
     environment.prepare()
     from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
     from posttrain.engine.loop import ENGINES

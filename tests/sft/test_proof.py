@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,13 @@ def test_two_processes_give_the_same_gradient_in_silence(processes: None, capfd:
     limits = [1e-6 if check.name == proof.RANKS["deepspeed"] else 1e-12 for check in found]
     assert all(each.error is not None and each.error <= limit for each, limit in zip(found, limits, strict=True)), found
     assert capfd.readouterr() == ("", "")  # they would write into the table of the comparisons
+
+
+def test_processes_that_do_not_end_are_named_and_ended(processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.sft.ranks.SECONDS", 0)
+    found = [check for check in checks(lora=True) if check.name in RANKS]
+    assert {check.reason for check in found} == {"ddp did not end within 0 seconds"}
+    assert not multiprocessing.active_children()
 
 
 def test_one_document_is_enough() -> None:
