@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         Scorecard,
         SliceVerdict,
         TaskVerdict,
+        TrainedOn,
         Verdict,
         VerdictState,
     )
@@ -198,6 +199,7 @@ __all__ = [
     "TokenScores",
     "Tool",
     "TrainOn",
+    "TrainedOn",
     "Verdict",
     "VerdictState",
     "__version__",
@@ -287,6 +289,7 @@ HOMES = {
         "Scorecard",
         "SliceVerdict",
         "TaskVerdict",
+        "TrainedOn",
         "Verdict",
         "VerdictState",
     ),

@@ -115,6 +115,7 @@ PUBLIC = [
     "TokenScores",
     "Tool",
     "TrainOn",
+    "TrainedOn",
     "Verdict",
     "VerdictState",
     "__version__",

@@ -55,6 +55,7 @@ def decide_candidate(
         hold_back(request.gate, verdict),
         gated=verdict.gated and request.gate.enabled,
         unpromoted=request.unpromoted,
+        trained_on=request.trained_on,
         scored_by=scored_by,
         judged_by=judged_by,
     )

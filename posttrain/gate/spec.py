@@ -41,6 +41,23 @@ class GateProgress(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """The documents of a gate's task that training has seen."""
+
+    task: str
+    """Name of the task in the gate."""
+    documents: int
+    """Documents of the task."""
+    trained: int
+    """Documents that a row which was trained holds: at least, where several stages hold some."""
+
+    @property
+    def text(self) -> str:
+        """The counts in words."""
+        return f"{self.trained:,} of {self.documents:,} documents trained on"
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateRequest:
     """One gate to be run."""
 
@@ -60,6 +77,8 @@ class GateRequest:
     """The scorecard.jsonl to write: one row per system, task, filter and document."""
     unpromoted: tuple[str, ...] = ()
     """Artifacts below the candidate that no gate passed, each with its verdict."""
+    trained_on: tuple[TrainedOn, ...] = ()
+    """Tasks of which the rows of the candidate, or of a stage below it, hold documents."""
     launch: Callable[..., None] | None = None
     """Start of the processes that answer in place of this one, the core's own affair; None asks here."""
 
@@ -203,9 +222,15 @@ class Verdict:
     """The deciding figures in plain words."""
     unpromoted: tuple[str, ...] = ()
     """Artifacts below the judged one that no gate passed, each with its verdict. Filled in."""
+    trained_on: tuple[TrainedOn, ...] = ()
+    """Tasks of which trained rows hold documents: that decides nothing, but their lift is in part recall. Filled in."""
     notes: tuple[str, ...] = ()
     """Remarks about what the decision is worth; each is shown wherever the verdict is."""
     scored_by: tuple[str, ...] = ()
     """Plugins that scored, with their versions: the one that answered, then those that wrapped it. Filled in."""
     judged_by: tuple[str, ...] = ()
     """The same for the decision. Filled in."""
+
+    def recall(self, task: str) -> str:
+        """Return in words how much of a task's documents was trained on; empty for none."""
+        return next((each.text for each in self.trained_on if each.task == task), "")

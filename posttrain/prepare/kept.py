@@ -24,7 +24,7 @@ from posttrain.prepare.ledger import KEPT, Ledger, Summary
 from posttrain.saved import as_kind, plain, read_json
 
 LEDGER, SUMMARY = "ledger.parquet", "summary.json"
-LAYOUT = 5
+LAYOUT = 6
 """Version of these files and of the flow; part of every key."""
 
 

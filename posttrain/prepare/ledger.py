@@ -156,6 +156,7 @@ class Ledger:
         sources: dict[int, Waterfall] = {}
         found: Counter[str] = Counter()
         touched: dict[str, set[int]] = {task: set() for task in tasks}
+        trained: dict[str, set[int]] = {task: set() for task in tasks}
         for row, origin in enumerate(islice(origins_of(self.records), self.trained)):
             decided = self.deciding(row)
             source = sources.setdefault(origin.number, Waterfall(source=origin.path, read=0, kept=0, dropped={}))
@@ -164,7 +165,9 @@ class Ledger:
             found.update({each.rule for each in self.found.get(row, ())})
             for each in self.found.get(row, ()):
                 if each.task is not None and each.document is not None:
-                    touched.setdefault(each.task, set()).add(each.document)
+                    touched[each.task].add(each.document)
+                    if decided is None:
+                        trained[each.task].add(each.document)
         for bad in (bad for name, bad in self.unread if name == DATA):
             source = sources.setdefault(bad.number, Waterfall(source=bad.path, read=0, kept=0, dropped={}))
             for _ in bad.rows:
@@ -180,7 +183,10 @@ class Ledger:
             found=in_order(found),
             sources=list(sources.values()),
             similarities=[*self.similarities],
-            tasks={task: Touched(documents=tasks[task], touched=len(touched[task])) for task in tasks},
+            tasks={
+                task: Touched(documents=count, touched=len(touched[task]), trained=len(trained[task]))
+                for task, count in tasks.items()
+            },
         )
 
 
@@ -236,6 +242,8 @@ class Touched:
     documents: int
     touched: int
     """Documents that some row holds."""
+    trained: int = 0
+    """Documents that a row which stays holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

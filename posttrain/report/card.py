@@ -15,7 +15,7 @@ from typing import Any
 from posttrain.artifact import CARD, DOUBT, MANIFEST, Artifact, Manifest, read_manifest
 from posttrain.config.schema import OnFail
 from posttrain.errors import ArtifactDamaged
-from posttrain.gate.spec import TaskVerdict
+from posttrain.gate.spec import TaskVerdict, Verdict
 from posttrain.ledger import GATES, Row, lifts
 from posttrain.model.llama import digest_of_record
 from posttrain.quoting import cell, markdown, redacted
@@ -252,7 +252,7 @@ def _gate_section(evidence: Evidence) -> list[str]:
         decided = f"one-sided confidence {gate.confidence:g}; {markdown(kept.verdict.reason)}"
         lines += ["", f"**{asked}: {kept.verdict.state}**, {decided}. Scored by {scored}, judged by {judged}.", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        lines += [f"| {' | '.join(map(cell, _row(task)))} |" for task in kept.verdict.tasks]
+        lines += [f"| {' | '.join(map(cell, _row(task, kept.verdict)))} |" for task in kept.verdict.tasks]
     if evidence.rows:
         last = evidence.rows[-1]
         lines += ["", f"{len(evidence.rows)} rows of the ledger, the last of them {last.seq}: `{last.hash}`."]
@@ -263,10 +263,10 @@ def _behind(kept: KeptVerdict) -> tuple[Sequence[str], Sequence[str]]:
     return kept.verdict.scored_by, kept.verdict.judged_by
 
 
-def _row(task: TaskVerdict) -> tuple[str, ...]:
+def _row(task: TaskVerdict, verdict: Verdict) -> tuple[str, ...]:
     scale = scale_of(task)
     scores = (scale.score(value) for value in (task.base, task.parent, task.candidate))
-    lift = scale.interval(task.lift, task.low, task.high)
+    lift = "; ".join(filter(None, [scale.interval(task.lift, task.low, task.high), verdict.recall(task.task)]))
     return (f"{task.task}: {task.metric}", task.role, f"{task.n:,}", *scores, lift, task.against, task.state)
 
 

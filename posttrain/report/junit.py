@@ -50,7 +50,7 @@ def _cases(report: RunReport, stage: StageReport) -> Iterable[Case]:
     elif stage.error is not None:
         yield Case(name="stage", outcome="error", kind="PluginFailed", message=stage.error)
     elif stage.verdict is not None and stage.verdict.tasks:
-        yield from map(_case, stage.verdict.tasks)
+        yield from (_case(task, stage.verdict.recall(task.task)) for task in stage.verdict.tasks)
     elif stage.verdict is not None:
         yield _case_without_tasks(stage.verdict)
     elif stage.entry.state == "pending" or report.run.state in GATED_ENDS:
@@ -59,12 +59,13 @@ def _cases(report: RunReport, stage: StageReport) -> Iterable[Case]:
         yield Case(name="stage", outcome="error", kind=report.run.state, message=f"the run is {report.run.state}")
 
 
-def _case(task: TaskVerdict) -> Case:
+def _case(task: TaskVerdict, recall: str) -> Case:
     name = f"{task.role} {task.task} against {task.against}"
     scale = scale_of(task)
     shown = (
         f"{task.metric} {scale.score(task.candidate)}, {scale.interval(task.lift, task.low, task.high)}, n {task.n:,}"
     )
+    shown += f", {recall}" if recall else ""
     if task.state == "pass":
         return Case(name=name, output=shown)
     kind = "failed" if task.state == "fail" else "undecided"

@@ -80,17 +80,16 @@ def remarks(stage: StageState) -> list[str]:
 def _stage_rows(stage: StageReport) -> list[tuple[str, ...]]:
     entry = stage.entry
     cost = (f"{entry.tokens:,}" if entry.tokens else "", clock(entry.seconds))
-    tasks = stage.verdict.tasks if stage.verdict is not None else ()
-    if not tasks:
+    if stage.verdict is None or not stage.verdict.tasks:
         return [(stage.name, "", "", "", "", "", entry.state, *cost)]
-    rows = [_task_row(stage.name, task) for task in tasks]
+    rows = [_task_row(stage.name, task, stage.verdict.recall(task.task)) for task in stage.verdict.tasks]
     return [(*row, *(cost if index == 0 else ("", ""))) for index, row in enumerate(rows)]
 
 
-def _task_row(stage: str, task: TaskVerdict) -> tuple[str, ...]:
+def _task_row(stage: str, task: TaskVerdict, recall: str) -> tuple[str, ...]:
     scale = scale_of(task)
     scores = (scale.score(score) for score in (task.base, task.parent, task.candidate))
-    lift = f"{scale.interval(task.lift, task.low, task.high)} vs {task.against}"
+    lift = "; ".join(filter(None, [f"{scale.interval(task.lift, task.low, task.high)} vs {task.against}", recall]))
     return (stage, f"{task.task} ({task.role}, n {task.n:,})", *scores, lift, task.state)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from posttrain.artifact import Artifact, ModelSource
+from posttrain.artifact import Artifact, ModelSource, read_manifest
 from posttrain.errors import BadInput, Problem
 from posttrain.gate.procedure import decide_candidate, score_systems
-from posttrain.gate.spec import GateRequest, Verdict
+from posttrain.gate.spec import GateRequest, TrainedOn, Verdict
 from posttrain.launch.gate import gate_group
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
@@ -57,6 +58,7 @@ def judge_stage(
     """
     place = folder or job.folder
     request = _request(job, parent, artifact.source(job.base), unpromoted, place)
+    request = replace(request, trained_on=_trained_on(job, artifact))
     key = job.gate_digest(request.systems, unpromoted)
     path = place / VERDICT
     if (existing := _confirm_kept(job, request, path, key)) is not None:
@@ -80,8 +82,10 @@ def judged_before(job: Job, parent: ModelSource, folder: Path, unpromoted: tuple
     path = folder / VERDICT
     if not os.path.lexists(path):
         return None
-    candidate = replace(job.base, name=job.name, digest=read_verdict(path).artifact)  # scores are matched by digest
+    kept = read_verdict(path)
+    candidate = replace(job.base, name=job.name, digest=kept.artifact)  # scores are matched by digest
     request = _request(job, parent, candidate, unpromoted, folder)
+    request = replace(request, trained_on=kept.verdict.trained_on)
     return _confirm_kept(job, request, path, job.gate_digest(request.systems, unpromoted))
 
 
@@ -99,6 +103,25 @@ def _request(
         unpromoted=unpromoted,
         launch=gate_group(job.plan.launch),
     )
+
+
+def _trained_on(job: Job, artifact: Artifact) -> tuple[TrainedOn, ...]:
+    """Return the gate's tasks of which the rows of the stage, or of one below it in the run, hold documents."""
+    names = [step.name for step in job.plan.steps]
+    below = names[: names.index(job.name)]
+    places = [each.artifact for each in job.run.state.stages if each.name in below and each.artifact]
+    made = [artifact.manifest.metrics, *(read_manifest(job.run.path / place)["metrics"] for place in places)]
+    found: dict[str, TrainedOn] = {}
+    for name, counts in (item for metrics in made for item in _documents(metrics).items()):
+        trained = counts.get("trained", 0)
+        if name in job.step.tasks and trained > (found[name].trained if name in found else 0):
+            found[name] = TrainedOn(task=name, documents=counts["documents"], trained=trained)
+    return tuple(found[name] for name in job.step.tasks if name in found)
+
+
+def _documents(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
+    """Return the counts of a preparation by task; none where nothing was prepared."""
+    return (metrics.get("prepared") or {}).get("tasks", {})
 
 
 def _systems(job: Job, parent: ModelSource, candidate: ModelSource) -> dict[str, ModelSource]:

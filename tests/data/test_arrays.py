@@ -86,7 +86,7 @@ def test_a_spoilt_array_is_rejected_at_the_place_where_one_read_whole_is(
 
 
 FAULTS = {
-    "cut in a string": (b'[{"a": "b"},\n {"a": "b', 'a.json:2: is not valid JSON: Unterminated string starting at, column 8'),
+    "cut in a string": (b'[1,\n {"a": "b', "a.json:2: is not valid JSON: Unterminated string starting at, column 8"),
     "cut behind an element": (b'[{"a": "b"}', "a.json:1: is not valid JSON: Expecting ',' delimiter, column 12"),
     "cut behind a comma": (b'[{"a": "b"},\n', "a.json:2: is not valid JSON: Expecting value, column 1"),
     "nothing but its beginning": (b"[", "a.json:1: is not valid JSON: Expecting value, column 2"),
