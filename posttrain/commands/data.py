@@ -72,12 +72,16 @@ def _prepared(plan: Plan, host: Host, step: Step, console: DataConsole) -> Kept 
 
 def _remarks(step: Step) -> Iterator[str]:
     """Yield a line about rows of a stage that cannot be shown."""
-    asked = ", ".join(source.path for source in step.sources if source.on_policy)
     if not step.config.prepare.enabled:
         yield f"{step.name}: prepare.enabled is false, every row is trained"
-    elif asked:
-        what = "they are prepared when the stage starts, and the run names their ledger"
-        yield f"{step.name}: the parent's answers to {asked} are not made yet; {what}"
+    elif asked := ", ".join(_asked(step)):
+        where = "the run's report.html has their counts, and its display names their ledger"
+        yield f"{step.name}: the parent's answers to {asked} are made and prepared when the stage starts: {where}"
+
+
+def _asked(step: Step) -> list[str]:
+    """Return the sources of questions whose answers become rows when the stage starts."""
+    return [source.path for source in step.sources if source.on_policy]
 
 
 def _write_page(plan: Plan, step: Step, done: Kept, trained: Sequence[Record], evaluated: Sequence[Record]) -> None:
@@ -86,7 +90,8 @@ def _write_page(plan: Plan, step: Step, done: Kept, trained: Sequence[Record], e
     title = f"{plan.recipe}, {step.name}"
     summary = measure_lengths(done, trained, plan.model)
     records = JoinedRecords(trained, evaluated)
-    text = audit_page(title, done, summary, records, step.config.prepare.near.threshold, describe(done)[1:])
+    lines = [*describe(done)[1:], *_remarks(step)]
+    text = audit_page(title, done, summary, records, step.config.prepare.near.threshold, lines)
     replace_text(done.folder / PAGE, text)
 
 
@@ -106,6 +111,7 @@ def _values(plan: Plan, done: dict[str, Kept]) -> dict[str, Any]:
         "read": sum(each.read for each in summaries),
         "kept": sum(each.kept for each in summaries),
         "dropped": dict(sum((Counter(each.dropped) for each in summaries), Counter())),
+        "asked": {step.name: asked for step in plan.steps if (asked := _asked(step))},
         "stages": {name: plain(each.summary) | {"ledger": str(each.ledger)} for name, each in done.items()},
     }
 

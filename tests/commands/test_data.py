@@ -195,6 +195,22 @@ def test_a_replayed_row_that_a_gate_asks_leaves_as_those_of_the_stage_do(
     assert "general.jsonl:1: contamination: what was the name" in capsys.readouterr().err
 
 
+def test_rows_that_are_sampled_later_are_named_with_where_to_read_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("questions.jsonl").write_text(json.dumps({"question": "which tree is it", "answer": "elm"}) + "\n")
+    asked = "{on_policy: {questions: questions.jsonl, reward: exact}}"
+    words = ["data", "recipe=mine", "sft.gate.enabled=false", "dpo.gate.enabled=false"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, f"dpo.data=[pairs.jsonl, {asked}]"])
+    line = "the parent's answers to questions.jsonl are made and prepared when the stage starts: the run's report.html"
+    assert f"dpo: {line}" in capsys.readouterr().out
+    pages = [page.read_text() for page in Path("runs").glob("cache/data/*/audit.html")]
+    assert ["answers to questions.jsonl" in page for page in pages].count(True) == 1
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--json", f"dpo.data={asked}"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["asked"], [*found["stages"]]) == ({"dpo": ["questions.jsonl"]}, ["sft"])
+
+
 def test_a_damaged_preparation_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     ask(capsys)
     (summary,) = Path("runs").glob("cache/data/*/summary.json")
