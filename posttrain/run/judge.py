@@ -121,7 +121,8 @@ def _trained_on(job: Job, artifact: Artifact) -> tuple[TrainedOn, ...]:
 
 def _documents(metrics: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
     """Return the counts of a preparation by task; none where nothing was prepared."""
-    return (metrics.get("prepared") or {}).get("tasks", {})
+    found: Mapping[str, Mapping[str, int]] = (metrics.get("prepared") or {}).get("tasks", {})
+    return found
 
 
 def _systems(job: Job, parent: ModelSource, candidate: ModelSource) -> dict[str, ModelSource]:
