@@ -17,7 +17,7 @@ from posttrain.plan import CORE, Plan
 from posttrain.run.verdict import VERDICT, KeptVerdict, read_verdict
 
 NEVER = "never judged"
-STANDING = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
+STANDING = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: "not judged"}
 SETTING = "start_from_unpromoted"
 
 

@@ -23,6 +23,8 @@ from posttrain.serve.service import Service
 
 GRACE = 30
 """Seconds that answers under way have to end after a signal."""
+IDLE = 75
+"""Seconds that a connection stays open without a request, longer than clients keep one: none sends into its end."""
 
 
 def take_port(host: str, port: int) -> socket.socket:
@@ -52,7 +54,7 @@ def listen(service: Service, port: socket.socket, follower: Follower, announce: 
     """
     config = uvicorn.Config(
         make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off",
-        server_header=False,
+        server_header=False, timeout_keep_alive=IDLE,
     )  # fmt: skip
     gc.collect()
     gc.freeze()  # the models stay; looking through all that they hold took a sixth of a small one's decoding
