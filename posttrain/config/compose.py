@@ -80,12 +80,11 @@ def compose(host: Host, overrides: Sequence[str], choice: str = "recipe") -> Com
                     raise BadInput(problems) from None
     _require_untouched(config.hydra, PRIMARY[choice])
     choices = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
-    OmegaConf.set_struct(config, None)
-    del config[HYDRA]
-    raw: Any = OmegaConf.to_container(config, resolve=False)
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != HYDRA])
+    raw: Any = OmegaConf.to_container(plain, resolve=False)
     check_interpolations(raw, f"{choice} {choices.get(choice)}")
     return Composition(
-        recipe=str(choices.get(choice)), config=config, words=tuple(overrides), removed=removed_stages(remaining),
+        recipe=str(choices.get(choice)), config=plain, words=tuple(overrides), removed=removed_stages(remaining),
         tracker=choices.get("tracker", "none"), shadows=tuple(sources.shadows(choices)), problems=problems,
         choices=choices, reading=reading,
     )  # fmt: skip
