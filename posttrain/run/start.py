@@ -17,7 +17,7 @@ from posttrain.plan import CORE, Plan
 from posttrain.run.verdict import VERDICT, KeptVerdict, read_verdict
 
 NEVER = "never judged"
-STANDING = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: "not judged"}
+STANDING = {"fail": "failed by its gate", "undecided": "left undecided by its gate", NEVER: NEVER}
 SETTING = "start_from_unpromoted"
 
 
@@ -37,7 +37,7 @@ class Standing:
         """Reason against building on the artifact; None when it is promoted."""
         if self.state == "pass":
             return f"stands on what no gate passed: {'; '.join(self.below)}" if self.below else None
-        return f"is {STANDING[self.state]}: {self.reason}"
+        return f"{'was' if self.state == NEVER else 'is'} {STANDING[self.state]}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ Best fit looks at one item at a time and leaves a gap wherever no single item fi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return the indices of ``lengths`` in bins, each begun by the longest item left.
 
     Fill the gap exactly with one item, else with the two most equal; otherwise take the longest fitting item, and
-    repeat.
+    repeat. Bins of the same lengths are filled at once.
     """
     waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
     for index, length in enumerate(lengths):
@@ -33,8 +34,23 @@ def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     bins = []
     for length in range(capacity, 0, -1):
         while left_C[length]:
-            bins.append([waiting[size].pop() for size in _fill_bin(left_C, length)])
+            sizes = _fill_bin(left_C, length)
+            repeats = 1 + _repeat(left_C, sizes)
+            bins += [[waiting[size].pop() for size in sizes] for _ in range(repeats)]
     return bins
+
+
+def _repeat(left_C: Counts, sizes: Sequence[int]) -> int:
+    """Return the number of bins that the same lengths fill next; take their items out of ``left_C``.
+
+    A choice depends on which lengths are left, and in the middle pair on two items of one: while two of each remain,
+    nothing else is chosen.
+    """
+    counts = Counter(sizes)
+    repeats = max(0, min((int(left_C[size]) - 2) // count for size, count in counts.items()))
+    for size, count in counts.items():
+        left_C[size] -= repeats * count
+    return repeats
 
 
 def _fill_bin(left_C: Counts, first: int) -> list[int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import overload
 
 import numpy as np
@@ -227,27 +227,35 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Best-fit decreasing needs at most 11/9 of the best number of bins, plus one (Johnson 1973, "Near-optimal bin
     packing algorithms"). An optimal packing is NP-hard. Bins are kept by the space left in
-    them, so an item costs one search among the spaces that occur.
+    them, and items of one length go into bins of one space at once.
     """
     bins: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
     spaces: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        length = lengths[index]
-        at = bisect_left(spaces, length)
-        if at == len(spaces):
-            space, number = capacity, len(bins)
-            bins.append([])
-        else:
-            space = spaces[at]
-            number = with_space[space].pop()
-            if not with_space[space]:
-                del spaces[at]
-        bins[number].append(index)
-        left = space - length
-        if not with_space.setdefault(left, []):
-            insort(spaces, left)
-        with_space[left].append(number)
+    ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for length, group in groupby(ordered, key=lengths.__getitem__):
+        items, begin = list(group), 0
+        while begin < len(items):
+            at = bisect_left(spaces, length)
+            space = spaces[at] if at < len(spaces) else capacity
+            each = min(space // length, len(items) - begin)  # a bin with room for the next item is the fullest one
+            wanted = (len(items) - begin) // each
+            if at == len(spaces):
+                numbers = list(range(len(bins), len(bins) + wanted))
+                bins += [[] for _ in numbers]
+            else:
+                open_bins = with_space[space]
+                numbers = open_bins[: -wanted - 1 : -1]
+                del open_bins[-wanted:]
+                if not open_bins:
+                    del spaces[at]
+            for number in numbers:
+                bins[number] += items[begin : begin + each]
+                begin += each
+            left = space - length * each
+            if not with_space.setdefault(left, []):
+                insort(spaces, left)
+            with_space[left] += numbers
     return bins
 
 

@@ -160,7 +160,7 @@ def test_sample_writes_the_same_records_with_their_provenance(
     output = tmp_path / "pairs.jsonl"
     asked = str(project.folder / "questions.jsonl")
     assert dispatch(["sample", str(project.folder / "sft"), asked, str(output), *words]) == 0
-    assert "is not judged" in capsys.readouterr().out
+    assert "was never judged" in capsys.readouterr().out
     pairs = [json.loads(line) for line in output.read_text().splitlines()]
     assert all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
     provenance = json.loads((tmp_path / "pairs.jsonl.provenance").read_text())

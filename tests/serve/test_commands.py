@@ -64,7 +64,7 @@ def test_a_server_is_started_checked_and_stopped_while_it_answers(
             assert line, process.communicate()[1]
             lines.append(line)
         url = line.split()[-1]
-        assert any("v1, latest, not promoted: is not judged" in line for line in lines)
+        assert any("v1, latest, not promoted: was never judged" in line for line in lines)
 
         assert "ids, greedy answers and template agree" in next(check(catalogue_of(one), Remote(url, TOKEN)))
         with pytest.raises(BadInput, match="status 401"):
