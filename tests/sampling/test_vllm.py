@@ -54,7 +54,7 @@ def test_vllm_answers_with_a_seed_for_each_and_what_it_wrote_before_it_died_is_k
     monkeypatch.setattr(vllm, "BLOCK", 2 * few["k"])
     words = [str(project.folder / "sft"), str(project.folder / "questions.jsonl"), str(tmp_path / "pairs.jsonl")]
     words += [f"{key}={value}" for key, value in few.items()]
-    words += [f"output_root={tmp_path / 'runs'}", "backend=vllm", "--vllm-command", STANDIN]
+    words += [f"output_root={tmp_path / 'runs'}", "keep=labels", "backend=vllm", "--vllm-command", STANDIN]
 
     def asked() -> list[str]:
         return [json.loads(line)["path"] for line in journal.read_text().splitlines()]
