@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,9 @@ def main(words: list[str]) -> int:
     backend = given.options.get("--backend", BACKENDS[0])
     if backend not in BACKENDS:
         reject(f"--backend {backend}", "is no backend", suggest(backend, BACKENDS))
+    limits, number = _limits(given), given.options.get("--port", str(PORT))
+    if not number.isdecimal():
+        reject(f"--port {number}", "is no number", USAGE)
     command = find_command(given.options.get("--vllm-command"), "--backend vllm") if backend == "vllm" else []
     before = dict(os.environ)
     if command:
@@ -62,45 +66,49 @@ def main(words: list[str]) -> int:
             print(f"proven     {line}", flush=True)
         return 0
     require_extra()
-    return _serve(given, catalogue, place, host, token, command, before)
+    from posttrain.serve.server import take_port
+
+    with take_port(host, int(number)) as port:
+        maker = _vllm(catalogue, command, before) if command else None
+        _serve(catalogue, place, limits, token, maker, port, unpromoted=unpromoted)
+    print("stopped    no answer is under way")
+    return 0
+
+
+def _limits(given: Arguments) -> dict[str, int]:
+    """Return the most that the server does, by the names of its limits."""
+    return {
+        "rows": whole(given, "batch", 128), "queue": whole(given, "queue", 256),
+        "max_tokens": whole(given, "max_tokens", 2048), "body": whole(given, "max_body", 1_000_000),
+    }  # fmt: skip
 
 
 def _serve(
-    given: Arguments,
     catalogue: Catalogue,
     place: BasePlace,
-    host: str,
+    limits: Mapping[str, int],
     token: str | None,
-    command: Sequence[str],
-    before: Mapping[str, str],
-) -> int:
+    backend: Backend | None,
+    port: socket.socket,
+    *,
+    unpromoted: bool,
+) -> None:
     from posttrain.serve.follower import Follower
-    from posttrain.serve.server import listen, take_port, write_log
+    from posttrain.serve.server import listen, write_log
     from posttrain.serve.service import Limits, embedded, open_service
 
-    limits = Limits(
-        rows=whole(given, "batch", 128), queue=whole(given, "queue", 256), max_tokens=whole(given, "max_tokens", 2048),
-        body=whole(given, "max_body", 1_000_000),
-    )  # fmt: skip
-    number = given.options.get("--port", str(PORT))
-    if not number.isdecimal():
-        reject(f"--port {number}", "is no number", USAGE)
-    with take_port(host, int(number)) as port:
-        backend = _vllm(catalogue, command, before) if command else embedded
-        service = open_service(catalogue, limits, token, backend)
-        catalogue = service.catalogue
-        _tell_left_out(catalogue)
-        service.log = write_log
-        follower = Follower(service, catalogue, place, unpromoted="--allow-unpromoted" in given.flags)
-        follower.start()
-        for served in (*catalogue.artifacts, *catalogue.bases):
-            doubt = f", not promoted: {served.doubt}" if served.doubt else ""
-            print(f"serving    {served.name} as {', '.join(service.names.of(served.digest))}{doubt}")
-        address = f"[{host}]" if ":" in host else host
-        place_of = f"http://{address}:{port.getsockname()[1]}/v1"
-        listen(service, port, follower, lambda: print(f"proven     listening on {place_of}", flush=True))
-    print("stopped    no answer is under way")
-    return 0
+    service = open_service(catalogue, Limits(**limits), token, backend or embedded)
+    catalogue = service.catalogue
+    _tell_left_out(catalogue)
+    service.log = write_log
+    follower = Follower(service, catalogue, place, unpromoted=unpromoted)
+    follower.start()
+    for served in (*catalogue.artifacts, *catalogue.bases):
+        doubt = f", not promoted: {served.doubt}" if served.doubt else ""
+        print(f"serving    {served.name} as {', '.join(service.names.of(served.digest))}{doubt}")
+    host, number = port.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
+    listen(service, port, follower, lambda: print(f"proven     listening on {address}", flush=True))
 
 
 def _vllm(catalogue: Catalogue, command: Sequence[str], environ: Mapping[str, str]) -> Backend:

@@ -16,6 +16,7 @@ import pytest
 
 from posttrain.artifact import Artifact
 from posttrain.errors import ArtifactDamaged, BadInput
+from posttrain.serve import service as services
 from posttrain.serve.catalogue import BasePlace
 from posttrain.serve.check import Remote, check
 from posttrain.serve.follower import Follower
@@ -117,12 +118,15 @@ def test_bad_words(words: list[str], told: str, capsys: pytest.CaptureFixture[st
     assert told in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    made: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(services, "open_service", lambda *given: pytest.fail("loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert main("serve", "nowhere", "--port", port) == 2
+        assert main("serve", str(made[0].path), "--allow-unpromoted", "--port", port) == 2
     assert "Address already in use" in capsys.readouterr().err
 
 
