@@ -179,10 +179,11 @@ def test_problems_inside_a_recipe(host: Host, tmp_path: Path, text: str, expecte
 def test_a_recipe_that_needs_a_failed_plugin_says_so(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import EntryPoint, entry_points
 
     names = ("mine", "theirs")
-    broken = plugins.load([EntryPoint(name=name, value="no_such_module", group=plugins.GROUP) for name in names])
+    failing = [EntryPoint(name=name, value="no_such_module", group=plugins.GROUP) for name in names]
+    broken = plugins.load([*entry_points(group=plugins.GROUP), *failing])
     for words in (("recipe=quickstart", "+stage@mine=mine"), ("recipe=mine",)):
         with pytest.raises(PluginFailed, match=r"no \w+ is named 'mine': plugin mine .* failed to load: Mod") as caught:
             problems(broken, *words)
