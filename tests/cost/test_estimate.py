@@ -122,7 +122,7 @@ def test_a_machine_is_named_by_device_or_memory(word: str, count: int, memory: f
 
 @pytest.mark.parametrize("word", ["H1000000", "0 x H100", "abacus", "GB", "-3GB", ""])
 def test_a_machine_without_figures_is_rejected(word: str) -> None:
-    with pytest.raises(BadInput, match=r"Did you mean|names no device|such as 24GB"):
+    with pytest.raises(BadInput, match=r"names no GPU with figures and no memory\n.*24GB"):
         named_machine(word, 1)
 
 
