@@ -204,7 +204,7 @@ def test_scores_that_are_no_fractions_are_shown_as_they_are() -> None:
 def test_the_json_holds_every_figure() -> None:
     verdict = decide(binary(50, 100), binary(80, 100))
     record = json.loads(json.dumps(verdict_json(verdict), allow_nan=False))
-    remarks = {"notes", "unpromoted", "scored_by", "judged_by"}
+    remarks = {"notes", "unpromoted", "scored_by", "judged_by", "trained_on"}
     assert set(record) == {"state", "gated", "reason", "tasks", *remarks}
     means = {"base", "parent", "candidate"}
     asked = {"task", "metric", "filter", "higher_is_better", "questions", "role", "against", "n"}
