@@ -168,7 +168,7 @@ def test_what_a_file_cannot_hold_is_rejected_with_the_way_out(
         ("adapter", "--to", "gguf"): "the tokenizer is WordLevel",
         ("adapter", "--to", "ggfu"): "Did you mean gguf?",
         ("adapter",): "export: needs a form",
-        ("adapter", "--to", "gguf", "type=q4"): "type q4",
+        ("adapter", "--to", "gguf", "type=q4"): "type=q4",
         ("--to", "gguf"): "needs one artifact",
         ("nowhere", "--to", "gguf"): "there is no such directory",
     }
