@@ -30,9 +30,10 @@ def main(words: list[str]) -> int:
     form, kind = given.settings.get("to"), given.settings.get("type", TYPES[0])
     if form is None:
         reject("export", "needs a form", f"Add --to FORM. Available: {', '.join(FORMS)}")
-    for word, value, known in ((f"--to {form}", form, FORMS), (f"type={kind}", kind, TYPES)):
-        if value not in known:
-            reject(word, f"{value!r} is no form of an export", suggest(value, known))
+    if form not in FORMS:
+        reject(f"--to {form}", f"{form!r} is no form of an export", suggest(form, FORMS))
+    if kind not in TYPES:
+        reject(f"type={kind}", f"{kind!r} is no type of numbers", suggest(kind, TYPES))
     artifact = read_artifact(Path(given.plain[0]), USAGE)
     if form == "merged":
         return _merge(artifact, given)

@@ -70,9 +70,8 @@ class Process:
             **TOLD, **environment, "VLLM_API_KEY": self._key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         }  # fmt: skip
         self._port = _free_port()
-        after = (
-            command.index(SERVE) + 1 if SERVE in command else len(command)
-        )  # vLLM wants the model before its options
+        # vLLM wants the model before its options
+        after = command.index(SERVE) + 1 if SERVE in command else len(command)
         self._command = [
             *command[:after], str(model), *command[after:],
             "--host", HOST, "--port", str(self._port), "--served-model-name", NAME,

@@ -38,7 +38,7 @@ class Unavailable(Exception):
 class Engine:
     """The generation thread over the lanes of all models."""
 
-    def __init__(self, places: MutableMapping[str, tuple[Lane, str]], *, rows: int = 128, queue: int = 256) -> None:
+    def __init__(self, places: MutableMapping[str, tuple[Lane, str]], *, rows: int, queue: int = 256) -> None:
         """Take the lane and the adapter's name of each digest, a mapping that changes as models come and go.
 
         At most ``rows`` are made at once, ``queue`` more may wait.
@@ -147,17 +147,17 @@ class Engine:
             held = {lane: (len(lane), lane.width) for lane in self._lanes()}
             while self._waiting and count < room:
                 ask = self._waiting[0]
+                if ask.cancelled:  # it holds up nobody, however long its prompt
+                    self._waiting.popleft()
+                    continue
                 lane, adapter = self._places[ask.system]
                 rows, width = held[lane]
-                longest = max(longest, len(ask.prompt))
-                held[lane] = (rows + 1, max(width, len(ask.prompt)))
-                full = sum(rows * width for rows, width in held.values()) > CACHE
+                longest, held[lane] = max(longest, len(ask.prompt)), (rows + 1, max(width, len(ask.prompt)))
+                full = sum(many * wide for many, wide in held.values()) > CACHE
                 if (count and longest * (count + 1) > PREFILL) or (full and self.running + count):
                     break
-                self._waiting.popleft()
-                if not ask.cancelled:
-                    found.setdefault(lane, []).append((ask, adapter))
-                    count += 1
+                found.setdefault(lane, []).append((self._waiting.popleft(), adapter))
+                count += 1
         return found
 
     def _is_time(self) -> bool:

@@ -24,7 +24,8 @@ from posttrain.serve.service import Service
 GRACE = 30
 """Seconds that answers under way have to end after a signal."""
 IDLE = 75
-"""Seconds that a connection stays open without a request, longer than clients keep one: none sends into its end."""
+"""Seconds that a connection stays open without a request. Clients keep one for 5, as uvicorn would: one of them could
+send into the end of it."""
 
 
 def take_port(host: str, port: int) -> socket.socket:

@@ -167,8 +167,8 @@ def test_what_a_file_cannot_hold_is_rejected_with_the_way_out(
         ("dora", "--to", "gguf-lora"): "it is DoRA, which a GGUF adapter cannot hold",
         ("adapter", "--to", "gguf"): "the tokenizer is WordLevel",
         ("adapter", "--to", "ggfu"): "Did you mean gguf?",
-        ("adapter",): "export: needs a form",
-        ("adapter", "--to", "gguf", "type=q4"): "type=q4",
+        ("adapter",): "export: needs a form\n    Add --to FORM. Available: merged, gguf, gguf-lora",
+        ("adapter", "--to", "gguf", "type=q4"): "type=q4: 'q4' is no type of numbers",
         ("--to", "gguf"): "needs one artifact",
         ("nowhere", "--to", "gguf"): "there is no such directory",
     }

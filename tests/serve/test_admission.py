@@ -120,6 +120,16 @@ def test_one_alone_waits_a_few_passes_at_most(engine: Engine, lane: ScriptedLane
     assert lane.joined[-1][0] - before <= PATIENCE
 
 
+def test_one_that_nobody_waits_for_holds_up_no_other(engine: Engine, lane: ScriptedLane) -> None:
+    engine.submit(asks(1))
+    lane.go()
+    (gone,) = long = asks(1, prompt=CACHE)
+    gone.cancelled = True
+    engine.submit([*long, *asks(1)])
+    lane.go(PATIENCE + 1)
+    assert (engine.waiting, engine.running) == (0, 2)
+
+
 @pytest.mark.parametrize("prompt", [CACHE // 8, CACHE // 3, CACHE - 1, CACHE + 5])
 def test_the_cache_holds_no_more_than_it_may(
     prompt: int, engine: Engine, lane: ScriptedLane, monkeypatch: pytest.MonkeyPatch

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import threading
+import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from posttrain.artifact import Artifact
 from posttrain.errors import ArtifactDamaged, BadInput
+from posttrain.serve import server
 from posttrain.serve import service as services
 from posttrain.serve.catalogue import BasePlace
 from posttrain.serve.check import Remote, check
@@ -138,6 +143,36 @@ def test_a_port_that_another_took_meanwhile_is_told(made: tuple[Artifact, Artifa
         follower.start()
         with pytest.raises(BadInput, match="cannot be listened on"):
             listen(service, other, follower, lambda: None)
+
+
+def test_a_connection_stays_open_longer_than_clients_keep_it(
+    made: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 2 * (httpx.Limits().keepalive_expiry or 0) < server.IDLE
+    monkeypatch.setattr(server, "IDLE", 1)  # the server closes it by this figure, and by no other
+    found: list[tuple[bytes, float]] = []
+
+    def knock(port: int) -> None:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = connection.recv(4096)
+                began = time.monotonic()
+                while connection.recv(4096):
+                    pass
+                found.append((answer, time.monotonic() - began))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with serving(made[0]) as service, take_port("127.0.0.1", 0) as port:
+        follower = Follower(service, catalogue_of(made[0]), BasePlace(), unpromoted=True)
+        follower.start()
+        client = threading.Thread(target=knock, args=(port.getsockname()[1],))
+        listen(service, port, follower, client.start)
+        client.join()
+    ((answer, seconds),) = found
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert 0.5 < seconds < server.IDLE + 3
 
 
 def test_a_server_that_does_not_run_is_told(made: tuple[Artifact, Artifact]) -> None:
