@@ -115,10 +115,16 @@ def test_a_name_that_cannot_be_is_rejected(name: str, expected: str, capsys: pyt
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("words", [[], ["a", "b"], ["--force"]])
+@pytest.mark.parametrize("words", [[], ["a", "b"]])
 def test_it_takes_one_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main("new-plugin", *words) == 2
     assert "takes one name" in capsys.readouterr().err
+
+
+def test_a_flag_of_another_command_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("new-plugin", "--force") == 2
+    assert "--force: is no flag of this command" in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_what_is_there_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
