@@ -11,7 +11,7 @@ sft: {data: null, lora: {r: 16}, lr: 1e-4, gate: {tasks: ...}}
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def _add_stage(form: _Form, name: str, settings: Any) -> None:
     if "rank" in settings:
         _add_rank(form, name, settings["rank"], f"{name}.rank")
     known = form.settings(name)
-    for key in form.nodes[name].keys() - known if known else ():
+    for key in _others(form.nodes[name], known) if known else ():
         place = f"stages.{name}.{key}" if "stages" in form.raw else f"{name}.{key}"
         form.problem(place, "is no setting of this stage", _closest(str(key), sorted(known - {"kind"}), kind))
 
@@ -195,7 +195,7 @@ def _add_model(form: _Form) -> None:
         form.problem("model", f"must be a folder, a hub name or the name of a model file, not {shown(model)}")
         return
     known = [each.name for each in fields(ModelConfig)]
-    for key in model.keys() - {*known, "name"}:
+    for key in _others(model, {*known, "name"}):
         form.problem(f"model.{key}", "is no setting of a model", _closest(str(key), ["name", *known]))
     if "name" in model:
         form.overrides.append({"override /model": model["name"]})
@@ -245,7 +245,7 @@ def _add_gate(form: _Form, stage: str, gate: Any, origin: str) -> None:
         form.problem(origin, f"must be the name of a gate, or its settings, not {shown(gate)}")
         return
     known = [each.name for each in fields(GateConfig)]
-    for key in gate.keys() - {*known, "name", "data"}:
+    for key in _others(gate, {*known, "name", "data"}):
         form.problem(f"{origin}.{key}", "is no setting of a gate", _closest(str(key), ["name", "data", *known]))
     if "name" in gate:
         form.defaults.append({f"/gate@{stage}.gate": gate["name"]})
@@ -269,7 +269,7 @@ def _add_flat_settings(form: _Form) -> None:
         for name in form.kinds:
             if "lora" in form.settings(name):
                 _add_rank(form, name, form.raw["rank"], "rank")
-    for key in form.raw.keys() - {*ROOT, *form.known.nodes, *form.known.stages, *form.kinds, *PLAIN[:6]}:
+    for key in _others(form.raw, {*ROOT, *form.known.nodes, *form.known.stages, *form.kinds, *PLAIN[:6]}):
         owners = [name for name in form.kinds if key in form.settings(name)]
         if len(form.kinds) > 1 and owners:
             fix = f"Give it in one of them: stages: {{{owners[0]}: {{{key}: {form.raw[key]}}}}}"
@@ -309,6 +309,11 @@ def _check_keys(form: _Form) -> None:
     for key in map(str, form.raw):
         if key not in known:
             form.problem(key, "is no key of a plain recipe", _closest(key, sorted({*PLAIN, *ROOT, *settings}), kind))
+
+
+def _others(given: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Return the keys that are not known, in the order of the recipe: that of a set differs between processes."""
+    return [key for key in given if key not in known]
 
 
 def _closest(name: str, known: Sequence[str], kind: str = "") -> str:
