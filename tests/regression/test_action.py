@@ -94,7 +94,31 @@ def test_what_is_installed_already_is_left(stand_ins: Path) -> None:
     assert calls("pip") == ["install", "posttrain==1.0"]
 
 
-COMMENT = {"GATE": "quick start", "FILE": "gate/comment.md", "NUMBER": "7", "REPOSITORY": "o/r", "GH_TOKEN": "t"}
+def test_every_action_that_a_step_uses_is_named_by_its_commit() -> None:
+    files = [ROOT / "action.yml", *(ROOT / ".github/workflows").glob("*.yml")]
+    files += (ROOT / "posttrain/commands/templates").rglob("*.yml.j2")
+    used = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if "uses:" in line]
+    assert len(used) > len(files)
+    for line in used:  # a tag moves, also to code that somebody else put there
+        assert re.search(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line), line
+
+
+def test_two_adapters_by_one_gate_keep_their_files_and_their_comment_apart(stand_ins: Path) -> None:
+    labels = ["adapters/a", "adapters/b", "adapters/a\nname=other", "ä" * 300]
+    for label in labels:
+        assert run("Label", stand_ins, {"GATE": "quick start", "LABEL": label}).returncode == 0
+    names = Path("output.txt").read_text().splitlines()
+    assert len(set(names)) == len(names) == len(labels)
+    assert all(re.fullmatch(r"name=posttrain-gate-quick_start-\d+", name) for name in names)
+
+
+COMMENT = {
+    "NAME": "posttrain-gate-quick_start-7",
+    "FILE": "gate/comment.md",
+    "NUMBER": "7",
+    "REPOSITORY": "o/r",
+    "GH_TOKEN": "t",
+}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +136,7 @@ def test_one_comment_is_posted_and_then_updated(stand_ins: Path, found: str, wor
     asked = calls("gh")
     assert asked[:3] == ["api", "--paginate", "repos/o/r/issues/7/comments"]
     assert asked[-7:] == ["api", "--silent", *words, "-F", "body=@gate/comment.md.body"]
-    marker = "<!-- posttrain gate quick_start -->"
+    marker = "<!-- posttrain-gate-quick_start-7 -->"
     assert Path("gate/comment.md.body").read_text() == f"{marker}\n### verdict\n"
     assert f'startswith("{marker}")' in asked[4]
 
