@@ -26,6 +26,7 @@ from posttrain.config.typed import (
     conform_gate_tasks,
     conform_replay,
     conform_sources,
+    empty_paths,
     undeclared,
     without_results,
 )
@@ -150,7 +151,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     used = [*(key for key in ROOT if key not in NOT_OF_A_RUN), *host.own_nodes(), *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
-    broken = [*check_resolved(config, used), *undeclared(config, used)]
+    broken = [*check_resolved(config, used), *undeclared(config, used), *empty_paths(config, [*used, "gate_data"])]
     # Typed settings can be made only of nodes without a fault, so these problems end the search; later ones add up.
     if broken or problems:
         raise BadInput(without_results(problems + broken))
@@ -164,7 +165,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
         *_worker_problems(config),
         *_consent_problems(config),
         *_cap_problems(config),
-        *(() if any(".data" in each.where for each in problems) else _data_problems(config)),
+        *(() if any(".data" in each.where for each in problems) else _data_problems(composition)),
     ]
     settings = _plugin_settings(composition, host, problems)
     return Plan(
@@ -274,14 +275,17 @@ def _takes_recipe_data(node: DictConfig) -> bool:
     return not given and node.data is None
 
 
-def _data_problems(config: DictConfig) -> list[Problem]:
+def _data_problems(composition: Composition) -> list[Problem]:
     """Return a problem when the recipe has data that none of its stages, chosen or not, trains on."""
-    stages = _stage_nodes(config)
+    config, stages = composition.config, _stage_nodes(composition.config)
     absent = OmegaConf.is_dict(config.data) and OmegaConf.is_missing(config.data, "path")
     if absent or config.data is None or any(_takes_recipe_data(config[name]) for name in stages):
         return []
     what = "no stage trains on it, as each has data of its own"
-    return [Problem(where="data", what=what, fix=f"Give {' or '.join(f'{name}.data=FILE' for name in stages)}")]
+    given = [word for word in composition.words if word.startswith(tuple(f"{name}.data=" for name in stages))]
+    fix = " or ".join(f"{name}.data=FILE" for name in stages)
+    fix = f"data=FILE in place of {given[0]}" if given else fix  # the recipe's file has data, and the word replaces it
+    return [Problem(where="data", what=what, fix=f"Give {fix}")]
 
 
 def _plain(value: Any) -> Any:

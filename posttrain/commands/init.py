@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from posttrain.data.reading import read_with_rows, select_rows
 from posttrain.data.records import Conversation, Preference, Record, Text
 from posttrain.data.shapes import recognise
 from posttrain.disk import replace_text
-from posttrain.errors import BadInput, explain, nearest, reject, suggest
+from posttrain.errors import BadInput, explain, reject, suggest
+from posttrain.model.base import hub_note
 from posttrain.quoting import one_line
 
 FLAGS = ("--model", "--pairs", "--questions", "--name")
@@ -85,8 +85,8 @@ def main(words: list[str]) -> int:
     replace_text(folder / f"{name}.yaml", text)
     print(one_line(f"{_near(folder / f'{name}.yaml')}: {chats.counted}"))
     model = given.get("--model", MODEL)
-    if (meant := _folder_meant(model)) is not None:
-        print(one_line(f"model {model} is taken as a name on the hub: no such folder; ./{meant} is one"))
+    if (note := hub_note(model)) is not None:
+        print(one_line(f"model {model} {note}"))
     host = plugins.load()
     try:
         make_plan(compose(host, [f"recipe={name}"]), host)
@@ -117,13 +117,6 @@ def _arguments(words: Sequence[str]) -> tuple[str, dict[str, str]]:
         what = "names no file of chats" if not files else f"names {len(files)} files"
         reject("init", what, "posttrain init chats.jsonl [--model DIR] [--pairs FILE] [--questions FILE] [--name NAME]")
     return files[0], given
-
-
-def _folder_meant(model: str) -> str | None:
-    """Return the folder of a model here whose name is nearest to one that names no folder; None for none."""
-    if os.path.lexists(model):
-        return None
-    return nearest(model, [path.parent.name for path in Path().glob("*/config.json")])
 
 
 def look(path: str, shape: str) -> Looked:

@@ -30,7 +30,7 @@ from posttrain.gate.roles import RULES
 from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.launch.shape import BLOCKS, needs_of, shape_of
-from posttrain.model.base import stored_kinds
+from posttrain.model.base import hub_note, stored_kinds
 from posttrain.plan import Plan, Step, make_plan
 from posttrain.quoting import one_line
 from posttrain.rewards.scorer import read_choice
@@ -151,6 +151,8 @@ def _text(
     order = " ─► ".join(step.name for step in plan.steps)
     model = [plan.model.path, plan.model.dtype.value, f"seed {plan.seed}"]
     stored, times = _stored(plan), estimate_lines(plan, machine, expected)
+    if (note := hub_note(plan.model.path)) is not None:
+        model.append(note)
     lines = [f"{plan.recipe}: {order}", *plan.shadows, f"model  {', '.join(model)}", *_weights(stored)]
     lines.append(f"on     {machine_line(machine)}")
     from posttrain.run.start import read_base

@@ -17,6 +17,11 @@ from posttrain.errors import Problem, nearest, suggest
 from posttrain.host.plugins import Host
 
 NO_VALUE = "has no value"
+PATHS = {
+    "adapter", "baseline", "chat_template", "data", "eval_data", "gate_data", "junit", "markdown", "output_root",
+    "path", "questions", "replay", "start_from", "task",
+}  # fmt: skip
+"""Settings that name a file, a folder, or something on the hub."""
 
 
 def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
@@ -29,6 +34,22 @@ def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
         except OmegaConfBaseException as error:
             problems.append(_unresolved_problem(config, path, error))
     return problems
+
+
+def empty_paths(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
+    """Return a Problem for every empty text below ``keys`` where a file or folder is to be named."""
+    raw: Any = OmegaConf.to_container(config, resolve=False)
+    texts = ((path, value) for key in keys for path, value in leaves({key: raw[key]}) if isinstance(value, str))
+    return [
+        Problem(where=path, what="is empty", fix=f"Give {path}=PATH, or leave it out")
+        for path, value in texts
+        if not value.strip() and not PATHS.isdisjoint({path.split(".")[0], _setting(path)})
+    ]
+
+
+def _setting(path: str) -> str:
+    """Return the last name of a dotted path, whose numbers count entries of a list."""
+    return next((name for name in reversed(path.split(".")) if not name.isdecimal()), path)
 
 
 def undeclared(config: DictConfig, keys: Iterable[str]) -> list[Problem]:

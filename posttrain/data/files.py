@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -127,7 +128,12 @@ def local_files(name: str) -> list[Path] | None:
     if any(mark in name for mark in WILDCARDS):
         return _list_pattern(name, path)
     if format_of(path) is not None or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        reject(name, "no such file or directory", _suggest_sibling(path))
+        reject(name, "no such file or directory", suggest_sibling(path))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        what, fix = "no such file or directory, and not a hub name", "A hub dataset is named owner/name"
+        reject(name, what, suggest_sibling(path) or fix)
+    if path.parent.is_dir():
+        reject(name, "no such file or directory", suggest_sibling(path) or f"Give a file of the folder {path.parent}")
     return None
 
 
@@ -168,10 +174,16 @@ def _check_file(path: Path) -> Path:
     return path
 
 
-def _suggest_sibling(path: Path) -> str:
+def suggest_sibling(path: Path) -> str:
+    """Return the fix of a path that leads nowhere: the file beside it that is most like it; empty when none is."""
     if not path.parent.is_dir():
         return f"The directory {path.parent} does not exist either"
-    close = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    close = nearest(path.name, names)
+    if close is None:  # the ending may be left out
+        stems = {name.split(".")[0]: name for name in names if _is_data(path.parent / name)}
+        stem = path.name.split(".")[0]
+        close = stems.get(stem) or stems.get(nearest(stem, stems) or "")
     return f"Did you mean {path.parent / close}?" if close else ""
 
 

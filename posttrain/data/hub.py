@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -118,8 +117,6 @@ def _state(folder: Path, file: Path) -> _State:
 
 def _stream(source: Source, state: _State) -> tuple[Any, Iterator[RawRow]]:
     """Return a dataset, and its rows behind those that are sure, without the fields that its table filled with null."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path):
-        reject(source.path, "no such file or directory, and not a hub name", "A hub dataset is named owner/name")
     from datasets import load_dataset
 
     options = {"name": source.subset, "split": source.split, "revision": source.revision}

@@ -5,6 +5,7 @@ Imports neither torch nor transformers: a plan names the exact bytes of its star
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from math import prod
@@ -164,6 +165,14 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
+def hub_note(path: str) -> str | None:
+    """Return a note on a name that names no folder, where a model's folder beside it is much like it; None else."""
+    if os.path.lexists(path):
+        return None
+    meant = nearest(path, sorted(config.parent.name for config in Path().glob("*/config.json")))
+    return None if meant is None else f"is taken as a name on the hub: no such folder; ./{meant} is one"
+
+
 def _sibling(local: Path) -> str:
     parent = next(folder for folder in local.absolute().parents if folder.is_dir())
     names = [child.name for child in parent.iterdir() if child.is_dir()]
@@ -180,13 +189,11 @@ def _download(model: ModelConfig) -> Path:
     except (OSError, ValueError) as error:  # every error of the hub's client, and of the network, is one of these
         revision = f" at {model.revision}" if model.revision else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(
-            Problem(
-                where="model.path",
-                what=f"there is no directory {model.path}, and downloading it from the hub{revision} failed: {reason}",
-                fix="Check the name, your access (hf auth login) and the network, or give a local directory",
-            )
-        ) from error
+        what = f"there is no directory {model.path}, and downloading it from the hub{revision} failed: {reason}"
+        fix = "Check the name, your access (hf auth login) and the network, or give a local directory"
+        if (note := hub_note(model.path)) is not None:
+            fix += f"\n    {model.path} {note}"
+        raise BadInput(Problem(where="model.path", what=what, fix=fix)) from error
 
 
 def _present(folder: Path, names: Sequence[str]) -> dict[str, Path]:

@@ -14,7 +14,7 @@ import yaml
 
 from posttrain.config.regression import GGUF
 from posttrain.config.schema import Backend
-from posttrain.data.files import FORMATS
+from posttrain.data.files import FORMATS, suggest_sibling
 from posttrain.data.questions import META, PLACE
 from posttrain.disk import DISK_ERRORS
 from posttrain.errors import BadInput, PosttrainError, Problem, nearest, shown, suggest
@@ -138,7 +138,7 @@ def _check_task(where: str, name: str, task: GateTask) -> Iterator[Problem]:
 def _check_data(where: str, path: Path) -> Iterator[Problem]:
     endings = [ending for ending, known in FORMATS.items() if known.datasets_builder is not None]
     if not path.is_file():
-        yield Problem(where=where, what=f"there is no file {path}")
+        yield Problem(where=where, what=f"there is no file {path}", fix=suggest_sibling(path))
     elif path.suffix not in endings:
         yield Problem(where=where, what=f"{path} has an unknown ending", fix=f"Known: {', '.join(endings)}")
 

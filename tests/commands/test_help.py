@@ -88,7 +88,10 @@ def test_a_mistyped_folder_of_a_model_is_named_beside_the_one_that_is_like_it(
     assert main("init", "one.jsonl", "--model", "smolm") == 0
     said = capsys.readouterr().out
     assert "one.yaml: 1 chat\n" in said
-    assert "model smolm is taken as a name on the hub: no such folder; ./smollm is one" in said
+    note = "is taken as a name on the hub: no such folder; ./smollm is one"
+    assert f"model smolm {note}" in said
+    main("plan", "recipe=one")
+    assert f"model  smolm, bfloat16, seed 0, {note}" in capsys.readouterr().out
     assert "1 chat is too few" in Path("recipes/one.yaml").read_text()
     assert main("init", "one.jsonl", "--model", "smollm") == 0
     assert "hub" not in capsys.readouterr().out

@@ -270,3 +270,21 @@ def test_schemas_are_made_once_for_each_set_of_stages(host: Host, monkeypatch: p
     assert "schema" in stored
     assert plan(host, "recipe=quickstart", "dpo.beta=0.3").steps[1].config.beta == 0.3  # type: ignore[attr-defined]
     assert stored.count("schema") == 2
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "output_root",
+        "start_from",
+        "model.path",
+        "model.chat_template",
+        "sft.data",
+        "sft.eval_data",
+        "gate_data",
+        "dpo.data.path",
+    ],
+)
+def test_an_empty_path_is_named_and_no_folder_is_taken_for_it(host: Host, key: str) -> None:
+    for word in (f"{key}=", f"{key}=' '"):
+        assert f"{key}: is empty\n    Give {key}=PATH, or leave it out" in problems(host, "recipe=quickstart", word)

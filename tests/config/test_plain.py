@@ -186,6 +186,9 @@ def test_data_on_which_no_stage_trains_is_rejected(host: Host, tmp_path: Path) -
     message = problems(host, "data=e/f")
     assert "data: no stage trains on it, as each has data of its own" in message
     assert "sft.data=FILE" in message
+    write(tmp_path, HEAD)
+    assert "Give data=FILE in place of sft.data=e/f" in problems(host, "sft.data=e/f")
+    write(tmp_path, f"model: {BASE}\ndata: [a/b, c/d]\n")
     assert plan(host, "sft.data=e/f").steps[0].sources[0].path == "e/f"
     write(tmp_path, HEAD + "stages: [sft, dpo]\ndpo: {data: c/d}\n")
     assert [step.name for step in plan(host, "stages=[dpo]", f"start_from={tmp_path}").steps] == ["dpo"]

@@ -154,6 +154,16 @@ def test_absent_files_name_their_nearest_sibling(tmp_path: Path) -> None:
         assert f"{name}: no such file or directory" in rejection(name)
 
 
+def test_a_name_without_its_ending_is_no_hub_name_and_names_the_file(working_folder: Path) -> None:
+    Path("data").mkdir()
+    for folder in ("", "data/"):
+        write(Path(f"{folder}chats.jsonl"), GOOD)
+        for name in (f"{folder}chat", f"{folder}chats", f"{folder}chats.json"):
+            assert f"{name}: no such file or directory" in rejection(name)
+            assert f"Did you mean {folder}chats.jsonl?" in rejection(name)
+    assert "Give a file of the folder data" in rejection("data/other")
+
+
 # hub
 
 

@@ -189,6 +189,8 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(
         ("lost", [], "Give the base's present place"),
         ("good", ["--update-baseline"], "there is no file to write the scores to"),
         ("good", ["baseline=none.json"], "--update-baseline writes it"),
+        ("good", ["baseline="], "baseline: is empty"),
+        ("good", ["junit=", "output_root="], "output_root: is empty"),
         ("good", ["gate=quizz"], "Did you mean quiz?"),
         ("good", ["gate=none"], "switched off"),
         ("good", ["adaptr=x"], "Did you mean adapter?"),
