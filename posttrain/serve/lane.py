@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from posttrain.serve.ask import Ask, Ended, Event
+from posttrain.serve.cache import RowCache
 from posttrain.serve.drawing import draw, generator_of
 from posttrain.serve.mixing import Mixer
 
@@ -56,7 +56,7 @@ class Lane:
         self._known = frozenset(inspect.signature(causal.forward).parameters)
         self._rows: list[Row] = []
         self._mask_BT = torch.zeros(0, 0, dtype=torch.long)
-        self._cache = DynamicCache()
+        self._cache = RowCache()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -77,23 +77,31 @@ class Lane:
         return {row.ask.system for row in self._rows}
 
     def admit(self, asks: Sequence[tuple[Ask, str]]) -> None:
-        """Read the prompts of new rows, each with its adapter's name, and send their first tokens."""
+        """Read the prompts of new rows, each with its adapter's name, and send their first tokens.
+
+        A prompt that several rows have with one adapter, as the ``n`` answers of a request do, is read once.
+        """
         rows = [
             Row(ask, adapter, len(ask.prompt), ask.sampling.max_tokens, generator_of(ask.sampling))
             for ask, adapter in asks
         ]
-        width = max(row.length for row in rows)
-        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        keys = [(row.adapter, tuple(row.ask.prompt)) for row in rows]
+        read = list(dict(zip(keys, rows, strict=True)).values())
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        sources = [places[key] for key in keys]
+        width = max(row.length for row in read)
+        ids_BT = torch.zeros(len(read), width, dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
-        for place, row in enumerate(rows):
+        for place, row in enumerate(read):
             ids_BT[place, width - row.length :] = torch.tensor(row.ask.prompt)
             mask_BT[place, width - row.length :] = 1
-        cache = DynamicCache()
-        logits_BV = self._forward(rows, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
-        kept = self._send(rows, logits_BV)
+        cache = RowCache()
+        logits_BV = self._forward(read, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+        kept = self._send(rows, logits_BV[sources])
         if kept:
-            _select(cache, kept)
-            self._join([rows[place] for place in kept], mask_BT[kept], cache)
+            origins = [sources[place] for place in kept]
+            cache.select(origins)
+            self._join([rows[place] for place in kept], mask_BT[origins], cache)
 
     def step(self) -> None:
         """Send the next token of every row, and let go of those that end or are cancelled."""
@@ -114,7 +122,12 @@ class Lane:
             row.ask.send(Ended("failed", fault))
 
     def _forward(
-        self, rows: Sequence[Row], ids_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any
+        self,
+        rows: Sequence[Row],
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: RowCache,
     ) -> torch.Tensor:
         options: dict[str, Any] = {"position_ids": positions_BT, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in self._known}
@@ -156,10 +169,10 @@ class Lane:
         if len(places) < len(self._rows) or not places:
             self._rows = [self._rows[place] for place in places]
             if not places:
-                self._mask_BT, self._cache = torch.zeros(0, 0, dtype=torch.long), DynamicCache()
+                self._mask_BT, self._cache = torch.zeros(0, 0, dtype=torch.long), RowCache()
                 return False
             self._mask_BT = self._mask_BT[places]
-            _select(self._cache, places)
+            self._cache.select(places)
             self._trim()
         return True
 
@@ -167,30 +180,16 @@ class Lane:
         padding = int((self._mask_BT.cumsum(-1) == 0).all(0).sum())
         if padding:
             self._mask_BT = self._mask_BT[:, padding:]
-            for layer in self._cache.layers:
-                layer.keys, layer.values = layer.keys[..., padding:, :], layer.values[..., padding:, :]
+            self._cache.trim(padding)
 
-    def _join(self, rows: list[Row], mask_BT: torch.Tensor, cache: Any) -> None:
+    def _join(self, rows: list[Row], mask_BT: torch.Tensor, cache: RowCache) -> None:
         if not self._rows:
             self._rows, self._mask_BT, self._cache = rows, mask_BT, cache
             self._trim()
             return
         self._rows += rows
         width = max(self._mask_BT.shape[1], mask_BT.shape[1])
-        self._mask_BT = torch.cat([_widened(each, width, dim=1) for each in (self._mask_BT, mask_BT)])
-        for own, new in zip(self._cache.layers, cache.layers, strict=True):
-            own.keys = torch.cat([_widened(each.keys, width, dim=2) for each in (own, new)])
-            own.values = torch.cat([_widened(each.values, width, dim=2) for each in (own, new)])
+        masks = (F.pad(each, (width - each.shape[1], 0)) for each in (self._mask_BT, mask_BT))
+        self._mask_BT = torch.cat([*masks])
+        self._cache.join(cache)
         self._trim()
-
-
-def _widened(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Return a tensor padded at the beginning of dimension ``dim``, the last or the one before it."""
-    missing = width - tensor.shape[dim]
-    return F.pad(tensor, (missing, 0) if dim == tensor.dim() - 1 else (0, 0, missing, 0)) if missing else tensor
-
-
-def _select(cache: Any, places: list[int]) -> None:
-    for layer in cache.layers:
-        index_B = torch.tensor(places, device=layer.keys.device)
-        layer.keys, layer.values = layer.keys.index_select(0, index_B), layer.values.index_select(0, index_B)

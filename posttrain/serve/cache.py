@@ -1,0 +1,109 @@
+"""The keys and values of a lane's rows: rows leave and join, and a new token is written into room behind the last one.
+
+    row 0   x x p p p a a _ _          p = prompt, a = answer so far, x = padding, _ = room
+    row 1   p p p p p p a _ _
+
+DynamicCache joins the tensors anew with every token, which copies all tokens of all rows.
+"""
+
+# B = rows, H = heads, T = tokens, D = size of a head
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 16
+"""Tokens that fit behind the last one after rows have been copied."""
+
+
+class RowCache(DynamicCache):
+    """The cache of one model, in which rows come and go."""
+
+    def __init__(self) -> None:
+        """Begin without rows."""
+        super().__init__()
+        self.layer_class_to_replicate = RowLayer
+
+    def select(self, places: Sequence[int]) -> None:
+        """Keep the rows at these places, in this order; a place may come twice."""
+        for layer in self.layers:
+            layer.select(torch.tensor(places, device=layer.device))
+
+    def trim(self, tokens: int) -> None:
+        """Let go of the first tokens of every row."""
+        for layer in self.layers:
+            layer.trim(tokens)
+
+    def join(self, other: RowCache) -> None:
+        """Append the rows of another cache, the shorter rows padded at the beginning."""
+        for own, new in zip(self.layers, other.layers, strict=True):
+            own.join(new)
+
+
+class RowLayer(DynamicLayer):
+    """The keys and values of one layer of the model."""
+
+    _held: tuple[torch.Tensor, torch.Tensor]
+    """Keys and values [B, H, T, D] with what is before the first token and behind the last."""
+    _begin = _end = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values [B, H, T, D] of new tokens and return those of all."""
+        new = key_states.shape[-2]
+        if not self.is_initialized:  # without room: prompts that were read are mostly copied beside others next
+            self.lazy_initialization(key_states, value_states)
+            return self._take((key_states, value_states), new)
+        if self._end + new > self._held[0].shape[-2]:
+            self._copy([self], self._end - self._begin, new + ROOM)
+        for held, states in zip(self._held, (key_states, value_states), strict=True):
+            held[..., self._end : self._end + new, :] = states
+        return self._take(self._held, self._end + new, self._begin)
+
+    def select(self, places_B: torch.Tensor) -> None:
+        """Keep the rows at these places."""
+        keys, values = (held[..., self._begin :, :].index_select(0, places_B) for held in self._held)
+        self._take((keys, values), self._end - self._begin)
+
+    def trim(self, tokens: int) -> None:
+        """Let go of the first tokens; their memory goes with the next copy."""
+        self._take(self._held, self._end, self._begin + tokens)
+
+    def join(self, other: RowLayer) -> None:
+        """Append rows, padded to the longer side's tokens."""
+        self._copy([self, other], max(each._end - each._begin for each in (self, other)), ROOM)
+
+    def _copy(self, parts: Sequence[RowLayer], width: int, room: int) -> None:
+        """Hold the rows of the parts, ``width`` tokens wide, and room for more."""
+        whole = [(part.keys, part.values) for part in parts]
+        keys, values = (_stacked(tensors, width, room) for tensors in zip(*whole, strict=True))
+        self._take((keys, values), width)
+
+    def _take(
+        self, held: tuple[torch.Tensor, torch.Tensor], end: int, begin: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._held, self._begin, self._end = held, begin, end
+        self.keys, self.values = (each[..., begin:end, :] for each in held)
+        return self.keys, self.values
+
+
+def _stacked(parts: Sequence[torch.Tensor], width: int, room: int) -> torch.Tensor:
+    """Return the rows of all parts [B, H, width + room, D], each at the end of its width, with 0 before it.
+
+    The padding is masked, and must be finite all the same: no weight of 0 makes a NaN vanish.
+    """
+    some = parts[0]
+    stacked = some.new_empty((sum(map(len, parts)), some.shape[1], width + room, some.shape[3]))
+    place = 0
+    for part in parts:
+        rows, before = stacked[place : place + len(part)], width - part.shape[2]
+        rows[..., :before, :] = 0
+        rows[..., before:width, :] = part
+        place += len(part)
+    return stacked
