@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +19,7 @@ from typing import Any
 from posttrain.chat_template import DATE, check_template, template_digest, today, variables_of
 from posttrain.digests import digest_of, file_digests
 from posttrain.disk import sync, write_synced
-from posttrain.errors import ArtifactDamaged
+from posttrain.errors import ArtifactDamaged, nearest, reject
 from posttrain.saved import as_kind, read_json
 
 FORMAT = 2
@@ -32,6 +33,10 @@ FORBIDDEN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of pickled files: reading one can run any code."""
 DOUBT = "unpromoted"
 """Key of a manifest's ``merge`` for the reason why the merged adapter is not promoted."""
+PLACES = ("artifact*", "*/artifact*", "stages/*/artifact*", "*/stages/*/artifact*", "runs/*/stages/*/artifact*")
+"""Artifacts below the folder of a stage, of stages, of a run, of runs, and below the one in which runs are made."""
+MOST_NAMED = 8
+"""Artifacts that one message names."""
 OPTIONAL = ("merge", "plugin_settings", "template_variables")
 """Fields left out of a manifest when they are None."""
 
@@ -253,6 +258,27 @@ def publish(draft: Path, manifest: Manifest, destination: Path) -> Artifact:
     Raises OSError when the disk is full or fails, and removes the draft. Nothing already published changes.
     """
     return Artifact(destination, manifest, publish_folder(draft, manifest.to_json(), destination))
+
+
+def require_artifact(path: Path) -> Path:
+    """Return the folder of the artifact that a user names. Raises BadInput, with those near it, where there is none."""
+    if not os.path.lexists(path / MANIFEST):
+        what = f"holds no artifact: it has no {MANIFEST}" if path.is_dir() else "there is no such directory"
+        reject(str(path), what, artifacts_near(path))
+    return path
+
+
+def artifacts_near(path: Path) -> str:
+    """Return the fix for a folder without an artifact: those below it, or below what there is of its path."""
+    for folder in (path, *path.parents):
+        found = {each.parent.relative_to(folder) for place in PLACES for each in folder.glob(f"{place}/{MANIFEST}")}
+        if found:
+            # of those in the folder that was named, none is nearer
+            close = None if folder == path else nearest(str(path.relative_to(folder)), map(str, found))
+            named = ", ".join(sorted(str(folder / each) for each in found))
+            listed = named if len(found) <= MOST_NAMED else f"{len(found):,} below {folder}"
+            return (f"Did you mean {folder / close}? " if close else "") + f"Available: {listed}"
+    return "An artifact is a folder such as runs/RUN/stages/STAGE/artifact"
 
 
 def verify(path: Path) -> Artifact:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from posttrain import artifact
-from posttrain.artifact import publish_folder, verify_folder
+from posttrain.artifact import publish_folder, require_artifact, verify_folder
 from posttrain.digests import digest_of
 from posttrain.disk import replace_text
-from posttrain.errors import ArtifactDamaged
+from posttrain.errors import ArtifactDamaged, BadInput
 
 
 def draft(folder: Path, name: str = "draft") -> Path:
@@ -82,6 +82,36 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     damage(published)
     with pytest.raises(ArtifactDamaged, match=r"damaged|no manifest|unpickled|link"):
         verify_folder(published)
+
+
+@pytest.mark.parametrize(
+    ("named", "what", "fix"),
+    [
+        ("runs/one-1", "holds no artifact", "Available: {}/one-1/stages/dpo/artifact, {}/one-1/stages/sft/artifact"),
+        ("runs/one-1/stages/sft", "holds no artifact", "Available: {}/one-1/stages/sft/artifact"),
+        ("runs/one-1/stages/dpo/artefact", "there is no such", "Did you mean {}/one-1/stages/dpo/artifact? "),
+        ("runs/one-2/stages/dpo/artifact", "there is no such", "Did you mean {}/one-1/stages/dpo/artifact? "),
+        ("gone", "there is no such", "Available: {}/one-1/stages/dpo/artifact, "),
+    ],
+)
+def test_what_holds_no_artifact_is_named_with_those_near_it(tmp_path: Path, named: str, what: str, fix: str) -> None:
+    runs = tmp_path / "runs"
+    for stage in ("sft", "dpo"):
+        (runs / "one-1" / "stages" / stage / "artifact").mkdir(parents=True)
+        (runs / "one-1" / "stages" / stage / "artifact" / "manifest.json").touch()
+    with pytest.raises(BadInput, match=what) as caught:
+        require_artifact(tmp_path / named)
+    assert caught.value.problems[0].fix.startswith(fix.format(runs, runs))
+
+
+def test_of_many_artifacts_the_nearest_alone_is_named(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"run-{number:02}" / "stages" / "sft" / "artifact").mkdir(parents=True)
+        (tmp_path / f"run-{number:02}" / "stages" / "sft" / "artifact" / "manifest.json").touch()
+    with pytest.raises(BadInput) as caught:
+        require_artifact(tmp_path / "run-117" / "stages" / "sft" / "artifact")
+    (problem,) = caught.value.problems
+    assert problem.fix == f"Did you mean {tmp_path}/run-17/stages/sft/artifact? Available: 20 below {tmp_path}"
 
 
 def test_pickles_are_never_published(tmp_path: Path) -> None:

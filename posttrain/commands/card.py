@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.artifact import CARD, Artifact, read_manifest, verify
+from posttrain.artifact import CARD, Artifact, read_manifest, require_artifact, verify
 from posttrain.commands.arguments import parse
 from posttrain.disk import replace_text
 from posttrain.errors import reject
@@ -18,20 +18,13 @@ def main(words: list[str]) -> int:
     given = parse("card", words, KEYS)
     if len(given.plain) != 1:
         reject(" ".join(["card", *words]), "needs one artifact", USAGE)
-    artifact = read_artifact(Path(given.plain[0]), USAGE)
+    artifact = verify(require_artifact(Path(given.plain[0])))
     output = Path(given.settings.get("output", artifact.path / CARD))
     if output == artifact.path / CARD and CARD in read_manifest(artifact.path)["files"]:
         reject(str(output), "is part of the artifact itself", "Write the card elsewhere: output=FILE")
     replace_text(output, card_of(artifact, given.settings))
     print(f"card       {output}")
     return 0
-
-
-def read_artifact(path: Path, usage: str) -> Artifact:
-    """Return the artifact in a folder, verified. Raises BadInput for no folder, ArtifactDamaged for a damaged one."""
-    if not path.is_dir():
-        reject(str(path), "there is no such directory", f"{usage}; an artifact is runs/RUN/stages/STAGE/artifact")
-    return verify(path)
 
 
 def card_of(artifact: Artifact, settings: dict[str, str]) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain import environment
-from posttrain.artifact import Artifact, ModelSource
+from posttrain.artifact import Artifact, ModelSource, require_artifact, verify
 from posttrain.commands.arguments import Arguments, parse
-from posttrain.commands.card import read_artifact
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import BadInput, Problem, reject, suggest
 from posttrain.model.base import resolve_base
@@ -34,7 +33,7 @@ def main(words: list[str]) -> int:
         reject(f"--to {form}", f"{form!r} is no form of an export", suggest(form, FORMS))
     if kind not in TYPES:
         reject(f"type={kind}", f"{kind!r} is no type of numbers", suggest(kind, TYPES))
-    artifact = read_artifact(Path(given.plain[0]), USAGE)
+    artifact = verify(require_artifact(Path(given.plain[0])))
     if form == "merged":
         return _merge(artifact, given)
     return _write(artifact, _base(artifact, given), form, kind, given)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from posttrain import environment
-from posttrain.artifact import MANIFEST, Artifact, ModelSource, verify
+from posttrain.artifact import MANIFEST, Artifact, ModelSource, artifacts_near, verify
 from posttrain.commands.arguments import parse
 from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
@@ -29,8 +29,7 @@ def main(words: list[str]) -> int:
         reject(" ".join(["merge", *words]), "needs two directories", USAGE)
     path, output = Path(given.plain[0]), Path(given.plain[1])
     if not path.is_dir():
-        fix = "Give the directory of an adapter, such as runs/RUN/stages/STAGE/artifact"
-        reject(str(path), "there is no such directory", fix)
+        reject(str(path), "there is no such directory", artifacts_near(path))
     if output.exists():
         reject(str(output), "exists already", "Give a directory that does not exist")
     if os.path.lexists(path / MANIFEST):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from posttrain.artifact import require_artifact, verify
 from posttrain.commands.arguments import parse
-from posttrain.commands.card import card_of, read_artifact
+from posttrain.commands.card import card_of
 from posttrain.errors import reject
 
 USAGE = "posttrain push ARTIFACT OWNER/NAME [public=true] [base_model=OWNER/NAME] [license=ID] [output_root=DIR]"
@@ -20,7 +21,7 @@ def main(words: list[str]) -> int:
     public = given.settings.get("public", "false")
     if public not in ("true", "false"):
         reject(f"public={public}", "is neither true nor false", USAGE)
-    artifact, repo = read_artifact(Path(given.plain[0]), USAGE), given.plain[1]
+    artifact, repo = verify(require_artifact(Path(given.plain[0]))), given.plain[1]
     from posttrain.export.hub import push
     from posttrain.report.card import root_of
     from posttrain.run.start import find_standing

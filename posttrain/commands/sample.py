@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from posttrain import environment
-from posttrain.artifact import Artifact, ModelSource, verify
+from posttrain.artifact import Artifact, ModelSource, require_artifact, verify
 from posttrain.commands.arguments import Arguments, parse
 from posttrain.config.on_policy import UNKEPT, OnPolicy, SamplingBackend
 from posttrain.config.schema import ModelConfig, Source
@@ -40,7 +40,8 @@ def main(words: list[str]) -> int:
     given = parse("sample", words, (*SETTINGS, *PLACES), flags=(consent.FLAG,), options=(VLLM,))
     if len(given.plain) != 3:
         reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
-    folder, asked, output = Path(given.plain[0]), given.plain[1], Path(given.plain[2])
+    asked, output = given.plain[1], Path(given.plain[2])
+    folder = require_artifact(Path(given.plain[0]))
     settings = _settings(given, asked)
     _require_new(output)
     command = given.options.get(VLLM)

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.artifact import MANIFEST, ModelSource, Pins, quantization_of, verify
+from posttrain.artifact import MANIFEST, ModelSource, Pins, artifacts_near, quantization_of, verify
 from posttrain.chat_template import DATE, TEMPLATE, TOKENIZER_CONFIG, template_diff, template_in_config
 from posttrain.config.regression import BaseSettings
 from posttrain.config.schema import ModelConfig
@@ -50,7 +50,7 @@ def read_candidate(path: Path, model: BaseSettings, day: str | None = None) -> C
     if not path.is_dir():
         siblings = [item.name for item in path.parent.glob("*/")] if path.parent.is_dir() else []
         close = nearest(path.name, siblings)
-        fix = f"Did you mean {path.parent / close}?" if close else "Give the directory of an adapter or a model"
+        fix = f"Did you mean {path.parent / close}?" if close else artifacts_near(path)
         raise BadInput(Problem(where=str(path), what="there is no such directory", fix=fix))
     if os.path.lexists(path / MANIFEST):
         return _artifact(path, model, day)
@@ -118,7 +118,7 @@ def _adapter(path: Path, model: BaseSettings, day: str | None) -> Candidate:
 def _weights(path: Path, model: BaseSettings, day: str | None) -> Candidate:
     if not (path / "config.json").is_file():
         what = "holds no artifact, no adapter and no full weights"
-        raise BadInput(Problem(where=str(path), what=what, fix="Give the directory of an adapter or a model"))
+        raise BadInput(Problem(where=str(path), what=what, fix=artifacts_near(path)))
     if model.path is None:
         what = "holds full weights, and those do not name their base"
         raise BadInput(

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
+import threading
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,20 +107,26 @@ class Judge:
     kept: Path
     budget: Budget
     _failed: BaseException | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
+    """Set when nothing more is to be asked."""
 
     def scores(self, attempts: Sequence[Attempt]) -> list[float | Score]:
         """Return the score of every answer.
 
         Raises SpendCapReached when the requests are spent, Interrupted when the judge is down, BadInput when it
-        rejects a request. What was judged until then is kept.
+        rejects a request. What was judged until then is kept. A signal waits for no open request.
         """
-        from concurrent.futures import ThreadPoolExecutor
+        from multiprocessing.pool import ThreadPool  # of daemons: unlike concurrent.futures, leaving it waits for none
 
         prompts = [_prompts(each) if each.ended else [] for each in attempts]
         different = list(dict.fromkeys(prompt for group in prompts for prompt in group))
         self._failed = None
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-            said = dict(zip(different, threads.map(self._said, different), strict=True))
+        self._over.clear()
+        try:
+            with ThreadPool(ASKED_AT_ONCE) as threads:
+                said = dict(zip(different, threads.imap(self._said, different), strict=True))
+        finally:
+            self._over.set()
         if self._failed is not None:
             raise self._failed
         return [_score([said[prompt] or "" for prompt in group]) if group else 0.0 for group in prompts]
@@ -130,13 +136,14 @@ class Judge:
         path = self.kept / "judged" / f"{digest_of([self.url, self.model, prompt])[:40]}.json"
         if (kept := _kept(path)) is not None:
             return kept
-        if self._failed is not None:
+        if self._over.is_set():
             return None
         activity.sign_of_life()  # thousands are asked in one call
         try:
             said = self._ask(prompt)
         except BaseException as error:
             self._failed = self._failed or error
+            self._over.set()
             return None
         if said in PREFERRED or _GRADE.fullmatch(said):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +158,8 @@ class Judge:
         fault, wait = "", FIRST_WAIT
         for attempt in range(TRIES):
             if attempt:
-                time.sleep(min(wait, LONGEST_WAIT))
+                if self._over.wait(min(wait, LONGEST_WAIT)):  # another request has failed, or a signal came
+                    break
                 wait *= 2
             self._require_budget()
             try:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from posttrain.host.time_limit import time_limit
 
@@ -72,7 +72,12 @@ def search(pattern: str, text: str, *, whole: bool = False) -> bool:
 def parse_json(text: str) -> Any:
     """Return the JSON value that is the whole text or its first block of code; raises ValueError when it is none."""
     block = FENCE.search(text)
-    return json.loads(block[1] if block else text)
+    return json.loads(block[1] if block else text, parse_constant=_no_json)
+
+
+def _no_json(name: str) -> NoReturn:
+    """Reject NaN and Infinity, which Python reads and JSON has not (RFC 8259)."""
+    raise ValueError(f"{name} is no value of JSON")
 
 
 def _exact(text: str, answer: str) -> bool:

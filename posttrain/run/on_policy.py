@@ -106,7 +106,8 @@ def sample_records(
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Return the records that ``parent`` makes of its answers, and the figures of each source.
 
-    Raises BadInput when no answer can be kept, Interrupted when a stop is requested.
+    Raises BadInput when no answer can be kept, Interrupted when a stop is requested: at the end of a block while
+    answers are written, at once while they are scored.
     """
     from posttrain.model.loading import load_tokenizer
 
@@ -122,7 +123,9 @@ def sample_records(
             processes=sampling_group(job.plan.launch, job.folder, progress.note),
         )  # fmt: skip
         progress.note(f"on policy: {parent.name} answers {len(each.questions):,} questions, {settings.k} times each")
-        scored = score(each.questions, ask(each.questions, asking), each.scorer)
+        with job.interrupts.deferred():  # a block is finished and kept
+            answers = ask(each.questions, asking)
+        scored = score(each.questions, answers, each.scorer)
         kept = keep(each.questions, scored, settings, ChatRenderer(load_tokenizer(parent)))
         progress.note(f"on policy: {kept.line()}")
         if not kept.records:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.artifact import DOUBT, MANIFEST, Artifact, Manifest, read_manifest, verify
+from posttrain.artifact import DOUBT, MANIFEST, Artifact, Manifest, read_manifest, require_artifact, verify
 from posttrain.errors import ArtifactDamaged, BadInput, Problem
 from posttrain.ledger import GATES
 from posttrain.plan import CORE, Plan
@@ -82,6 +82,10 @@ def check_start(plan: Plan) -> Sequence[Problem]:
     """Return why ``start_from`` cannot be the start, as far as its manifest and verdicts tell without its weights."""
     if plan.start_from is None:
         return []
+    try:
+        require_artifact(plan.start_from)
+    except BadInput as error:
+        return error.problems
     try:
         values = read_manifest(plan.start_from)
         manifest = Manifest.from_json(values, plan.start_from / MANIFEST)

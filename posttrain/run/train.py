@@ -138,10 +138,9 @@ def _run_stage(job: Job, parent: ModelSource, records: Records, fingerprint: str
     checkpoints = job.folder / "checkpoints" / fingerprint[:12]
     checkpoints.mkdir(parents=True, exist_ok=True)
     progress = TrainingProgress(job.display, job.name, job.run.path / "metrics.jsonl", job.host)
-    with job.interrupts.deferred():
-        sampled, figures = sample_records(job, parent, records.asked, progress)
-        if sampled:
-            records = _joined(job, records, sampled)
+    sampled, figures = sample_records(job, parent, records.asked, progress)
+    if sampled:
+        records = _joined(job, records, sampled)
     context = StageContext(
         name=job.name, config=job.step.config, parent=parent,
         records=records.trained, eval_records=records.eval_records, seed=job.step.seed,

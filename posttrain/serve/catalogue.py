@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.artifact import MANIFEST, Artifact, ModelSource, verify
+from posttrain.artifact import MANIFEST, Artifact, ModelSource, artifacts_near, verify
 from posttrain.config.schema import ModelConfig
 from posttrain.errors import ArtifactDamaged, BadInput, PosttrainError, Problem, first_line, reject, suggest
 from posttrain.model.base import resolve_base
@@ -150,7 +150,7 @@ def _paths(word: str) -> list[Path]:
                 reject(str(path), "the run has published no artifact", "The same command that began it resumes it")
             return found
     names = [path.parent.name for path in ROOT.glob("*/run.json")]
-    reject(word, "is neither a run nor an artifact", suggest(word, names))
+    reject(word, "is neither a run nor an artifact", suggest(word, names) if names else artifacts_near(Path(word)))
 
 
 def _root(artifact: Path) -> Path:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -157,14 +160,49 @@ def test_a_busy_judge_is_asked_again(server: StandIn, tmp_path: Path) -> None:
     assert len(server.asked) == 4
 
 
-def test_the_wait_that_a_busy_judge_asks_for_is_kept(
-    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(judge.time, "sleep", waits.append)
-    server.reply = lambda prompt, number: (429, {"Retry-After": "7"}, b"") if number == 1 else said("10")
+def test_the_wait_that_a_busy_judge_asks_for_is_kept(server: StandIn, tmp_path: Path) -> None:
+    times: list[float] = []
+
+    def reply(prompt: str, number: int) -> Reply:
+        times.append(time.monotonic())
+        return (429, {"Retry-After": "1"}, b"") if number == 1 else said("10")
+
+    server.reply = reply
     assert rate(tmp_path, "Rome")[0].reward == 1.0
-    assert waits == [7.0]
+    assert times[1] - times[0] >= 1
+
+
+def test_a_signal_waits_neither_for_an_open_request_nor_for_the_next_try(server: StandIn, tmp_path: Path) -> None:
+    open_one, ended, asked = threading.Event(), threading.Event(), threading.Barrier(2)
+
+    def reply(prompt: str, number: int) -> Reply:
+        if "\nbusy\n" in prompt:
+            asked.wait(60)
+            return 429, {"Retry-After": "60"}, b""
+        asked.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        open_one.wait(60)
+        ended.set()
+        return said("10")
+
+    server.reply = reply
+    with pytest.raises(KeyboardInterrupt):
+        rate(tmp_path, "busy", "slow")
+    assert not ended.is_set()
+    open_one.set()
+
+
+def test_one_that_is_rejected_ends_the_waits_of_the_others(server: StandIn, tmp_path: Path) -> None:
+    asked = threading.Barrier(2)
+
+    def reply(prompt: str, number: int) -> Reply:
+        asked.wait(60)
+        return (503, {"Retry-After": "60"}, b"") if "\nbusy\n" in prompt else (401, {}, b"no such key")
+
+    server.reply = reply
+    with pytest.raises(BadInput, match="HTTP 401: no such key"):
+        rate(tmp_path, "busy", "other")
+    assert len(server.asked) == 2
 
 
 def test_a_judge_that_stays_down_stops_with_what_is_kept(server: StandIn, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from signal import SIGTERM, raise_signal
 from sys import modules
 from typing import Any
 
@@ -238,6 +239,22 @@ def test_sampled_rows_are_prepared_with_those_of_files(
 
     with pytest.raises(BadInput, match=r"dpo.prepare: 2 findings stop the run \(exact\)"):
         project.run(tmp_path, data, "dpo.prepare.exact=stop")
+
+
+@pytest.mark.usefixtures("answered")
+def test_a_signal_while_answers_are_scored_stops_at_once(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on: list[int] = []
+
+    def scored(*given: Any) -> Any:
+        raise_signal(SIGTERM)
+        went_on.append(1)
+
+    monkeypatch.setattr(on_policy, "score", scored)
+    with pytest.raises(Interrupted):
+        project.run(tmp_path, source(project))
+    assert not went_on
 
 
 def test_what_prepares_sampled_rows_names_the_result(project: Project, tmp_path: Path) -> None:
