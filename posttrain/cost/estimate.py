@@ -195,8 +195,13 @@ def duration(seconds: float) -> str:
     """Return a time for people, of two digits."""
     for name, length in (("days", 172_800.0), ("hours", 7_200.0), ("minutes", 120.0)):
         if seconds >= length:
-            return f"{seconds / {'days': 86_400, 'hours': 3_600, 'minutes': 60}[name]:.2g} {name}"
-    return f"{seconds:.2g} seconds"
+            return f"{_two_digits(seconds / {'days': 86_400, 'hours': 3_600, 'minutes': 60}[name])} {name}"
+    return f"{_two_digits(seconds)} seconds"
+
+
+def _two_digits(number: float) -> str:
+    rounded = f"{number:.2g}"
+    return f"{float(rounded):,.0f}" if number >= 10 else rounded
 
 
 def lines(found: Estimate, devices: int, price: float | None, unit: str) -> Iterator[str]:

@@ -14,6 +14,9 @@ from posttrain.cost.machines import Machine
 from posttrain.cost.memory import KEPT_CHECKPOINTS, WHOLE, Memory, Training, checkpoint_bytes, training_memory
 from posttrain.plan import Plan, Step
 
+SMALLER = {"full": "variant=lora or variant=qlora, or ", "lora": "variant=qlora, or ", "qlora": ""}
+"""Variants with fewer bytes of weights, moments and copies than each, for a message."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -32,6 +35,8 @@ class Needs:
     """Bytes of a machine's own memory, beside its GPUs, for the copy of a checkpoint in writing; 0 without GPUs."""
     packed: bool
     """True when rows are filled up to the sequence length; else their tokens are fewer, and the memory is a bound."""
+    method: str
+    """The trained weights: full, lora or qlora."""
 
     def memory_lines(self) -> Iterator[str]:
         """Yield the memory of a device, part by part, and a warning when it does not fit."""
@@ -50,7 +55,7 @@ class Needs:
                 "activations": "gradient_checkpointing=true, fewer rows in a batch or a shorter sequence_length",
                 "logits": "a smaller loss_chunk",
                 "writing": "fewer answers at once (a smaller k, fewer questions a step) or a shorter sequence_length",
-            }.get(largest, "variant=lora or variant=qlora, or engine=fsdp on more devices")
+            }.get(largest, f"{SMALLER[self.method]}engine=fsdp on more devices")
             yield f"warning: a device has {gigabytes(self.device)}; the largest part is {largest}: try {fix}"
 
     def disk_line(self) -> str:
@@ -92,6 +97,7 @@ def stage_needs(
             checkpoint=checkpoint,
             host=checkpoint // copies * min(copies, per_node) if on_gpus else 0,
             packed=step.stage.records in ("conversations", "documents"),
+            method=training.method.value,
         )
     return found
 

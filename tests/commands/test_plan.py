@@ -74,6 +74,10 @@ def test_memory_beyond_the_device_is_warned_of(
 ) -> None:
     monkeypatch.setattr("posttrain.cost.needs.device_memory", lambda processes: 100_000)
     assert "memory warning: a device has 0.00 GB; the largest part is" in plan(capsys)
+    helping = {"full": "variant=lora or variant=qlora, or ", "lora": "variant=qlora, or ", "qlora": ""}
+    for variant, others in helping.items():
+        text = plan(capsys, f"variant={variant}", "sft.sequence_length=2", "sft.loss_chunk=1", "sft.lora.r=1")
+        assert re.search(f"the largest part is [a-z]+: try {others}engine=fsdp on more devices", text), text
 
 
 def test_the_engine_of_several_devices_is_the_first_that_fits(

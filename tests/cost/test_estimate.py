@@ -14,7 +14,7 @@ from posttrain.commands.estimate import machine_line
 from posttrain.config.schema import Method, Source
 from posttrain.cost import machines
 from posttrain.cost.architecture import Architecture, find_architecture
-from posttrain.cost.estimate import Estimate, Pace, Volume, estimate, lines, measured_speed
+from posttrain.cost.estimate import Estimate, Pace, Volume, duration, estimate, lines, measured_speed
 from posttrain.cost.machines import named_machine, this_machine
 from posttrain.cost.memory import Training
 from posttrain.data.sizes import read_sizes
@@ -93,6 +93,14 @@ def test_a_speed_that_nobody_measured_has_wider_bounds() -> None:
     assert found.likely == measured.likely
     assert found.low < 0.85 * measured.low
     assert found.high > 1.2 * measured.high
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(2_400 * 86_400, "2,400 days"), (99.4 * 86_400, "99 days"), (5_400, "90 minutes"), (7.84, "7.8 seconds")],
+)
+def test_a_time_has_two_digits_and_no_exponent(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
 
 
 def test_cost_is_the_price_of_all_devices() -> None:
