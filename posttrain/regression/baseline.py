@@ -102,20 +102,26 @@ def read_baseline(path: Path) -> Baseline:
     changed after it was written.
     """
     try:
-        record = as_kind(dict, read_json(path), str(path))
+        return _read(path)
     except FileNotFoundError:
         raise BadInput(missing_baseline(path)) from None
+    except ArtifactDamaged as error:
+        raise ArtifactDamaged(f"{error}; {UPDATE}") from None
+
+
+def _read(path: Path) -> Baseline:
+    record = as_kind(dict, read_json(path), str(path))
     version, claimed = record.pop("format", None), record.pop("sha256", None)
     if type(version) is int and version != FORMAT:
         raise BadInput(Problem(where=str(path), what=f"has format {version}, not {FORMAT}", fix=UPDATE))
     if version is None or claimed is None:
-        raise ArtifactDamaged(f"{path} is no baseline; {UPDATE}")
+        raise ArtifactDamaged(f"{path} is no baseline")
     if digest_of({"format": version, **record}) != claimed:
-        raise ArtifactDamaged(f"{path} was changed after it was written; {UPDATE}")
+        raise ArtifactDamaged(f"{path} was changed after it was written")
     baseline = as_kind(Baseline, record, str(path))
     for name, entry in baseline.tasks.items():
         if what := _contradiction(entry):
-            raise ArtifactDamaged(f"{path} is damaged: {name}: {what}; {UPDATE}")
+            raise ArtifactDamaged(f"{path} is damaged: {name}: {what}")
     return baseline
 
 
@@ -154,7 +160,8 @@ def require_same_asked(path: Path, baseline: Baseline, asked: Mapping[str, Any])
         if key == "versions" and (changed := _harmless(then, now)):
             noted.append(f"{path.name}: {changed}: such changes are taken to change no score")
             continue
-        what = f"another {key.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
+        what = _deciding(then, now) if key == "versions" else ""
+        what = what or f"another {key.replace('_', ' ')}: {_shown(then)} then, {_shown(now)} now"
         problems.append(Problem(where=str(path), what=what, fix=f"The scores cannot be compared; {UPDATE}"))
     if problems:
         raise BadInput(problems)
@@ -165,9 +172,17 @@ def _harmless(then: Any, now: Any) -> str | None:
     """Return the changes of versions that change no score, as text; None when a library's minor version differs."""
     if not isinstance(then, Mapping) or not isinstance(now, Mapping):
         return None
-    if any(_minor(then.get(name)) != _minor(now.get(name)) for name in DECIDING):
+    if _deciding(then, now):
         return None
     changed = [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed)
+
+
+def _deciding(then: Any, now: Any) -> str:
+    """Return the libraries whose minor version differs, with both versions; empty for none."""
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping):
+        return ""
+    changed = [name for name in DECIDING if _minor(then.get(name)) != _minor(now.get(name))]
     return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed)
 
 

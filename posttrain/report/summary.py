@@ -76,6 +76,7 @@ def _worse(changes: TaskChanges, prompts: Mapping[tuple[str, int], Shown]) -> It
         return
     task, count = changes.task, len(changes.worse)
     counts = f"{count:,} got worse, {len(changes.better):,} better"
+    counts += f"; the first {MOST_DOCUMENTS}" if count > MOST_DOCUMENTS else ""
     yield f"<details><summary>{_inline(task.task)} against {task.against}: {counts}</summary>\n"
     yield "| document | question | before | after | wanted |\n|---|---|---|---|---|"
     for change in changes.worse[:MOST_DOCUMENTS]:

@@ -338,7 +338,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "base": (lambda record: record["asked"].update(base="0" * 64), "another base: 0000000000000000 then"),
     "template": (lambda record: record["asked"].update(chat_template="1"), "another chat template"),
     "tokenizer": (lambda record: record["asked"].update(tokenizer="1"), "another tokenizer"),
-    "versions": (lambda record: record["asked"]["versions"].update(torch="1"), "another versions"),
+    "versions": (lambda record: record["asked"]["versions"].update(torch="1"), "mine.json: torch 1 then, 2."),
     "task": (lambda record: record["tasks"].clear(), "no scores of this task"),
     "metric": (lambda record: record["tasks"]["quiz"].update(metric="f1"), "another metric: f1 then, acc now"),
     "settings": (lambda record: record["tasks"]["quiz"].update(settings="1"), "another settings"),
@@ -384,8 +384,14 @@ def test_a_patch_release_is_noted_and_the_minor_one_of_a_library_is_not_compared
     (note,) = require_same_asked(committed, read_baseline(committed), now)
     assert f"torch {libraries['torch']} then, {minor}.99+cu130 now" in note
     assert "posttrain" in note
-    for key, value in {"dtype": "bfloat16", "device": "cuda", "versions": {**libraries, "peft": "0.1"}}.items():
-        with pytest.raises(BadInput, match=f"another {key}"):
+    others = {"dtype": "bfloat16", "device": "cuda", "versions": {**libraries, "peft": "0.1"}}
+    words = {
+        "dtype": "another dtype",
+        "device": "another device",
+        "versions": f"peft {libraries['peft']} then, 0.1 now",
+    }
+    for key, value in others.items():
+        with pytest.raises(BadInput, match=f": {re.escape(words[key])}"):
             require_same_asked(committed, read_baseline(committed), {**asked, key: value})
 
 
@@ -461,6 +467,7 @@ def test_a_baseline_that_is_not_what_was_written_is_damaged(committed: Path, nam
     with pytest.raises(ArtifactDamaged, match=re.escape(complaint)) as caught:
         read_baseline(Path("mine.json"))
     assert "mine.json" in str(caught.value)
+    assert "--update-baseline makes it anew" in str(caught.value)
 
 
 def test_an_edited_baseline_ends_the_gate(gate: Gate, committed: Path, capsys: pytest.CaptureFixture[str]) -> None:

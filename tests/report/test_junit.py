@@ -137,6 +137,18 @@ def test_a_summary_says_the_verdict_first_and_shows_what_got_worse() -> None:
     assert "| 0 | which flag? | right" in summary(failed, rows[:2], {("task0", 0): Shown("task0", 0, "which flag?")})
 
 
+def test_a_summary_says_that_it_shows_the_first_of_many() -> None:
+    failed = report("gate_failed", stage("sft", "gate_failed", verdict("fail")))
+    for number, words in (
+        (10, "10 got worse, 0 better</summary>"),
+        (11, "11 got worse, 0 better; the first 10</summary>"),
+    ):
+        systems = ("base", 1.0), ("candidate", 0.0)
+        text = summary(failed, [row(system, each, score) for system, score in systems for each in range(number)])
+        assert words in text
+        assert text.count("| answer | answer | wanted |") == 10
+
+
 def test_a_summary_has_a_limit() -> None:
     tasks = tuple(replace(task_verdict("pass"), task=f"{n} {'é' * 3000}") for n in range(100))
     long = Verdict(state="pass", gated=True, tasks=tasks, reason="because")
