@@ -140,15 +140,17 @@ def _numbers(figures: Mapping[str, Any], *keys: str) -> list[float]:
 
 
 def _gate(verdict: Verdict | None) -> Iterator[Course]:
-    tasks: dict[tuple[str, str], TaskVerdict] = {}
+    """Yield the scores of parent and artifact by each task, with the state of every comparison."""
+    tasks: dict[tuple[str, str], list[TaskVerdict]] = {}
     for task in verdict.tasks if verdict is not None else ():
         if task.n and task.role in ("lift", "guard", "limit"):
-            tasks.setdefault((task.task, task.metric), task)
-    for task in tasks.values():
+            tasks.setdefault((task.task, task.metric), []).append(task)
+    for compared in tasks.values():
+        task, states = compared[0], [f"{each.state} against {each.against}" for each in compared]
         scale = scale_of(task)
         yield Course(
             name=f"gate: {task.task}, {task.metric}", before=scale.score(task.parent),
-            after=scale.score(task.candidate), note=f"{task.role}, {task.state}",
+            after=scale.score(task.candidate), note=", ".join([str(task.role), *states]),
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> No
     assert not any("torn" in name for name in courses)
     assert courses["gate: some, acc"] == ("10.0", "60.0")
     assert report_policy(found, found.stages[0]) is None
+
+
+def test_a_task_of_the_gate_has_the_state_of_every_comparison(run: Path) -> None:
+    found = read_report(run)
+    verdict = found.stages[1].verdict
+    assert verdict is not None
+    (task,) = verdict.tasks
+    tasks = (task, replace(task, against="parent", state="fail"))
+    policy = report_policy(found, replace(found.stages[1], verdict=replace(verdict, tasks=tasks)))
+    assert policy is not None
+    (note,) = [each.note for each in policy.courses if each.name == "gate: some, acc"]
+    assert note == "lift, pass against base, fail against parent"
 
 
 def test_the_page_shows_them_and_nothing_in_them_acts(run: Path) -> None:
