@@ -30,7 +30,7 @@ from posttrain.engine.references import ReferenceFolder, References
 from posttrain.engine.start import Start
 from posttrain.model.device import exact_device
 from posttrain.stage import Progress
-from posttrain.tokens.packing import best_fit
+from posttrain.tokens.best_fit import best_fit
 
 if TYPE_CHECKING:
     from posttrain.engine.engine import Engine

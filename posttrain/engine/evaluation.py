@@ -30,7 +30,8 @@ from posttrain.engine.engine import Engine
 from posttrain.engine.loss import OutputHead
 from posttrain.engine.precision import autocasting
 from posttrain.model.device import exact
-from posttrain.tokens.packing import PackedRow, best_fit
+from posttrain.tokens.best_fit import best_fit
+from posttrain.tokens.packing import PackedRow
 
 NOISE = 2.0
 """Least size of a difference of two losses, in standard errors, to count as one."""

@@ -8,7 +8,7 @@
 Best fit looks at one item at a time and leaves a gap wherever no single item fills it; exact fit also tries pairs.
 """
 
-# C = lengths from 0 to the capacity, P = pairs of lengths that sum to the same
+# N = items, C = lengths from 0 to the capacity, P = pairs of lengths that sum to the same
 
 from __future__ import annotations
 
@@ -18,26 +18,43 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.tokens.bins import Bins
+
 Counts = NDArray[np.int64]
 
 
-def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def exact_fit(lengths: Sequence[int] | Counts, capacity: int) -> Bins:
     """Return the indices of ``lengths`` in bins, each begun by the longest item left.
 
     Fill the gap exactly with one item, else with the two most equal; otherwise take the longest fitting item, and
     repeat. Bins of the same lengths are filled at once.
     """
-    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
-    for index, length in enumerate(lengths):
-        waiting[length].append(index)
-    left_C = np.array([len(indices) for indices in waiting])
-    bins = []
+    lengths_N = np.asarray(lengths, dtype=np.int64)
+    waiting_N = np.argsort(lengths_N, kind="stable")
+    left_C = np.bincount(lengths_N, minlength=capacity + 1)
+    ends = np.cumsum(left_C).tolist()
+    filled, fillings = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for length in range(capacity, 0, -1):
         while left_C[length]:
             sizes = _fill_bin(left_C, length)
             repeats = 1 + _repeat(left_C, sizes)
-            bins += [[waiting[size].pop() for size in sizes] for _ in range(repeats)]
-    return bins
+            filled.append(_taken(waiting_N, ends, sizes, repeats))
+            fillings.append(np.full(repeats, len(sizes)))
+    return Bins(np.concatenate(filled), np.cumsum(np.concatenate(fillings)))
+
+
+def _taken(waiting_N: Counts, ends: list[int], sizes: Sequence[int], repeats: int) -> Counts:
+    """Return the items of ``repeats`` bins of these lengths, the last that wait of each length first.
+
+    ``ends`` are the ends of the items of each length, and are moved.
+    """
+    items = np.empty((repeats, len(sizes)), np.int64)
+    for size in set(sizes):
+        places = [place for place, each in enumerate(sizes) if each == size]
+        end = ends[size]
+        ends[size] = begin = end - repeats * len(places)
+        items[:, places] = waiting_N[begin:end][::-1].reshape(repeats, len(places))
+    return items.ravel()
 
 
 def _repeat(left_C: Counts, sizes: Sequence[int]) -> int:

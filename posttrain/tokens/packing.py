@@ -12,14 +12,12 @@ a document predicts nothing. Otherwise the loss of a document would depend on it
 speed, would change the model.
 """
 
-# T = tokens of one row, N = documents of one row
+# T = tokens of one row, N = documents of one row, or items of all bins
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
 from typing import overload
 
 import numpy as np
@@ -27,6 +25,8 @@ from numpy.typing import NDArray
 
 from posttrain.config.schema import Overlong
 from posttrain.errors import BadInput, Problem
+from posttrain.tokens.best_fit import best_fit
+from posttrain.tokens.bins import Bins
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.exact_fit import exact_fit
 from posttrain.tokens.overlong import Pieces, check_lengths, cut
@@ -204,63 +204,26 @@ def pack(
     pieces = cut(chosen, sequence_length, overlong)
     if not len(pieces.starts):
         raise BadInput(_nothing_trained(chosen, sequence_length))
-    groups = few_bins(pieces.lengths.tolist(), sequence_length) if packing else _alone(len(pieces.starts))
-    order = np.fromiter(chain.from_iterable(groups), np.int64, len(pieces.starts))
-    rows = PackedRows(pieces, order, np.cumsum([len(group) for group in groups]))
+    bins = few_bins(pieces.lengths, sequence_length) if packing else _alone(len(pieces.starts))
+    rows = PackedRows(pieces, bins.order, bins.ends)
     return Packing(rows, _counts(pieces, len(rows), sequence_length))
 
 
-def few_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def few_bins(lengths: Sequence[int] | Indices, capacity: int) -> Bins:
     """Return the indices of ``lengths`` (1 to ``capacity``) in bins: by best fit, or by exact fit if that is better.
 
     Best fit leaves hardly a gap when items are much shorter than a bin. When a few items fill a bin, exact fit is
     often better. The same lengths always give the same bins.
     """
-    bins = best_fit(lengths, capacity)
-    if len(bins) * capacity <= ENOUGH * sum(lengths):
+    lengths_N = np.asarray(lengths, dtype=np.int64)
+    bins = best_fit(lengths_N, capacity)
+    if len(bins) * capacity <= ENOUGH * int(lengths_N.sum()):
         return bins
-    return min(bins, exact_fit(lengths, capacity), key=len)
+    return min(bins, exact_fit(lengths_N, capacity), key=len)
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the indices of ``lengths`` in bins: longest first, each into the fullest bin with room for it.
-
-    Best-fit decreasing needs at most 11/9 of the best number of bins, plus one (Johnson 1973, "Near-optimal bin
-    packing algorithms"). An optimal packing is NP-hard. Bins are kept by the space left in
-    them, and items of one length go into bins of one space at once.
-    """
-    bins: list[list[int]] = []
-    with_space: dict[int, list[int]] = {}
-    spaces: list[int] = []
-    ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for length, group in groupby(ordered, key=lengths.__getitem__):
-        items, begin = list(group), 0
-        while begin < len(items):
-            at = bisect_left(spaces, length)
-            space = spaces[at] if at < len(spaces) else capacity
-            each = min(space // length, len(items) - begin)  # a bin with room for the next item is the fullest one
-            wanted = (len(items) - begin) // each
-            if at == len(spaces):
-                numbers = list(range(len(bins), len(bins) + wanted))
-                bins += [[] for _ in numbers]
-            else:
-                open_bins = with_space[space]
-                numbers = open_bins[: -wanted - 1 : -1]
-                del open_bins[-wanted:]
-                if not open_bins:
-                    del spaces[at]
-            for number in numbers:
-                bins[number] += items[begin : begin + each]
-                begin += each
-            left = space - length * each
-            if not with_space.setdefault(left, []):
-                insort(spaces, left)
-            with_space[left] += numbers
-    return bins
-
-
-def _alone(count: int) -> list[list[int]]:
-    return [[index] for index in range(count)]
+def _alone(count: int) -> Bins:
+    return Bins(np.arange(count), np.arange(1, count + 1))
 
 
 def _counts(pieces: Pieces, rows: int, sequence_length: int) -> PackingCounts:
