@@ -128,11 +128,11 @@ class Preparer:
             return []
         from posttrain.scoring.harness.documents import gate_documents
 
-        found: dict[tuple[str, str], GateDocument] = {}
+        found: dict[tuple[str, str, str], GateDocument] = {}
         for step in self._gated():
             try:
                 for document in gate_documents(step.tasks):
-                    found.setdefault((document.prompt, document.target), document)
+                    found.setdefault((document.task, document.prompt, document.target), document)
             except BadInput as error:
                 problems = [replace(each, where=f"{step.name}.gate.{each.where}") for each in error.problems]
                 raise BadInput(problems) from error

@@ -24,7 +24,8 @@ def best_fit(lengths: Sequence[int] | Indices, capacity: int) -> Bins:
     order_N = np.argsort(shortness_N, kind="stable")
     shortness_L, counts_L = np.unique(shortness_N, return_counts=True)
     owners = [np.empty(0, np.int64)]
-    bins, spaces = 0, []
+    bins = 0
+    spaces: list[int] = []
     with_space: dict[int, list[int]] = {}
     for length, items in zip((-shortness_L).tolist(), counts_L.tolist(), strict=True):
         while items:

@@ -16,6 +16,7 @@ from tests.support.fakes import Script, only_run, run_on, scripted_host, write_p
 ASKED = "what was the name of the man who painted the tall blue house"
 OTHER = "which river is the longest of all in the middle of Africa"
 SHOWN = "1 of 2 documents trained on"
+GATHERED = Preparer._documents
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,12 @@ def test_rows_that_are_dropped_for_it_are_not_trained_on() -> None:
     run = trained("drop")
     assert json.loads((run / "stages" / "dpo" / "verdict.json").read_text())["trained_on"] == []
     assert "trained on" not in (run / "report.md").read_text()
+
+
+def test_a_document_of_two_tasks_counts_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [GateDocument(task, at, text, "") for task in ("twin", "some") for at, text in enumerate((ASKED, OTHER))]
+    monkeypatch.setattr(Preparer, "_documents", GATHERED)
+    monkeypatch.setattr("posttrain.scoring.harness.documents.gate_documents", lambda tasks: iter(asked))
+    run = trained("warn")
+    found = json.loads((run / "stages" / "sft" / "verdict.json").read_text())["trained_on"]
+    assert found == [{"task": "some", "documents": 2, "trained": 1}]
