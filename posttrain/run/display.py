@@ -28,6 +28,9 @@ FIGURES = {
     "eval_reward": "eval reward {:.3f}",
     "lr": "lr {:.1e}",
     "rewards_margin": "margin {:+.3f}",
+    "entropy": "entropy {:.3f}",
+    "kl": "kl {:.4f}",
+    "clipped": "clipped {:.2%}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "mfu {:.0%}",
 }

@@ -44,6 +44,15 @@ def test_a_short_step_shows_its_figures_alone(tmp_path: Path, monkeypatch: pytes
     assert "5/10  loss 1.000" in shown.getvalue()
 
 
+def test_a_step_on_policy_shows_what_tells_of_a_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "LINE_SECONDS", 0)
+    shown, progress = resumed(tmp_path)
+    found = {"reward": 0.5, "eval_reward": 0.25, "entropy": 1.5, "kl": 0.0, "clipped": 0.0125}
+    progress.step(5, {"loss": 1.0, "tokens": 8, **found})
+    line = "loss 1.000  reward 0.500  eval reward 0.250  entropy 1.500  kl 0.0000  clipped 1.25%"
+    assert line in shown.getvalue()
+
+
 def test_work_before_the_first_step_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "LINE_SECONDS", 0)
     monkeypatch.setattr(display, "LONG_STEP_SECONDS", 0)
