@@ -18,6 +18,7 @@ from posttrain.data.shapes import recognise
 from posttrain.disk import replace_text
 from posttrain.errors import BadInput, explain, reject, suggest
 from posttrain.model.base import hub_note
+from posttrain.model.trust import read_json
 from posttrain.quoting import one_line
 
 FLAGS = ("--model", "--pairs", "--questions", "--name")
@@ -150,7 +151,11 @@ def recipe(name: str, chats: Looked, pairs: Looked | None, given: dict[str, str]
     lines += ["", "# A folder, or a name on the hub", f"model: {_yaml(given.get('--model', MODEL))}", ""]
     data, gate = _chats(chats, given, folder)
     lines += [*data, ""]
-    own = [_setting("rank", 16, "of the adapter; variant: full trains every weight instead"), *_lengths(chats)]
+    model = Path(given.get("--model", MODEL)).expanduser()
+    own = [
+        _setting("rank", 16, "of the adapter; variant: full trains every weight instead"),
+        *_lengths(chats, _context(model)),
+    ]
     lines += [*own[:1], *([] if pairs else own[1:]), "", *gate]
     if pairs is not None:
         lines += ["", "stages:", "  sft:", *(f"    {line}" for line in own[1:]), *_preferences(pairs, folder)]
@@ -240,11 +245,23 @@ def _words(record: Record) -> str:
     return " ".join(str(turn.get("content", "")) for turn in turns)
 
 
-def _lengths(chats: Looked) -> list[str]:
-    """Return the lines of the settings that follow from the number of records and their lengths."""
+def _context(model: Path) -> int:
+    """Return the tokens that a model in a folder was made for, and the largest window for one that does not say."""
+    try:
+        told = read_json(model / "config.json").get("max_position_embeddings")
+    except BadInput:  # a name on the hub; of a damaged file, the plan tells
+        told = None
+    return told if isinstance(told, int) and told >= WINDOWS[0] else WINDOWS[-1]
+
+
+def _lengths(chats: Looked, context: int) -> list[str]:
+    """Return the lines of the settings that follow from the number of records and their lengths.
+
+    A row is no longer than ``context``.
+    """
     tokens = sorted(chats.tokens)
     longest = tokens[int(len(tokens) * 0.99)] * 1.3 + 32  # of a hundred one may be cut; the template adds some
-    window = next((each for each in WINDOWS if each >= longest), WINDOWS[-1])
+    window = min(next((each for each in WINDOWS if each >= longest), WINDOWS[-1]), context)
     rows = max(1.0, sum(tokens) / window)
     batches = max(1, min(ROWS_PER_STEP, int(rows // 8)))
     epochs = 2 if len(tokens) > FEW else 3

@@ -80,6 +80,15 @@ def test_pairs_questions_other_keys_and_few_rows(working_folder: Path, host: Hos
     assert not make_plan(compose(host, ["recipe=few"]), host).steps[0].gate.enabled
 
 
+def test_rows_are_no_longer_than_the_model_in_the_folder_was_made_for(working_folder: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "word " * 600}]}
+    write_rows("long.jsonl", [long] * 50)
+    for model, length in ((BASE, 512), ("owner/name", 2048)):
+        name = f"for_{length}"
+        main("init", "long.jsonl", "--model", model, "--name", name)
+        assert f"\nsequence_length: {length} " in Path(f"recipes/{name}.yaml").read_text()
+
+
 def test_a_mistyped_folder_of_a_model_is_named_beside_the_one_that_is_like_it(
     working_folder: Path, host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:

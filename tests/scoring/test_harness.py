@@ -497,6 +497,15 @@ def test_a_task_that_generates_more_than_the_context_holds_is_rejected(folder: P
         run(request)
 
 
+def test_an_answer_that_is_longer_than_the_context_is_named(folder: Path, tmp_path: Path) -> None:
+    small = base_source(write_base(tmp_path / "small", max_position_embeddings=2))
+    request = make_request(folder, tmp_path, {"candidate": small}, {"choose2": gate_task(folder, "choose2")})
+    with pytest.raises(
+        BadInput, match=r"an answer has \d+ tokens, but the model's context holds 2\n.*Leave its document"
+    ):
+        run(request)
+
+
 # --- Documents --------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from posttrain.digests import digest_of
-from posttrain.errors import ArtifactDamaged, BadInput, Problem
+from posttrain.errors import ArtifactDamaged, BadInput, Problem, shown
 from posttrain.scoring.harness.requests import AnswerRequest, ChatPrompt
 from posttrain.scoring.isolation import plain_generation, tied_already
 from posttrain.scoring.systems import Loading, SharedWeights
@@ -90,15 +90,24 @@ class Responder:
         return [written[key] for key in keys]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Score as lm_eval does, but answers in a chat by their own ids."""
+        """Score as lm_eval does, but answers in a chat by their own ids.
+
+        Raises BadInput when an answer alone is longer than the context.
+        """
         answers = [request for request in requests if isinstance(request, AnswerRequest)]
         self._encoded = {request.args: (request.prompt_ids, request.answer_ids) for request in answers}
         return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if (encoded := self._encoded.get((context, continuation))) is not None:
-            return encoded
-        return super()._encode_pair(context, continuation)  # type: ignore[misc, no-any-return]
+        model: Any = self
+        pair: tuple[list[int], list[int]] | None = self._encoded.get((context, continuation))
+        if pair is None:
+            pair = super()._encode_pair(context, continuation)  # type: ignore[misc]
+        if len(pair[1]) > model.max_length:
+            what = f"an answer has {len(pair[1]):,} tokens, but the model's context holds {model.max_length:,}"
+            fix = "Leave its document out of the task's data"
+            raise BadInput(Problem(where=shown(continuation), what=what, fix=fix))
+        return pair
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Generate as lm_eval does, but after a chat's own ids.
