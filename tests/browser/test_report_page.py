@@ -15,6 +15,7 @@ import pytest
 from posttrain import report
 from posttrain.gate.spec import DocumentScore
 from posttrain.scoring.scorecard import write_scorecard
+from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_recipe, write_project
 from tests.support.judgements import sign_verdict
 
@@ -164,6 +165,16 @@ def test_everything_is_drawn(browser: str, page: Path, width: int, columns: int,
         "never ended",
     ):
         assert words in seen["text"]
+
+
+def test_figures_of_the_leaderboard_are_named_where_a_phone_shows_no_head(
+    browser: str, page: Path, tmp_path: Path
+) -> None:
+    assert main("leaderboard", "--html") == 0
+    board = Path("runs/leaderboard.html")
+    text = dom(browser, board, tmp_path / "profile")
+    assert all(f'data-label="{name}"' in text for name in ("recipe", "n", "score", "lift over base", "verdict"))
+    assert look(browser, board, 375, tmp_path)["wide"] == []
 
 
 def test_answers_are_shown_and_do_nothing(browser: str, page: Path, tmp_path: Path) -> None:

@@ -14,6 +14,14 @@ function make(name, text, kind) {
   return node;
 }
 
+function fill(node, text) {  // a name breaks between its words
+  text.split(/(?<=[_./-])(?=[^_./-])/).forEach((word, place) => {
+    if (place > 0) node.append(make("wbr"));
+    node.append(word);
+  });
+  return node;
+}
+
 function shownRows(board) {
   const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = board.rows.filter(row =>
@@ -32,10 +40,12 @@ function line(row) {
   const node = make("tr", undefined, row.base ? "base" : "");
   row.cells.forEach((text, place) => {
     const cell = node.appendChild(make("td", undefined, NUMBERS.has(place) ? "" : "text untrusted"));
+    if (place > 0 && text) cell.dataset.label = COLUMNS[place];
     if (place === 0 && row.report) {
       const link = cell.appendChild(make("a", text));
       link.href = row.report;
-    } else cell.textContent = text;
+    } else if (NUMBERS.has(place)) cell.textContent = text;
+    else fill(cell, text);
   });
   return node;
 }
