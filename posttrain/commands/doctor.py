@@ -23,7 +23,7 @@ from posttrain.launch.plugin import run_here
 from posttrain.model.base import resolve_base
 from posttrain.plan import CORE, Plan, Step, make_plan
 from posttrain.tokens.chat import ChatRenderer, Rendered
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
     tokenizer = load_tokenizer(base)
     renderer = ChatRenderer(tokenizer)
     train_on: TrainOn = step.config.train_on  # type: ignore[attr-defined]
-    last_only = train_on is not TrainOn.all
+    last_only, proof = train_on is not TrainOn.all, MaskProof(tokenizer)
     documents = []
     for source in (source for source in step.sources if source.on_policy is None):
         first = islice(read_source(source, step.stage.records, step.cache), READ)
@@ -100,7 +100,7 @@ def _documents(step: Step, base: ModelSource) -> list[Rendered]:
         for each in read:
             for record in rows_of(each, train_on):
                 documents.append(renderer.document(record, last_only=last_only))
-                if fault := mask_fault(record, documents[-1], tokenizer, last_only=last_only):
+                if fault := proof.fault(record, documents[-1], last_only=last_only):
                     raise ProofFailed(f"the mask of {record.where} is wrong: {fault}")
     total, trained = sum(len(each.ids) for each in documents), sum(sum(each.mask) for each in documents)
     print(f"mask       {len(documents)} records: every answer trained with its stop token, ", end="")

@@ -15,7 +15,7 @@ from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.held_out import choose_held_out
 from posttrain.errors import BadInput, Problem
 from posttrain.tokens.chat import ChatRenderer, Rendered
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 from posttrain.tokens.overlong import cut
 from posttrain.tokens.packing import PackedRow, Packing, pack
 from posttrain.tokens.shares import Sizes, SourceShare, draw_by_share, measure_shares
@@ -41,8 +41,8 @@ class Rendering:
 
     def __init__(self, tokenizer: Any, train_on: TrainOn, *, proven: bool = True) -> None:
         """Take a tokenizer; ``proven`` reads each mask back."""
-        self._tokenizer, self._train_on, self._proven = tokenizer, train_on, proven
-        self._renderer = ChatRenderer(tokenizer)
+        self._train_on, self._renderer = train_on, ChatRenderer(tokenizer)
+        self._proof = MaskProof(tokenizer) if proven else None
 
     def rows(self, record: Document) -> list[TableRow]:
         """Render a record: one row, or several with train_on=each. Raises BadInput for one that fails, or its proof."""
@@ -66,8 +66,8 @@ class Rendering:
         last_only = self._train_on is not TrainOn.all
         rendered = self._renderer.document(record, last_only=last_only)
         # every token of a raw text is trained, and a tokenizer may be unable to spell every character of one
-        if self._proven and isinstance(record, Conversation):
-            fault = mask_fault(record, rendered, self._tokenizer, last_only=last_only)
+        if self._proof is not None and isinstance(record, Conversation):
+            fault = self._proof.fault(record, rendered, last_only=last_only)
             if fault is not None:
                 fix = "Use another chat template (model.chat_template=FILE), or look at it with posttrain tokens"
                 raise BadInput(Problem(where=record.where, what=f"the mask is wrong: {fault}", fix=fix))

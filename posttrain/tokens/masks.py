@@ -21,47 +21,57 @@ _TAG = re.compile(r"^<\w+>")
 """A tag at the beginning of an answer, such as ``<think>``; untrained when the generation prompt writes it."""
 
 
-def mask_fault(record: Document, rendered: Rendered, tokenizer: Any, *, last_only: bool = False) -> str | None:
-    """Return the fault of the mask of ``rendered``, judged by its tokens alone; None for a sound mask."""
-    if isinstance(record, Text):
-        return _fault_of_text(record, rendered, tokenizer)
-    return _fault_of_answers(record, rendered, tokenizer, last_only)
+class MaskProof:
+    """The second proof, with a tokenizer."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        """Take the tokenizer behind the tokens, with all tokens that will be added to it."""
+        self._tokenizer = tokenizer
+        # asked once: some tokenizers have hundreds, and list them in a tenth of the time of a whole record
+        self._special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-def _fault_of_text(record: Text, rendered: Rendered, tokenizer: Any) -> str | None:
-    """Return the fault of a text: all tokens but the first must be trained, and the last must end it."""
-    if not all(rendered.mask[1:]):
-        return "not every token of the text is trained"
-    if rendered.ids[-1] != tokenizer.eos_token_id:
-        return "the end-of-sequence token is not trained"
-    said = _bare(tokenizer, [token for token in rendered.ids if token not in tokenizer.all_special_ids])
-    return None if said == without_space(record.text) else "its tokens are not the text"
+    def fault(self, record: Document, rendered: Rendered, *, last_only: bool = False) -> str | None:
+        """Return the fault of the mask of ``rendered``, judged by its tokens alone; None for a sound mask."""
+        if isinstance(record, Text):
+            return self._fault_of_text(record, rendered)
+        return self._fault_of_answers(record, rendered, last_only)
 
+    def _fault_of_text(self, record: Text, rendered: Rendered) -> str | None:
+        """Return the fault of a text: all tokens but the first must be trained, and the last must end it."""
+        if not all(rendered.mask[1:]):
+            return "not every token of the text is trained"
+        if rendered.ids[-1] != self._tokenizer.eos_token_id:
+            return "the end-of-sequence token is not trained"
+        around = {*self._tokenizer.all_special_ids}
+        said = _bare(self._tokenizer, [token for token in rendered.ids if token not in around])
+        return None if said == without_space(record.text) else "its tokens are not the text"
 
-def _fault_of_answers(record: Conversation, rendered: Rendered, tokenizer: Any, last_only: bool) -> str | None:
-    """Return the fault of a conversation: every answer must be trained whole with its stop token, and nothing else.
+    def _fault_of_answers(self, record: Conversation, rendered: Rendered, last_only: bool) -> str | None:
+        """Return the fault of a conversation: every answer must be trained whole with its stop token, and nothing else.
 
-    Each run of trained tokens must end with an assistant turn's content and then special tokens only; calls of tools
-    may come between the two. Contents of users and the system must occur in untrained tokens.
-    """
-    answers = [message for message in record.messages if message["role"] == "assistant"]
-    answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
-    runs, others = _runs(rendered)
-    if len(runs) != len(answers):
-        return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
-    special = {key for key, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for answer, run in zip(answers, runs, strict=True):
-        end = len(run)
-        while end and (run[end - 1] in special or not _bare(tokenizer, run[end - 1 : end])):
-            end -= 1
-        content = answer["content"]
-        if not special & set(run[end:]):
-            return f"the stop token after {content!r} is not trained"
-        if not _is_whole(content, _text_before(tokenizer, run, end), calls=bool(answer.get("tool_calls"))):
-            return f"{content!r} is not trained as a whole"
-    last = max((index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
-    asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, others, tokenizer)
-    return None if asked is None else f"{asked!r} occurs in trained tokens only, but the model must not write it"
+        Each run of trained tokens must end with an assistant turn's content and then special tokens only; calls of
+        tools may come between the two. Contents of users and the system must occur in untrained tokens.
+        """
+        tokenizer, special = self._tokenizer, self._special
+        answers = [message for message in record.messages if message["role"] == "assistant"]
+        answers = [message for message in (answers[-1:] if last_only else answers) if message.get("train", True)]
+        runs, others = _runs(rendered)
+        if len(runs) != len(answers):
+            return f"{len(runs)} runs of trained tokens for {len(answers)} answers"
+        for answer, run in zip(answers, runs, strict=True):
+            end = len(run)
+            while end and (run[end - 1] in special or not _bare(tokenizer, run[end - 1 : end])):
+                end -= 1
+            content = answer["content"]
+            if not special & set(run[end:]):
+                return f"the stop token after {content!r} is not trained"
+            if not _is_whole(content, _text_before(tokenizer, run, end), calls=bool(answer.get("tool_calls"))):
+                return f"{content!r} is not trained as a whole"
+        last = max(
+            (index for index, message in enumerate(record.messages) if message["role"] == "assistant"), default=0
+        )
+        asked = _trained_prompt(record.messages[: last + 1 if last_only else None], rendered, others, tokenizer)
+        return None if asked is None else f"{asked!r} occurs in trained tokens only, but the model must not write it"
 
 
 def _trained_prompt(

@@ -16,7 +16,7 @@ from posttrain.data.reading import read_source
 from posttrain.data.records import Record, Text
 from posttrain.errors import BadInput
 from posttrain.tokens.chat import ChatRenderer, Rendered
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 from tests.support.tiny import TEMPLATE, tiny_tokenizer
 
 RENDERER = ChatRenderer(tiny_tokenizer())
@@ -99,7 +99,7 @@ def test_every_token_but_the_first_is_trained_and_the_end_with_it(said: str) -> 
     assert decoded(rendered, trained=False) == said + END
     assert rendered.mask == [False] + [True] * (len(rendered.ids) - 1)
     assert rendered.where == "books.jsonl:3"
-    assert mask_fault(text(said), rendered, tiny_tokenizer()) is None
+    assert MaskProof(tiny_tokenizer()).fault(text(said), rendered) is None
 
 
 @pytest.mark.parametrize("pattern", ["<|system|> $A", "<|system|> $A <|end|>"])
@@ -134,6 +134,6 @@ def test_without_an_end_of_sequence_token_texts_are_rejected() -> None:
     ],
 )
 def test_a_wrong_mask_of_a_text_is_found(spoil: Any, fault: str) -> None:
-    found = mask_fault(text("hi"), spoil(RENDERER.document(text("hi"))), tiny_tokenizer())
+    found = MaskProof(tiny_tokenizer()).fault(text("hi"), spoil(RENDERER.document(text("hi"))))
     assert found is not None
     assert fault in found

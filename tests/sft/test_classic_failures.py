@@ -22,7 +22,7 @@ from posttrain.errors import BadInput
 from posttrain.sft.stage import run
 from posttrain.tokens.chat import ChatRenderer, Rendered
 from posttrain.tokens.markers import family_faults
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 from posttrain.tokens.spans import Template
 from tests.support import chat_templates
 from tests.support.chat_templates import CHATML, GEMMA, LLAMA3, MISTRAL, THINKING_PROMPT, ZEPHYR, make_tokenizer
@@ -92,10 +92,10 @@ def test_thoughts_that_the_generation_prompt_opens_are_no_fault() -> None:
     thinking = answer("<think>\nhm\n</think>\n\nHello")
     record = Conversation(messages=({"role": "user", "content": "Hi"}, thinking), where="a:1")
     rendered = ChatRenderer(tokenizer).conversation(record)
-    assert mask_fault(record, rendered, tokenizer) is None
+    assert MaskProof(tokenizer).fault(record, rendered) is None
     first = rendered.mask.index(True)
     late = replace(rendered, mask=[trained and place > first + 1 for place, trained in enumerate(rendered.mask)])
-    assert "is not trained as a whole" in str(mask_fault(record, late, tokenizer))
+    assert "is not trained as a whole" in str(MaskProof(tokenizer).fault(record, late))
 
 
 TALKS = [
@@ -120,7 +120,7 @@ def test_sound_masks_of_many_templates_have_no_fault() -> None:
             except BadInput:
                 continue  # a shape that is rejected before there is a mask
             sound += 1
-            assert mask_fault(record, rendered, tokenizer) is None, (template, talk)
+            assert MaskProof(tokenizer).fault(record, rendered) is None, (template, talk)
     assert sound > 60
 
 

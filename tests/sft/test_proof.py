@@ -21,7 +21,7 @@ from posttrain.model.loading import new_adapter
 from posttrain.sft import proof
 from posttrain.sft.proof import LENGTH, Check, Proof, plain_gradient, sample
 from posttrain.tokens.chat import ChatRenderer, Rendered
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 from posttrain.tokens.packing import PackedRow
 from tests.support.architectures import tiny_model
 from tests.support.tiny import documents_of, packed_rows, sft_config, tiny_llama, tiny_tokenizer, write_base
@@ -302,7 +302,7 @@ TALK = Conversation(messages=tuple({"role": role, "content": said} for role, sai
 def remasked(change: Callable[[list[bool]], list[bool]]) -> str | None:
     tokenizer = tiny_tokenizer()
     rendered = ChatRenderer(tokenizer).conversation(TALK)
-    return mask_fault(TALK, Rendered(rendered.ids, change(rendered.mask), rendered.text), tokenizer)
+    return MaskProof(tokenizer).fault(TALK, Rendered(rendered.ids, change(rendered.mask), rendered.text))
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_turns_that_are_context_are_not_missed(last_only: bool) -> None:
     )
     record = Conversation(messages=TALK.messages if last_only else untrained, where="talk.jsonl:1")
     rendered = ChatRenderer(tokenizer).conversation(record, last_only=last_only)
-    assert mask_fault(record, rendered, tokenizer, last_only=last_only) is None
-    assert mask_fault(TALK, rendered, tokenizer) == "1 runs of trained tokens for 2 answers"
+    assert MaskProof(tokenizer).fault(record, rendered, last_only=last_only) is None
+    assert MaskProof(tokenizer).fault(TALK, rendered) == "1 runs of trained tokens for 2 answers"
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

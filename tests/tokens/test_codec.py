@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from posttrain.data.records import Conversation
 from posttrain.tokens.chat import Rendered
 from posttrain.tokens.codec import TokenTexts, decode
-from posttrain.tokens.masks import mask_fault
+from posttrain.tokens.masks import MaskProof
 from tests.support.chat_templates import make_tokenizer, sentencepiece
 
 NAMES = ("bytes", "words", "always", "first", "never")
@@ -89,4 +89,4 @@ def test_a_mark_that_belongs_to_the_character_before_an_answer_is_a_fault(conten
     )
     asked, said = tokenizer.encode("hi "), tokenizer.encode("a>"[content == "\u0338ab"] + content + "<|im_end|>")
     rendered = Rendered(asked + said, [False] * len(asked) + [True] * len(said), "")
-    assert "is not trained as a whole" in str(mask_fault(record, rendered, tokenizer))
+    assert "is not trained as a whole" in str(MaskProof(tokenizer).fault(record, rendered))
