@@ -59,10 +59,12 @@ def test_the_image_is_built_of_what_exists_and_runs_as_no_root(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
-def test_a_workflow_names_the_exact_version_of_each_action_and_runs_tests_that_exist(path: Path) -> None:
-    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+def test_a_workflow_names_the_commit_of_each_action_and_runs_tests_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for action in re.findall(r"uses: *(.*)", text):
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action)
+    jobs = yaml.safe_load(text)["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
     for step in steps:
-        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step.get("uses", "a/b@v1.2.3"))
         named = [word for word in step.get("run", "").split() if word.startswith(("tests/", "docs/"))]
         assert all((ROOT / word).exists() for word in named)
