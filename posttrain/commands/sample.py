@@ -41,12 +41,11 @@ def main(words: list[str]) -> int:
     if len(given.plain) != 3:
         reject(" ".join(["sample", *words]), "needs an artifact, questions and an output", USAGE)
     asked, output = given.plain[1], Path(given.plain[2])
-    folder = require_artifact(Path(given.plain[0]))
-    settings = _settings(given, asked)
-    _require_new(output)
-    command = given.options.get(VLLM)
+    settings, command = _settings(given, asked), given.options.get(VLLM)
     if command is not None and settings.backend is not SamplingBackend.vllm:
         reject(VLLM, "names a vLLM that nothing asks", "Set backend=vllm as well")
+    folder = require_artifact(Path(given.plain[0]))
+    _require_new(output)
     root = Path(given.settings.get("output_root", "runs"))
     host = plugins.load()
     try:
