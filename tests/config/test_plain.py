@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.artifact import MANIFEST
 from posttrain.commands.show import full_form, origin_of
 from posttrain.config.compose import compose
 from posttrain.config.paths import shipped
@@ -191,4 +192,5 @@ def test_data_on_which_no_stage_trains_is_rejected(host: Host, tmp_path: Path) -
     write(tmp_path, f"model: {BASE}\ndata: [a/b, c/d]\n")
     assert plan(host, "sft.data=e/f").steps[0].sources[0].path == "e/f"
     write(tmp_path, HEAD + "stages: [sft, dpo]\ndpo: {data: c/d}\n")
+    (tmp_path / MANIFEST).touch()
     assert [step.name for step in plan(host, "stages=[dpo]", f"start_from={tmp_path}").steps] == ["dpo"]
