@@ -174,16 +174,18 @@ def _harmless(then: Any, now: Any) -> str | None:
         return None
     if _deciding(then, now):
         return None
-    changed = [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)]
-    return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed)
+    return _both(then, now, [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)])
 
 
 def _deciding(then: Any, now: Any) -> str:
     """Return the libraries whose minor version differs, with both versions; empty for none."""
     if not isinstance(then, Mapping) or not isinstance(now, Mapping):
         return ""
-    changed = [name for name in DECIDING if _minor(then.get(name)) != _minor(now.get(name))]
-    return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed)
+    return _both(then, now, [name for name in DECIDING if _minor(then.get(name)) != _minor(now.get(name))])
+
+
+def _both(then: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in names)
 
 
 def _minor(version: object) -> str:

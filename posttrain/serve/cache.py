@@ -31,8 +31,9 @@ class RowCache(DynamicCache):
 
     def select(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order; a place may come twice."""
+        places_B = torch.tensor(places)
         for layer in self.layers:
-            layer.select(torch.tensor(places, device=layer.device))
+            layer.select(places_B.to(layer.device))
 
     def trim(self, tokens: int) -> None:
         """Let go of the first tokens of every row."""

@@ -17,7 +17,10 @@ T = TypeVar("T")
 PREFILL = 8192
 """Most tokens, with padding, of the prompts that are read in one pass; a longer prompt is read alone."""
 CACHE = 65_536
-"""Most tokens, with padding, in the caches of all lanes when an answer joins; a longer prompt is answered alone."""
+"""Most tokens in the caches of all lanes when an answer joins, with padding, without the room behind the last one.
+
+A longer prompt is answered alone.
+"""
 PATIENCE = 4
 """Passes after which those who wait are read, however few they are."""
 STOPPED = "the server is stopping"

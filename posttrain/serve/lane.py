@@ -85,10 +85,9 @@ class Lane:
             Row(ask, adapter, len(ask.prompt), ask.sampling.max_tokens, generator_of(ask.sampling))
             for ask, adapter in asks
         ]
-        keys = [(row.adapter, tuple(row.ask.prompt)) for row in rows]
-        read = list(dict(zip(keys, rows, strict=True)).values())
-        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        sources = [places[key] for key in keys]
+        places: dict[tuple[str, tuple[int, ...]], int] = {}
+        sources = [places.setdefault((row.adapter, tuple(row.ask.prompt)), len(places)) for row in rows]
+        read = [rows[sources.index(place)] for place in range(len(places))]
         width = max(row.length for row in read)
         ids_BT = torch.zeros(len(read), width, dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
@@ -100,7 +99,8 @@ class Lane:
         kept = self._send(rows, logits_BV[sources])
         if kept:
             origins = [sources[place] for place in kept]
-            cache.select(origins)
+            if origins != list(range(len(read))):
+                cache.select(origins)
             self._join([rows[place] for place in kept], mask_BT[origins], cache)
 
     def step(self) -> None:

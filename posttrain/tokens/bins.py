@@ -1,8 +1,10 @@
-"""Items in bins, as two flat arrays: a million lists of a few items each would take seconds to make and to walk.
+"""Items in bins, as two flat arrays.
 
-bins      [4 0] [2] [1 3 5]
-order     4 0 2 1 3 5
-ends      2 3 6
+    bins      [4 0] [2] [1 3 5]
+    order     4 0 2 1 3 5
+    ends      2 3 6
+
+A million items in lists of a few each take seconds to make, and the collector of garbage walks through all of them.
 """
 
 # N = items, R = bins
@@ -42,6 +44,9 @@ class Bins(Sequence[list[int]]):
     def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        items: list[int] = self.order[self.ends[place - 1] if place else 0 : self.ends[place]].tolist()
+        items: list[int] = self.items(range(len(self))[index]).tolist()
         return items
+
+    def items(self, number: int) -> Indices:
+        """Return the items of a bin."""
+        return self.order[self.ends[number - 1] if number else 0 : self.ends[number]]

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.tokens.bins import Bins
+from posttrain.tokens.table import Indices
 
 Counts = NDArray[np.int64]
 
 
-def exact_fit(lengths: Sequence[int] | Counts, capacity: int) -> Bins:
+def exact_fit(lengths: Sequence[int] | Indices, capacity: int) -> Bins:
     """Return the indices of ``lengths`` in bins, each begun by the longest item left.
 
     Fill the gap exactly with one item, else with the two most equal; otherwise take the longest fitting item, and
@@ -43,7 +44,7 @@ def exact_fit(lengths: Sequence[int] | Counts, capacity: int) -> Bins:
     return Bins(np.concatenate(filled), np.cumsum(np.concatenate(fillings)))
 
 
-def _taken(waiting_N: Counts, ends: list[int], sizes: Sequence[int], repeats: int) -> Counts:
+def _taken(waiting_N: Indices, ends: list[int], sizes: Sequence[int], repeats: int) -> Indices:
     """Return the items of ``repeats`` bins of these lengths, the last that wait of each length first.
 
     ``ends`` are the ends of the items of each length, and are moved.

@@ -120,13 +120,11 @@ class PackedRows(Sequence[PackedRow]):
     """Rows of pieces of a table; each is put together when it is asked for."""
 
     pieces: Pieces
-    order: Indices
-    """The pieces of all rows, one row after the other, [P]."""
-    ends: Indices
-    """The end of each row in ``order``, [R]."""
+    bins: Bins
+    """The pieces of each row."""
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.bins)
 
     @overload
     def __getitem__(self, index: int) -> PackedRow: ...
@@ -149,16 +147,16 @@ class PackedRows(Sequence[PackedRow]):
 
     def content(self) -> bytes:
         """Return all that decides the tokens, the masks and the documents of the rows; the tokens by their digest."""
-        places = (self.pieces.starts[self.order], self.pieces.lengths[self.order], self.ends)
+        places = (self.pieces.starts[self.bins.order], self.pieces.lengths[self.bins.order], self.bins.ends)
         digests = repr(self.pieces.documents.table.content()).encode()
         return digests + b"".join(each.astype("<i8").tobytes() for each in places)
 
     def _summed(self, values_P: Indices) -> Indices:
-        totals_R = np.cumsum(values_P[self.order])[self.ends - 1]
+        totals_R = np.cumsum(values_P[self.bins.order])[self.bins.ends - 1]
         return np.diff(totals_R, prepend=0)
 
     def _row(self, index: int) -> PackedRow:
-        chosen = self.order[self.ends[index - 1] if index else 0 : self.ends[index]]
+        chosen = self.bins.items(index)
         lengths = self.pieces.lengths[chosen].tolist()
         starts = self.pieces.starts[chosen].tolist()
         table = self.pieces.documents.table
@@ -205,7 +203,7 @@ def pack(
     if not len(pieces.starts):
         raise BadInput(_nothing_trained(chosen, sequence_length))
     bins = few_bins(pieces.lengths, sequence_length) if packing else _alone(len(pieces.starts))
-    rows = PackedRows(pieces, bins.order, bins.ends)
+    rows = PackedRows(pieces, bins)
     return Packing(rows, _counts(pieces, len(rows), sequence_length))
 
 
