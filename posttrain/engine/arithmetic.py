@@ -1,8 +1,8 @@
-"""The number format of a training's arithmetic: the faster one, measured once per machine and model.
+"""The number format of the arithmetic: the faster one, measured once per machine and model.
 
-Products of the model's own shapes are timed in float32 and in bfloat16. The rates are recorded beside the checkpoints,
-so that a resumed run computes as it began, and in the user's cache, so that a machine always computes the same. The
-rate of the format taken is also what a training's own rate is compared with (throughput.py).
+Products of the model's own shapes are timed in float32 and in bfloat16. The rates of a training are recorded beside
+the checkpoints, so that a resumed run computes as it began. All are kept in the user's cache, so that a machine always
+computes the same. The rate of the format taken is also what a training's own rate is compared with (throughput.py).
 """
 
 # T = tokens of a product, R = rows and C = columns of a weight
@@ -10,6 +10,7 @@ rate of the format taken is also what a training's own rate is compared with (th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import statistics
@@ -23,18 +24,24 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from posttrain.artifact import ModelSource
+from posttrain.cost.engines import device_memory
 from posttrain.digests import canonical, digest_of
 from posttrain.disk import replace_text
 from posttrain.engine.attention import causal_model
 from posttrain.engine.config import LoopConfig
 from posttrain.engine.precision import BFLOAT16, FLOAT32, is_quantised
 from posttrain.errors import ArtifactDamaged
+from posttrain.model.base import stored_shapes
 from posttrain.model.device import CPU, CUDA, METAL, default_device
 from posttrain.model.loading import DTYPES
 from posttrain.saved import read_as
 
 MARGIN = 1.1
-"""Times the rate of float32 that bfloat16 must reach: it is less exact, and a tie is noise."""
+"""Times the rate of one format that the other must reach to take its place: a tie is noise.
+
+A training gives up float32, which is more exact; a model that only answers gives up bfloat16, which is smaller.
+"""
 HOPELESS = 4.0
 """Ratio of the rates at which the smallest shapes decide: some processors multiply bfloat16 thirty times slower."""
 TOKENS = {CPU: 512, CUDA: 4096, METAL: 2048}
@@ -47,6 +54,11 @@ ROUNDS = 3
 """Timed rounds after one to warm up; their median counts."""
 
 FORMATS = (FLOAT32, BFLOAT16)
+
+FORWARD, ADAPTED, TRAINED = 1, 2, 3
+"""Products of a weight: forward, with the gradient of its input, and with its own."""
+MOST_MEMORY = 0.5
+"""Share of the machine's memory that weights in float32 may take where bfloat16 would do."""
 
 Shapes = Mapping[tuple[int, int], int]
 """Number of weights by shape, (R, C)."""
@@ -100,6 +112,23 @@ def choose_arithmetic(config: LoopConfig, stored: str, model: PreTrainedModel | 
     return Arithmetic(dtype=dtype, stored=stored)
 
 
+def choose_inference(dtype: str, source: ModelSource) -> str:
+    """Return the number format of the arithmetic in which a model answers, with the weights ``source`` as ``dtype``.
+
+    A CPU computes with bfloat16 weights in float32 where that is faster and the memory suffices. Raises BadInput for
+    damaged weights.
+    """
+    if dtype != BFLOAT16 or source.quantization is not None or default_device().type != CPU:
+        return dtype
+    weights = [shape for shape in stored_shapes(source.model).values() if len(shape) >= 2]
+    size, memory = 4 * sum(map(math.prod, weights)), device_memory()
+    if not weights or (memory is not None and size > MOST_MEMORY * memory):
+        return dtype
+    shapes = dict(sorted(Counter((shape[-2], shape[-1]) for shape in weights).items()))
+    rates = _machine_rates(shapes, TOKENS[CPU], FORWARD, FORMATS)
+    return FLOAT32 if rates.of(FLOAT32) > MARGIN * rates.of(BFLOAT16) else dtype
+
+
 def product_rate(config: LoopConfig, model: PreTrainedModel | PeftModel, arithmetic: Arithmetic) -> float:
     """Return the GFLOP/s of products of the model's own shapes in the format of ``arithmetic``, on one device.
 
@@ -108,7 +137,9 @@ def product_rate(config: LoopConfig, model: PreTrainedModel | PeftModel, arithme
     if arithmetic.rates is not None:
         return arithmetic.rates.of(arithmetic.dtype)
     shapes = multiplied_shapes(model)
-    return _machine_rates(config, model, shapes, (arithmetic.dtype,)).of(arithmetic.dtype) if shapes else 0.0
+    if not shapes:
+        return 0.0
+    return _machine_rates(shapes, _tokens(config), _passes(model), (arithmetic.dtype,)).of(arithmetic.dtype)
 
 
 def _faster(rates: Rates) -> str:
@@ -119,20 +150,22 @@ def _known_rates(config: LoopConfig, model: PreTrainedModel | PeftModel, record:
     shapes = multiplied_shapes(model)
     if not shapes:  # nothing to time
         return Rates(float32=1.0, bfloat16=1.0)
-    rates = _read(record, FORMATS) or _machine_rates(config, model, shapes, FORMATS)
+    rates = _read(record, FORMATS) or _machine_rates(shapes, _tokens(config), _passes(model), FORMATS)
     record.parent.mkdir(parents=True, exist_ok=True)
     replace_text(record, canonical(asdict(rates)) + "\n")
     return rates
 
 
-def _machine_rates(
-    config: LoopConfig, model: PreTrainedModel | PeftModel, shapes: Shapes, formats: Sequence[str]
-) -> Rates:
+def _tokens(config: LoopConfig) -> int:
+    """Return the tokens of a timed product, at most those of a batch."""
+    return min(TOKENS[default_device().type], config.sequence_length * config.per_device_batch_size)
+
+
+def _machine_rates(shapes: Shapes, tokens: int, passes: int, formats: Sequence[str]) -> Rates:
     """Return the rates of this machine in ``formats``: as cached, else as measured."""
-    tokens = min(TOKENS[default_device().type], config.sequence_length * config.per_device_batch_size)
-    cached = _cache_file(shapes, tokens, formats, trained=not isinstance(model, PeftModel))
+    cached = _cache_file(shapes, tokens, passes, formats)
     if (rates := _read(cached, formats)) is None:
-        rates = measure_rates(model, shapes, tokens, formats)
+        rates = measure_rates(shapes, tokens, passes, formats)
         with contextlib.suppress(OSError):  # a home that cannot be written
             cached.parent.mkdir(parents=True, exist_ok=True)
             replace_text(cached, canonical(asdict(rates)) + "\n")
@@ -158,43 +191,41 @@ def matrix_shape(weight: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
 
 
-def measure_rates(
-    model: PreTrainedModel | PeftModel, shapes: Shapes, tokens: int, formats: Sequence[str] = FORMATS
-) -> Rates:
-    """Time products of the given shapes with at most ``tokens`` tokens, forward and backward as ``model`` has them."""
-    per_token = _passes(model) * sum(2 * rows * columns for rows, columns in shapes)
+def measure_rates(shapes: Shapes, tokens: int, passes: int, formats: Sequence[str] = FORMATS) -> Rates:
+    """Time products of the given shapes with at most ``tokens`` tokens, so many of each weight."""
+    per_token = passes * sum(2 * rows * columns for rows, columns in shapes)
     tokens = min(tokens, max(FEWEST, int(OPERATIONS[default_device().type] / per_token)))
     operations = 0.0
     seconds = dict.fromkeys(formats, 0.0)
     for (rows, columns), count in sorted(shapes.items(), key=lambda each: each[0][0] * each[0][1]):
-        operations += _passes(model) * tokens * 2 * rows * columns * count
+        operations += passes * tokens * 2 * rows * columns * count
         for dtype in seconds:
-            seconds[dtype] += count * _seconds(model, (rows, columns), tokens, dtype)
+            seconds[dtype] += count * _seconds((rows, columns), tokens, passes, dtype)
         if max(seconds.values()) > HOPELESS * min(seconds.values()):
             break
     return Rates(**{dtype: round(operations / taken / 1e9, 1) for dtype, taken in seconds.items()})
 
 
 def _passes(model: PreTrainedModel | PeftModel) -> int:
-    """Return the products of a weight: forward, gradient of the input, and gradient of a trained weight."""
-    return 2 if isinstance(model, PeftModel) else 3
+    return ADAPTED if isinstance(model, PeftModel) else TRAINED
 
 
-def _seconds(model: PreTrainedModel | PeftModel, shape: tuple[int, int], tokens: int, dtype: str) -> float:
-    """Return the median time of a layer's forward and backward pass, on weights as the training holds them."""
+def _seconds(shape: tuple[int, int], tokens: int, passes: int, dtype: str) -> float:
+    """Return the median time of a layer's products, on weights as they are held."""
     rows, columns = shape
-    device, trained = default_device(), not isinstance(model, PeftModel)
+    device, trained = default_device(), passes == TRAINED
     held = torch.float32 if trained else DTYPES[dtype]
     generator = torch.Generator().manual_seed(0)  # one of its own: those of the training stay as they are
     weight_RC = torch.randn(rows, columns, generator=generator).to(device, held).requires_grad_(trained)
-    input_TC = torch.randn(tokens, columns, generator=generator).to(device, held).requires_grad_()
-    wanted = [input_TC, weight_RC] if trained else [input_TC]
+    input_TC = torch.randn(tokens, columns, generator=generator).to(device, held).requires_grad_(passes != FORWARD)
+    wanted = [input_TC, weight_RC][: passes - 1]
     times = []
     for _ in range(1 + ROUNDS):
         start = _clock(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=trained and dtype == BFLOAT16):
             output_TR = torch.nn.functional.linear(input_TC, weight_RC)
-        torch.autograd.grad(output_TR, wanted, torch.ones_like(output_TR))
+        if wanted:
+            torch.autograd.grad(output_TR, wanted, torch.ones_like(output_TR))
         times.append(_clock(device) - start)
     return statistics.median(times[1:])
 
@@ -219,11 +250,11 @@ def _read(file: Path, formats: Sequence[str]) -> Rates | None:
     return None
 
 
-def _cache_file(shapes: Shapes, tokens: int, formats: Sequence[str], *, trained: bool) -> Path:
+def _cache_file(shapes: Shapes, tokens: int, passes: int, formats: Sequence[str]) -> Path:
     """Return the file of this machine's rates for such a model, in the user's cache; it need not exist."""
     machine = [_processor(), torch.cpu.get_capabilities(), torch.get_num_threads(), torch.__version__]
     model = [[*shape, count] for shape, count in shapes.items()]
-    asked = {"formats": list(formats), "tokens": tokens, "trained": trained}
+    asked = {"formats": list(formats), "tokens": tokens, "passes": passes}
     name = digest_of({"machine": list(map(str, machine)), "model": model, **asked})
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "posttrain" / "arithmetic" / f"{name[:32]}.json"

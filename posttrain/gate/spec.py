@@ -70,7 +70,7 @@ class GateRequest:
     systems: Mapping[str, ModelSource]
     """``base``, ``candidate``, and ``parent`` when the parent is not the base; ``baseline`` in ``posttrain gate``."""
     dtype: str
-    """``float32`` or ``bfloat16``."""
+    """Number format of the weights: ``float32`` or ``bfloat16``."""
     cache: Path
     """Folder of scores cached by content, shared by all runs below one output root."""
     scorecard: Path
@@ -79,6 +79,8 @@ class GateRequest:
     """Artifacts below the candidate that no gate passed, each with its verdict."""
     trained_on: tuple[TrainedOn, ...] = ()
     """Tasks of which the rows of the candidate, or of a stage below it, hold documents."""
+    compute_dtype: str | None = None
+    """Number format of the arithmetic; None for that of the weights, or on a CPU for the faster one, as measured."""
     launch: Callable[..., None] | None = None
     """Start of the processes that answer in place of this one, the core's own affair; None asks here."""
 

@@ -4,7 +4,8 @@ Number formats: with ``bfloat16``, frozen weights are bfloat16 and trained weigh
 relative size 1e-4 is lost when it is added to a bfloat16 weight (8 bits of precision). Adapters are float32 on a
 bfloat16 base. Full fine-tuning loads the weights in float32 and computes under bfloat16 autocast: no more memory than
 bfloat16 weights beside float32 master copies, and no copying between the two. Quantised weights are multiplied in the
-given format; the others are held in it.
+given format; the others are held in it. ``WIDENED`` weights are rounded to bfloat16 first: the model as it is trained
+and published, computed in float32.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ PADDING = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftex
 
 AS_STORED = "auto"
 """transformers' name of the number format that the files of the weights have."""
+WIDENED = "bfloat16 in float32"
+"""Number format of bfloat16 weights that are held, and multiplied, in float32."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -79,13 +82,22 @@ def added_token_ids(source: ModelSource) -> list[int]:
 def load_model(source: ModelSource, dtype: str, mapped: bool = False) -> PreTrainedModel | PeftModel:
     """Load the model for inference, in evaluation mode, with its adapter if it has one.
 
-    ``mapped`` leaves the weights in their files, mapped into memory, until something copies them: processes that take
-    slices share them. It does so for files in the format ``dtype``; quantised weights are loaded all the same.
+    ``dtype`` is ``float32``, ``bfloat16`` or ``WIDENED``, which quantised weights are not. ``mapped`` leaves the
+    weights in their files, mapped into memory, until something copies them: processes that take slices share them. It
+    does so for files in the format ``dtype``; quantised weights are loaded all the same.
     """
-    model = _load_weights(source, dtype, mapped)
+    widened = dtype == WIDENED
+    model = _load_weights(source, "bfloat16" if widened else dtype, mapped)
+    if widened and source.quantization is None:
+        model = model.float()
     if source.adapter is not None:
         model = attach(model, source.adapter, source.rows)
     return model.eval()
+
+
+def number_format(dtype: str, compute_dtype: str) -> str:
+    """Return the format in which ``load_model`` gives weights of ``dtype`` for arithmetic in ``compute_dtype``."""
+    return WIDENED if (dtype, compute_dtype) == ("bfloat16", "float32") else dtype
 
 
 def attach(

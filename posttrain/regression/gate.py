@@ -12,7 +12,7 @@ from posttrain import ledger
 from posttrain.artifact import BaseWeights, ModelSource
 from posttrain.chat_template import DATE
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
+from posttrain.config.schema import Backend, GateConfig, GateTask, Role, Sequential
 from posttrain.digests import digest_of, file_digest
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
@@ -21,6 +21,7 @@ from posttrain.host.plugins import Host
 from posttrain.launch.gate import gate_group
 from posttrain.model import llama
 from posttrain.regression.baseline import (
+    Baseline,
     add_baseline,
     make_baseline,
     read_baseline,
@@ -78,13 +79,14 @@ def judge_adapter(
     tokenizer = changes.require_tokenizer(candidate)
     if adapter is not None:
         changes.require_same_tokenizer(tokenizer, adapter)
-    conditions = _conditions(settings, candidate, tokenizer)
+    compute = _compute_dtype(settings, candidate, committed)
+    conditions = _conditions(settings, candidate, tokenizer, compute)
     noted = require_same_asked(file, committed, conditions) if file is not None and committed is not None else ()
     if candidate.source.llama:
         require_same_model(candidate, tokenizer.get_vocab())
     else:
         changes.require_change(candidate)
-    return _Regression(name, settings, tasks, host, display, candidate, conditions, noted).judge(adapter, file)
+    return _Regression(name, settings, tasks, host, display, candidate, compute, conditions, noted).judge(adapter, file)
 
 
 def _read_candidate(settings: RegressionConfig, day: str | None) -> Candidate:
@@ -111,7 +113,20 @@ def _baseline_file(settings: RegressionConfig) -> Path | None:
     return Path(settings.baseline).expanduser()
 
 
-def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _compute_dtype(settings: RegressionConfig, candidate: Candidate, committed: Baseline | None) -> str:
+    """Return the number format of the arithmetic: that of the baseline's scores, else the faster one."""
+    from posttrain.engine.arithmetic import choose_inference
+
+    if settings.gate.backend is Backend.vllm:
+        return candidate.dtype
+    if committed is not None:
+        return str(committed.asked.get("compute_dtype", candidate.dtype))
+    return choose_inference(candidate.dtype, candidate.source)
+
+
+def _conditions(
+    settings: RegressionConfig, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, compute: str
+) -> dict[str, Any]:
     """Return everything, apart from the tasks, that has to be equal for scores to be comparable."""
     from posttrain.model.device import default_device
     from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
@@ -123,6 +138,7 @@ def _conditions(settings: RegressionConfig, candidate: Candidate, tokenizer: Pre
         "chat_template": hashlib.sha256(candidate.source.chat_template.encode()).hexdigest(),
         "tokenizer": tokenizer_digest(tokenizer),
         "dtype": candidate.dtype,
+        **({"compute_dtype": compute} if compute != candidate.dtype else {}),
         "quantization": candidate.source.quantization,
         "backend": settings.gate.backend.value,
         "batch_size": settings.gate.batch_size,
@@ -142,6 +158,8 @@ class _Regression:
     host: Host
     display: Display
     candidate: Candidate
+    compute_dtype: str
+    """Number format of the arithmetic."""
     conditions: Mapping[str, Any]
     noted: Sequence[str] = ()
     """Differences from the baseline that change no score."""
@@ -189,6 +207,7 @@ class _Regression:
             tasks=self.tasks,
             systems=systems,
             dtype=self.candidate.dtype,
+            compute_dtype=self.compute_dtype,
             cache=root / "cache",
             scorecard=root / ledger.GATES / self._folder_name(systems, gate) / "scorecard.jsonl",
             launch=gate_group(self.settings.launch),

@@ -96,6 +96,7 @@ class Asking:
     base: ModelSource
     """The weights under it."""
     dtype: str
+    """Number format in which the model is loaded."""
     drawing: Drawing
     command: Sequence[str] = ()
     """Words that begin vLLM; none where a model in this process answers."""
@@ -108,16 +109,26 @@ class Asking:
     stop_requested: Callable[[], bool]
 
     @classmethod
-    def of(cls, settings: OnPolicy, where: str, words: str | None = None, **others: Any) -> Asking:
+    def of(
+        cls, settings: OnPolicy, where: str, words: str | None = None, *, source: ModelSource, dtype: str, **others: Any
+    ) -> Asking:
         """Return the one of these settings; ``words`` begin vLLM, by default the environment's.
+
+        ``dtype`` is the number format of the weights.
 
         Raises BadInput at ``where`` when there is no vLLM to answer.
         """
+        from posttrain.engine.arithmetic import choose_inference
+        from posttrain.model.loading import number_format
+
         drawing = Drawing(
             k=settings.k, temperature=settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed
         )
-        command = find_command(words, where) if settings.backend is SamplingBackend.vllm else ()
-        return cls(drawing=drawing, command=command, **others)
+        by_vllm = settings.backend is SamplingBackend.vllm
+        command = find_command(words, where) if by_vllm else ()
+        if not by_vllm:
+            dtype = number_format(dtype, choose_inference(dtype, source))
+        return cls(drawing=drawing, command=command, source=source, dtype=dtype, **others)
 
 
 def ask(questions: Sequence[Question], asking: Asking) -> list[list[Written]]:

@@ -13,11 +13,13 @@ from typing import Any
 
 from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
+from posttrain.engine.arithmetic import choose_inference
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.sequential import Look
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
 from posttrain.gate.verdict import is_settled, plan_looks
 from posttrain.model.llama import PACKAGE, version
+from posttrain.model.loading import WIDENED, number_format
 from posttrain.scoring.cache import Blocks, ScoreCache, score_key
 from posttrain.scoring.checks import read_clusters, read_slices
 from posttrain.scoring.fingerprint import library_versions, tokenizer_digest
@@ -45,6 +47,7 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
         tasks = [prepare_task(name, task, tokenizer, request.gate.seed) for name, task in request.tasks.items()]
     for task in tasks:
         rehearse_task(task)
+    request = replace(request, dtype=_number_format(request))
     evaluation = _Evaluation(request, progress, loading, tokenizer, tasks)
     if request.launch is not None and request.gate.backend is Backend.hf:
         evaluation.ask_elsewhere()
@@ -52,6 +55,15 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
     write_scorecard(request.scorecard, scorecard.rows)
     write_questions(request.scorecard.with_name("questions.jsonl"), tasks)
     return scorecard
+
+
+def _number_format(request: GateRequest) -> str:
+    """Return the format in which all systems of the request are loaded; vLLM computes in that of the weights."""
+    quantised = any(source.quantization is not None for source in request.systems.values())
+    if quantised or request.gate.backend is Backend.vllm:
+        return request.dtype
+    compute = request.compute_dtype or choose_inference(request.dtype, request.systems["candidate"])
+    return number_format(request.dtype, compute)
 
 
 class _Evaluation:
@@ -92,6 +104,8 @@ class _Evaluation:
         """Return all scores that the gate needs; ask for those that are missing."""
         request, scorecard = self._request, self._empty
         gate = request.gate
+        if request.dtype == WIDENED and not self._sessions[0].read():
+            self._progress.note("arithmetic: float32 on weights stored as bfloat16")
         models = Responders(
             request.systems, request.dtype, gate.backend, gate.batch_size, gate.seed, self._loading, self._tokenizer
         )

@@ -41,7 +41,7 @@ class Served:
     base: ModelSource
     """The base under it."""
     dtype: str
-    """Number format of its arithmetic."""
+    """Number format of its weights."""
     doubt: str | None = None
     """Reason for which it is not promoted; None when it is, or is a base."""
 

@@ -15,8 +15,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from posttrain.artifact import ModelSource
+from posttrain.engine.arithmetic import choose_inference
 from posttrain.errors import reject
-from posttrain.model.loading import attach, load_model, load_tokenizer
+from posttrain.model.loading import attach, load_model, load_tokenizer, number_format
 from posttrain.model.trust import read_json
 from posttrain.scoring.systems import twin
 from posttrain.serve.catalogue import Served
@@ -74,7 +75,8 @@ class Models:
         if source.adapter is not None:
             require_plain(source)
         if key not in self._weights:
-            plain: Any = load_model(replace(source, adapter=None), served.dtype)
+            compute = choose_inference(served.dtype, source)
+            plain: Any = load_model(replace(source, adapter=None), number_format(served.dtype, compute))
             self._weights[key] = Weights(plain, Lane(plain, mixed=True))
         weights = self._weights[key]
         self.places[served.digest] = _place(served, weights)

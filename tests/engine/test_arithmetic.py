@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain.config.on_policy import OnPolicy
 from posttrain.config.schema import Dtype, Method
 from posttrain.engine import arithmetic
-from posttrain.engine.arithmetic import Rates, choose_arithmetic, measure_rates, multiplied_shapes
+from posttrain.engine.arithmetic import (
+    ADAPTED,
+    FORWARD,
+    TRAINED,
+    Rates,
+    choose_arithmetic,
+    choose_inference,
+    measure_rates,
+    multiplied_shapes,
+)
 from posttrain.errors import Interrupted
-from posttrain.model.loading import load_model, load_trainable, new_adapter
+from posttrain.model.loading import load_model, load_trainable, new_adapter, number_format
+from posttrain.sampling.answers import Asking
+from posttrain.serve.catalogue import Served
+from posttrain.serve.models import Models
 from tests.support.tiny import base_source, sft_config, write_base
 from tests.support.training import trained_bytes, training
 
@@ -124,9 +138,48 @@ def test_products_of_the_models_own_layers_are_timed(method: Method, tmp_path: P
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    rates = measure_rates(model, shapes, tokens=8)
-    assert min(rates.float32, rates.bfloat16) > 0
+    for passes in (FORWARD, ADAPTED, TRAINED):
+        rates = measure_rates(shapes, tokens=8, passes=passes)
+        assert min(rates.of("float32"), rates.of("bfloat16")) > 0
     assert torch.equal(torch.rand(1), expected), "random numbers are left as they were"
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [(SLOW, "float32"), (FAST, "bfloat16"), (Rates(float32=105.0, bfloat16=100.0), "bfloat16")],
+)
+def test_a_model_that_only_answers_leaves_bfloat16_for_what_is_faster(
+    rates: Rates, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = base_source(write_base(tmp_path / "base"))
+    measuring(rates, monkeypatch)
+    assert choose_inference("bfloat16", source) == expected
+    measuring(None, monkeypatch)
+    assert choose_inference("bfloat16", source) == expected, "as cached"
+    assert choose_inference("float32", source) == "float32"
+    assert choose_inference("bfloat16", replace(source, quantization={"load_in_4bit": True})) == "bfloat16"
+    with monkeypatch.context() as full:
+        full.setattr(arithmetic, "device_memory", lambda: 100_000)
+        assert choose_inference("bfloat16", source) == "bfloat16", "no memory for twice the size"
+    monkeypatch.setattr(arithmetic, "default_device", lambda: torch.device("cuda"))
+    assert choose_inference("bfloat16", source) == "bfloat16"
+
+
+@pytest.mark.parametrize(("rates", "expected"), [(SLOW, "float32"), (FAST, "bfloat16")])
+def test_served_and_sampled_answers_are_computed_like_the_scored_ones(
+    rates: Rates, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = base_source(write_base(tmp_path / "base"))
+    measuring(rates, monkeypatch)
+    models = Models()
+    models.add(Served(name="base", digest=source.digest, source=source, base=source, dtype="bfloat16"))
+    assert str(models.alone(source.digest).dtype) == f"torch.{expected}"
+    settings = OnPolicy(questions="questions.jsonl")
+    asking = Asking.of(
+        settings, "backend", source=source, base=source, dtype="bfloat16", kept=tmp_path, part=lambda *_: None,
+        stop_requested=lambda: False,
+    )  # fmt: skip
+    assert asking.dtype == number_format("bfloat16", expected)
 
 
 def test_a_resumed_training_computes_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

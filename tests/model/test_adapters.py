@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import LoraSettings
+from posttrain.engine.precision import computing_in
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.model.checks import check_output
-from posttrain.model.loading import load_model, load_trainable, new_adapter
+from posttrain.model.loading import WIDENED, load_model, load_trainable, new_adapter
 from posttrain.model.saving import save_model
 from tests.support.tiny import TEMPLATE, base_source, nudge, write_base
 
@@ -158,6 +159,21 @@ def test_saved_full_weights_compute_the_same(base: ModelSource, tmp_path: Path, 
     assert {p.dtype for p in saved.parameters()} == {getattr(torch, dtype)}
     assert saved.lm_head.weight is saved.model.embed_tokens.weight
     assert "lm_head.weight" not in load_file(tmp_path / "one" / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_widened_weights_compute_what_the_training_computes(base: ModelSource, tmp_path: Path, tied: bool) -> None:
+    if not tied:
+        base = base_source(write_base(tmp_path / "untied", tie_word_embeddings=False))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(base, tmp_path / "adapter")
+    source = replace(base, adapter=tmp_path / "adapter")
+    trained, widened = load_model(source, "bfloat16"), load_model(source, WIDENED)
+    assert {each.dtype for each in widened.parameters()} == {torch.float32}
+    assert (widened.get_output_embeddings().weight is widened.get_input_embeddings().weight) == tied
+    with computing_in(trained, "float32"):
+        assert torch.equal(logits(widened), logits(trained))
+    assert not torch.equal(logits(widened), logits(load_model(source, "float32"))), "the weights were not rounded"
 
 
 def test_full_weights_keep_the_parents_generation_settings(base: ModelSource, output: Path, tmp_path: Path) -> None:

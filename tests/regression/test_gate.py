@@ -17,6 +17,8 @@ from markupsafe import escape
 from posttrain import cli
 from posttrain.config.schema import GateTask, Role
 from posttrain.digests import digest_of
+from posttrain.engine import arithmetic
+from posttrain.engine.arithmetic import Rates
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.gate.spec import Scorecard
 from posttrain.regression.baseline import add_baseline, read_baseline, require_same_asked
@@ -403,6 +405,21 @@ def test_a_missing_baseline_is_told_with_everything_else_and_before_anything_is_
     told = capsys.readouterr().err
     assert "none.json: no such baseline" in told
     assert "switched off" in told
+
+
+@pytest.mark.parametrize(("then", "now"), [((90.0, 3.0), (90.0, 300.0)), ((90.0, 300.0), (90.0, 3.0))])
+def test_a_baseline_of_another_processor_is_compared_in_its_own_arithmetic(
+    gate: Gate, then: tuple[float, float], now: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = [then]
+    monkeypatch.setattr(arithmetic, "measure_rates", lambda *_: Rates(float32=rates[-1][0], bfloat16=rates[-1][1]))
+    words = ("baseline=cpu.json", "model.dtype=bfloat16")
+    assert gate("good", *words, "--update-baseline") == 0
+    asked = read_baseline(Path("cpu.json")).asked
+    assert (asked["dtype"], asked.get("compute_dtype")) == ("bfloat16", "float32" if then[0] > then[1] else None)
+    rates.append(now)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("another machine").absolute()))
+    assert gate("good", *words) == 0
 
 
 @pytest.mark.parametrize("name", CHANGES)

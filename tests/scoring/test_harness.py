@@ -20,6 +20,8 @@ from peft import PeftModel
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, GateTask, Role
+from posttrain.engine import arithmetic
+from posttrain.engine.arithmetic import Rates
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.gate import plugin as gate_plugin
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard
@@ -228,6 +230,31 @@ def test_whatever_answers_depend_on_asks_anew(folder: Path, base: ModelSource, t
         request = replace(request, tasks={"quiz": replace(task, num_fewshot=1)})
     _, loader, _ = run(request)
     assert len(loader.loaded) == (change != "none")
+
+
+@pytest.mark.parametrize(
+    ("rates", "backend_dtype"), [((90.0, 3.0), "bfloat16 in float32"), ((90.0, 300.0), "bfloat16")]
+)
+def test_every_system_computes_in_the_faster_format_and_the_key_says_which(
+    folder: Path, base: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: Any, backend_dtype: str
+) -> None:
+    monkeypatch.setattr(arithmetic, "measure_rates", lambda *_: Rates(float32=rates[0], bfloat16=rates[1]))
+    tasks = {"quiz": gate_task(folder, "likelihood0", limit=6)}
+    request = make_request(folder, tmp_path, two_systems(folder, base), tasks)
+    request, formats = replace(request, dtype="bfloat16"), []
+
+    def loading(source: ModelSource, dtype: str) -> Any:
+        formats.append(dtype)
+        return load_model(source, dtype)
+
+    _, _, log = run(request, CountingLoader(loading))
+    assert formats == [backend_dtype]
+    wide = backend_dtype != "bfloat16"
+    assert ("arithmetic: float32 on weights stored as bfloat16" in log.notes) == wide
+    run(replace(request, compute_dtype="bfloat16"), CountingLoader(loading))
+    assert formats == [backend_dtype, *(["bfloat16"] if wide else [])], "kept scores are of one format"
+    _, _, log = run(request, CountingLoader(never_load))
+    assert not log.notes
 
 
 def copied_task(folder: Path, tmp_path: Path, name: str) -> Path:
