@@ -66,7 +66,7 @@ def schema() -> str:
         **flat,
         **{key: {} for key in ROOT},
         **dict.fromkeys(CHOICES, named),
-        **stages,
+        **{name: {"$ref": f"#/$defs/stage_{name}"} for name in stages},
         "gate": {"$ref": "#/$defs/gate"},
     }
     properties |= {
@@ -77,13 +77,21 @@ def schema() -> str:
         "stages": {"type": ["array", "object", "null"]},
         "spend_cap": {"type": ["string", "null"], "description": "Most that a run may spend: 5 USD, or 2 hours"},
     }
+    shared.update({f"stage_{name}": each for name, each in stages.items()})
+    # a second stage of a kind is dpo2
+    repeated = {f"^{name}[0-9]+$": {"$ref": f"#/$defs/stage_{name}"} for name in stages}
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of posttrain",
         "type": "object",
     }
     shared["interpolation"], shared["gate"] = INTERPOLATION, gate
-    return json.dumps({**head, "properties": properties, "$defs": shared}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps(
+            {**head, "properties": properties, "patternProperties": repeated, "$defs": shared}, indent=1, sort_keys=True
+        )
+        + "\n"
+    )
 
 
 def of_dataclass(kind: type, *others: str) -> dict[str, Any]:

@@ -27,8 +27,11 @@ CHARTS = (
 DRIFTS = (
     ("answer_tokens", "tokens of a sampled answer", "{:.1f}"),
     ("cut", "sampled answers that never ended", "{:.1%}"),
+    ("entropy", "entropy of a sampled token, nats", "{:.3f}"),
+    ("kl", "KL divergence from the parent, nats a token", "{:.4f}"),
+    ("clipped", "clipped tokens", "{:.1%}"),
 )
-"""Metrics of length and form, with their names and formats."""
+"""Metrics of length, form and distribution in the course of a training, with their names and formats."""
 MOST_ANSWERS = 8
 """Answers shown."""
 
@@ -79,7 +82,7 @@ def report_policy(report: RunReport, stage: StageReport) -> PolicyReport | None:
     answers, missing = _best(report.path / "stages" / stage.name / "answers")
     return PolicyReport(
         charts=charts_of(stage, shown_together(stage)),
-        courses=[*_courses(stage), *_followed(stage.figures), *_gate(stage.verdict)],
+        courses=[*courses(stage), *_gate(stage.verdict)],
         advice=advise(stage.figures, stage.verdict),
         answers=answers,
         missing=missing,
@@ -94,17 +97,20 @@ def shown_together(stage: StageReport) -> list[Sequence[str]]:
 
 
 def advise(figures: Mapping[str, Any], verdict: Verdict | None) -> list[str]:
-    """Return a line where the reward of a training rose and its gate did not follow: it may have learnt the reward."""
+    """Return a line where the reward rose by more than noise and its gate did not: it may have learnt the reward."""
     found = _numbers(figures, "reward_first", "reward_last")
-    if verdict is None or verdict.state == "pass" or not found or found[1] <= found[0]:
+    if verdict is None or verdict.state == "pass" or not found or figures.get("reward_rose") is not True:
         return []
     what = f"the reward rose from {found[0]:.3f} to {found[1]:.3f}, and the gate did not follow"
     return [f"{what}: read the answers with the highest rewards in answers/ before training longer"]
 
 
-def _courses(stage: StageReport) -> Iterator[Course]:
+def courses(stage: StageReport) -> Iterator[Course]:
+    """Yield the figures of an on-policy stage before training and at its end, those of its gate left out."""
     if found := _numbers(stage.figures, "reward_first", "reward_last"):
         ends, note = [f"{each:.3f}" for each in found], "the first and the last tenth of the steps"
+        if error := _numbers(stage.figures, "reward_error"):
+            note += f", {found[1] - found[0]:+.3f} ± {error[0]:.3f}"
         yield Course(name="reward of sampled answers", before=ends[0], after=ends[1], note=note)
     keys = ("eval_reward_first", "eval_reward", "eval_reward_highest", "eval_reward_highest_step", "eval_questions")
     if found := _numbers(stage.figures, *keys):
@@ -113,11 +119,12 @@ def _courses(stage: StageReport) -> Iterator[Course]:
         name = "reward of greedy answers to questions set aside"
         yield Course(name=name, before=f"{first:.3f}", after=f"{last:.3f}", note=note)
     if found := _numbers(stage.figures, "eval_right_first", "eval_right"):
-        name, note = "right greedy answers to questions set aside", "by each question's own match; no gate asks them"
+        name, note = "right greedy answers to questions set aside", "by a question's own match; no gate asks it"
         yield Course(name=name, before=f"{found[0]:.1%}", after=f"{found[1]:.1%}", note=note)
     for metric, name, text in DRIFTS:
         if points := stage.metrics.get(metric):
             yield Course(name=name, before=text.format(points[0][1]), after=text.format(points[-1][1]))
+    yield from _followed(stage.figures)
 
 
 def _followed(figures: Mapping[str, Any]) -> Iterator[Course]:

@@ -9,6 +9,7 @@ from posttrain.gate.spec import TaskVerdict, Verdict
 from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.quoting import cell
 from posttrain.quoting import markdown as inline
+from posttrain.report.policy import courses
 from posttrain.report.run import RunReport, StageReport
 from posttrain.report.scores import clock, scale_of
 from posttrain.run.directory import StageState
@@ -133,7 +134,7 @@ def print_table(report: RunReport, console: Console) -> None:
 
 
 def markdown(report: RunReport) -> str:
-    """Return report.md: the table, the reasons, and the lineage of every artifact."""
+    """Return report.md: the table, the reasons, the course of on-policy stages, and the lineage of every artifact."""
     lines = [
         f"# {inline(report.run.recipe)}: {report.run.state.replace('_', ' ')}",
         "",
@@ -146,11 +147,24 @@ def markdown(report: RunReport) -> str:
         *(f"- **{inline(stage)}**: {inline(text)}" for stage, text in (*reasons(report), *judges(report))),
         *(f"- **{inline(entry.name)}**: {inline(remark)}" for entry in report.run.stages for remark in remarks(entry)),
         "",
+        *_course(report),
         "| stage | kind | state | artifact | digest | parent digest |",
         "|---|---|---|---|---|---|",
         *(_lineage(entry) for entry in report.run.stages),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _course(report: RunReport) -> list[str]:
+    """Return the table of what on-policy stages were rewarded for, empty without such a stage."""
+    rows = [
+        (stage.name, each.name, each.before, each.after, each.note)
+        for stage in report.stages
+        if stage.metrics.get("reward")
+        for each in courses(stage)
+    ]
+    head = ["| stage | on policy | first | last | |", "|---|---|---|---|---|"]
+    return [*head, *("| " + " | ".join(map(cell, row)) + " |" for row in rows), ""] if rows else []
 
 
 def _lineage(entry: StageState) -> str:

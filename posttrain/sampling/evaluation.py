@@ -106,8 +106,8 @@ class GreedyReward(Evaluation):
         return [f"overfitting by the eval reward: {place} ({_mean(self.best):.3f}); {change}. {fix}"]
 
     def left_behind(self, first: float, last: float) -> list[str]:
-        """Return a warning where the sampled reward rose from ``first`` to ``last``, and the greedy one did not."""
-        if self.first is None or self.last is None or last <= first:
+        """Return a warning where greedy rewards did not rise while sampled ones did, from ``first`` to ``last``."""
+        if self.first is None or self.last is None:
             return []
         gain = self.difference(self.first, self.last).value
         if gain > 0:
@@ -117,11 +117,11 @@ class GreedyReward(Evaluation):
         return [f"{what} {change}: the gain may not reach other questions. Ask more of them, or raise temperature"]
 
     def gone_apart(self) -> list[str]:
-        """Return a warning where the reward of greedy answers rose, and no more of them are right."""
+        """Return a warning where the reward of greedy answers rose beyond noise, and no more of them are right."""
         first, last = self.trail.right_share(0), self._lengths.get("eval_right")
         if self.first is None or self.last is None or first is None or last is None:
             return []
-        if self.difference(self.first, self.last).value <= 0 or last > first or first == 1:
+        if not self.difference(self.first, self.last).rises or last > first or first == 1:
             return []
         rose = f"rose from {_mean(self.first):.3f} to {_mean(self.last):.3f}"
         what = f"the reward of greedy answers to questions set aside {rose}, and no more of them are right"

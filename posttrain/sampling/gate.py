@@ -115,7 +115,7 @@ class GateCourse:
 
     def left_behind(self, first: float, last: float) -> list[str]:
         """Return a warning for each lift that did not rise while the sampled reward did, from ``first`` to ``last``."""
-        if self._first is None or self._last is None or last <= first:
+        if self._first is None or self._last is None:
             return []
         found = []
         for (task, before), (_, after) in zip(self._means(self._first), self._means(self._last), strict=True):

@@ -66,7 +66,8 @@ def train_sampled(
     context.metrics.update(steps=position.step, tokens=figures["sampled_tokens"], final_loss=position.loss)
     context.metrics.update(questions=len(rows), **figures, **last)
     ends = figures["reward_first"], figures["reward_last"]
-    for line in [*evaluation.left_behind(*ends), *evaluation.gone_apart(), *gate.left_behind(*ends)]:
+    left_behind = [*evaluation.left_behind(*ends), *gate.left_behind(*ends)] if figures["reward_rose"] else []
+    for line in [*left_behind, *evaluation.gone_apart()]:
         context.warn(line)
     context.save(model)
 

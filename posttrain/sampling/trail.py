@@ -7,6 +7,7 @@ answers/eval-00000010.jsonl    greedy answers to the questions set aside, after 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from posttrain.disk import naming
 from posttrain.engine import processes
+from posttrain.engine.evaluation import Difference
 from posttrain.errors import BadInput, Problem
+from posttrain.gate.statistics import mean_error
 from posttrain.rewards.scorer import count_notes
 from posttrain.sampling.policy import Asked, Rewarded
 
@@ -71,18 +74,25 @@ class Trail:
         raise BadInput(Problem(where=str(self.folder), what=what, fix=fix))
 
     def figures(self, samplings: int) -> dict[str, Any]:
-        """Return the counts of the answers of so many samplings, and the reward at either end, a tenth of them."""
+        """Return the counts of the answers of so many samplings, and the reward at either end, a tenth of them.
+
+        ``reward_rose`` is true for a rise beyond noise; ``reward_error`` is its standard error, left out where either
+        end has a single question.
+        """
         kept = [self._read(sampling) for sampling in range(1, samplings + 1)]
         found = [each for answers in kept for each in answers]
         rewards = [fmean(each["reward"] for each in answers) for answers in kept]
         notes = count_notes(each.get("notes", {}) for each in found)
         end = max(1, samplings // 10)
+        rise = _rise(kept[:end], kept[-end:])
         return {
             "sampled_answers": len(found),
             "sampled_tokens": sum(each["tokens"] for each in found),
             "never_ended": sum(not each["ended"] for each in found),
             "reward_first": fmean(rewards[:end]),
             "reward_last": fmean(rewards[-end:]),
+            "reward_rose": rise.rises,
+            **({"reward_error": rise.error} if math.isfinite(rise.error) else {}),
             **({"notes": notes} if notes else {}),
         }
 
@@ -112,6 +122,18 @@ class Trail:
             # half a character pair of a question has no bytes, but an escape
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _rise(before: Sequence[Sequence[Mapping[str, Any]]], after: Sequence[Sequence[Mapping[str, Any]]]) -> Difference:
+    """Return the change of the mean reward from some samplings to others, whose questions are the independent draws."""
+    means, square = [], 0.0
+    for samplings in (before, after):
+        found = [each for answers in samplings for each in answers]
+        rewards = [each["reward"] for each in found]
+        error = mean_error(rewards, [each["where"] for each in found])
+        means.append(fmean(rewards))
+        square += math.inf if error.groups == 1 else error.standard**2
+    return Difference(means[1] - means[0], math.sqrt(square))
 
 
 def _line(row: Asked, each: Rewarded) -> dict[str, Any]:

@@ -25,11 +25,15 @@ DEFAULT = {
     "simpo": (1e-5, 1e-6),
     "safety": (1e-4, 5e-6),
     "grpo": (1e-5, 1e-6),
+    "rft": (1e-4, 5e-6),
 }
 """Rates of adapters and of full weights, by the kind of the stage."""
 SET = {
     "quickstart": {"sft": 1e-3, "dpo": 1e-4, "safety": 5e-4},
     "quickstart_on_policy": {"sft": 1e-3, "dpo": 1e-4},
+    "quickstart_iterated": {"sft": 1e-3, "dpo": 1e-4, "dpo2": 2e-5},
+    "quickstart_labels": {"sft": 1e-3, "kto": 1e-4},
+    "quickstart_rejection": {"sft": 1e-3, "rft": 5e-4},
     "quickstart_grpo": {"sft": 1e-3, "grpo": 2e-4},
     "tulu3_8b": {"sft": 5e-6, "dpo": 5e-7, "grpo": 3e-7},
     "lima": {"sft": 1e-5},
@@ -75,7 +79,8 @@ def test_every_shipped_recipe_has_the_rates_of_its_variant(host: Host, name: str
     for file in ("a.json", "a.jsonl"):
         Path(file).write_text("[]")
     found = rates(host, f"recipe={name}", f"variant={variant}", *GIVEN.get(name, []))
-    assert found == {stage: SET.get(name, {}).get(stage, DEFAULT[stage][variant == "full"]) for stage in found}
+    given = SET.get(name, {})
+    assert found == {stage: given.get(stage) or DEFAULT[stage][variant == "full"] for stage in found}
 
 
 @pytest.mark.parametrize("variant", ["lora", "qlora", "full"])

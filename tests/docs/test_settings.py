@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import ModuleType
 from typing import Any
 
@@ -46,9 +47,13 @@ def fits(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
         return False
     if not isinstance(value, dict) or "properties" not in schema:
         return True
-    known = schema["properties"]
-    strange = value.keys() - known.keys()
-    return not strange and all(fits(each, known[key], whole) for key, each in value.items())
+    found = {key: _property(key, schema) for key in value}
+    return all(known is not None and fits(value[key], known, whole) for key, known in found.items())
+
+
+def _property(key: str, schema: dict[str, Any]) -> dict[str, Any] | None:
+    patterns = schema.get("patternProperties", {})
+    return schema["properties"].get(key) or next((patterns[each] for each in patterns if re.search(each, key)), None)
 
 
 PLAIN = (
@@ -61,5 +66,11 @@ def test_the_schema_takes_every_shipped_recipe_and_no_misspelt_one() -> None:
     for path in shipped("recipes").glob("*.yaml"):
         assert fits(read(path.read_text(encoding="utf-8")), schema, schema), path.name
     assert fits(read(PLAIN), schema, schema)
-    for wrong in ("lrr: 1\n", "sft: {epochs: x}\n", "sft: {gate: {on_fail: no}}\n", "model: {pth: x}\n"):
+    for wrong in (
+        "lrr: 1\n",
+        "sft: {epochs: x}\n",
+        "sft2: {epochs: x}\n",
+        "sft: {gate: {on_fail: no}}\n",
+        "model: {pth: x}\n",
+    ):
         assert not fits(read(PLAIN) | read(wrong), schema, schema), wrong

@@ -18,7 +18,8 @@ from tests.support.pages import read_page
 
 HOSTILE = '</pre><script>alert("1")</script>'
 FIGURES = {
-    "reward_first": 0.1, "reward_last": 0.6, "eval_reward_first": 0.2, "eval_reward": 0.5, "eval_reward_highest": 0.55,
+    "reward_first": 0.1, "reward_last": 0.6, "reward_rose": True, "reward_error": 0.05,
+    "eval_reward_first": 0.2, "eval_reward": 0.5, "eval_reward_highest": 0.55,
     "eval_reward_highest_step": 2, "eval_questions": 40, "eval_right_first": 0.5, "eval_right": 0.45,
     "gate_sample": {
         "facts": {"metric": "acc", "role": "lift", "documents": 64, "first": 0.25, "last": 0.5},
@@ -80,6 +81,8 @@ def test_different_answers_are_shown_by_reward_the_latest_first(run: Path) -> No
     ]  # fmt: skip
     courses = {each.name: (each.before, each.after) for each in policy.courses}
     assert courses["reward of sampled answers"] == ("0.100", "0.600")
+    assert courses["entropy of a sampled token, nats"] == ("1.000", "1.000")
+    assert courses["KL divergence from the parent, nats a token"] == ("0.1000", "0.1000")
     assert courses["reward of greedy answers to questions set aside"] == ("0.200", "0.500")
     assert courses["right greedy answers to questions set aside"] == ("50.0%", "45.0%")
     assert courses["sampled answers that never ended"] == ("50.0%", "16.7%")
@@ -110,6 +113,24 @@ def test_the_page_shows_them_and_nothing_in_them_acts(run: Path) -> None:
     assert not page.all("script")
 
 
+def test_markdown_has_reward_entropy_and_divergence_of_an_on_policy_stage_alone(run: Path) -> None:
+    report.write(run)
+    lines = (run / "report.md").read_text().splitlines()
+    for line in (
+        "| reward of sampled answers | 0.100 | 0.600 | the first and the last tenth of the steps, +0.500 ± 0.050 |",
+        "| reward of greedy answers to questions set aside | 0.200 | 0.500 | n 40, highest 0.550 at step 2 |",
+        "| right greedy answers to questions set aside | 50.0% | 45.0% | by a question's own match; no gate asks it |",
+        "| entropy of a sampled token, nats | 1.000 | 1.000 |  |",
+        "| KL divergence from the parent, nats a token | 0.1000 | 0.1000 |  |",
+        "| gate's sample: facts, acc | 25.0 | 50.0 | lift, n 64, asked while training |",
+    ):
+        assert f"| dpo {line}" in lines
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("")
+    report.write(run)
+    assert "on policy" not in (run / "report.md").read_text()
+
+
 def test_without_its_trail_the_page_says_so(run: Path) -> None:
     for path in (run / "stages" / "dpo" / "answers").iterdir():
         path.unlink()
@@ -118,12 +139,12 @@ def test_without_its_trail_the_page_says_so(run: Path) -> None:
     assert "Not in this report: the sampled answers: this run has none in answers/" in words
 
 
-@pytest.mark.parametrize(("state", "first", "last", "told"), [
-    ("fail", 0.1, 0.4, True), ("undecided", 0.1, 0.4, True), ("pass", 0.1, 0.4, False), ("fail", 0.4, 0.1, False),
+@pytest.mark.parametrize(("state", "rose", "told"), [
+    ("fail", True, True), ("undecided", True, True), ("pass", True, False), ("fail", False, False),
 ])  # fmt: skip
-def test_a_reward_that_the_gate_does_not_follow_is_named(state: Any, first: float, last: float, told: bool) -> None:
+def test_a_reward_that_the_gate_does_not_follow_is_named(state: Any, rose: bool, told: bool) -> None:
     verdict = Verdict(state=state, gated=True, tasks=(), reason="")
-    found = advise({"reward_first": first, "reward_last": last}, verdict)
+    found = advise({"reward_first": 0.1, "reward_last": 0.4, "reward_rose": rose}, verdict)
     assert bool(found) is told
     assert not told or "the reward rose from 0.100 to 0.400, and the gate did not follow" in found[0]
-    assert advise({}, verdict) == advise({"reward_first": "a", "reward_last": 1}, verdict) == []
+    assert advise({}, verdict) == advise({"reward_first": "a", "reward_last": 1, "reward_rose": True}, verdict) == []

@@ -61,9 +61,14 @@ def test_the_share_of_right_answers_is_that_of_questions_that_have_one(tmp_path:
 
 @pytest.mark.parametrize(
     ("last", "told"),
-    [(["1 and more", "no", "x"], True), (["1", "no", "a longer text"], True), (["", "no", ""], False)],
+    [
+        (["1 and more", "nothing", "the rest"], True),
+        (["1 and more", "no", "x"], False),
+        (["1", "no", "a longer text"], False),
+        (["", "no", ""], False),
+    ],
 )
-def test_a_reward_that_rises_while_no_more_answers_are_right_is_named(
+def test_a_reward_that_rises_beyond_noise_while_no_more_answers_are_right_is_named(
     tmp_path: Path, last: list[str], told: bool
 ) -> None:
     found, _ = measured(tmp_path, ["1", "no", "x"], last)

@@ -157,7 +157,7 @@ def test_what_holds_no_records_is_not_counted(name: str) -> None:
 
 # --- Where it is shown ------------------------------------------------------------------------------------------------
 
-_QUICKSTARTS = ("quickstart", "quickstart_grpo", "quickstart_on_policy")
+_QUICKSTARTS = tuple(name for name in RECIPES if name.startswith("quickstart"))
 JUSTIFIED = {name: {"lr", "eval_share", "neftune_alpha"} for name in _QUICKSTARTS} | {
     "tulu3_8b": {"epochs", "beta"},
     "lima": {"warmup_ratio", "packing"},

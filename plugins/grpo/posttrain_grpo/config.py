@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain import SampledConfig, from_variant, number, suggest
+from posttrain import FineTuneConfig, SampledConfig, from_variant, number, suggest
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 SCALES = ("group", "batch", "none")
@@ -60,3 +60,11 @@ class GRPOSettings(SampledConfig):
             what = f"no scale is called {self.scale_rewards!r}. {suggest(self.scale_rewards, SCALES)}"
             found.append(("scale_rewards", what))
         return found
+
+
+@dataclass(kw_only=True)
+class RFTSettings(FineTuneConfig):
+    """Fine-tuning of the parent on its own best answers (arXiv:2308.01825); every setting of SFT's loop holds."""
+
+    lr: float = from_variant(adapter=1e-4, full=5e-6)
+    """Peak learning rate: half of SFT's."""
