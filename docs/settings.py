@@ -79,19 +79,14 @@ def schema() -> str:
     }
     shared.update({f"stage_{name}": each for name, each in stages.items()})
     # a second stage of a kind is dpo2
-    repeated = {f"^{name}[0-9]+$": {"$ref": f"#/$defs/stage_{name}"} for name in stages}
-    head = {
+    head: dict[str, Any] = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of posttrain",
         "type": "object",
+        "patternProperties": {f"^{name}[0-9]+$": {"$ref": f"#/$defs/stage_{name}"} for name in stages},
     }
     shared["interpolation"], shared["gate"] = INTERPOLATION, gate
-    return (
-        json.dumps(
-            {**head, "properties": properties, "patternProperties": repeated, "$defs": shared}, indent=1, sort_keys=True
-        )
-        + "\n"
-    )
+    return json.dumps({**head, "properties": properties, "$defs": shared}, indent=1, sort_keys=True) + "\n"
 
 
 def of_dataclass(kind: type, *others: str) -> dict[str, Any]:
