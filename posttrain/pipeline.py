@@ -25,9 +25,10 @@ from posttrain.report.policy import advise
 from posttrain.run.directory import RunDirectory, open_run
 from posttrain.run.display import Display
 from posttrain.run.interrupts import Interrupts
-from posttrain.run.job import Job, records_digest, run_name
+from posttrain.run.job import Job, records_digest
 from posttrain.run.judge import check_gates, judge_stage
 from posttrain.run.log import logged
+from posttrain.run.name import directory_of
 from posttrain.run.published import withdraw
 from posttrain.run.readings import read_all
 from posttrain.run.replay import choose_share
@@ -57,7 +58,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         if far := sorted({name for step in plan.steps for name in remote((*step.sources, *step.eval_sources))}):
             display.announce(f"data from afar, copied unless it is here: {', '.join(far)}")
         digests = {step.name: records_digest(step) for step in plan.steps}
-        path = plan.output_root / run_name(plan, parent, digests)
+        path = directory_of(plan, parent, digests)
         capped = within_cap(plan, path, interrupts, display.announce)
         with (
             open_run(path, plan) as directory, logged(path, directory.state.command, display), capped, host.restored(),

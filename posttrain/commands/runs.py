@@ -24,6 +24,10 @@ CHOICE = (".gate.half", ".gate.chosen_from")
 """Ends of the settings that tell a choice among runs; the state of a run says it."""
 HTML = "--html"
 MOST_DIFFERENCES = 12
+LEAST_NAME = 34
+"""Characters of a run's name that stand in one line in the narrowest terminal."""
+OTHER_COLUMNS = 76
+"""Width of the other columns, one line a lift."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +170,14 @@ def show(found: Sequence[Row]) -> None:
     from posttrain.console import styled
     from posttrain.report.table import COLOURS, table_console
 
+    console = table_console()
+    line = max(LEAST_NAME, console.width - OTHER_COLUMNS)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, overflow="fold", no_wrap=column == "run")
     for row in found:
         name, state, lifts, time, differs = _cells(row, "\n")
         coloured = styled((state, COLOURS.get(row.state, "default")))
-        table.add_row(styled(name), coloured, Text(lifts), styled(time), Text(differs))
-    table_console().print(table)
+        folded = Text("\n").join(styled(name[start : start + line]) for start in range(0, len(name), line))
+        table.add_row(folded, coloured, Text(lifts), styled(time), Text(differs))
+    console.print(table)

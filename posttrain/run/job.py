@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import ModelSource
-from posttrain.config.schema import WITHOUT_EFFECT, Half
+from posttrain.config.schema import WITHOUT_EFFECT
 from posttrain.data.reading import data_digest
 from posttrain.digests import digest_of
 from posttrain.gate.procedure import HOOKS
@@ -97,18 +97,6 @@ class Job:
         finally:
             self.entry.seconds = round((self.entry.seconds or 0.0) + time.monotonic() - started, 1)
             self.run.save()
-
-
-def run_name(plan: Plan, parent: ModelSource, data_digests: Mapping[str, str]) -> str:
-    """Return the name of the run's directory: equal for the same recipe on the same model and data, so runs resume."""
-    content: list[Any] = [
-        parent.digest,
-        [(step.name, step_identity(step, plan), data_digests[step.name]) for step in plan.steps],
-    ]
-    # A run that is only to be chosen from must not replace the verdicts of one that is judged.
-    halves = [step.gate.half.value for step in plan.steps]
-    content += [] if set(halves) == {Half.both.value} else [halves]
-    return f"{plan.recipe}-{digest_of(content)[:12]}"
 
 
 def records_digest(step: Step) -> str:

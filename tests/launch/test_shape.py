@@ -19,7 +19,8 @@ from posttrain.host import plugins
 from posttrain.host.plugins import Host
 from posttrain.launch import shape
 from posttrain.plan import Plan, make_plan
-from posttrain.run.job import run_name, step_identity
+from posttrain.run.job import step_identity
+from posttrain.run.name import label_of, run_digest
 from tests.support.command import call, complete
 
 SFT = ("recipe=quickstart", "stages=[sft]")
@@ -86,7 +87,8 @@ def test_the_plan_has_engine_and_launch(host: Host, default: Plan) -> None:
     # no part of the name of a run or an artifact
     assert step_identity(default.steps[0], default) == step_identity(two.steps[0], two)
     source: Any = SimpleNamespace(digest="0")
-    assert run_name(default, source, {"sft": "1"}) == run_name(two, source, {"sft": "1"})
+    assert run_digest(default, source, {"sft": "1"}) == run_digest(two, source, {"sft": "1"})
+    assert label_of(two) == label_of(default)
 
 
 @pytest.mark.parametrize(
