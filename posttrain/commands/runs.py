@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from posttrain.errors import ArtifactDamaged, reject, suggest
 from posttrain.quoting import cell
 from posttrain.report.run import RunReport, read_report
 from posttrain.report.scores import clock, scale_of
+from posttrain.run.directory import INTERRUPTED
 
 COLUMNS = ("run", "state", "lifts", "time", "differs in")
 WITHOUT_INTEREST = ("output_root", "stages", "data_workers", "plugin_timeout", "spend_cap", "price_per_hour", "launch.")
@@ -45,6 +47,8 @@ class Row:
     """Values of the settings in which the runs of its recipe differ."""
     choice: str = ""
     """Its part in a choice of the best: ``for choosing``, or ``chosen from N``; empty outside of one."""
+    resume: str = ""
+    """Command that resumes it; empty unless it was interrupted."""
 
 
 def main(words: list[str]) -> int:
@@ -104,6 +108,7 @@ def rows(root: Path, recipe: str | None = None) -> list[Row]:
                 run=path.name, recipe=report.run.recipe, state=report.run.state, started=report.run.started or "",
                 seconds=sum(stage.seconds or 0.0 for stage in report.run.stages) or None,
                 lifts=list(_lifts(report)), differs=differs, choice=_choice(settings[path]),
+                resume=shlex.join(report.run.command) if report.run.state == INTERRUPTED else "",
             )  # fmt: skip
         found.append(row)
     chosen = [row for row in found if recipe in (None, row.recipe)]
@@ -181,3 +186,6 @@ def show(found: Sequence[Row]) -> None:
         folded = Text("\n").join(styled(name[start : start + line]) for start in range(0, len(name), line))
         table.add_row(folded, coloured, Text(lifts), styled(time), Text(differs))
     console.print(table)
+    for row in found:
+        if row.resume:
+            console.print(styled(f"{row.run} was interrupted; this resumes it: {row.resume}"), soft_wrap=True)

@@ -15,7 +15,7 @@ from posttrain.gate.procedure import STATES, policy_for
 from posttrain.gate.spec import DocumentScore, Verdict
 from posttrain.prepare.ledger import Summary
 from posttrain.quoting import redacted
-from posttrain.run.directory import RunState, StageState, artifact_of, read_state, true_ending, true_stage
+from posttrain.run.directory import RunState, StageState, artifact_of, read_standing, true_ending, true_stage
 from posttrain.run.verdict import VERDICT, KeptVerdict, confirmed_verdict
 from posttrain.saved import as_kind, read_as, read_text
 from posttrain.scoring.scorecard import Shown, read_questions, read_scorecard
@@ -101,7 +101,7 @@ def read_report(path: Path) -> RunReport:
 
     What is damaged is left out and named in the stage. Raises ArtifactDamaged when run.json is damaged.
     """
-    recorded = read_state(path)
+    recorded = read_standing(path)
     metrics = _metrics(path / "metrics.jsonl")
     found = [_stage(path, entry, metrics.get(entry.name, {})) for entry in recorded.stages]
     state = true_ending(recorded.state, [kept for _, kept in found])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,8 +27,11 @@ from posttrain.quoting import redacted
 from posttrain.run.verdict import SCORECARD, VERDICT, KeptVerdict, confirmed_verdict
 from posttrain.saved import as_kind, read_as
 
-UNFINISHED = ("running", "interrupted", "failed")
+INTERRUPTED = "interrupted"
+UNFINISHED = ("running", INTERRUPTED, "failed")
 """States of a stage and of a run that no artifact and no verdict tells."""
+LOOK_SECONDS = 0.05
+"""Time after which whoever only looked whether a run has a writer has let go of its lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +177,32 @@ def read_state(path: Path) -> RunState:
     return read_as(RunState, path / "run.json")
 
 
+def read_standing(path: Path) -> RunState:
+    """Read the run.json of ``path`` for those who only look: what a killed process left as running is interrupted.
+
+    Raises ArtifactDamaged as ``read_state`` does.
+    """
+    recorded = read_state(path)
+    if recorded.state == "running" and _is_abandoned(path):
+        recorded.end(INTERRUPTED)
+    return recorded
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Return True when the run in ``path`` has no writer: nobody holds its lock, which a process of this machine had.
+
+    Locks of other machines need not be visible here, so what one of them left is not judged.
+    """
+    try:
+        with (path / ".lock").open("r+") as held:
+            holder = _holder(held)
+            return f" on {socket.gethostname()}, started" in holder and lock(held, wait=False)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
 def true_state(path: Path) -> RunState:
     """Return the state of the run in ``path`` as its artifacts and verdicts have it.
 
@@ -238,7 +268,7 @@ def true_ending(recorded: str, judged: Sequence[KeptVerdict | None]) -> str:
             return STATES[kept.verdict.state]
         went_on = went_on or policy is OnFail.warn
     if None in judged:
-        return "interrupted"
+        return INTERRUPTED
     return WARNED if went_on else "done"
 
 
@@ -252,7 +282,7 @@ def _state(path: Path, plan: Plan) -> RunState:
     """Return the state of a new or resumed run; known stages keep theirs."""
     known_run = os.path.lexists(path / "run.json")
     former = true_state(path) if known_run else RunState(recipe=plan.recipe, started=_now())
-    former.end("interrupted")  # the lock is ours, so a writer it still calls running is gone
+    former.end(INTERRUPTED)  # the lock is ours, so a writer it still calls running is gone
     known = {stage.name: stage for stage in former.stages}
     stages = [known.get(step.name, StageState(name=step.name, kind=step.stage.name)) for step in plan.steps]
     return RunState(
@@ -267,7 +297,7 @@ def _now() -> str:
 def _lock(stream: IO[str], path: Path) -> None:
     """Lock the run until ``stream`` is closed; raise RunLocked at once when another process holds it."""
     # A lock, not a file with a process id: the kernel frees it however the process ends, so no dead run stays locked.
-    if not lock(stream, wait=False):
+    if not (lock(stream, wait=False) or _lock_again(stream)):
         holder = _holder(stream)
         problem = Problem(
             where=str(path), what=f"{holder} writes this run", fix="Wait for it to end, or set output_root=OTHER"
@@ -277,6 +307,12 @@ def _lock(stream: IO[str], path: Path) -> None:
     stream.truncate()
     stream.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()},\n")
     stream.flush()
+
+
+def _lock_again(stream: IO[str]) -> bool:
+    """Lock the run after a moment, in which whoever only looks whether it has a writer is done."""
+    time.sleep(LOOK_SECONDS)
+    return lock(stream, wait=False)
 
 
 def _holder(stream: IO[str]) -> str:
