@@ -13,6 +13,7 @@ from posttrain.artifact import Artifact, ModelSource, read_manifest
 from posttrain.errors import BadInput, Problem
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import GateRequest, TrainedOn, Verdict
+from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.launch.gate import gate_group
 from posttrain.run.display import EvaluationProgress
 from posttrain.run.job import Job
@@ -27,19 +28,23 @@ def check_gates(jobs: Sequence[Job]) -> None:
     """
     waiting = [job for job in jobs if not (job.folder / "verdict.json").exists()]
     problems = [problem for job in waiting for answer in job.host.hook.check_gate(step=job.step) for problem in answer]
-    problems = problems or [problem for job in waiting for problem in _check_chats(job)]
+    problems = problems or [problem for job in waiting for problem in _check_documents(job)]
     if problems:
         raise BadInput(problems)
 
 
-def _check_chats(job: Job) -> list[Problem]:
-    """Return the problems of the gate's chats with the base's template, which every stage keeps."""
+def _check_documents(job: Job) -> list[Problem]:
+    """Return the problems of the gate's documents with the base's template and context, which every stage keeps."""
     if not job.step.gate.enabled:
         return []
     from posttrain.model.loading import load_tokenizer
+    from posttrain.scoring.harness.lengths import check_lengths
     from posttrain.scoring.harness.rehearsal import check_chats
 
-    found = check_chats(job.step.tasks, partial(load_tokenizer, job.base))
+    load = partial(load_tokenizer, job.base)
+    found = check_chats(job.step.tasks, load)
+    if not found and CORE_ORIGIN in job.host.answerers("check_gate"):  # another's documents are known to it alone
+        found = check_lengths(job.step.tasks, job.step.gate.seed, job.base, load)
     return [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
 
 

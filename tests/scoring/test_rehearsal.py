@@ -16,6 +16,7 @@ from posttrain.artifact import ModelSource
 from posttrain.config.schema import GateConfig, GateTask, Role
 from posttrain.errors import BadInput
 from posttrain.gate.spec import DocumentScore, GateRequest
+from posttrain.host.plugins import CORE_ORIGIN
 from posttrain.model.loading import load_model, load_tokenizer
 from posttrain.run import display
 from posttrain.run.judge import check_gates
@@ -23,6 +24,7 @@ from posttrain.scoring import plugin
 from posttrain.scoring.evaluate import evaluate
 from posttrain.scoring.harness import responder
 from posttrain.scoring.harness.rehearsal import INVENTED
+from posttrain.scoring.harness.requests import sample_documents
 from posttrain.scoring.systems import Loading
 from tests.support.adapters import Log
 from tests.support.quizzes import gate_task, write_quizzes
@@ -174,6 +176,15 @@ def test_too_few_examples_are_found_before_training() -> None:
     assert problem.where == "sft.gate.tasks.mine.num_fewshot"
 
 
+def job_of(task: GateTask, base: ModelSource) -> Any:
+    """Return what a start looks at of a stage with one task."""
+    host = SimpleNamespace(
+        hook=SimpleNamespace(check_gate=lambda step: [plugin.check_gate(step)]), answerers=lambda hook: [CORE_ORIGIN]
+    )
+    step = SimpleNamespace(name="sft", gate=GateConfig(), replay=None, tasks={"mine": task})
+    return SimpleNamespace(name="sft", folder=Path("none"), host=host, step=step, base=base)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_an_answer_that_the_template_cannot_render_is_found_before_training(base: ModelSource, chat: bool) -> None:
     """Only where it is asked in a chat."""
@@ -182,9 +193,7 @@ def test_an_answer_that_the_template_cannot_render_is_found_before_training(base
     Path("r.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     path = str(own / "held_out_responses.yaml")
     task = GateTask(role=Role.lift, metric="bits_per_byte", task=path, data="r.jsonl", chat=chat)
-    hook = SimpleNamespace(check_gate=lambda step: [plugin.check_gate(step)])
-    step = SimpleNamespace(name="sft", gate=GateConfig(), replay=None, tasks={"mine": task})
-    job: Any = SimpleNamespace(name="sft", folder=Path("none"), host=SimpleNamespace(hook=hook), step=step, base=base)
+    job = job_of(task, base)
     if not chat:
         check_gates([job])
         return
@@ -193,13 +202,65 @@ def test_an_answer_that_the_template_cannot_render_is_found_before_training(base
     assert [problem.where for problem in caught.value.problems] == ["sft.gate.tasks.mine, document 1"]
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A model whose context holds 40 tokens, which are characters."""
+    return base_source(write_base(tmp_path_factory.mktemp("short") / "base", max_position_embeddings=40))
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "row"),
+    [
+        ("held_out_responses", "bits_per_byte", {"prompt": "a", "completion": "{}"}),
+        ("held_out_preferences", "acc_norm", {"prompt": "a", "chosen": "b", "rejected": "{}"}),
+    ],
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_answer_longer_than_the_context_is_found_before_training(
+    short: ModelSource, kind: str, metric: str, row: dict[str, str], chat: bool
+) -> None:
+    (own,) = plugin.register_eval_tasks()
+    end = 0 if chat else 2  # lm_eval gives the answer the lines that end the prompt
+
+    def write_rows(*lengths: int) -> GateTask:
+        rows = [{key: text.format("b" * length) for key, text in row.items()} for length in lengths]
+        Path("r.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+        return GateTask(role=Role.lift, metric=metric, task=str(own / f"{kind}.yaml"), data="r.jsonl", chat=chat)
+
+    check_gates([job_of(write_rows(5, 40 - end), short)])
+    task = write_rows(5, 41 - end, 99)
+    with pytest.raises(BadInput) as caught:
+        check_gates([job_of(task, short)])
+    (problem,) = caught.value.problems
+    assert problem.where.startswith("sft.gate.tasks.mine, ")
+    assert "r.jsonl:2" in problem.where
+    assert problem.what == "an answer has 41 tokens, but the model's context holds 40"
+    assert "Leave its document out" in problem.fix
+    with pytest.raises(BadInput, match=r"an answer has \d+ tokens, but the model's context holds 40"):
+        scores(short, task=task)  # as scoring says it
+    (asked,) = sample_documents(3, 1, GateConfig().seed)
+    lengths = [99, 99, 99]
+    lengths[asked] = 5
+    check_gates([job_of(replace(write_rows(*lengths), limit=1), short)])  # those that are not asked may be longer
+
+
+def test_a_task_that_generates_more_than_the_context_holds_is_found_before_training(short: ModelSource) -> None:
+    (own,) = plugin.register_eval_tasks()
+    Path("q.jsonl").write_text(json.dumps({"question": "a?", "answer": "b"}) + "\n")
+    task = GateTask(role=Role.lift, metric="right", task=str(own / "own_questions.yaml"), data="q.jsonl")
+    with pytest.raises(BadInput, match=r"the task may generate \d+ tokens, but the model's context holds 40"):
+        check_gates([job_of(task, short)])
+
+
 # --- While scoring ----------------------------------------------------------------------------------------------------
 
 
-def scores(base: ModelSource, load: Any = load_model, log: Log | None = None) -> list[DocumentScore]:
+def scores(
+    base: ModelSource, load: Any = load_model, log: Log | None = None, task: GateTask | None = None
+) -> list[DocumentScore]:
     request = GateRequest(
-        stage="sft", gate=GateConfig(batch_size=4), tasks={"mine": OWN}, systems={"candidate": base}, dtype="float32",
-        cache=Path("cache"), scorecard=Path("scorecard.jsonl"),
+        stage="sft", gate=GateConfig(batch_size=4), tasks={"mine": task or OWN}, systems={"candidate": base},
+        dtype="float32", cache=Path("cache"), scorecard=Path("scorecard.jsonl"),
     )  # fmt: skip
     return list(evaluate(request, log or Log(), Loading(load, load_tokenizer, "cpu")).rows)
 

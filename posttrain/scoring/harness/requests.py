@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -68,7 +68,8 @@ def prepare_task(name: str, task: GateTask, tokenizer: Any, seed: int) -> Prepar
     with quiet():
         with blaming(f"tasks.{name}", None):
             documents = [list(leaf.eval_docs) for leaf in leaves]
-        questions = _questions(name, task, tokenizer, seed, leaves, documents)
+        chosen = sample_documents(sum(map(len, documents)), task.limit, seed)
+        questions = build_questions(name, task, tokenizer, seed, leaves, documents, chosen)
     return replace(_prepared(name, task, leaves, questions), ends=[] if task.chat is False else answer_ends(tokenizer))
 
 
@@ -107,10 +108,14 @@ def _prepared(name: str, task: GateTask, leaves: Sequence[Any], questions: Seque
     )
 
 
-def _questions(
-    name: str, task: GateTask, tokenizer: Any, seed: int, leaves: Sequence[Any], documents: Sequence[Sequence[Any]]
-) -> list[Question]:
-    chosen = sample_documents(sum(map(len, documents)), task.limit, seed)
+def build_questions(
+    name: str, task: GateTask, tokenizer: Any, seed: int, leaves: Sequence[Any], documents: Sequence[Sequence[Any]],
+    chosen: Container[int],
+) -> list[Question]:  # fmt: skip
+    """Build the requests of the chosen documents of loaded tasks, counted over all of them.
+
+    Raises BadInput with the document for whatever the task's functions raise.
+    """
     questions: list[Question] = []
     start = 0
     for leaf, docs in zip(leaves, documents, strict=True):

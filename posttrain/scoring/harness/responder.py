@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from posttrain.digests import digest_of
-from posttrain.errors import ArtifactDamaged, BadInput, Problem, shown
+from posttrain.errors import ArtifactDamaged, BadInput, shown
+from posttrain.scoring.harness.lengths import too_long, too_much
 from posttrain.scoring.harness.requests import AnswerRequest, ChatPrompt
 from posttrain.scoring.isolation import plain_generation, tied_already
 from posttrain.scoring.systems import Loading, SharedWeights
@@ -104,9 +105,7 @@ class Responder:
         if pair is None:
             pair = super()._encode_pair(context, continuation)  # type: ignore[misc]
         if len(pair[1]) > model.max_length:
-            what = f"an answer has {len(pair[1]):,} tokens, but the model's context holds {model.max_length:,}"
-            fix = "Leave its document out of the task's data"
-            raise BadInput(Problem(where=shown(continuation), what=what, fix=fix))
+            raise BadInput(too_long(shown(continuation), len(pair[1]), model.max_length))
         return pair
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -118,9 +117,7 @@ class Responder:
         for request in requests:
             room = normalize_gen_kwargs(request.args[1], model.max_gen_toks)["max_gen_toks"]
             if room >= model.max_length:
-                what = f"the task may generate {room} tokens, but the model's context holds {model.max_length}"
-                fix = "Set a lower generation_kwargs.max_gen_toks in the task's file"
-                raise BadInput(Problem(where=str(request.task_name), what=what, fix=fix))
+                raise BadInput(too_much(str(request.task_name), room, model.max_length))
         before = model.add_bos_token
         # The prompts of a task are all chats, or none is.
         model.add_bos_token = False if any(isinstance(request, ChatPrompt) for request in requests) else None
