@@ -174,6 +174,7 @@ def _explain(error: Exception) -> int:
 def dispatch(words: list[str]) -> int:
     """Run one command and return its exit code. Raises BadInput for words that hold a secret or name no command."""
     _check_secrets(words)
+    _check_empty(words)
     if any(word in COMPLETION for word in words):
         return _complete(words) if "COMP_LINE" in os.environ else _complete_keys(words)
     if (text := _help(words)) is not None:
@@ -232,6 +233,15 @@ def _check_flags(command: str, words: list[str]) -> None:
             problems.append(Problem(where=flag, what="is no flag of this command", fix=fix))
     if problems:
         raise BadInput(problems)
+
+
+def _check_empty(words: list[str]) -> None:
+    """Raise BadInput for a word without text, such as a variable of the shell that is not set: no command takes one."""
+    for place, word in enumerate(words):
+        if not word.strip():
+            where = " ".join(["posttrain", *words[:place]])
+            fix = "Give it a value, or leave it out; a variable of the shell may be empty"
+            raise BadInput(Problem(where=where, what=f"the word behind it is empty: {word!r}", fix=fix))
 
 
 def _check_secrets(words: list[str]) -> None:

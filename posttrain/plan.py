@@ -26,7 +26,7 @@ from posttrain.config.typed import (
     conform_gate_tasks,
     conform_replay,
     conform_sources,
-    empty_paths,
+    empty_names,
     undeclared,
     without_results,
 )
@@ -151,7 +151,7 @@ def _planned(composition: Composition, host: Host, problems: list[Problem]) -> P
     used = [*(key for key in ROOT if key not in NOT_OF_A_RUN), *host.own_nodes(), *names]
     if any(_takes_recipe_data(config[name]) for name in names):
         used.append("data")
-    broken = [*check_resolved(config, used), *undeclared(config, used), *empty_paths(config, [*used, "gate_data"])]
+    broken = [*check_resolved(config, used), *undeclared(config, used), *empty_names(config, [*used, "gate_data"])]
     # Typed settings can be made only of nodes without a fault, so these problems end the search; later ones add up.
     if broken or problems:
         raise BadInput(without_results(problems + broken))

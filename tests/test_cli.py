@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import environment
+from posttrain.cli import COMMANDS
 from posttrain.host import plugins
 from tests.support.command import call, complete, main
 from tests.support.fakes import GATES, Script, run_recipe, write_project
@@ -226,3 +227,22 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
+def test_no_command_takes_an_empty_word(command: str, working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for empty in ("", " "):
+        assert main(*([command] if command else []), empty) == 2
+        assert f"posttrain{f' {command}' if command else ''}: the word behind it is empty" in capsys.readouterr().err
+        assert main(*([command] if command else []), "recipe=mine", "--format", empty) == 2
+        assert "posttrain" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", ["runs output_root=", "leaderboard task=", "merge model.path=", "push public=", "card license="]
+)
+def test_no_setting_of_a_command_is_empty(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*words.split()) == 2
+    key = words.split()[1]
+    assert f"{words}: is empty\n    Give {key}VALUE, or leave it out" in capsys.readouterr().err

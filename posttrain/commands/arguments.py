@@ -57,6 +57,8 @@ def parse(
             _require(f"{command} {word}", "flag", key, [*([FORMAT] if formats else []), *options, *flags])
         elif given:
             _require(f"{command} {word}", "setting", key, keys)
+            if not value.strip():
+                reject(f"{command} {word}", "is empty", f"Give {key}=VALUE, or leave it out")
             settings[key] = value
         else:
             plain.append(word)

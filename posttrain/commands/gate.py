@@ -18,7 +18,7 @@ from posttrain.config.launch import Launcher
 from posttrain.config.regression import RegressionConfig
 from posttrain.config.schema import GateTask, Half, OnFail
 from posttrain.config.sources import shipped_resolvers
-from posttrain.config.typed import check_resolved, conform_gate_tasks, empty_paths, without_results
+from posttrain.config.typed import check_resolved, conform_gate_tasks, empty_names, without_results
 from posttrain.disk import explain_error, replace_text
 from posttrain.errors import BadInput, PosttrainError, Problem
 from posttrain.gate.procedure import policy_for, verdict_error
@@ -88,7 +88,7 @@ def read_settings(host: Host, words: list[str]) -> tuple[str, RegressionConfig, 
     for line in composition.shadows:
         print(line, file=sys.stderr)
     with shipped_resolvers():
-        problems += [*check_resolved(config, map(str, config)), *empty_paths(config, map(str, config))]
+        problems += [*check_resolved(config, map(str, config)), *empty_names(config, map(str, config))]
         if problems:
             raise BadInput(without_results(problems))
         merged = OmegaConf.merge(OmegaConf.structured(RegressionConfig), config)

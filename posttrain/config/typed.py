@@ -22,6 +22,10 @@ PATHS = {
     "path", "questions", "replay", "start_from", "task",
 }  # fmt: skip
 """Settings that name a file, a folder, or something on the hub."""
+NAMES = {"cluster", "filter", "metric", "model", "revision", "split", "subset"}
+"""Settings that name something else."""
+LAUNCH = "launch"
+"""Node of which every setting names something."""
 
 
 def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
@@ -36,15 +40,23 @@ def check_resolved(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
     return problems
 
 
-def empty_paths(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
-    """Return a Problem for every empty text below ``keys`` where a file or folder is to be named."""
+def empty_names(config: DictConfig, keys: Iterable[str]) -> list[Problem]:
+    """Return a Problem for every empty text below ``keys`` where something, most often a file, is to be named."""
     raw: Any = OmegaConf.to_container(config, resolve=False)
     texts = ((path, value) for key in keys for path, value in leaves({key: raw[key]}) if isinstance(value, str))
     return [
-        Problem(where=path, what="is empty", fix=f"Give {path}=PATH, or leave it out")
+        Problem(where=path, what="is empty", fix=f"Give {path}={kind}, or leave it out")
         for path, value in texts
-        if not value.strip() and not PATHS.isdisjoint({path.split(".")[0], _setting(path)})
+        if not value.strip() and (kind := _named_by(path))
     ]
+
+
+def _named_by(path: str) -> str:
+    """Return PATH or VALUE for a setting that names a file or something else; nothing for one that names nothing."""
+    first, setting = path.split(".")[0], _setting(path)
+    if not PATHS.isdisjoint({first, setting}):
+        return "PATH"
+    return "VALUE" if first == LAUNCH or setting in NAMES else ""
 
 
 def _setting(path: str) -> str:

@@ -288,3 +288,11 @@ def test_schemas_are_made_once_for_each_set_of_stages(host: Host, monkeypatch: p
 def test_an_empty_path_is_named_and_no_folder_is_taken_for_it(host: Host, key: str) -> None:
     for word in (f"{key}=", f"{key}=' '"):
         assert f"{key}: is empty\n    Give {key}=PATH, or leave it out" in problems(host, "recipe=quickstart", word)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.revision", "sft.prepare.semantic.model", "launch.partition", "sft.gate.tasks.facts.metric"]
+)
+def test_an_empty_name_is_named(host: Host, key: str) -> None:
+    for word in (f"++{key}=", f"++{key}=' '"):
+        assert f"{key}: is empty\n    Give {key}=VALUE, or leave it out" in problems(host, "recipe=quickstart", word)
