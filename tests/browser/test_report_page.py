@@ -41,6 +41,16 @@ window.addEventListener("load", () => {
     curves: shown("polyline").map((e) => box(e).width),
     intervals: shown("svg.interval .bounds").map((e) => box(e).width),
     names: shown(".lifts tbody th").map((e) => box(e).width),
+    texts: shown("pre.untrusted").map((e) => {
+      const place = (at) => {
+        const range = document.createRange();
+        range.setStart(e.firstChild, at);
+        range.setEnd(e.firstChild, at + 1);
+        return range.getBoundingClientRect();
+      };
+      const text = e.textContent, [first, last] = [place(0), place(text.length - 1)];
+      return [text, first.left - box(e).left, box(e).right - first.right, last.left - first.left];
+    }),
     columns: new Set(shown(".comparison .pair > div").map((e) => Math.round(box(e).left))).size,
     text: document.body.innerText,
     loaded: performance.getEntriesByType("resource").map((e) => e.name),
@@ -182,6 +192,32 @@ def test_answers_are_shown_and_do_nothing(browser: str, page: Path, tmp_path: Pa
     assert ATTACK in seen["text"]
     assert seen["attacked"] == 0
     assert seen["loaded"] == []
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_a_text_begins_and_ends_at_the_sides_of_its_script(
+    browser: str, page: Path, width: int, tmp_path: Path
+) -> None:
+    """Hebrew and Arabic from right to left, their last stop at the left, whatever their embedded words are."""
+    texts = ("\u05d0\u05d1 (Paris) \u05d2.", "\u0643\u0645 6 \u061f", "From left (\u05d0) on.")
+    folder = page.parent / "stages/sft"
+    rows = [
+        DocumentScore(
+            system=system, digest=system, task="some", filter="none", doc_id=doc_id, document_hash="", request_hash="",
+            target_hash="", metrics={"acc": float(system == "base")}, response=text, target=text,
+        )
+        for system in ("base", "candidate")
+        for doc_id, text in enumerate(texts)
+    ]  # fmt: skip
+    write_scorecard(folder / "scorecard.jsonl", rows)
+    sign_verdict(folder)
+    report.write(page.parent)
+    seen = [found for found in look(browser, page, width, tmp_path)["texts"] if found[0] in texts]
+    assert {text for text, *_ in seen} == set(texts)
+    for text, left, right, progress in seen:
+        from_right = text != texts[2]
+        assert (right < left) == from_right
+        assert (progress < 0) == from_right
 
 
 def test_a_script_that_got_in_would_not_run(browser: str, page: Path, tmp_path: Path) -> None:
