@@ -5,18 +5,23 @@ Words of the form ``key=value`` run a recipe: ``posttrain recipe=NAME key=value 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
 from posttrain.errors import (
+    BY_HAND,
     BadInput,
     Interrupted,
     OutOfMemory,
     PosttrainError,
     Problem,
     explain,
+    interruption,
     is_out_of_memory,
     nearest,
     suggest,
@@ -123,8 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a list that is kept and given ``arguments`` need none.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _main(words, supervised=arguments is None)
+    except KeyboardInterrupt:  # before the command is heard of
+        sys.exit(explain(Interrupted(BY_HAND)))
+
+
+def _main(words: list[str], *, supervised: bool) -> None:
     with quoted_streams():
-        if arguments is None and _help(words) is None:
+        if supervised and _help(words) is None:
             if words[0] == "list":
                 from posttrain.host import index
 
@@ -138,26 +150,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def answer(words: list[str]) -> int:
     """Run one command, print its errors, and return its documented exit code."""
+    heard: list[int] = []
     try:
-        with consent.given_by(words):
+        with _hearing(heard), consent.given_by(words):
             code = dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe went away, as with "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except PosttrainError as error:
-        code = explain(error)
     except Exception as error:
-        code = _explain(error)
+        code = _explain(interruption(error, heard=bool(heard)) or error)
     except KeyboardInterrupt:
-        code = explain(Interrupted("stopped by Ctrl-C"))
+        code = explain(Interrupted(BY_HAND))
     return code
+
+
+@contextlib.contextmanager
+def _hearing(heard: list[int]) -> Iterator[None]:
+    """Note the number of each SIGINT as it is raised; another handler, a caller's or a shell's, stays."""
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    former = signal.getsignal(signal.SIGINT)
+    if former is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _explain(error: Exception) -> int:
     """Print an error of the machine (memory, disk, path) as ours, a bug with its traceback; return the exit code."""
     known: PosttrainError | None = None
-    if is_out_of_memory(error):
+    if isinstance(error, PosttrainError):
+        known = error
+    elif is_out_of_memory(error):
         known = OutOfMemory(error)
     elif isinstance(error, OSError):
         from posttrain.disk import explain_error

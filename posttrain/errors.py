@@ -140,8 +140,30 @@ class Interrupted(PosttrainError):
     exit_code = 75
 
 
+BY_HAND = "stopped by Ctrl-C"
+
+
 class SpendCapReached(Interrupted):
     """The run has spent what it may; with a higher ``spend_cap`` the same command resumes it."""
+
+
+def interruption(error: Exception, *, heard: bool) -> Interrupted | None:
+    """Return the request to stop that a library has turned into ``error``; None for an error of its own.
+
+    A signal is heard between any two instructions, within those of libraries, too: one that is being imported reports
+    what was raised there as a fault of its import. One in C may even lose it, and fail at the next import: once a
+    signal was ``heard``, such a fault is the signal's.
+    """
+    behind: BaseException | None = error
+    if isinstance(error, PosttrainError) and not isinstance(error, PluginFailed):
+        return None
+    while behind is not None:
+        if isinstance(behind, Interrupted):
+            return behind
+        if isinstance(behind, KeyboardInterrupt):
+            return Interrupted(BY_HAND)
+        behind = behind.__cause__ or behind.__context__
+    return Interrupted(BY_HAND) if heard and isinstance(error, ImportError) else None
 
 
 def nearest(name: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:

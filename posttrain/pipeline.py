@@ -15,7 +15,7 @@ from posttrain.artifact import Artifact, ModelSource
 from posttrain.config.schema import Half, OnFail
 from posttrain.data.reading import remote
 from posttrain.disk import explain_error, require_writable
-from posttrain.errors import DiskFailed, Interrupted, PluginFailed
+from posttrain.errors import DiskFailed, Interrupted, PluginFailed, interruption
 from posttrain.gate.procedure import ERRORS, STATES, WARNED, policy_for, state_of, verdict_error
 from posttrain.gate.spec import Verdict
 from posttrain.host.plugins import Host
@@ -62,7 +62,7 @@ def run(plan: Plan, host: Host, display: Display) -> RunDirectory:
         capped = within_cap(plan, path, interrupts, display.announce)
         with (
             open_run(path, plan) as directory, logged(path, directory.state.command, display), capped, host.restored(),
-            _closing(directory, plan, host, display),
+            _closing(directory, plan, host, display, interrupts),
         ):  # fmt: skip
             host.start_run(plan, path)
             display.announce(("posttrain", "bold"), f" {plan.recipe} ─► {path}")
@@ -168,7 +168,9 @@ def _withdraw(jobs: Sequence[Job], stopped: str, verdict: Verdict) -> None:
 
 
 @contextlib.contextmanager
-def _closing(directory: RunDirectory, plan: Plan, host: Host, display: Display) -> Iterator[None]:
+def _closing(
+    directory: RunDirectory, plan: Plan, host: Host, display: Display, interrupts: Interrupts
+) -> Iterator[None]:
     """Close the run, whatever ends it: write its state to run.json, write the report, close the trackers."""
     state = "failed"
     try:
@@ -182,6 +184,11 @@ def _closing(directory: RunDirectory, plan: Plan, host: Host, display: Display) 
             raise
         state = ENDINGS.get(type(known), state)
         raise known from error
+    except Exception as error:
+        if (stop := interruption(error, heard=interrupts.heard)) is None:
+            raise
+        state = ENDINGS[Interrupted]
+        raise stop from error
     finally:
         directory.state.end(state)
         _write_end(directory, display)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from posttrain.errors import (
+    BY_HAND,
     ArtifactDamaged,
     BadInput,
     DiskFailed,
@@ -78,7 +79,12 @@ def _finish(work: Callable[[], int]) -> int:
     """Call ``work`` and record its exit code at once: the end of the process may still crash."""
     code: int | str | None = 1
     try:
+        if sys.platform == "linux":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*FORWARDED, signal.SIGCHLD})
         code = work()
+    except KeyboardInterrupt:  # before work hears it, or while it answers another
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = explain(Interrupted(BY_HAND))
     except SystemExit as error:
         code = error.code
         raise
@@ -151,14 +157,13 @@ class Watch:
 
 
 def _fork(memory: mmap.mmap, lost: Mapping[str, str]) -> int:
-    """Fork; the parent keeps the signals blocked and takes them one by one."""
+    """Fork; the parent keeps the signals blocked and takes them one by one, the child until its work begins."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
     if child := os.fork():
         return child
-    signal.pthread_sigmask(signal.SIG_SETMASK, before - {*FORWARDED, signal.SIGCHLD})
     die_with(parent)
     activity.attach(memory, lost)
     return 0

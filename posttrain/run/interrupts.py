@@ -42,6 +42,11 @@ class Interrupts:
         return self._requested
 
     @property
+    def heard(self) -> bool:
+        """True after the first signal."""
+        return self._requested
+
+    @property
     def longest_step(self) -> float:
         """Longest of the newest times in seconds between two looks at ``requested``: a stage looks after each step."""
         return max(self._steps, default=0.0)

@@ -32,7 +32,7 @@ SET = {
     "quickstart": {"sft": 1e-3, "dpo": 1e-4, "safety": 5e-4},
     "quickstart_on_policy": {"sft": 1e-3, "dpo": 1e-4},
     "quickstart_iterated": {"sft": 1e-3, "dpo": 1e-4, "dpo2": 2e-5},
-    "quickstart_labels": {"sft": 1e-3, "kto": 1e-4},
+    "quickstart_labels": {"sft": 1e-3, "kto": 2e-4},
     "quickstart_rejection": {"sft": 1e-3, "rft": 5e-4},
     "quickstart_grpo": {"sft": 1e-3, "grpo": 2e-4},
     "tulu3_8b": {"sft": 5e-6, "dpo": 5e-7, "grpo": 3e-7},

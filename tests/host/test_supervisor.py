@@ -102,6 +102,15 @@ def test_control_c_on_a_terminal_reaches_the_work_once() -> None:
     assert rest.split(b"heard")[1].split() == [b"2"]
 
 
+def test_control_c_before_the_work_begins_and_while_it_answers_is_told_once() -> None:
+    begun = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {2})\nsignal.raise_signal(2)\n"
+    result = run(f"{begun}def work():\n    print('begun')")
+    told = "error: stopped by Ctrl-C\nRun the same command again to resume.\n"
+    assert (result.returncode, result.stdout, result.stderr) == (75, "", told)
+    result = run("def work():\n    try:\n        raise OSError\n    except OSError:\n        os.kill(os.getpid(), 2)")
+    assert (result.returncode, result.stderr) == (75, told)
+
+
 def test_a_signal_that_nobody_handles_is_an_interruption() -> None:
     body = "def work():\n    print('ready', flush=True)\n    time.sleep(30)\n    return 0"
     with started(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,27 @@ def test_the_second_time_nothing_is_trained(clean: Path) -> None:
     assert result.returncode == 0
     assert result.stderr.count("already done") == 3
     assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
+
+
+@pytest.fixture(scope="module")
+def trained(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose runs hold the quickstart's sft artifact, for recipes that begin with the same stage."""
+    folder = tmp_path_factory.mktemp("trained") / "folder"
+    shutil.copytree(clean.parent.parent, folder, symlinks=True)
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("quickstart_rejection", "rft"), ("quickstart_labels", "kto")])
+def test_a_model_learns_from_its_own_answers_and_keeps_what_it_knows(trained: Path, recipe: str, stage: str) -> None:
+    result = warm.run([sys.executable, "-m", "posttrain", f"recipe={recipe}"], cwd=trained)
+    assert result.returncode == 0, result.stderr
+    (run,) = (trained / "runs").glob(f"{recipe}-*")
+    first, second = state_of(run)["stages"]
+    assert "linked from quickstart-" in result.stdout, "sft was not trained again"
+    assert (first["state"], second["state"]) == ("promoted", "promoted")
+    tasks = lifts(run, stage, "parent")
+    assert tasks["towns_sentences"]["low"] > 0.4
+    assert tasks["towns_facts"]["low"] > -0.05
 
 
 def test_a_learning_rate_of_zero_is_rejected_with_the_reason(working_folder: Path) -> None:
