@@ -17,6 +17,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from posttrain.serve.prefixes import Beginning
+
 ROOM = 16
 """Tokens that fit behind the last one after rows have been copied."""
 
@@ -28,6 +30,24 @@ class RowCache(DynamicCache):
         """Begin without rows."""
         super().__init__()
         self.layer_class_to_replicate = RowLayer
+
+    @classmethod
+    def of(cls, rows: Sequence[Beginning | None]) -> RowCache:
+        """Return a cache whose rows have read these beginnings, at least one of them; the shorter ones are padded."""
+        cache = cls()
+        some = next(row for row in rows if row is not None)
+        width = max(row.tokens for row in rows if row is not None)
+        for number in range(len(some.layers)):
+            empty = tuple(each[:, :, :0] for each in some.layer(number))
+            cache.layers.append(RowLayer.of([empty if row is None else row.layer(number) for row in rows], width))
+        return cache
+
+    def row(self, place: int, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return copies of the last keys and values [1, H, T, D] of a row, of every layer."""
+        return [
+            (layer.keys[place, None, :, -tokens:].clone(), layer.values[place, None, :, -tokens:].clone())
+            for layer in self.layers
+        ]
 
     def select(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order; a place may come twice."""
@@ -52,6 +72,15 @@ class RowLayer(DynamicLayer):
     _held: tuple[torch.Tensor, torch.Tensor]
     """Keys and values [B, H, T, D] with what is before the first token and behind the last."""
     _begin = _end = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[torch.Tensor, ...]], width: int) -> RowLayer:
+        """Return the layer whose rows have these keys and values [1, H, T, D], and room for more."""
+        layer = cls()
+        keys, values = (_stacked(tensors, width, ROOM) for tensors in zip(*rows, strict=True))
+        layer.lazy_initialization(keys, values)
+        layer._take((keys, values), width)
+        return layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

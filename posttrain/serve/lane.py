@@ -6,17 +6,18 @@ Rows have different lengths and join at any token. They share one cache of keys 
     row 1   p p p p p p p p p a
     row 2   . . . . . . . . p p        has just joined
 
-A lane whose model carries several adapters gives each row its own one, in the same forward pass.
+A lane whose model carries several adapters gives each row its own one, in the same forward pass. What the beginning of
+a prompt has in common with an earlier text of its adapter is not read again.
 """
 
-# B = rows, T = tokens in the cache, V = vocabulary
+# B = rows, T = tokens in the cache, S = tokens that are read, V = vocabulary
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from posttrain.serve.ask import Ask, Ended, Event
 from posttrain.serve.cache import RowCache
 from posttrain.serve.drawing import draw, generator_of
 from posttrain.serve.mixing import Mixer
+from posttrain.serve.prefixes import Beginning, Prefixes
 
 
 @dataclass(eq=False)
@@ -36,13 +38,13 @@ class Row:
     ask: Ask
     adapter: str
     """Name of the adapter in a mixed batch, or BASE."""
-    length: int
-    """Tokens of prompt and answer."""
     left: int
     """Tokens that may still come."""
     generator: torch.Generator | None
-    last: int = 0
-    """The newest token, which is not in the cache yet."""
+    ids: list[int]
+    """Tokens of prompt and answer; the newest is not in the cache yet."""
+    sound: bool = True
+    """False once its logits were not finite."""
 
 
 class Lane:
@@ -56,7 +58,7 @@ class Lane:
         self._known = frozenset(inspect.signature(causal.forward).parameters)
         self._rows: list[Row] = []
         self._mask_BT = torch.zeros(0, 0, dtype=torch.long)
-        self._cache = RowCache()
+        self._cache, self._prefixes = RowCache(), Prefixes()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -77,25 +79,40 @@ class Lane:
         return {row.ask.system for row in self._rows}
 
     def admit(self, asks: Sequence[tuple[Ask, str]]) -> None:
-        """Read the prompts of new rows, each with its adapter's name, and send their first tokens.
+        """Take in new rows, each with its adapter's name; read their prompts and send their first tokens.
 
-        A prompt that several rows have with one adapter, as the ``n`` answers of a request do, is read once.
+        A prompt that several rows have with one adapter, as the ``n`` answers of a request do, is read once. One that
+        is known but for its last token joins unread: the next step reads it.
         """
         rows = [
-            Row(ask, adapter, len(ask.prompt), ask.sampling.max_tokens, generator_of(ask.sampling))
+            Row(ask, adapter, ask.sampling.max_tokens, generator_of(ask.sampling), [*ask.prompt])
             for ask, adapter in asks
         ]
+        known = [self._prefixes.find(row.adapter, row.ids) for row in rows]
+        whole = [each is not None and each.tokens == len(row.ids) - 1 for row, each in zip(rows, known, strict=True)]
+        if unread := [(row, each) for row, each, ready in zip(rows, known, whole, strict=True) if not ready]:
+            self._read(*map(list, zip(*unread, strict=True)))
+        if ready := [(row, each) for row, each, ready in zip(rows, known, whole, strict=True) if ready]:
+            beginnings = [each for _, each in ready]
+            self._join([row for row, _ in ready], _mask(beginnings), RowCache.of(beginnings))
+
+    def _read(self, rows: list[Row], known: list[Beginning | None]) -> None:
+        """Read prompts, all from the same number of tokens before their end, so that no padding is within a row."""
         places: dict[tuple[str, tuple[int, ...]], int] = {}
-        sources = [places.setdefault((row.adapter, tuple(row.ask.prompt)), len(places)) for row in rows]
-        read = [rows[sources.index(place)] for place in range(len(places))]
-        width = max(row.length for row in read)
-        ids_BT = torch.zeros(len(read), width, dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for place, row in enumerate(read):
-            ids_BT[place, width - row.length :] = torch.tensor(row.ask.prompt)
-            mask_BT[place, width - row.length :] = 1
-        cache = RowCache()
-        logits_BV = self._forward(read, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+        sources = [places.setdefault((row.adapter, tuple(row.ids)), len(places)) for row in rows]
+        read = [sources.index(place) for place in range(len(places))]
+        longest = max(len(rows[place].ids) - _tokens(known[place]) for place in read)
+        beginnings = [_first(known[place], len(rows[place].ids) - longest) for place in read]
+        cache = RowCache.of(beginnings) if any(beginnings) else RowCache()
+        ids_BS = torch.zeros(len(read), longest, dtype=torch.long)
+        mask_BS = torch.zeros_like(ids_BS)
+        for at, place in enumerate(read):
+            new = rows[place].ids[-longest:]
+            ids_BS[at, longest - len(new) :] = torch.tensor(new)
+            mask_BS[at, longest - len(new) :] = 1
+        mask_BT = torch.cat([_mask(beginnings), mask_BS], dim=1)
+        positions_BS = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -longest:]
+        logits_BV = self._forward([rows[place] for place in read], ids_BS, mask_BT, positions_BS, cache)
         kept = self._send(rows, logits_BV[sources])
         if kept:
             origins = [sources[place] for place in kept]
@@ -106,13 +123,27 @@ class Lane:
     def step(self) -> None:
         """Send the next token of every row, and let go of those that end or are cancelled."""
         going = [place for place, row in enumerate(self._rows) if not row.ask.cancelled]
+        self._remember(going, [len(row.ids) - 1 for row in self._rows])
         if not self._keep(going):
             return
-        ids_B1 = torch.tensor([[row.last] for row in self._rows])
-        positions_B1 = torch.tensor([[row.length - 1] for row in self._rows])
+        ids_B1 = torch.tensor([[row.ids[-1]] for row in self._rows])
+        positions_B1 = torch.tensor([[len(row.ids) - 1] for row in self._rows])
         self._mask_BT = F.pad(self._mask_BT, (0, 1), value=1)
-        logits_BV = self._forward(self._rows, ids_B1, self._mask_BT, positions_B1, self._cache)
-        self._keep(self._send(self._rows, logits_BV))
+        rows, read = self._rows, [len(row.ids) for row in self._rows]
+        logits_BV = self._forward(rows, ids_B1, self._mask_BT, positions_B1, self._cache)
+        going = self._send(rows, logits_BV)
+        self._remember(going, read)
+        self._keep(going)
+
+    def _remember(self, going: Sequence[int], read: Sequence[int]) -> None:
+        """Keep the texts of the rows that do not go on, as far as they are ``read`` into the cache."""
+        if self._cache.get_seq_length() != self.width:  # the model keeps what it has read in another way
+            return
+        for place in set(range(len(self._rows))).difference(going):
+            row, tokens = self._rows[place], read[place]
+            ids = tuple(row.ids[:tokens])
+            if row.sound and not self._prefixes.holds(row.adapter, ids):
+                self._prefixes.keep(row.adapter, ids, self._cache.row(place, tokens))
 
     def fail(self, fault: str) -> None:
         """End every answer of the lane."""
@@ -153,11 +184,13 @@ class Lane:
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             events: list[Event] = []
             if token is None:
+                row.sound = False
                 events.append(Ended("failed", "the model's logits are not finite"))
             elif token.id in row.ask.ends:
                 events.append(Ended("stop"))
             else:
-                row.last, row.length, row.left = token.id, row.length + 1, row.left - 1
+                row.ids.append(token.id)
+                row.left -= 1
                 events += [token] if row.left else [token, Ended("length")]
                 going += [place] if row.left else []
             for event in events:
@@ -193,3 +226,20 @@ class Lane:
         self._mask_BT = torch.cat([*masks])
         self._cache.join(cache)
         self._trim()
+
+
+def _tokens(beginning: Beginning | None) -> int:
+    """Return the number of tokens that need not be read."""
+    return 0 if beginning is None else beginning.tokens
+
+
+def _first(beginning: Beginning | None, tokens: int) -> Beginning | None:
+    """Return the first tokens of a beginning; None for no token."""
+    return None if beginning is None or tokens <= 0 else replace(beginning, tokens=tokens)
+
+
+def _mask(beginnings: Sequence[Beginning | None]) -> torch.Tensor:
+    """Return the mask [B, T] of beginnings, padded on the left."""
+    lengths_B1 = torch.tensor([[_tokens(each)] for each in beginnings])
+    width = int(lengths_B1.max())
+    return (torch.arange(width) >= width - lengths_B1).long()
