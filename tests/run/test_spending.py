@@ -72,11 +72,12 @@ def test_a_run_stops_at_its_cap_and_resumes_with_a_higher_one(working_folder: Pa
         until = time.monotonic() + 60
         while not context.stop_requested() and time.monotonic() < until:
             time.sleep(0.01)
-        raise Interrupted("stopped after step 3")
+        raise Interrupted("stopped after step 3; run the same command to resume from there")
 
     script.during_training = train
     words = [f"spend_cap='{cap}'", "price_per_hour='1.80 EUR'"]
-    with pytest.raises(SpendCapReached, match=r"cap of .* is reached.*: stopped after step 3.*a higher spend_cap"):
+    said = r"cap of .* is reached.*: stopped after step 3\. With a higher spend_cap"
+    with pytest.raises(SpendCapReached, match=said):
         run_recipe(script, *words)
     assert json.loads((only_run() / "run.json").read_text())["state"] == "interrupted"
     with pytest.raises(BadInput, match="this run has taken"):
