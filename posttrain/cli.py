@@ -229,11 +229,21 @@ def _named(words: list[str]) -> str | None:
     """Return the command of a line, ``run`` for the words of a recipe; None where the first is neither."""
     if words[0] in COMMANDS:
         return words[0]
+    if _stands_before(words):
+        return None
     return RUN if "=" in words[0] or words[0].startswith(("-", "~", "+")) else None
 
 
+def _stands_before(words: list[str]) -> bool:
+    """Return whether a flag precedes a command; the value of ``--config-dir`` is none."""
+    return words[0].startswith("-") and words[0] != "--config-dir" and len(words) > 1 and words[1] in COMMANDS
+
+
 def _no_command(words: list[str]) -> Problem:
-    """Return the problem of a first word that is no command: a recipe's name, one too many, a misspelt one."""
+    """Return the problem of a first word that is no command: a flag, a recipe's name, one too many, a misspelt one."""
+    if _stands_before(words):
+        fix = f"The command comes first: posttrain {' '.join((*words[1:], words[0]))}"
+        return Problem(where=words[0], what="stands before the command", fix=fix)
     from posttrain.config.paths import recipe_folders
 
     word, known = words[0], f"Commands: {', '.join(COMMANDS)}; posttrain --help explains them"

@@ -31,6 +31,8 @@ TYPOS = [
     ("--mutlirun recipe=mine sft.lr=1,2", "Did you mean --multirun?"),
     ("doctor recipe=mine --verbose", "--verbose: is no flag of this command"),
     ("serve nowhere --potr 80", "Did you mean --port?"),
+    ("-v serve nowhere", "-v: stands before the command\n    The command comes first: posttrain serve nowhere -v"),
+    ("--trust-tasks gate adapter=x", "posttrain gate adapter=x --trust-tasks"),
     ("report --htlm", "--htlm: is no flag of this command"),
     ("list --jsn", "Did you mean --json?"),
     ("export nowhere --too gguf", "Did you mean --to?"),
