@@ -200,12 +200,11 @@ class Lane:
     def _keep(self, places: list[int]) -> bool:
         """Keep the rows at ``places``, without the columns that only others needed; return True when some are left."""
         if len(places) < len(self._rows) or not places:
-            self._rows = [self._rows[place] for place in places]
             if not places:
-                self._mask_BT, self._cache = torch.zeros(0, 0, dtype=torch.long), RowCache()
+                self._rows, self._mask_BT, self._cache = [], torch.zeros(0, 0, dtype=torch.long), RowCache()
                 return False
-            self._mask_BT = self._mask_BT[places]
-            self._cache.select(places)
+            order = self._cache.drop(places)
+            self._rows, self._mask_BT = [self._rows[place] for place in order], self._mask_BT[order]
             self._trim()
         return True
 

@@ -33,6 +33,7 @@ def written(cache: RowCache, rows: int, tokens: int, draw: torch.Generator) -> t
     return new[0], new[1]
 
 
+@torch.inference_mode()
 def test_it_holds_what_joining_and_cutting_tensors_holds() -> None:
     order, draw = random.Random(0), torch.Generator().manual_seed(0)
     for _ in range(40):
@@ -40,7 +41,7 @@ def test_it_holds_what_joining_and_cutting_tensors_holds() -> None:
         rows = order.randint(1, 3)
         wanted = list(written(cache, rows, order.randint(1, 9), draw))
         for _ in range(40):
-            match order.choice(["write", "write", "select", "trim", "join"]):
+            match order.choice(["write", "write", "select", "drop", "trim", "join", "join"]):
                 case "write":
                     new = written(cache, len(wanted[0]), order.choice([1, 1, 1, 2, ROOM + 2]), draw)
                     wanted = [torch.cat(pair, dim=2) for pair in zip(wanted, new, strict=True)]
@@ -48,13 +49,18 @@ def test_it_holds_what_joining_and_cutting_tensors_holds() -> None:
                     places = order.choices(range(len(wanted[0])), k=order.randint(1, 4))
                     cache.select(places)
                     wanted = [each[places] for each in wanted]
+                case "drop":
+                    places = sorted(order.sample(range(len(wanted[0])), order.randint(1, len(wanted[0]))))
+                    kept = cache.drop(places)
+                    assert sorted(kept) == places
+                    wanted = [each[kept] for each in wanted]
                 case "trim":
                     cut = order.randint(0, wanted[0].shape[2] - 1)
                     cache.trim(cut)
                     wanted = [each[:, :, cut:] for each in wanted]
                 case "join":
                     other = RowCache()
-                    new = written(other, order.randint(1, 2), order.randint(1, 30), draw)
+                    new = written(other, order.randint(1, 3), order.choice([1, 2, 3, order.randint(1, 30)]), draw)
                     cache.join(other)
                     width = max(wanted[0].shape[2], new[0].shape[2])
                     wanted = [
