@@ -99,7 +99,7 @@ def test_installed_it_passes_its_own_tests(written: Path, site: Path) -> None:
         ("../escape", "Try escape."),
         ("ünïcode", "cannot be the name of a stage"),
         ("a" * 41, f"Try {'a' * 40}."),
-        ("", "cannot be the name of a stage"),
+        ("", "the word behind it is empty"),
         ("sft", "is taken: it is a stage of posttrain"),
         ("dpo", "is taken: it is a stage of preference"),
         ("preference", "is taken: it is a plugin"),
