@@ -50,6 +50,8 @@ FEWEST = 64
 """Fewest tokens of a timed product: below them it measures the memory."""
 OPERATIONS = {CPU: 2e9, CUDA: 4e12, METAL: 2e11}
 """Operations in one round over all shapes, by kind of device, as far as FEWEST allows."""
+SHORTEST = 1e-6
+"""Seconds that a product takes at least: clocks of processors may stand still for products of a tiny model."""
 ROUNDS = 3
 """Timed rounds after one to warm up; their median counts."""
 
@@ -227,7 +229,7 @@ def _seconds(shape: tuple[int, int], tokens: int, passes: int, dtype: str) -> fl
         if wanted:
             torch.autograd.grad(output_TR, wanted, torch.ones_like(output_TR))
         times.append(_clock(device) - start)
-    return statistics.median(times[1:])
+    return max(statistics.median(times[1:]), SHORTEST)
 
 
 def _clock(device: torch.device) -> float:

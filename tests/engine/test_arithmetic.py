@@ -165,6 +165,13 @@ def test_a_model_that_only_answers_leaves_bfloat16_for_what_is_faster(
     assert choose_inference("bfloat16", source) == "bfloat16"
 
 
+def test_products_too_short_for_the_clock_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "_clock", lambda device: 1.0)
+    rates = measure_rates({(8, 8): 2}, tokens=8, passes=FORWARD)
+    assert rates.float32 == rates.bfloat16
+    assert choose_inference("bfloat16", base_source(write_base(tmp_path / "base"))) == "bfloat16"
+
+
 @pytest.mark.parametrize(("rates", "expected"), [(SLOW, "float32"), (FAST, "bfloat16")])
 def test_served_and_sampled_answers_are_computed_like_the_scored_ones(
     rates: Rates, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
