@@ -263,7 +263,7 @@ class Training:
         stopped, saved, failed = map(bool, processes.total(asked).tolist())
         if failed:
             saves.finish()
-            raise Interrupted("another process could not write its part of a checkpoint; run the same command again")
+            raise Interrupted("another process could not write its part of a checkpoint")
         # After the step's report, so that metrics.jsonl never lags behind a checkpoint: on resuming, lines beyond the
         # checkpoint are dropped, but missing ones would be lost. The gradients are freed by now, and no part of it.
         if stopped or saved:
@@ -272,9 +272,7 @@ class Training:
         if stopped:
             saves.finish()
             processes.wait()
-            raise Interrupted(
-                f"stopped after step {position.step} of {self.order.total}; run the same command to resume from there"
-            )
+            raise Interrupted(f"stopped after step {position.step} of {self.order.total}")
 
 
 def _seed_of(seed: int, step: int, batch: int) -> int:

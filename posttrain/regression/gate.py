@@ -12,7 +12,7 @@ from posttrain import ledger
 from posttrain.artifact import BaseWeights, ModelSource
 from posttrain.chat_template import DATE
 from posttrain.config.regression import RegressionConfig
-from posttrain.config.schema import Backend, GateConfig, GateTask, Role, Sequential
+from posttrain.config.schema import GateConfig, GateTask, Role, Sequential
 from posttrain.digests import digest_of, file_digest
 from posttrain.gate.procedure import decide_candidate, score_systems
 from posttrain.gate.spec import DocumentScore, GateRequest, Scorecard, Verdict
@@ -79,7 +79,7 @@ def judge_adapter(
     tokenizer = changes.require_tokenizer(candidate)
     if adapter is not None:
         changes.require_same_tokenizer(tokenizer, adapter)
-    compute = _compute_dtype(settings, candidate, committed)
+    compute = _compute_dtype(settings, candidate, adapter, committed)
     conditions = _conditions(settings, candidate, tokenizer, compute)
     noted = require_same_asked(file, committed, conditions) if file is not None and committed is not None else ()
     if candidate.source.llama:
@@ -113,15 +113,16 @@ def _baseline_file(settings: RegressionConfig) -> Path | None:
     return Path(settings.baseline).expanduser()
 
 
-def _compute_dtype(settings: RegressionConfig, candidate: Candidate, committed: Baseline | None) -> str:
+def _compute_dtype(
+    settings: RegressionConfig, candidate: Candidate, adapter: Candidate | None, committed: Baseline | None
+) -> str:
     """Return the number format of the arithmetic: that of the baseline's scores, else the faster one."""
-    from posttrain.engine.arithmetic import choose_inference
+    from posttrain.scoring.systems import compute_dtype
 
-    if settings.gate.backend is Backend.vllm:
-        return candidate.dtype
     if committed is not None:
         return str(committed.asked.get("compute_dtype", candidate.dtype))
-    return choose_inference(candidate.dtype, candidate.source)
+    systems = [each.source for each in (candidate, adapter) if each is not None]
+    return compute_dtype(settings.gate.backend, candidate.dtype, systems)
 
 
 def _conditions(

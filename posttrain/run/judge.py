@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,27 @@ def check_gates(jobs: Sequence[Job]) -> None:
     """
     waiting = [job for job in jobs if not (job.folder / "verdict.json").exists()]
     problems = [problem for job in waiting for answer in job.host.hook.check_gate(step=job.step) for problem in answer]
-    problems = problems or [problem for job in waiting for problem in _check_documents(job)]
+    problems = problems or _check_documents([job for job in waiting if job.step.gate.enabled])
     if problems:
         raise BadInput(problems)
 
 
-def _check_documents(job: Job) -> list[Problem]:
-    """Return the problems of the gate's documents with the base's template and context, which every stage keeps."""
-    if not job.step.gate.enabled:
+def _check_documents(jobs: Sequence[Job]) -> list[Problem]:
+    """Return the problems of the gates' documents with the base's template and context, which every stage keeps."""
+    if not jobs:
         return []
     from posttrain.model.loading import load_tokenizer
     from posttrain.scoring.harness.lengths import check_lengths
     from posttrain.scoring.harness.rehearsal import check_chats
 
-    load = partial(load_tokenizer, job.base)
-    found = check_chats(job.step.tasks, load)
-    if not found and CORE_ORIGIN in job.host.answerers("check_gate"):  # another's documents are known to it alone
-        found = check_lengths(job.step.tasks, job.step.gate.seed, job.base, load)
-    return [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
+    problems: list[Problem] = []
+    load = cache(partial(load_tokenizer, jobs[0].base))
+    for job in jobs:
+        found = check_chats(job.step.tasks, load)
+        if not found and CORE_ORIGIN in job.host.answerers("check_gate"):  # another's documents are known to it alone
+            found = check_lengths(job.step.tasks, job.step.gate.seed, job.base, load)
+        problems += [replace(problem, where=f"{job.name}.gate.{problem.where}") for problem in found]
+    return problems
 
 
 def judge_stage(

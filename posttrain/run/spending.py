@@ -83,8 +83,7 @@ class Spending:
             if not self.reason:
                 raise
             fix = "With a higher spend_cap the same command resumes from there"
-            stopped = str(error).partition(";")[0]  # the rest says to run the same command, whose cap is spent
-            raise SpendCapReached(f"{self.reason}: {stopped}. {fix}") from error
+            raise SpendCapReached(f"{self.reason}: {error}. {fix}") from error
         finally:
             ended.set()
             thread.join()

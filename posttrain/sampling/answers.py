@@ -174,7 +174,7 @@ def write_blocks(
     """Write blocks; ``wrote`` gets the number of answers of each. Raises Interrupted when a stop is requested."""
     for number in numbers:
         if asking.stop_requested():
-            raise Interrupted("stopped while answers were sampled; run the same command to go on from there")
+            raise Interrupted("stopped while answers were sampled")
         groups = write(blocks.part(number))
         blocks.write(number, [[_written(tokenizer, answer) for answer in group] for group in groups])
         wrote(len(groups) * asking.drawing.k)

@@ -13,7 +13,6 @@ from typing import Any
 
 from posttrain.config.schema import Backend
 from posttrain.digests import digest_of
-from posttrain.engine.arithmetic import choose_inference
 from posttrain.errors import ArtifactDamaged
 from posttrain.gate.sequential import Look
 from posttrain.gate.spec import DocumentScore, GateProgress, GateRequest, Scorecard
@@ -32,7 +31,7 @@ from posttrain.scoring.isolation import quiet, seeded
 from posttrain.scoring.questions import PreparedTask
 from posttrain.scoring.responders import Responders
 from posttrain.scoring.scorecard import write_questions, write_scorecard
-from posttrain.scoring.systems import Loading
+from posttrain.scoring.systems import Loading, compute_dtype
 
 
 def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> Scorecard:
@@ -58,11 +57,9 @@ def evaluate(request: GateRequest, progress: GateProgress, loading: Loading) -> 
 
 
 def _number_format(request: GateRequest) -> str:
-    """Return the format in which all systems of the request are loaded; vLLM computes in that of the weights."""
-    quantised = any(source.quantization is not None for source in request.systems.values())
-    if quantised or request.gate.backend is Backend.vllm:
-        return request.dtype
-    compute = request.compute_dtype or choose_inference(request.dtype, request.systems["candidate"])
+    """Return the format in which all systems of the request are loaded."""
+    systems = [*request.systems.values()]
+    compute = request.compute_dtype or compute_dtype(request.gate.backend, request.dtype, systems)
     return number_format(request.dtype, compute)
 
 

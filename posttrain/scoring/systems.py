@@ -8,13 +8,15 @@ import contextlib
 import copy
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from posttrain.artifact import ModelSource
+from posttrain.config.schema import Backend
+from posttrain.engine.arithmetic import choose_inference
 from posttrain.model.added_tokens import read_rows
 from posttrain.model.loading import attach
 from posttrain.scoring.isolation import evaluating
@@ -28,6 +30,16 @@ class Loading:
     tokenizer: Callable[[ModelSource], Any]
     device: str
     """Type of the device, such as ``cpu``."""
+
+
+def compute_dtype(backend: Backend, dtype: str, systems: Sequence[ModelSource]) -> str:
+    """Return the number format in which all systems compute, with weights of ``dtype``: the faster one.
+
+    vLLM computes in that of the weights, and so do quantised weights, with which all others are compared.
+    """
+    if backend is Backend.vllm or any(source.quantization is not None for source in systems):
+        return dtype
+    return choose_inference(dtype, systems[0])
 
 
 def group_by_weights(systems: Mapping[str, ModelSource]) -> list[dict[str, ModelSource]]:

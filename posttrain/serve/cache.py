@@ -68,8 +68,9 @@ class RowCache(DynamicCache):
         order = [*range(count)]
         for hole, place in zip(holes, last, strict=True):
             order[hole] = place
+        holes_B, last_B = (torch.tensor(each, dtype=torch.long) for each in (holes, last))
         for layer in self.layers:
-            layer.drop(count, *(torch.tensor(each, dtype=torch.long, device=layer.device) for each in (holes, last)))
+            layer.drop(count, holes_B.to(layer.device), last_B.to(layer.device))
         return order
 
     def trim(self, tokens: int) -> None:
@@ -97,7 +98,7 @@ class RowLayer(DynamicLayer):
         layer = cls()
         keys, values = (_stacked(tensors, width, ROOM) for tensors in zip(*rows, strict=True))
         layer.lazy_initialization(keys, values)
-        layer._take((keys, values), width, 0, sum(len(row[0]) for row in rows))
+        layer._take((keys, values), width, 0, len(rows))
         return layer
 
     def update(

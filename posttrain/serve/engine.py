@@ -17,7 +17,7 @@ T = TypeVar("T")
 PREFILL = 8192
 """Most tokens, with padding, of the prompts that are read in one pass; a longer prompt is read alone."""
 CACHE = 65_536
-"""Most tokens in the caches of all lanes when an answer joins, with padding, without the room behind the last one.
+"""Most tokens in the caches of all lanes when an answer joins, with padding, without room and texts that ended.
 
 A longer prompt is answered alone.
 """

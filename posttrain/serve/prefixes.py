@@ -8,8 +8,8 @@ texts least lately used make room for others. Keys and values depend on the adap
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,41 +43,36 @@ class Prefixes:
 
     def __init__(self, most: int = MOST_TOKENS) -> None:
         """Begin without texts."""
-        self._most, self._tokens = most, 0
+        self._most = most
         self._texts: OrderedDict[tuple[str, Ids], Sequence[Layer]] = OrderedDict()
-        self._ids: defaultdict[str, set[Ids]] = defaultdict(set)
 
     def find(self, adapter: str, prompt: Sequence[int]) -> Beginning | None:
         """Return the longest known beginning of a prompt, without its last token, which is always read."""
         wanted = tuple(prompt[:-1])
-        lengths = {ids: _common(ids, wanted) for ids in self._ids.get(adapter, ())}
+        lengths = {ids: _common(ids, wanted) for ids in self._of(adapter)}
         best = max(lengths, key=lengths.__getitem__, default=())
         tokens = lengths.get(best, 0)
-        if tokens < min(LEAST_TOKENS, max(len(wanted), 1)):
+        if not tokens or tokens < min(LEAST_TOKENS, len(wanted)):
             return None
         self._texts.move_to_end((adapter, best))
         return Beginning(self._texts[adapter, best], tokens)
 
     def holds(self, adapter: str, ids: Ids) -> bool:
         """Return True when a text begins with these tokens."""
-        return any(known[: len(ids)] == ids for known in self._ids.get(adapter, ()))
+        return any(known[: len(ids)] == ids for known in self._of(adapter))
 
     def keep(self, adapter: str, ids: Ids, layers: Sequence[Layer]) -> None:
         """Keep a text, unless it is longer than all texts may be, in place of those that it begins with."""
         if len(ids) > self._most:
             return
-        for known in [known for known in self._ids[adapter] if ids[: len(known)] == known]:
-            self._forget(adapter, known)
+        for known in [known for known in self._of(adapter) if ids[: len(known)] == known]:
+            del self._texts[adapter, known]
         self._texts[adapter, ids] = layers
-        self._ids[adapter].add(ids)
-        self._tokens += len(ids)
-        while self._tokens > self._most:
-            self._forget(*next(iter(self._texts)))
+        while sum(len(known) for _, known in self._texts) > self._most:
+            self._texts.popitem(last=False)
 
-    def _forget(self, adapter: str, ids: Ids) -> None:
-        del self._texts[adapter, ids]
-        self._ids[adapter].remove(ids)
-        self._tokens -= len(ids)
+    def _of(self, adapter: str) -> Iterator[Ids]:
+        return (ids for name, ids in self._texts if name == adapter)
 
 
 def _common(one: Ids, other: Ids) -> int:

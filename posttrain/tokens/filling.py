@@ -44,7 +44,6 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 """The arrays of a table by name, each a file."""
 POLL_SECONDS = 0.2
 """Seconds between two looks for a request to stop."""
-AGAIN = "run the same command again to resume there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ def _made(pieces: Pieces) -> Generator[tuple[Problem, ...], None, None]:
             yield _result(future, pieces.fill)
     except BrokenProcessPool:
         what = "a process that renders records was killed, as the system does when memory runs out"
-        raise Interrupted(f"{what}; set data_workers lower, or {AGAIN}") from None
+        raise Interrupted(f"{what}; set data_workers lower") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -153,7 +152,7 @@ def _result(future: Future[tuple[Problem, ...]], fill: Fill) -> tuple[Problem, .
 
 def _check_stop(fill: Fill) -> None:
     if fill.stop_requested():
-        raise Interrupted(f"stopped while records were rendered; {AGAIN}")
+        raise Interrupted("stopped while records were rendered")
 
 
 _pieces: Pieces

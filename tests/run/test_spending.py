@@ -72,7 +72,7 @@ def test_a_run_stops_at_its_cap_and_resumes_with_a_higher_one(working_folder: Pa
         until = time.monotonic() + 60
         while not context.stop_requested() and time.monotonic() < until:
             time.sleep(0.01)
-        raise Interrupted("stopped after step 3; run the same command to resume from there")
+        raise Interrupted("stopped after step 3")
 
     script.during_training = train
     words = [f"spend_cap='{cap}'", "price_per_hour='1.80 EUR'"]

@@ -52,7 +52,7 @@ def check_lengths(
     if not own:
         return []
     tokenizer = load_tokenizer()
-    config = AutoConfig.from_pretrained(base.model)
+    config = AutoConfig.from_pretrained(base.model, local_files_only=True, trust_remote_code=False)
     context = resolve_max_length(config, tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
     with quiet(), muted():
         return [problem for name, task in own.items() for problem in _faults(name, task, seed, context, tokenizer)]
