@@ -104,7 +104,9 @@ def tool_names(tools: Sequence[Tool]) -> list[str]:
 
 def words(value: Any) -> Iterator[Any]:
     """Yield every key and every scalar in nested lists and objects."""
-    if isinstance(value, Mapping):
+    if isinstance(value, str):  # nearly every one: the question after a Mapping takes ten times as long
+        yield value
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield key
             yield from words(item)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from posttrain.disk import replace_text
 from posttrain.errors import ArtifactDamaged
 from posttrain.saved import plain, read_as
 
-GRANULARITY_NS = 2_000_000_000
-"""Age below which a file's times prove nothing, in nanoseconds: two writes within a tick of the clock of a file
-system (2 s on FAT) leave the same times."""
+SECOND_NS = 1_000_000_000
+COARSE_NS, FINE_NS = 2 * SECOND_NS, SECOND_NS // 10
+"""Age below which a file's times prove nothing, in nanoseconds: two writes within a tick of the clock of a file system
+leave the same times. FAT has ticks of 2 s; where times have parts of a second, a kernel's tick is 10 ms at most."""
 MOST_FILES = 10_000
 """Files remembered, those hashed last."""
 
@@ -56,12 +59,16 @@ class Contents:
             return known.digest
         digest = file_digest(path)
         found = _figures(before, digest)
-        settled = max(before.st_mtime_ns, before.st_ctime_ns) < began - GRANULARITY_NS
-        if settled and found == _figures(path.stat(), digest):
+        if _is_settled(before, began) and found == _figures(path.stat(), digest):
             self._known.pop(name, None)  # to the end: the first ones are forgotten first
             self._known[name] = found
             self._is_changed = True
         return digest
+
+    def digests(self, paths: Mapping[str, Path]) -> dict[str, str]:
+        """Return the SHA-256 of several files by name, hashed in parallel where they are not remembered."""
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            return dict(zip(paths, pool.map(self.digest, paths.values()), strict=True))
 
     def save(self) -> None:
         """Write the digests, if there are new ones; a disk that takes no file costs time at the next start, no more."""
@@ -83,6 +90,12 @@ def _load(kept: Path) -> dict[str, Known]:
         return {}
     files = {name: plain(known) for name, known in saved.files.items()}
     return dict(saved.files) if digest_of(files) == saved.proof else {}
+
+
+def _is_settled(found: os.stat_result, now: int) -> bool:
+    """Return whether a write from ``now`` on, in nanoseconds, would give the file other times."""
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return max(times) < now - (FINE_NS if all(each % SECOND_NS for each in times) else COARSE_NS)
 
 
 def _figures(found: os.stat_result, digest: str) -> Known:

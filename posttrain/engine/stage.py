@@ -34,7 +34,7 @@ def stored_rows(
     context: StageContext,
     records: Sequence[Any],
     tokenizer: Any,
-    rows: Callable[[Any], list[TableRow]],
+    rows: Callable[[Sequence[Any]], Iterable[TableRow]],
     **settings: Any,
 ) -> TokenTable:
     """Return the rows of ``records`` from the store of all runs; ``rows`` renders those missing there.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from posttrain.engine.config import FineTuneConfig, TrainOn
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.held_out import choose_held_out
 from posttrain.errors import BadInput, Problem
-from posttrain.tokens.chat import ChatRenderer, Rendered
+from posttrain.tokens.chat import ChatRenderer
 from posttrain.tokens.masks import MaskProof
 from posttrain.tokens.overlong import cut
 from posttrain.tokens.packing import PackedRow, Packing, pack
@@ -44,34 +45,41 @@ class Rendering:
         self._train_on, self._renderer = train_on, ChatRenderer(tokenizer)
         self._proof = MaskProof(tokenizer) if proven else None
 
-    def rows(self, record: Document) -> list[TableRow]:
-        """Render a record: one row, or several with train_on=each. Raises BadInput for one that fails, or its proof."""
-        rows = rows_of(record, self._train_on)
-        return [
-            TableRow(
-                rendered=self._render(row),
-                origin=record.origin,
+    def rows(self, records: Iterable[Document]) -> Iterator[TableRow]:
+        """Yield the rows of each record: one, or several with train_on=each.
+
+        Raises BadInput for the first record that cannot be rendered, or whose proof fails.
+        """
+        parts, read = tee((row, after) for record in records for row, after in _numbered(record, self._train_on))
+        last_only = self._train_on is not TrainOn.all
+        documents = self._renderer.documents((row for row, _ in read), last_only=last_only)
+        for (row, after), rendered in zip(parts, documents, strict=True):
+            chat = isinstance(row, Conversation)
+            # every token of a raw text is trained, and a tokenizer may be unable to spell every character of one
+            if chat and self._proof is not None:
+                self._check(row, self._proof.fault(row, rendered, last_only=last_only))
+            yield TableRow(
+                rendered=rendered,
+                origin=row.origin,
                 flag=isinstance(row, Conversation) and is_declined(row),
-                chat=isinstance(row, Conversation),
-                after=len(rows) - number,
+                chat=chat,
+                after=after,
             )
-            for number, row in enumerate(rows, start=1)
-        ]
 
     def table(self, records: Iterable[Document]) -> TokenTable:
         """Return the rows of all records, in memory."""
-        return TokenTable.of(row for record in records for row in self.rows(record))
+        return TokenTable.of(self.rows(records))
 
-    def _render(self, record: Document) -> Rendered:
-        last_only = self._train_on is not TrainOn.all
-        rendered = self._renderer.document(record, last_only=last_only)
-        # every token of a raw text is trained, and a tokenizer may be unable to spell every character of one
-        if self._proof is not None and isinstance(record, Conversation):
-            fault = self._proof.fault(record, rendered, last_only=last_only)
-            if fault is not None:
-                fix = "Use another chat template (model.chat_template=FILE), or look at it with posttrain tokens"
-                raise BadInput(Problem(where=record.where, what=f"the mask is wrong: {fault}", fix=fix))
-        return rendered
+    def _check(self, record: Document, fault: str | None) -> None:
+        if fault is not None:
+            fix = "Use another chat template (model.chat_template=FILE), or look at it with posttrain tokens"
+            raise BadInput(Problem(where=record.where, what=f"the mask is wrong: {fault}", fix=fix))
+
+
+def _numbered(record: Document, train_on: TrainOn) -> Iterator[tuple[Document, int]]:
+    """Yield the rows of a record, each with the number of those that follow."""
+    rows = rows_of(record, train_on)
+    yield from zip(rows, reversed(range(len(rows))), strict=True)
 
 
 def rows_of(record: Document, train_on: TrainOn) -> list[Document]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -30,13 +30,15 @@ from posttrain.data.records import (
     Text,
 )
 from posttrain.errors import BadInput, reject
-from posttrain.tokens.codec import decode, encode, without_space
+from posttrain.tokens.codec import decode, encode, encode_all, without_space
 from posttrain.tokens.spans import AnswerSpan, Template
 
 _READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
 """Keys of a message that are read, or without meaning in a template that leaves them out."""
 _PROBED = 3
 """Records by which the template is tried for each key."""
+_GROUP = 200_000
+"""Characters of conversations that are encoded by one call, or of the last one more."""
 
 _QUESTION = {"role": "user", "content": "What is this called?"}
 _ANSWER = {"role": "assistant", "content": "This is called a lamp."}
@@ -68,6 +70,16 @@ class Rendered:
     """The text behind the ids."""
     where: str = ""
     """The place of the record, as ``file:line``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A conversation whose text and answers are known, before it is encoded."""
+
+    text: str
+    answers: Sequence[AnswerSpan]
+    where: str
+    """The place of its record."""
 
 
 def as_array(ids: Sequence[int]) -> NDArray[np.int32]:
@@ -119,6 +131,29 @@ class ChatRenderer:
         """Render a conversation or a raw text; raises BadInput as ``conversation`` and ``raw`` do."""
         return self.raw(record) if isinstance(record, Text) else self.conversation(record, last_only=last_only)
 
+    def documents(self, records: Iterable[Document], *, last_only: bool = False) -> Iterator[Rendered]:
+        """Yield ``document`` of each record, in their order.
+
+        Conversations are encoded several at a time: the library takes a fifth less for a text after another text than
+        for one after a template. Raises BadInput for the first record that fails, once those before it are yielded.
+        """
+        drafts: list[_Draft] = []
+        size = 0
+        try:
+            for record in records:
+                if isinstance(record, Text) or size >= _GROUP:
+                    ready, drafts, size = drafts, [], 0
+                    yield from self._encoded(ready)
+                if isinstance(record, Text):
+                    yield self.raw(record)
+                else:
+                    drafts.append(self._draft(record, last_only))
+                    size += len(drafts[-1].text)
+        except BadInput:
+            yield from self._encoded(drafts)
+            raise
+        yield from self._encoded(drafts)
+
     def raw(self, record: Text) -> Rendered:
         """Render raw text with the tokenizer's beginning and an end-of-sequence token; all but the first are trained.
 
@@ -142,6 +177,9 @@ class ChatRenderer:
         Raises:
             BadInput: A span cannot be proven, a content holds a special token, or the template fails.
         """
+        return self._encoded_alone(self._draft(record, last_only))
+
+    def _draft(self, record: Conversation, last_only: bool) -> _Draft:
         answers = [index for index, message in enumerate(record.messages) if message["role"] == "assistant"]
         if last_only and answers:
             answers = answers[-1:]
@@ -150,9 +188,23 @@ class ChatRenderer:
         text = self._template.render(record)
         self._template.check(record, text)
         trained = [index for index in answers if record.messages[index].get("train", True)]
-        spans = self._spans(record, trained, text)
-        ids, mask = self._tokens(text, spans, record.where)
-        return Rendered(ids, mask, text, record.where)
+        return _Draft(text, self._spans(record, trained, text), record.where)
+
+    def _encoded(self, drafts: Sequence[_Draft]) -> Iterator[Rendered]:
+        """Yield the document of each draft, with the ids and the mask of its text.
+
+        Characters cannot be mapped to ids in general: tokens cross borders, and normalisation changes characters.
+        Special tokens can: they occur in the same order in text and ids, and no other token crosses one. So they are
+        the fixed points. From the last one before an answer, the prompt is tokenized alone, as inference does it, and
+        must give the same ids as within the whole text.
+        """
+        encoded = encode_all(self._tokenizer, [draft.text for draft in drafts])
+        for draft, whole in zip(drafts, encoded, strict=True):
+            ids, mask = self._masked(draft, whole)
+            yield Rendered(ids, mask, draft.text, draft.where)
+
+    def _encoded_alone(self, draft: _Draft) -> Rendered:
+        return next(self._encoded([draft]))
 
     def _spans(self, record: Conversation, trained: Sequence[int], text: str) -> list[AnswerSpan]:
         if len(trained) > 1:
@@ -189,7 +241,8 @@ class ChatRenderer:
         span = replace(span, start=max(span.start, len(prompt)))
         if span.start >= span.content_end:
             reject(record.where, "the answer is empty", "Remove the document")
-        ids, mask = self._tokens(text, [span], record.where)
+        rendered = self._encoded_alone(_Draft(text, [span], record.where))
+        ids, mask = rendered.ids, rendered.mask
         stops = list(self._template.control.finditer(text, span.content_end, span.end))
         # The lead of an answer may hold special tokens as well, so those of its stop are counted from its end.
         end = [place for place, token in enumerate(ids) if mask[place] and token in self._control_ids][-len(stops)]
@@ -229,46 +282,42 @@ class ChatRenderer:
         text = self._template.render(chat)
         self._template.check(chat, text)
         answer = self._template.find_answer(chat, len(chat.messages) - 1, text)
-        ids, mask = self._tokens(text, [answer], record.where)
-        start, end = mask.index(True), len(mask) - mask[::-1].index(True)
-        return ids[:start], ids[start:end]
+        rendered = self._encoded_alone(_Draft(text, [answer], record.where))
+        start, end = rendered.mask.index(True), len(rendered.mask) - rendered.mask[::-1].index(True)
+        return rendered.ids[:start], rendered.ids[start:end]
 
-    def _tokens(self, text: str, answers: Sequence[AnswerSpan], where: str) -> tuple[list[int], list[bool]]:
-        """Return the ids of ``text`` and their mask.
-
-        Characters cannot be mapped to ids in general: tokens cross borders, and normalisation changes characters.
-        Special tokens can: they occur in the same order in text and ids, and no other token crosses one. So they are
-        the fixed points. From the last one before an answer, the prompt is tokenized alone, as inference does it, and
-        must give the same ids as within the whole text.
-        """
-        whole = self._encode(text)
+    def _masked(self, draft: _Draft, whole: list[int]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a draft, of whose text the tokenizer made ``whole``, and their mask."""
+        text, where = draft.text, draft.where
         found = list(self._template.control.finditer(text))
         known = np.minimum(as_array(whole), len(self._is_control) - 1)
         places = np.flatnonzero(self._is_control[known]).tolist()
         if [whole[place] for place in places] != [self._controls.get(match[0]) for match in found]:
             reject(where, "the tokenizer does not keep the special tokens of the chat template whole")
         ends = [match.end() for match in found]
-        ids: list[int] = []
-        mask: list[bool] = []
-        done = 0
-        for answer in answers:
+        ids, mask = whole.copy(), [False] * len(whole)
+        done = moved = 0
+        for answer in draft.answers:
             before = bisect_right(ends, answer.start) - 1
             first, char = (places[before], found[before].start()) if before >= 0 else (0, 0)
             last = places[ends.index(answer.end)] + 1
             head = self._head_ids(text[char : answer.start])
-            if whole[first : first + len(head)] == head:
-                said = whole[first + len(head) : last]
-            else:
+            start = first + len(head)
+            said = whole[start:last]
+            if whole[first:start] != head:
                 # A token crosses the border. Training on it would teach an id that inference never starts from.
                 said = self._encode(text[answer.start : answer.end])
                 self._verify_border(head + said, text[char : answer.end], answer.turn, where)
-            # The head may begin with the stop token of the previous answer, already in ids.
-            asked = (whole[done:first] + head)[max(0, done - first) :]
+                # The head may begin with the stop token of the previous answer, which is there and trained.
+                asked = head[max(0, done - first) :]
+                between = slice(max(first, done) + moved, last + moved)
+                ids[between] = asked + said
+                mask[between] = [False] * (len(asked) + len(said))
+                moved += len(asked) + len(said) - (last - max(first, done))
             self._verify(said, text[answer.start : answer.end], answer.turn, where)
-            ids += asked + said
-            mask += [False] * len(asked) + [True] * len(said)
+            mask[last + moved - len(said) : last + moved] = [True] * len(said)
             done = last
-        return ids + whole[done:], mask + [False] * (len(whole) - done)
+        return ids, mask
 
     def _verify_border(self, ids: list[int], text: str, turn: int, where: str) -> None:
         """Raise BadInput if prompt and answer, tokenized apart, decode to another text."""

@@ -17,14 +17,20 @@ NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 def encode(tokenizer: Any, text: str, *, whole: bool = False) -> list[int]:
     """Return the ids of ``text``; with ``whole``, including the tokenizer's tokens around a text."""
+    return encode_all(tokenizer, [text], whole=whole)[0]
+
+
+def encode_all(tokenizer: Any, texts: Sequence[str], *, whole: bool = False) -> list[list[int]]:
+    """Return the ids of each of ``texts``; with ``whole``, including the tokenizer's tokens around a text."""
     backend = _plain_backend(tokenizer, "_encode_plus")
     if backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens):
         # transformers asks for the place of every token in the text as well: two fifths of the time
-        with _watching(tokenizer, len(text)):
-            ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=whole)[0].ids
-            return ids
-    encoded = tokenizer(text, add_special_tokens=whole, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
+        with _watching(tokenizer, sum(map(len, texts))):
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=whole)]
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=whole, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

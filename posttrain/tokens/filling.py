@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -51,8 +51,8 @@ class Fill:
     """The work behind a store: how records become rows, and whom to tell."""
 
     records: Sequence[Any]
-    rows: Callable[[Any], list[TableRow]]
-    """Renders one record; raises BadInput for a bad one."""
+    rows: Callable[[Sequence[Any]], Iterable[TableRow]]
+    """Renders records, in their order; raises BadInput for the first bad one."""
     note: Callable[[str], None] = lambda text: None
     """Gets a line for the user."""
     part: Callable[[int, int, str], None] = lambda done, total, what: None
@@ -80,7 +80,7 @@ class Pieces:
             return ()
         try:
             records = self.fill.records[number * PIECE : (number + 1) * PIECE]
-            _write_piece(self.paths[number], TokenTable.of(row for record in records for row in self.fill.rows(record)))
+            _write_piece(self.paths[number], TokenTable.of(self.fill.rows(records)))
         except BadInput as error:
             return tuple(error.problems)
         return ()

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import is_
 from typing import Any
 
 from posttrain.chat_template import pinned_source, render_pinned
@@ -49,7 +50,7 @@ class History:
         count = len(messages)
         if not 0 < count <= len(self.messages):
             return None
-        if any(one is not other for one, other in zip(messages, self.messages, strict=False)):
+        if not all(map(is_, messages, self.messages)):
             return None
         return self.text[: self.cuts[count]] + (self.prompt if prompt else self.text[self.cuts[-1] :])
 

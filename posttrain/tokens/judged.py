@@ -7,7 +7,7 @@ flag    True for a chosen or a good answer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,15 @@ class Judging:
         """Take a tokenizer with its chat template."""
         self._renderer = ChatRenderer(tokenizer)
 
-    def rows(self, record: Preference | Feedback) -> list[TableRow]:
-        """Render a record. Raises BadInput for one that fails, or for a preference whose answers come out equal."""
+    def rows(self, records: Iterable[Preference | Feedback]) -> Iterator[TableRow]:
+        """Yield the rows of each record.
+
+        Raises BadInput for one that cannot be rendered, or for a preference whose answers come out equal.
+        """
+        for record in records:
+            yield from self._rows(record)
+
+    def _rows(self, record: Preference | Feedback) -> list[TableRow]:
         if isinstance(record, Preference):
             pair = self._renderer.preference(record)
             return [

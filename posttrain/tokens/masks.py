@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
-
-import numpy as np
 
 from posttrain.data.records import Conversation, Document, Message, Text
 from posttrain.tokens.chat import Rendered
@@ -103,11 +100,22 @@ def _is_whole(content: str, said: str, *, calls: bool) -> bool:
 
 def _runs(rendered: Rendered) -> tuple[list[list[int]], list[list[int]]]:
     """Return the ids of each run of trained tokens, and of each run of others."""
-    mask = np.frombuffer(bytes(rendered.mask), np.bool_)
-    borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
-    runs = [rendered.ids[start:end] for start, end in pairwise(borders)]
-    first = int(bool(rendered.mask[0])) if rendered.mask else 0
-    return runs[1 - first :: 2], runs[first::2]
+    ids, mask = rendered.ids, rendered.mask
+    trained: list[list[int]] = []
+    others: list[list[int]] = []
+    start = 0
+    while start < len(mask):
+        end = _end_of_run(mask, start)
+        (trained if mask[start] else others).append(ids[start:end])
+        start = end
+    return trained, others
+
+
+def _end_of_run(mask: list[bool], start: int) -> int:
+    try:
+        return mask.index(not mask[start], start)
+    except ValueError:  # the last run
+        return len(mask)
 
 
 def _text_before(tokenizer: Any, run: list[int], end: int) -> str:

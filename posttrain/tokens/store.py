@@ -3,6 +3,7 @@
     <cache>/tokens/<key>/             ids.bin  mask.bin  rows.bin  places.bin   the arrays of a TokenTable
                          manifest.json  the key, counts, the size and the SHA-256 of every file; written last
     <cache>/tokens/<key>.filling/     pieces of a fill at work, or of a killed one: the next takes them over
+    <cache>/tokens/digests.json       of the files, with their times: an unchanged file is hashed once
     <cache>/tokens/<key>.lock         held by the process that fills it; others wait for it, and map its work
 
 The key covers all that rows depend on: records, tokenizer, template and its variables, settings, code. So a store
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import posttrain
+from posttrain.data.contents import Contents
 from posttrain.data.records import Origin
 from posttrain.digests import digest_of, file_digests
 from posttrain.disk import lock
@@ -38,6 +40,7 @@ FORMAT = 1
 """Number of the layout of the files, part of every key."""
 CODE = ("tokens", "data", "sft", "chat_template.py", "model/loading.py")
 """Files of posttrain that decide how a record is rendered."""
+DIGESTS = "digests.json"
 POLL_SECONDS = 0.2
 
 
@@ -105,7 +108,9 @@ def _open(place: Path, key: str, note: Callable[[str], None]) -> TokenTable | No
         manifest = _read_manifest(place / MANIFEST)
         if manifest.key != key:
             raise ArtifactDamaged(f"{place} holds the rows of another key")
-        _verify(place, manifest)
+        contents = Contents(place.parent / DIGESTS)
+        _verify(place, manifest, contents)
+        contents.save()
         arrays = {name: _mapped(place / f"{name}.bin", kind) for name, kind in ARRAYS.items()}
     except (ArtifactDamaged, FileNotFoundError) as error:
         why = f"{place} is incomplete: {error}" if isinstance(error, FileNotFoundError) else str(error)
@@ -125,13 +130,13 @@ def _read_manifest(path: Path) -> Manifest:
     return as_kind(Manifest, value, str(path))
 
 
-def _verify(place: Path, manifest: Manifest) -> None:
+def _verify(place: Path, manifest: Manifest, contents: Contents) -> None:
     """Raise ArtifactDamaged naming a file that is not the one of the manifest."""
     paths = {name: place / f"{name}.bin" for name in ARRAYS}
     for name, path in paths.items():
         if (found := path.stat().st_size) != manifest.sizes.get(name):
             raise ArtifactDamaged(f"{path} has {found:,} bytes, not {manifest.sizes.get(name, 0):,}")
-    for name, digest in file_digests(paths).items():
+    for name, digest in contents.digests(paths).items():
         if digest != manifest.files.get(name):
             raise ArtifactDamaged(f"{paths[name]} does not match its SHA-256")
 

@@ -70,13 +70,24 @@ def test_a_file_of_the_same_size_and_time_is_hashed_again(tmp_path: Path, hashed
     assert digest(path, kept) == file_digest(path)
 
 
-def test_a_file_changed_within_the_clocks_granularity_is_not_remembered(tmp_path: Path, hashed: list[Path]) -> None:
+@pytest.mark.parametrize(
+    ("ticks", "age", "is_kept"),
+    [("fine", 0.05, False), ("fine", 0.15, True), ("whole", 0.15, False), ("whole", 1.9, False), ("whole", 2.1, True)],
+)
+def test_a_file_is_remembered_once_another_write_would_give_it_other_times(
+    tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch, ticks: str, age: float, is_kept: bool
+) -> None:
     path, kept = tmp_path / "a.jsonl", tmp_path / "digests.json"
     path.write_text("one")
+    if ticks == "whole":  # as file systems without parts of a second have it
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    found = path.stat()
+    now = max(found.st_mtime_ns, found.st_ctime_ns) + int(age * 1e9)
+    monkeypatch.setattr(time, "time_ns", lambda: now)
     digest(path, kept)
     digest(path, kept)
-    assert hashed == [path, path]
-    assert not kept.exists()
+    assert hashed == [path] * (1 if is_kept else 2)
+    assert kept.exists() == is_kept
 
 
 @pytest.mark.usefixtures("later")

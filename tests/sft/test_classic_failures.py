@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from posttrain.config.paths import shipped
 from posttrain.config.schema import Format, LoraSettings, Method
 from posttrain.context import StageContext
 from posttrain.data.declines import is_declined, opens_with_decline
-from posttrain.data.records import Conversation
+from posttrain.data.records import Conversation, Document
 from posttrain.data.shapes import to_record
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput
@@ -68,13 +68,13 @@ def no_stop(rendered: Rendered) -> Rendered:
 def test_a_wrong_mask_of_one_record_is_rejected(
     base: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Rendered], Rendered]
 ) -> None:
-    sound = ChatRenderer.conversation
+    sound = ChatRenderer.documents
 
-    def harmed(self: ChatRenderer, record: Conversation, *, last_only: bool = False) -> Rendered:
-        rendered = sound(self, record, last_only=last_only)
-        return harm(rendered) if record.where == "train.jsonl:7" else rendered
+    def harmed(self: ChatRenderer, records: Iterable[Document], **options: Any) -> Iterator[Rendered]:
+        for rendered in sound(self, records, **options):
+            yield harm(rendered) if rendered.where == "train.jsonl:7" else rendered
 
-    monkeypatch.setattr(ChatRenderer, "conversation", harmed)
+    monkeypatch.setattr(ChatRenderer, "documents", harmed)
     assert "train.jsonl:7: the mask is wrong: " in refusal(context(base, tmp_path))
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.data.records import Conversation, Preference
+from posttrain.data.records import Conversation, Document, Preference, Text
 from posttrain.errors import BadInput
+from posttrain.tokens import chat as chat_module
 from posttrain.tokens.chat import ChatRenderer, Rendered, answer_ends
 from tests.support.chat_templates import (
     ALPACA,
@@ -330,6 +331,49 @@ def test_characters_that_the_tokenizer_does_not_know_are_rejected_in_answers() -
     assert renderer.conversation(chat("Hello 漢", "Hello")).mask.count(True) > 0
     with pytest.raises(BadInput, match=r"turn 2 cannot be proven: its tokens decode to .*<unk>"):
         renderer.conversation(chat("Hello", "Hello 漢"))
+
+
+MANY: list[Document] = [
+    chat("Hi", "Hello"),
+    chat("Hi", "Hello", "And?", "No \n", "Why", system="Be kind."),
+    Text(text="Plain text.", where="a.txt:0"),
+    chat("é ﬁ ☃", "ﬁ"),
+    chat("user", "\nassistant", "x", " x "),
+]
+
+
+@pytest.mark.parametrize("kind", [CHATML, LLAMA3, MISTRAL, MARKED, ALPACA])
+@pytest.mark.parametrize("size", [0, 60, 10**6])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_documents_encoded_together_are_those_encoded_alone(
+    monkeypatch: pytest.MonkeyPatch, kind: str, size: int, last_only: bool
+) -> None:
+    monkeypatch.setattr(chat_module, "_GROUP", size)
+    renderer = make_renderer(kind)
+    alone = [renderer.document(record, last_only=last_only) for record in MANY]
+    assert list(renderer.documents(iter(MANY), last_only=last_only)) == alone
+
+
+@pytest.mark.parametrize("size", [0, 10**6])
+@pytest.mark.parametrize("number", range(4))
+def test_of_several_bad_records_the_first_is_named_behind_all_sound_ones(
+    monkeypatch: pytest.MonkeyPatch, size: int, number: int
+) -> None:
+    monkeypatch.setattr(chat_module, "_GROUP", size)
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    sound, in_tokens, in_text = chat("Hi", "Hello"), chat("Hi", "\nfoo"), chat("<|im_end|>", "x")
+    raw = Text(text="<|im_end|>", where="a.txt:0")
+    bad, why = [
+        ([in_tokens, in_text], "a token crosses the border"),
+        ([in_text, in_tokens], "holds the special token"),
+        ([in_tokens, raw], "a token crosses the border"),
+        ([raw, in_tokens], "the text holds the special token"),
+    ][number]
+    found: list[Rendered] = []
+    with pytest.raises(BadInput, match=why):
+        found.extend(ChatRenderer(tokenizer).documents([sound, sound, *bad, sound]))
+    assert found == [ChatRenderer(tokenizer).document(sound)] * 2
 
 
 def preference(chosen: str, rejected: str) -> Preference:

@@ -94,7 +94,7 @@ def harmony() -> Any:
 def trained(tokenizer: Any, chat: Conversation, train_on: str = "all") -> list[list[str]]:
     """The decoded text of every run of trained tokens, by row; the masks are proven a second time."""
     rows = []
-    for row in Rendering(tokenizer, TrainOn(train_on)).rows(chat):
+    for row in Rendering(tokenizer, TrainOn(train_on)).rows([chat]):
         pairs = zip(row.rendered.ids, row.rendered.mask, strict=True)
         runs = [[token for token, _ in run] for on, run in groupby(pairs, key=lambda pair: pair[1]) if on]
         rows.append([tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs])
@@ -177,7 +177,7 @@ def test_each_answer_is_a_row_under_the_prompt_that_asks_for_it() -> None:
     chat = record(*THOUGHTFUL, user("And?"), said("So.", reasoning_content="hm"))
     rows = trained(tokenizer, chat, "each")
     assert rows == [[CALL], [FINAL], [ANALYSIS.format("hm") + "<|channel|>final<|message|>So.<|return|>"]]
-    for example, last in zip(Rendering(tokenizer, TrainOn.each).rows(chat), (1, 3, 5), strict=True):
+    for example, last in zip(Rendering(tokenizer, TrainOn.each).rows([chat]), (1, 3, 5), strict=True):
         listed = [dict(message) for message in chat.messages[:last]]
         asked = tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=True)
         assert example.rendered.text.startswith(asked)

@@ -97,7 +97,7 @@ def test_rows_of_the_store_are_content_as_lists_are(tmp_path: Path) -> None:
 
 def test_equal_answers_are_rejected_by_their_place() -> None:
     with pytest.raises(BadInput, match=r"p\.jsonl:1: chosen and rejected are the same once rendered"):
-        Judging(tiny_tokenizer()).rows(replace(PAIR, rejected=PAIR.chosen))
+        list(Judging(tiny_tokenizer()).rows([replace(PAIR, rejected=PAIR.chosen)]))
 
 
 def test_no_record_has_no_answer(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.data import contents
 from posttrain.data.held import digest_records
 from posttrain.data.records import Conversation, Document, Origin, Text
+from posttrain.digests import file_digest
 from posttrain.engine.config import TrainOn
 from posttrain.errors import BadInput, Interrupted
 from posttrain.sft.examples import Rendering
@@ -67,11 +69,14 @@ class Work:
     workers: int = 1
     rendering: Rendering = field(default_factory=lambda: RENDERING)
 
-    def rows(self, record: Any) -> list[TableRow]:
+    def rows(self, records: Sequence[Any]) -> Iterator[TableRow]:
+        return self.rendering.rows(map(self.read, records))
+
+    def read(self, record: Any) -> Any:
         if self.done == self.dies_after:
             raise KeyboardInterrupt
         self.done += 1
-        return self.rendering.rows(record)
+        return record
 
     def table(self, folder: Path, key: str = KEY) -> TokenTable:
         stop = lambda: self.stops_after is not None and self.done >= self.stops_after  # noqa: E731
@@ -99,7 +104,7 @@ def test_a_store_holds_what_rendering_in_memory_gives_and_renders_it_once(tmp_pa
     assert content(table) == content(EXPECTED)
     assert content(second.table(tmp_path)) == content(EXPECTED)
     assert (first.done, second.done) == (len(RECORDS), 0)
-    assert [path.name for path in tmp_path.iterdir()] == [KEY]
+    assert {path.name for path in tmp_path.iterdir()} <= {KEY, "digests.json"}
     assert not table.ids.flags.writeable, "mapped, not held"
     documents = table.all()
     assert [documents.where(place) for place in range(3)] == ["é.txt:0", "é.txt:1", "train.jsonl:0"]
@@ -186,6 +191,25 @@ def test_a_damaged_store_is_named_and_made_again(tmp_path: Path, name: str, harm
     assert content(table) == content(EXPECTED)
 
 
+@pytest.mark.parametrize("name", [f"{name}.bin" for name in ARRAYS])
+@pytest.mark.parametrize("harm", [tear, flip, Path.unlink])
+def test_a_known_store_is_not_hashed_again_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], Any]
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 3_600 * 10**9)  # the files are old
+    hashed: list[str] = []
+    monkeypatch.setattr(contents, "file_digest", lambda path: (hashed.append(path.name), file_digest(path))[1])
+    Work().table(tmp_path)
+    assert sorted(hashed) == sorted(f"{each}.bin" for each in ARRAYS)
+    assert content(Work().table(tmp_path)) == content(EXPECTED)
+    assert len(hashed) == len(ARRAYS)
+    harm(tmp_path / KEY / name)
+    again = Work()
+    assert content(again.table(tmp_path)) == content(EXPECTED)
+    assert again.done == len(RECORDS)
+    assert "damaged token store, made again" in again.notes[0]
+
+
 def test_a_store_under_the_name_of_another_is_not_read(tmp_path: Path) -> None:
     Work(records=list(RECORDS[:4])).table(tmp_path, "other")
     (tmp_path / "other").rename(tmp_path / KEY)
@@ -227,12 +251,12 @@ def test_of_several_processes_the_first_bad_record_is_named(tmp_path: Path) -> N
 
 def test_a_killed_process_is_told_and_the_next_fill_goes_on(tmp_path: Path) -> None:
     class Killed(Work):
-        def rows(self, record: Any) -> list[TableRow]:
+        def read(self, record: Any) -> Any:
             if record is RECORDS[7]:
                 while not (tmp_path / f"{KEY}.filling" / "0.piece").exists():
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().rows(record)
+            return super().read(record)
 
     with pytest.raises(Interrupted, match="was killed, as the system does when memory runs out; set data_workers"):
         Killed(workers=2).table(tmp_path)
@@ -243,10 +267,10 @@ def test_a_killed_process_is_told_and_the_next_fill_goes_on(tmp_path: Path) -> N
 
 def test_a_stop_ends_several_processes(tmp_path: Path) -> None:
     class Slow(Work):
-        def rows(self, record: Any) -> list[TableRow]:
+        def read(self, record: Any) -> Any:
             while record is RECORDS[7] and not (tmp_path / "stopped").exists():
                 time.sleep(0.01)
-            return super().rows(record)
+            return super().read(record)
 
     def stop() -> bool:
         (tmp_path / "stopped").touch()
