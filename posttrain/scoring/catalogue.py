@@ -24,6 +24,8 @@ MOST_BYTES = 250_000
 """Bytes of a task file."""
 MOST_VALUES = 100_000
 """Values of a task file, those of its anchors counted wherever they are repeated."""
+LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
+"""Names by which datasets loads files of one's own."""
 MOST_INCLUDES = 50
 EVALUATED = ("test_split", "validation_split", "training_split")
 """Splits in lm-eval's order of preference: it scores the first one of a task."""
@@ -173,6 +175,13 @@ def data_files(settings: Mapping[str, Any]) -> list[Path]:
     """Return the data files named one by one in a task: no URLs, no patterns."""
     arguments = settings.get("dataset_kwargs")
     return [Path(file) for file in _leaves(arguments.get("data_files"))] if isinstance(arguments, dict) else []
+
+
+def names_no_file(settings: Mapping[str, Any]) -> bool:
+    """Return True for a task on files that names none: datasets would take whatever the working directory holds."""
+    arguments = settings.get("dataset_kwargs")
+    named = isinstance(arguments, dict) and (arguments.get("data_files") or arguments.get("data_dir"))
+    return settings.get("dataset_path") in LOADERS and not named
 
 
 def _leaves(value: Any) -> list[str]:

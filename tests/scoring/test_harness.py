@@ -662,6 +662,29 @@ def test_preflight_gathers_what_only_loading_shows(folder: Path, tmp_path: Path)
     assert "not a mean" in caught.value.problems[2].what
 
 
+TASK_ON_FILES = """
+task: quiz
+dataset_path: json
+test_split: train
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: [a, b]
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean}]
+"""
+
+
+@pytest.mark.parametrize("arguments", ["", "dataset_kwargs: {}", "dataset_kwargs: {data_files: {}}"])
+def test_a_task_on_files_that_names_none_does_not_take_those_of_the_working_folder(
+    tmp_path: Path, arguments: str
+) -> None:
+    Path("other.json").write_text('{"question": "x", "answer": "y"}')
+    path = tmp_path / "quiz.yaml"
+    path.write_text(f"{TASK_ON_FILES}{arguments}\n")
+    with pytest.raises(BadInput, match=r"quiz\.yaml: its dataset_path is json, and it names no file\s+Name it: data"):
+        preflight({"quiz": GateTask(role=Role.lift, metric="acc", task=str(path))})
+
+
 def test_the_plugin_scores_judges_and_checks(folder: Path, base: ModelSource, tmp_path: Path) -> None:
     tasks = {"quiz": gate_task(folder, "choose0")}
     request = make_request(folder, tmp_path, two_systems(folder, base), tasks)

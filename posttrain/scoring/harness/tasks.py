@@ -12,10 +12,18 @@ import yaml
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
-from posttrain.errors import BadInput, PosttrainError, Problem
+from posttrain.errors import BadInput, PosttrainError, Problem, reject
 from posttrain.host import consent
 from posttrain.scoring import code
-from posttrain.scoring.catalogue import documents_from, is_path, merge, read_files, registered_tasks, tasks_folder
+from posttrain.scoring.catalogue import (
+    documents_from,
+    is_path,
+    merge,
+    names_no_file,
+    read_files,
+    registered_tasks,
+    tasks_folder,
+)
 from posttrain.scoring.checks import (
     check_cluster,
     check_direction,
@@ -97,6 +105,11 @@ def _load_file(path: Path, data: str | None) -> list[Any]:
         code.forget(code.files_behind(files))
     if data is not None:
         override |= documents_from(settings, Path(data).expanduser().resolve())
+    elif names_no_file(settings):
+        what = f"its dataset_path is {settings['dataset_path']}, and it names no file"
+        reject(
+            str(path), what, "Name it: dataset_kwargs: {data_files: {test: FILE}}, or give the gate's task data: FILE"
+        )
     elif arguments := settings.get("dataset_kwargs"):
         override["dataset_kwargs"] = arguments
     # A second file includes the first and overrides its paths, because lm_eval resolves them against the working
