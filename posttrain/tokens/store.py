@@ -86,15 +86,15 @@ def stored_table(folder: Path, key: str, fill: Fill) -> TokenTable:
         BadInput: A record cannot be rendered.
         Interrupted: A stop was requested; what is rendered by then is kept.
     """
-    place = folder / key
-    if (table := _open(place, key, fill.note)) is not None:
+    place, note = folder / key, cache(fill.note)  # a damage that both looks find is named once
+    if (table := _open(place, key, note)) is not None:
         return table
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{key}.lock", fill):
-        if (table := _open(place, key, fill.note)) is None:  # another process may have filled it by now
+        if (table := _open(place, key, note)) is None:  # another process may have filled it by now
             shutil.rmtree(place, ignore_errors=True)
             fill_store(folder / f"{key}.filling", place, key, fill)
-            table = _open(place, key, fill.note)
+            table = _open(place, key, note)
     if table is None:
         raise ArtifactDamaged(f"{place} does not hold what was written to it: the disk is at fault")
     return table

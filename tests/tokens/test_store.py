@@ -185,8 +185,9 @@ def test_a_damaged_store_is_named_and_made_again(tmp_path: Path, name: str, harm
     again = Work()
     table = again.table(tmp_path)
     assert again.done == len(RECORDS)
-    assert "damaged token store, made again" in again.notes[0]
-    assert str(tmp_path / KEY) in again.notes[0]
+    [named] = again.notes
+    assert "damaged token store, made again" in named
+    assert str(tmp_path / KEY) in named
     assert files(tmp_path) == sound
     assert content(table) == content(EXPECTED)
 
