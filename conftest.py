@@ -1,4 +1,4 @@
-"""What all tests share, and profiles of the property tests: ``fixed`` for the suite, ``fuzz`` for ``make fuzz``.
+"""Fixtures of all tests, and profiles of the property tests: ``fixed`` for the suite, ``fuzz`` for ``make fuzz``.
 
 One thread of torch in every process, those that tests start included: the tests share out the cores among processes,
 tiny models gain nothing from a second thread, and the same bytes come out however many cores there are.

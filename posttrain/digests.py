@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_digests(paths: Mapping[str, Path]) -> dict[str, str]:
-    """Return the SHA-256 of several files by name, hashing them in parallel."""
+def file_digests(paths: Mapping[str, Path], digest: Callable[[Path], str] = file_digest) -> dict[str, str]:
+    """Return the SHA-256 of several files by name, hashing them in parallel; ``digest`` may know some already."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(zip(paths, pool.map(file_digest, paths.values()), strict=True))
+        return dict(zip(paths, pool.map(digest, paths.values()), strict=True))

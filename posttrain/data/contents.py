@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +62,6 @@ class Contents:
             self._known[name] = found
             self._is_changed = True
         return digest
-
-    def digests(self, paths: Mapping[str, Path]) -> dict[str, str]:
-        """Return the SHA-256 of several files by name, hashed in parallel where they are not remembered."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            return dict(zip(paths, pool.map(self.digest, paths.values()), strict=True))
 
     def save(self) -> None:
         """Write the digests, if there are new ones; a disk that takes no file costs time at the next start, no more."""

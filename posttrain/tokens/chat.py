@@ -38,7 +38,7 @@ _READ = ("role", "content", "tool_calls", "tool_call_id", *OUR_KEYS)
 _PROBED = 3
 """Records by which the template is tried for each key."""
 _GROUP = 200_000
-"""Characters of conversations that are encoded by one call, or of the last one more."""
+"""Characters of texts after which the conversations gathered by then are encoded."""
 
 _QUESTION = {"role": "user", "content": "What is this called?"}
 _ANSWER = {"role": "assistant", "content": "This is called a lamp."}
@@ -191,13 +191,6 @@ class ChatRenderer:
         return _Draft(text, self._spans(record, trained, text), record.where)
 
     def _encoded(self, drafts: Sequence[_Draft]) -> Iterator[Rendered]:
-        """Yield the document of each draft, with the ids and the mask of its text.
-
-        Characters cannot be mapped to ids in general: tokens cross borders, and normalisation changes characters.
-        Special tokens can: they occur in the same order in text and ids, and no other token crosses one. So they are
-        the fixed points. From the last one before an answer, the prompt is tokenized alone, as inference does it, and
-        must give the same ids as within the whole text.
-        """
         encoded = encode_all(self._tokenizer, [draft.text for draft in drafts])
         for draft, whole in zip(drafts, encoded, strict=True):
             ids, mask = self._masked(draft, whole)
@@ -287,7 +280,13 @@ class ChatRenderer:
         return rendered.ids[:start], rendered.ids[start:end]
 
     def _masked(self, draft: _Draft, whole: list[int]) -> tuple[list[int], list[bool]]:
-        """Return the ids of a draft, of whose text the tokenizer made ``whole``, and their mask."""
+        """Return the ids of a draft, of whose text the tokenizer made ``whole``, and their mask.
+
+        Characters cannot be mapped to ids in general: tokens cross borders, and normalisation changes characters.
+        Special tokens can: they occur in the same order in text and ids, and no other token crosses one. So they are
+        the fixed points. From the last one before an answer, the prompt is tokenized alone, as inference does it, and
+        must give the same ids as within the whole text.
+        """
         text, where = draft.text, draft.where
         found = list(self._template.control.finditer(text))
         known = np.minimum(as_array(whole), len(self._is_control) - 1)

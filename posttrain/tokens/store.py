@@ -136,7 +136,7 @@ def _verify(place: Path, manifest: Manifest, contents: Contents) -> None:
     for name, path in paths.items():
         if (found := path.stat().st_size) != manifest.sizes.get(name):
             raise ArtifactDamaged(f"{path} has {found:,} bytes, not {manifest.sizes.get(name, 0):,}")
-    for name, digest in contents.digests(paths).items():
+    for name, digest in file_digests(paths, contents.digest).items():
         if digest != manifest.files.get(name):
             raise ArtifactDamaged(f"{paths[name]} does not match its SHA-256")
 
