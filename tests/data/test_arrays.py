@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,27 @@ def fault(data: bytes, piece: int) -> str:
 
 
 def whole(text: str) -> tuple[Any, str]:
-    """Return what Python's own parser reads, and the message for what it does not."""
+    """Return what Python's own parser reads, and the message for what it does not, or what is said in it."""
     try:
-        return json.loads(text), ""
+        return json.loads(text, parse_float=finite, object_pairs_hook=unique), ""
     except json.JSONDecodeError as error:
         # a newer Python has a sentence of its own for it, and points at the comma
         why = "Expecting value" if error.msg.startswith("Illegal trailing comma") else error.msg
         return None, f"a.json:{error.lineno}: is not valid JSON: {why}, column {error.colno}"
+    except ValueError as error:
+        return None, str(error)
+
+
+def finite(digits: str) -> float:
+    if math.isinf(float(digits)):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return float(digits)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("occurs twice in an object")
+    return dict(pairs)
 
 
 @given(st.lists(st.dictionaries(st.text(), VALUES) | VALUES), SPACES, PIECES, st.booleans(), st.sampled_from([None, 1]))
@@ -78,7 +93,7 @@ def test_a_spoilt_array_is_rejected_at_the_place_where_one_read_whole_is(
     if not spoilt.strip():
         assert read(spoilt.encode(), piece) == []
     elif message:
-        assert fault(spoilt.encode(), piece).splitlines()[0] == message
+        assert fault(spoilt.encode(), piece).splitlines()[0].endswith(message)
     elif isinstance(values, list):
         assert len(read(spoilt.encode(), piece)) == len(values)
     else:
@@ -98,6 +113,7 @@ FAULTS = {
     "doubled keys": (b'[{"a": 1},\n{"b": 1, "b": 2}]', "a.json:2: is not valid JSON: the key 'b' occurs twice"),
     "NaN": (b'[{"a": 1},\n\n{"b": NaN}]', "a.json:3: is not valid JSON: NaN is not a JSON value"),
     "too large": (b'[{"b": 1e400}]', "a.json:1: is not valid JSON: the number 1e400 is too large"),
+    "too large before a fault": (b'[{"b": 1929e305.0}]', "a.json:1: is not valid JSON: the number 1929e305 is too large"),
     "too many digits": (b'[{"b": 1' + b"0" * 5000 + b"}]", "a.json:1: is not valid JSON: Exceeds the limit"),
     "nested": (b'[1,\n' + b"[" * 10**4, "a.json:2: is not valid JSON: nested too deeply"),
     "nested objects": (b'{"a":' * 10**4, "a.json:1: is not valid JSON: nested too deeply"),
