@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,20 @@ def test_completion_of_commands_recipes_and_keys() -> None:
     assert {"gates", "tasks", "model", "sft"} <= set(complete("posttrain list "))
     assert not [word for word in complete("posttrain list ") if "=" in word]
     assert "posttrain" in call("-sc", "install=bash").stdout
+
+
+def test_libraries_are_imported_without_a_compiler_and_other_peoples_modules_with_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(environment.NO_COMPILER)
+    for given in (None, "0"):
+        if given is not None:
+            monkeypatch.setenv(environment.NO_COMPILER, given)
+        with environment.importing():
+            assert os.environ[environment.NO_COMPILER] == "1"
+        with environment.importing(others=True):
+            assert os.environ.get(environment.NO_COMPILER) == given
+        assert os.environ.get(environment.NO_COMPILER) == given
 
 
 def test_no_garbage_is_looked_for_while_libraries_are_imported() -> None:

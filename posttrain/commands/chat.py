@@ -38,8 +38,9 @@ def main(words: list[str]) -> int:
     known = frozenset(served.digest for served in (*catalogue.bases, *catalogue.artifacts))
     names_of(catalogue, {}, known).require(names)  # before anything is loaded
 
-    from posttrain.serve.service import Limits, open_service
-    from posttrain.serve.talk import Talk
+    with environment.importing():
+        from posttrain.serve.service import Limits, open_service
+        from posttrain.serve.talk import Talk
 
     service = open_service(catalogue, Limits())
     try:

@@ -37,9 +37,10 @@ def measure(plan: Plan, host: Host, pace: Pace, volume: Volume) -> tuple[float, 
     shows the last of its lines, and all are in LOG beside it. Raises BadInput when the stage ends before its second
     step, and what a run raises.
     """
-    from posttrain.pipeline import run
-
     environment.prepare()
+    with environment.importing():
+        from posttrain.pipeline import run
+
     plan.output_root.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="measure-", dir=plan.output_root) as folder,

@@ -52,8 +52,9 @@ def _merge_artifact(path: Path, output: Path, given: dict[str, str]) -> int:
         _reject_whole(path)
     base = _base(artifact, given)
     environment.prepare()
-    from posttrain.model.merging import merge
-    from posttrain.run.start import find_standing
+    with environment.importing():
+        from posttrain.model.merging import merge
+        from posttrain.run.start import find_standing
 
     doubt = find_standing(artifact, Path("runs")).doubt
     merged = merge(artifact, base, output, doubt)

@@ -93,9 +93,10 @@ def _serve(
     *,
     unpromoted: bool,
 ) -> None:
-    from posttrain.serve.follower import Follower
-    from posttrain.serve.server import listen, write_log
-    from posttrain.serve.service import Limits, embedded, open_service
+    with environment.importing():
+        from posttrain.serve.follower import Follower
+        from posttrain.serve.server import listen, write_log
+        from posttrain.serve.service import Limits, embedded, open_service
 
     service = open_service(catalogue, Limits(**limits), token, backend or embedded)
     catalogue = service.catalogue

@@ -45,7 +45,7 @@ def run_here(stage: Stage, context: StageContext, *, writes: bool = True) -> Non
 
     module, _, name = stage.run.partition(":")
     try:
-        with environment.importing():
+        with environment.importing(others=True):
             function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PluginFailed(f"stage {stage.name!r} cannot be started: {stage.run}: {error}") from error

@@ -138,12 +138,13 @@ def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     job = read_gate_job(path)
     _require_command(job.command)
     progress = RankAnswers(path.parent / FOLDER, rank)
-    from posttrain.engine import processes
-    from posttrain.host import plugins
-    from posttrain.model.device import default_device
-    from posttrain.model.loading import load_model, load_tokenizer
-    from posttrain.scoring.inquiry import ask_share
-    from posttrain.scoring.systems import Loading
+    with environment.importing():
+        from posttrain.engine import processes
+        from posttrain.host import plugins
+        from posttrain.model.device import default_device
+        from posttrain.model.loading import load_model, load_tokenizer
+        from posttrain.scoring.inquiry import ask_share
+        from posttrain.scoring.systems import Loading
 
     plugins.load()  # one may know the architecture of a model
     _require_world(path, job.world)
@@ -160,13 +161,13 @@ def _ask(path: Path, rank: int, stop: Stop) -> dict[str, object]:
 
 def _sample(path: Path, rank: int, stop: Stop) -> dict[str, object]:
     """Answer this process' share of the questions; there are no figures."""
-    from posttrain.launch.answers import answer_share, read_sampling_job
+    with environment.importing():
+        from posttrain.engine import processes
+        from posttrain.host import plugins
+        from posttrain.launch.answers import answer_share, read_sampling_job
 
     job = read_sampling_job(path)
     _require_command(job.command)
-    from posttrain.engine import processes
-    from posttrain.host import plugins
-
     plugins.load()  # one may know the architecture of a model
     _require_world(path, job.world)
     processes.take_device()

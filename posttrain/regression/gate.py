@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import ledger
+from posttrain import environment, ledger
 from posttrain.artifact import BaseWeights, ModelSource
 from posttrain.chat_template import DATE
 from posttrain.config.regression import RegressionConfig
@@ -72,7 +72,8 @@ def judge_adapter(
     candidate = _read_candidate(settings, day)
     adapter = _read_baseline_adapter(settings, candidate)
     # torch is imported only now: every mistake found so far costs no wait
-    from posttrain.regression import changes
+    with environment.importing():
+        from posttrain.regression import changes
 
     candidate = changes.with_brought_rows(candidate)
     adapter = adapter and changes.with_brought_rows(adapter)

@@ -56,9 +56,12 @@ def check_gate(step: Step) -> Sequence[Problem]:
 @hookimpl
 def evaluate_artifact(request: GateRequest, progress: GateProgress) -> Scorecard:
     """Score every system of the request with lm-eval, or from the cache."""
-    from posttrain.model.device import default_device
-    from posttrain.model.loading import load_model, load_tokenizer
-    from posttrain.scoring.evaluate import evaluate
-    from posttrain.scoring.systems import Loading
+    from posttrain import environment
+
+    with environment.importing():
+        from posttrain.model.device import default_device
+        from posttrain.model.loading import load_model, load_tokenizer
+        from posttrain.scoring.evaluate import evaluate
+        from posttrain.scoring.systems import Loading
 
     return evaluate(request, progress, Loading(load_model, load_tokenizer, default_device().type))

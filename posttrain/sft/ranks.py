@@ -64,8 +64,9 @@ def _rank(rank: int, task: bytes, folder: str, device: str) -> None:
     if device == CPU:  # a GPU of this machine would be given the engine's exchanges, of which gloo knows none there
         os.environ[VARIABLE] = CPU
     environment.prepare()
-    from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
-    from posttrain.engine.loop import ENGINES
+    with environment.importing():
+        from posttrain.engine.gradient import MaskedCrossEntropy, StepBatches, add_shares
+        from posttrain.engine.loop import ENGINES
 
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from posttrain.artifact import ModelSource, quantization_of
 from posttrain.config.compose import compose
 from posttrain.config.schema import LoraSettings, Method
+from posttrain.environment import NO_COMPILER
 from posttrain.errors import ArtifactDamaged, BadInput
 from posttrain.host import plugins
 from posttrain.model.checks import check_output
@@ -190,7 +192,19 @@ def test_the_variant_sets_method_and_rates() -> None:
     assert [getattr(step.config, "method", None) for step in plan.steps] == [Method.qlora, None, None]
 
 
-def test_bitsandbytes_says_nothing_when_it_is_imported() -> None:
-    code = "from posttrain import environment; environment.prepare(); import bitsandbytes"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
+IMPORTED = """
+import gc, os, sys
+from posttrain import environment
+environment.prepare()
+with environment.importing():
+    import bitsandbytes
+assert environment.NO_COMPILER not in os.environ
+assert "torch._inductor.compile_fx" not in sys.modules, "the compiler was loaded"
+assert gc.get_freeze_count() > 100_000, "what was imported is looked through for garbage"
+"""
+
+
+def test_bitsandbytes_says_nothing_when_it_is_imported_and_loads_no_compiler() -> None:
+    given = {name: value for name, value in os.environ.items() if name != NO_COMPILER}
+    done = subprocess.run([sys.executable, "-c", IMPORTED], env=given, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
