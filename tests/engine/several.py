@@ -33,7 +33,7 @@ from posttrain.model.loading import load_model, load_trainable, new_adapter
 from posttrain.model.quantisation import NF4
 from posttrain.tokens.packing import PackedRow
 from tests.support.tiny import Recorder, base_source, packed_rows, sft_config
-from tests.support.training import EVAL_ROWS, evaluation, training
+from tests.support.training import EVAL_ROWS, evaluation, join, training
 
 ROWS = packed_rows([3, 1, 2, 2, 1, 2, 1], seed=3)
 """Seven rows: steps of four and of three, then of one."""
@@ -157,9 +157,8 @@ def step_once(bases: Path, output: Path, name: str) -> None:
 
 def main(bases: Path, output: Path, names: Sequence[str]) -> None:
     """Run the cases by every engine for several processes."""
-    torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    processes.join(60)
+    join()
     for engine in ENGINES:
         step_once(bases, output, engine)
         for name in names:

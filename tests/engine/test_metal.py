@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 from posttrain.errors import BadInput
 from posttrain.model import device
 from posttrain.testing.project import WORDS, example_records
+from tests.support import warm
 from tests.support.tiny import write_base
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def run(folder: Path, *command: str) -> dict[str, list[dict[str, Any]]]:
     output = folder / command[0]
     words = [sys.executable, "-m", *command, "recipe=tiny", f"output_root={output}"]
     where = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=800, env={**os.environ, **where})
+    done = warm.run(words, cwd=folder, env={**os.environ, **where})
     assert done.returncode == 0, done.stdout + done.stderr
     (metrics,) = output.glob("*/metrics.jsonl")
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -1,5 +1,5 @@
-"""A package from outside of the repository, beside the wheel: its stage runs after the quickstart's, is gated, recorded
-and resumed.
+"""A package from outside of the repository, beside the wheel: its stage runs after the quickstart's, which it finds
+trained, is gated, recorded and resumed.
 
 The environment is two folders, into which pip puts the wheel and the package; the dependencies are those that are here,
 and nothing of the checkout is on the path.
@@ -21,11 +21,10 @@ import pytest
 
 from posttrain.artifact import verify
 from tests.support.command import started
+from tests.support.quickstart import PATIENCE, copied, finished
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["recipe=quickstart", "+stage@mine=mine", "mine.max_steps=80"]
-PATIENCE = 1500
-"""Seconds that a loaded machine may take."""
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +61,9 @@ def program(environment: Mapping[str, str], folder: Path, *words: str) -> str:
 
 
 def run_of(folder: Path) -> Path:
-    (state,) = (folder / "runs").glob("*/run.json")
-    return state.parent
+    """The run with the stage of the third party."""
+    (stage,) = (folder / "runs").glob("*/stages/mine")
+    return stage.parents[1]
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -71,7 +71,10 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_its_stage_runs_is_gated_recorded_and_resumed(environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_its_stage_runs_is_gated_recorded_and_resumed(
+    environment: Mapping[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copied(finished(tmp_path_factory), tmp_path)
     assert str(environment["PYTHONPATH"]) in program(environment, tmp_path, "list", "recipes", "--json")
     assert "posttrain-mine 0.1.0" in program(environment, tmp_path, "list", "plugins")
 

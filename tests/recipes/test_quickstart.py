@@ -18,22 +18,16 @@ from posttrain.artifact import verify
 from posttrain.ledger import audit
 from tests.support import warm
 from tests.support.pages import read_page
+from tests.support.quickstart import COMMAND, PATIENCE, copied, finished
 
 pytestmark = pytest.mark.long
 STAGES = ("sft", "dpo", "safety")
-COMMAND = [sys.executable, "-m", "posttrain", "recipe=quickstart"]
-PATIENCE = 1500
-"""Seconds that a loaded machine may take."""
 
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("clean")
-    result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "quickstart: done" in result.stdout
-    return only_run(folder)
+    return only_run(finished(tmp_path_factory))
 
 
 def only_run(folder: Path) -> Path:
@@ -115,9 +109,16 @@ def steps_logged(folder: Path, stage: str) -> int:
     return sum(f'"stage": "{stage}"' in line for file in files for line in file.read_text().split("\n"))
 
 
+SHORT = [
+    *COMMAND, "gate@sft.gate=none", "gate@dpo.gate=none", "gate@safety.gate=none",
+    "sft.max_steps=30", "dpo.max_steps=8", "safety.max_steps=20",
+]  # fmt: skip
+"""The same stages of fewer steps, without gates, which few steps do not pass."""
+
+
 def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) -> int:
-    """Start the recipe, send ``number`` once ``stage`` has logged ``after`` steps; returns the exit code."""
-    with warm.started(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    """Start the short run, send ``number`` once ``stage`` has logged ``after`` steps; returns the exit code."""
+    with warm.started(SHORT, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         begun = time.monotonic()
         while steps_logged(folder, stage) < after:
             assert process.poll() is None, f"ended with {process.returncode} before {stage} took {after} steps"
@@ -127,23 +128,30 @@ def kill_during(folder: Path, stage: str, after: int, number: signal.Signals) ->
         return process.wait(PATIENCE)
 
 
-def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(clean: Path, working_folder: Path) -> None:
-    assert kill_during(working_folder, "sft", 60, signal.SIGKILL) == -signal.SIGKILL
-    assert kill_during(working_folder, "sft", 100, signal.SIGTERM) == 75
-    assert state_of(only_run(working_folder))["state"] == "interrupted"
-    assert kill_during(working_folder, "dpo", 8, signal.SIGINT) == 75
-    assert kill_during(working_folder, "safety", 20, signal.SIGKILL) == -signal.SIGKILL
-    assert warm.run(COMMAND, cwd=working_folder).returncode == 0
-    assert adapters(only_run(working_folder)) == adapters(clean)
-    assert only_run(working_folder).name == clean.name
+def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(working_folder: Path) -> None:
+    whole, killed = working_folder / "whole", working_folder / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert warm.run(SHORT, cwd=whole).returncode == 0
+    assert kill_during(killed, "sft", 10, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_during(killed, "sft", 20, signal.SIGTERM) == 75
+    assert state_of(only_run(killed))["state"] == "interrupted"
+    assert kill_during(killed, "dpo", 3, signal.SIGINT) == 75
+    assert kill_during(killed, "safety", 10, signal.SIGKILL) == -signal.SIGKILL
+    assert warm.run(SHORT, cwd=killed).returncode == 0
+    assert set(adapters(only_run(killed))) == set(STAGES)
+    assert adapters(only_run(killed)) == adapters(only_run(whole))
+    assert only_run(killed).name == only_run(whole).name
 
 
-def test_the_second_time_nothing_is_trained(clean: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")}
-    result = warm.run(COMMAND, cwd=clean.parent.parent)
+def test_the_second_time_nothing_is_trained(clean: Path, working_folder: Path) -> None:
+    run = only_run(copied(clean.parent.parent, working_folder))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("artifact/*")}
+    result = warm.run(COMMAND, cwd=working_folder)
     assert result.returncode == 0
     assert result.stderr.count("already done") == 3
-    assert {path: path.stat().st_mtime_ns for path in clean.rglob("artifact/*")} == before
+    assert before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("artifact/*")} == before
 
 
 @pytest.fixture(scope="module")

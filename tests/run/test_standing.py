@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.disk import lock
+from tests.support import warm
 from tests.support.command import main
 from tests.support.fakes import Script, only_run, run_json, run_recipe, states, write_project
 from tests.support.pages import read_page
@@ -35,7 +36,7 @@ run_recipe(script, "seed=7")
 def at_work(working_folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the second stage of a run."""
     write_project(working_folder)
-    with subprocess.Popen([sys.executable, "-c", WORKS], stdout=subprocess.PIPE, text=True) as process:
+    with warm.started([sys.executable, "-c", WORKS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         while process.stdout.readline().strip() != "at work":
             assert process.poll() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from posttrain.artifact import ModelSource
 from posttrain.config.schema import Dtype, LoraSettings, Method
+from posttrain.engine import processes
 from posttrain.engine.evaluation import Evaluation
 from posttrain.engine.loop import Training
 from posttrain.model.loading import load_model, load_trainable, new_adapter
@@ -76,3 +78,10 @@ def together(world: int, *words: str, environment: Mapping[str, str]) -> None:
         [sys.executable, "-m", *launcher], env={**environment}, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def join() -> None:
+    """Meet the other processes of the launch, each on one core."""
+    gc.freeze()  # DeepSpeed collects garbage at every start
+    torch.set_num_threads(1)
+    processes.join(60)

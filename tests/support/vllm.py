@@ -176,7 +176,10 @@ def main() -> None:
         print("(EngineCore pid=8) ERROR 11-30 10:37:54 [core.py:9] ValueError: no room for the cache")
         print("(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.")
         sys.exit(3)
-    from transformers import AutoModelForCausalLM
+    from posttrain import environment
+
+    with environment.importing():
+        from transformers import AutoModelForCausalLM
 
     Standin.options = options
     Standin.model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=options.dtype).eval()

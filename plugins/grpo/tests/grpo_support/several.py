@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from posttrain_grpo.stage import run
 
 from posttrain import Interrupted
 from posttrain.engine import processes
-from posttrain.host import plugins
+from posttrain.host import consent, plugins
 from posttrain.launch.job import FOLDER, read_job
 from posttrain.launch.worker import context_of
 from posttrain.testing import Recorder
+from tests.support.training import join
 
 
 def train(path: Path, engine: str, name: str, stop: Callable[[], bool] = lambda: False) -> None:
@@ -31,7 +31,8 @@ def train(path: Path, engine: str, name: str, stop: Callable[[], bool] = lambda:
     for place in places.values():
         place.mkdir(parents=True, exist_ok=True)
     try:
-        run(replace(context, engine=engine, **places))
+        with consent.given_by([consent.FLAG]):
+            run(replace(context, engine=engine, **places))
     finally:
         processes.wait()
         if processes.rank() == 0:
@@ -56,8 +57,7 @@ def interrupt(path: Path, engine: str, name: str, after: int) -> None:
 
 def main(path: Path, full: Path) -> None:
     """Run the stages."""
-    torch.set_num_threads(1)
-    processes.join(60)
+    join()
     train(path, "ddp", "whole")
     interrupt(path, "ddp", "resumed", after=1)
     train(path, "ddp", "resumed")

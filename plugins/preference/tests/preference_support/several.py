@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from posttrain_preference.stage import run
 
 from posttrain import Interrupted
 from posttrain.engine import processes
 from preference_support.contexts import build_context, parent_source, progress
+from tests.support.training import join
 
 ENGINES = ("ddp", "fsdp")
 STEPS: dict[str, Any] = {
@@ -69,8 +69,7 @@ def interrupt(parents: Path, folder: Path, name: str, engine: str, after: int) -
 
 def main(parents: Path, output: Path, names: Sequence[str]) -> None:
     """Run the cases by every engine for several processes."""
-    torch.set_num_threads(1)
-    processes.join(60)
+    join()
     for engine in ENGINES:
         for name in names:
             train(parents, output / engine / name / "whole", name, engine)
