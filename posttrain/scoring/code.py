@@ -172,9 +172,15 @@ def forget(files: Iterable[Path]) -> None:
         source = getattr(module, "__file__", None)
         if source is None or name == "__main__" or name.partition(".")[0] in _plugins():
             continue
-        path = Path(source).resolve()
+        path = _place(os.path.abspath(source))
         if path in paths or (name in stems and not is_library(path)):
             del sys.modules[name]
+
+
+@functools.cache
+def _place(source: str) -> Path:
+    """Return where the file of a module lies: half a second of every task's loading, asked anew for all modules."""
+    return Path(source).resolve()
 
 
 @functools.cache
