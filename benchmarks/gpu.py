@@ -62,6 +62,8 @@ def main() -> None:
     if options.part:
         print(json.dumps(PARTS[options.part](options.small)))
         return
+    if options.output.is_dir():  # found before minutes of a GPU are spent
+        parser.error(f"--output {options.output} is a folder: name the file to write")
     end = time.monotonic() + (SMALL_LIMIT if options.small else LIMIT)
     report: dict[str, Any] = {**machine.described(), "small": options.small, "parts": {}}
     for name in options.parts.split(","):
