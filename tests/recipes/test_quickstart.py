@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -157,9 +156,7 @@ def test_the_second_time_nothing_is_trained(clean: Path, working_folder: Path) -
 @pytest.fixture(scope="module")
 def trained(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose runs hold the quickstart's sft artifact, for recipes that begin with the same stage."""
-    folder = tmp_path_factory.mktemp("trained") / "folder"
-    shutil.copytree(clean.parent.parent, folder, symlinks=True)
-    return folder
+    return copied(clean.parent.parent, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize(("recipe", "stage"), [("quickstart_rejection", "rft"), ("quickstart_labels", "kto")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from posttrain import disk
 
 COMMAND = [sys.executable, "-m", "posttrain", "recipe=quickstart"]
 PATIENCE = 1500
@@ -21,8 +22,8 @@ def finished(factory: pytest.TempPathFactory) -> Path:
     if session.name.startswith("popen-"):  # one of several processes, each with a folder of its own in the session's
         session = session.parent
     folder, said = session / "quickstart", session / "quickstart.out"
-    with (session / "quickstart.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (session / "quickstart.lock").open("w") as stream:
+        disk.lock(stream)
         if not said.exists():  # written last: a process may have died in the middle
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

@@ -26,12 +26,13 @@ from tests.support.training import join
 def train(path: Path, engine: str, name: str, stop: Callable[[], bool] = lambda: False) -> None:
     """Run the stage of a job on an engine, in a folder of its own beside it; process 0 leaves what it reported."""
     told, folder = Recorder(), path.parent / engine / name
-    context = context_of(read_job(path), path.parent / FOLDER, plugins.load(), told, stop)
+    job = read_job(path)
+    context = context_of(job, path.parent / FOLDER, plugins.load(), told, stop)
     places = {part: folder / part for part in ("checkpoints", "output", "trail")}
     for place in places.values():
         place.mkdir(parents=True, exist_ok=True)
     try:
-        with consent.given_by([consent.FLAG]):
+        with consent.given_by(job.consent):
             run(replace(context, engine=engine, **places))
     finally:
         processes.wait()
